@@ -1,0 +1,85 @@
+"""Argument checks of the public functions: each names the argument, what came and what was wanted."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pelt_fast.ops.support import DTYPES
+
+
+def tensor(name: str, value: Tensor | None, shape: tuple[int | str, ...], like: Tensor) -> None:
+    """``value`` is None, or a tensor of ``shape`` (a str dim is free) on ``like``'s device."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+
+
+def activation_tensor(name: str, value: Tensor, least_dims: int = 2) -> None:
+    """``value`` is a floating tensor of a dtype the ops know, with enough dims."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name} must be one of {known}, got {value.dtype}")
+    if value.dim() < least_dims:
+        raise ValueError(f"{name} must have at least {least_dims} dims, got {tuple(value.shape)}")
+
+
+def same_dtype(like_name: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """Frozen weights have the activation's dtype; only trainable ones may differ."""
+    for name, value in tensors.items():
+        if value is not None and value.dtype != like.dtype:
+            raise TypeError(f"{name} must be {like.dtype} like {like_name}, got {value.dtype}")
+
+
+def trainable_dtype(like: Tensor, **tensors: Tensor | None) -> None:
+    """Trainable weights are floating and of at least the activation's precision."""
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if value.dtype not in DTYPES or value.dtype.itemsize < like.dtype.itemsize:
+            raise TypeError(f"{name} must be {like.dtype} or wider, got {value.dtype}")
+
+
+def frozen(**tensors: Tensor | None) -> None:
+    """The op computes no gradient for these."""
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, which this function does not compute: call"
+                f" {name}.requires_grad_(False), or compose the frozen layer and parallel_adapter"
+            )
+
+
+def scale(value: float | Tensor, channels: int) -> None:
+    """A finite number, or a learned scale of shape (), (1,) or (channels,)."""
+    if isinstance(value, Tensor):
+        if value.dim() > 1 or value.numel() not in (1, channels):
+            raise ValueError(
+                f"scale must be a number or of shape (), (1,) or ({channels},),"
+                f" got {tuple(value.shape)}"
+            )
+    elif not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"scale must be a finite number, got {value!r}")
+
+
+def probability(name: str, value: float) -> None:
+    """A dropout probability in [0, 1)."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    """``value`` is one of ``options``."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")

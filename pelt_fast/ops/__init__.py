@@ -1,0 +1,1 @@
+"""One schema per op in ``torch.library`` and the autograd Functions around them."""

@@ -1,0 +1,111 @@
+"""Ops ``ffn_*``, the widened FFN: schemas, fakes, autograd Function."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from pelt_fast.plans import ffn as plans
+from pelt_fast.reference import ffn as reference
+from pelt_fast.reference.low_rank import empty_like_nothing
+
+from .library import Op, active_backend
+from .low_rank import keep_needed
+
+
+def _width(in_weight, gate_weight, down_weight, packed):
+    """Columns of ``pre``."""
+    if packed is not None:
+        return packed.shape[0]
+    return in_weight.shape[0] * (1 if gate_weight is None else 2) + down_weight.shape[0]
+
+
+def _ffn_fwd_fake(
+    x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight, down_bias,
+    up_weight, up_bias, packed, ffn_activation, activation, scale, dropout_p, activation_dropout_p,
+    output_dropout_p, seed,
+):  # fmt: skip
+    width = _width(in_weight, gate_weight, down_weight, packed)
+    return x.new_empty(x.shape[0], out_weight.shape[0]), x.new_empty(x.shape[0], width)
+
+
+def _ffn_bwd_fake(
+    dy, x, pre, in_weight, gate_weight, out_weight, down_weight, up_weight, packed,
+    ffn_activation, activation, scale, dropout_p, activation_dropout_p, output_dropout_p, seed,
+    needs,
+):  # fmt: skip
+    shapes = (
+        (dy.shape[0], in_weight.shape[1]), down_weight.shape, (down_weight.shape[0],),
+        up_weight.shape, (up_weight.shape[0],),
+    )  # fmt: skip
+    dtypes = (dy.dtype, *[down_weight.dtype] * 2, *[up_weight.dtype] * 2)
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if need else empty_like_nothing(dy)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+ffn_fwd = Op(
+    "ffn_fwd",
+    "(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor? gate_weight, Tensor? gate_bias,"
+    " Tensor out_weight, Tensor? out_bias, Tensor down_weight, Tensor? down_bias,"
+    " Tensor up_weight, Tensor? up_bias, Tensor? packed, str ffn_activation, str activation,"
+    " float scale, float dropout_p, float activation_dropout_p, float output_dropout_p,"
+    " Tensor? seed) -> (Tensor, Tensor)",
+    reference.ffn_forward,
+    _ffn_fwd_fake,
+)
+ffn_bwd = Op(
+    "ffn_bwd",
+    "(Tensor dy, Tensor x, Tensor pre, Tensor in_weight, Tensor? gate_weight, Tensor out_weight,"
+    " Tensor down_weight, Tensor up_weight, Tensor? packed, str ffn_activation, str activation,"
+    " float scale, float dropout_p, float activation_dropout_p, float output_dropout_p,"
+    " Tensor? seed, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.ffn_backward,
+    _ffn_bwd_fake,
+)
+ffn_fwd.register(plans.ffn_forward, "CPU", "CUDA")
+ffn_bwd.register(plans.ffn_backward, "CPU", "CUDA")
+
+
+class WidenedFFNFunction(torch.autograd.Function):
+    """A frozen FFN with a parallel adapter, one function of x (M, K).
+
+    Saves x and the pre-activations (M, F + R); x and T (M, R) alone when dx is not needed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
+        down_bias, up_weight, up_bias, packed, *settings_and_seed,
+    ):  # fmt: skip
+        backend = active_backend()
+        *settings, seed = settings_and_seed
+        y, pre = ffn_fwd(
+            x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
+            down_bias, up_weight, up_bias, packed, *settings, seed, backend=backend,
+        )  # fmt: skip
+        rank = down_weight.shape[0]
+        if not ctx.needs_input_grad[0]:
+            first = in_weight.shape[0] * (1 if gate_weight is None else 2)
+            pre = pre[:, first : first + rank].contiguous()
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[7] else None, pre, in_weight, gate_weight, out_weight,
+            down_weight, up_weight, packed, seed,
+        )  # fmt: skip
+        ctx.settings = (*settings, backend)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, pre, in_weight, gate_weight, out_weight, down_weight, up_weight, packed, seed = (
+            ctx.saved_tensors
+        )
+        *settings, backend = ctx.settings
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7:11]]
+        grads = ffn_bwd(
+            dy.contiguous(), empty_like_nothing(dy) if x is None else x, pre, in_weight,
+            gate_weight, out_weight, down_weight, up_weight, packed, *settings, seed, needs,
+            backend=backend,
+        )  # fmt: skip
+        dx, *small = keep_needed(grads, needs)
+        return dx, *[None] * 6, *small, *[None] * 9

@@ -1,0 +1,70 @@
+"""Work in blocks: the pieces the plans share."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pelt_fast.reference.philox import keep_mask, keep_scale
+
+# 1 MiB of fp32 a block, with its mask and the int64 words behind it: inside a core's L2
+BLOCK_ELEMENTS = 1 << 18
+MIN_ROWS = 16
+
+
+def row_blocks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of about BLOCK_ELEMENTS elements that cover ``rows`` rows of ``width``."""
+    step = max(MIN_ROWS, BLOCK_ELEMENTS // max(width, 1))
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a block of rows is multiplied by: 0 or 1 / (1 - p)."""
+    keep = keep_mask(rows.start * width, rows.stop * width, p, seed)
+    return keep.view(-1, width).to(dtype).mul_(keep_scale(p))
+
+
+def drop_(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of x (M, N) in place; ``seed=None`` leaves it."""
+    if seed is not None:
+        for rows in row_blocks(*x.shape):
+            x[rows].mul_(drop_factor(rows, x.shape[1], p, seed, x.dtype))
+    return x
+
+
+def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of x (M, N) into a new tensor; ``seed=None`` returns x."""
+    if seed is None:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows in row_blocks(*x.shape):
+        torch.mul(x[rows], drop_factor(rows, x.shape[1], p, seed, x.dtype), out=out[rows])
+    return out
+
+
+def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``leftᵀ right`` (P, Q) of left (M, P) and right (M, Q), accumulated in at least ``dtype``.
+
+    Low-precision activations are neither rounded in the result nor cast as a whole: CUDA's GEMM
+    writes fp32, elsewhere one block of rows at a time is cast.
+    """
+    if torch.promote_types(left.dtype, dtype) == left.dtype:
+        return (left.t() @ right).to(dtype)
+    if left.is_cuda and dtype == torch.float32:
+        return torch.mm(left.t(), right, out_dtype=dtype)
+    out = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
+    for rows in row_blocks(left.shape[0], left.shape[1] + right.shape[1]):
+        out.addmm_(left[rows].to(dtype).t(), right[rows].to(dtype))
+    return out
+
+
+def weight_and_bias_gradient(
+    left: Tensor, right: Tensor, dtype: torch.dtype, scale: float, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``scale leftᵀ right`` and ``scale sum(left)`` from one read of left: the bias rides on the
+    GEMM as a column of ones beside ``right``."""
+    if not with_bias:
+        return weight_gradient(left, right, dtype).mul_(scale), None
+    ones = right.new_ones(right.shape[0], 1)
+    both = weight_gradient(left, torch.cat([right, ones], 1), dtype).mul_(scale)
+    return both[:, :-1].contiguous(), both[:, -1].contiguous()

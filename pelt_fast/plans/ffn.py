@@ -1,0 +1,174 @@
+"""Widened FFN on library GEMMs (identity I3): packed when the stacked weights are at hand.
+
+Shapes and maths are those of ``reference.ffn``; P = one M x N pass, Q = one M x F pass.
+Traffic  forward    [W1; D] is one GEMM that reads x once; φ, its dropout; W2; then one pass over y
+                    does the output dropout (the model's own) and adds s H Uᵀ + s u in row blocks.
+         backward   dy once more for dU and du, one GEMM [dZ | dT] [W1; D] for dx. dZ is made in
+                    place of dA.
+Flops    (F + R) / F of the frozen FFN's, plus 2MR(K + N) for the two weight gradients.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelt_fast.reference.low_rank import empty_like_nothing
+
+from .activations import activate, activation_backward
+from .blocks import drop, drop_, drop_factor, row_blocks, weight_and_bias_gradient, weight_gradient
+
+
+def _row(seed: Tensor | None, row: int, p: float) -> Tensor | None:
+    return None if seed is None or p == 0 else seed[row]
+
+
+def _stacked_bias(parts: list[tuple[Tensor | None, int]], like: Tensor) -> Tensor | None:
+    """The biases one under the other, zeros for the missing; None when all are missing."""
+    if all(bias is None for bias, _ in parts):
+        return None
+    return torch.cat([like.new_zeros(n) if b is None else b.to(like.dtype) for b, n in parts])
+
+
+def _pre_activations(
+    x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
+) -> Tensor:
+    inner, rank = in_weight.shape[0], down_weight.shape[0]
+    stack = [(in_weight, in_bias), (down_weight, down_bias)]
+    if gate_weight is not None:
+        stack.insert(0, (gate_weight, gate_bias))
+    if packed is not None:
+        padding = packed.shape[0] - sum(weight.shape[0] for weight, _ in stack)
+        parts = [(bias, weight.shape[0]) for weight, bias in stack] + [(None, padding)]
+        return F.linear(x, packed, _stacked_bias(parts, x))
+    pre = x.new_empty(x.shape[0], inner * (len(stack) - 1) + rank)
+    first = 0
+    for weight, bias in stack:
+        part = pre[:, first : first + weight.shape[0]]
+        if bias is None:
+            torch.mm(x, weight.to(x.dtype).t(), out=part)
+        else:
+            torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=part)
+        first += weight.shape[0]
+    return pre
+
+
+def ffn_forward(
+    x,
+    in_weight,
+    in_bias,
+    gate_weight,
+    gate_bias,
+    out_weight,
+    out_bias,
+    down_weight,
+    down_bias,
+    up_weight,
+    up_bias,
+    packed,
+    ffn_activation,
+    activation,
+    scale,
+    dropout_p,
+    activation_dropout_p,
+    output_dropout_p,
+    seed,
+):
+    pre = _pre_activations(
+        x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
+    )
+    inner, rank, low = in_weight.shape[0], down_weight.shape[0], x.dtype
+    first = inner if gate_weight is not None else 0
+    a = activate(ffn_activation, pre[:, :inner])
+    if gate_weight is not None:
+        a.mul_(pre[:, inner : 2 * inner])
+    drop_(a, activation_dropout_p, _row(seed, 1, activation_dropout_p))
+    t = pre[:, first + inner : first + inner + rank]
+    h = drop_(activate(activation, t), dropout_p, _row(seed, 0, dropout_p))
+
+    up = up_weight.to(low).t()
+    bias = None if up_bias is None else up_bias.to(low) * scale
+    output_seed = _row(seed, 2, output_dropout_p)
+    if output_seed is None:
+        if bias is not None:
+            bias = bias if out_bias is None else bias + out_bias
+        y = F.linear(a, out_weight, out_bias if bias is None else bias)
+        return y.addmm_(h, up, alpha=scale), pre
+    y = F.linear(a, out_weight, out_bias)
+    for rows in row_blocks(*y.shape):
+        block = y[rows].mul_(
+            drop_factor(rows, y.shape[1], output_dropout_p, output_seed, low)
+        )
+        if bias is not None:
+            block.add_(bias)
+        block.addmm_(h[rows], up, alpha=scale)
+    return y, pre
+
+
+def ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    in_weight: Tensor,
+    gate_weight: Tensor | None,
+    out_weight: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    packed: Tensor | None,
+    ffn_activation: str,
+    activation: str,
+    scale: float,
+    dropout_p: float,
+    activation_dropout_p: float,
+    output_dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = [empty_like_nothing(dy) for _ in range(5)]
+    rank, low = down_weight.shape[0], dy.dtype
+    inner = in_weight.shape[0] * (1 if gate_weight is None else 2)
+    first = 0 if pre.shape[1] == rank else inner
+    t = pre[:, first : first + rank]
+    if needs[3] or needs[4]:
+        h = drop_(activate(activation, t), dropout_p, _row(seed, 0, dropout_p))
+        grads[3:5] = weight_and_bias_gradient(dy, h, up_weight.dtype, scale, needs[4])
+        if grads[4] is None:
+            grads[4] = empty_like_nothing(dy)
+    if not any(needs[:3]):
+        return tuple(grads)
+    d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
+    d_pre[:, first + rank :] = 0  # the padding of the packed rows
+    dt = d_pre[:, first : first + rank]
+    torch.mm(dy, up_weight.to(low), out=dt).mul_(scale)
+    activation_backward(activation, drop_(dt, dropout_p, _row(seed, 0, dropout_p)), t)
+    if needs[1]:
+        grads[1] = weight_gradient(dt, x, down_weight.dtype)
+    if needs[2]:
+        grads[2] = dt.sum(0, dtype=down_weight.dtype)
+    if needs[0]:
+        d_out = drop(dy, output_dropout_p, _row(seed, 2, output_dropout_p))
+        drop_a = (activation_dropout_p, _row(seed, 1, activation_dropout_p))
+        _inner_backward(d_pre, d_out, pre, out_weight, gate_weight, ffn_activation, drop_a)
+        if packed is not None:
+            grads[0] = d_pre @ packed
+        else:
+            dx = d_pre[:, inner - in_weight.shape[0] : inner] @ in_weight
+            if gate_weight is not None:
+                dx.addmm_(d_pre[:, : gate_weight.shape[0]], gate_weight)
+            grads[0] = dx.addmm_(dt, down_weight.to(low))
+    return tuple(grads)
+
+
+def _inner_backward(d_pre, d_out, pre, out_weight, gate_weight, ffn_activation, drop_a) -> None:
+    """Write dZ (and dG, gated) into the first columns of ``d_pre``."""
+    inner = out_weight.shape[1]
+    first = d_pre[:, :inner]
+    if gate_weight is None:
+        drop_(torch.mm(d_out, out_weight, out=first), *drop_a)
+        activation_backward(ffn_activation, first, pre[:, :inner])
+        return
+    gate, z = pre[:, :inner], pre[:, inner : 2 * inner]
+    da = drop_(d_out @ out_weight, *drop_a)
+    torch.mul(activate(ffn_activation, gate), da, out=d_pre[:, inner : 2 * inner])
+    activation_backward(ffn_activation, torch.mul(da, z, out=first), gate)

@@ -1,0 +1,219 @@
+"""Prefix attention as two attentions merged by log-sum-exp (identity I4).
+
+Shapes and maths are those of ``reference.heads``.
+The context runs on torch's own flash kernel, untouched: no concatenation, no widened mask, no
+copy of the prefix for each batch row. Its backward kernel, given the merged o and the joint lse,
+returns exact dq, dk, dv; the prefix part adds its few keys in blocks of the batch.
+Traffic  beside attention without a prefix: q, o read and o written forward; q, o, do, dq read and
+         dq written backward. Flops (S + P) / S of the attention's.
+
+Where the flash kernel cannot go (attention dropout, an empty context) the reference runs on one
+block of the batch at a time, so that no B x H x T x S tensor ever exists.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pelt_fast.reference import heads as reference
+from pelt_fast.reference.heads import causal_mask, expand_heads, heads_last, reduce_heads
+from pelt_fast.reference.low_rank import empty_like_nothing
+
+from .blocks import BLOCK_ELEMENTS
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _batch_blocks(q: Tensor, width: int) -> Iterator[slice]:
+    """Slices of the batch of about BLOCK_ELEMENTS scores, ``width`` for each query."""
+    batch, heads, queries, _ = q.shape
+    step = max(1, BLOCK_ELEMENTS // max(heads * queries * width, 1))
+    return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
+
+
+def uses_flash(q: Tensor, k: Tensor, dropout_p: float) -> bool:
+    """Whether the context can run on torch's CPU flash kernel."""
+    return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0 and k.numel() > 0
+
+
+def _additive_mask(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor | None, bool, Tensor | None]:
+    """The kernel's mask and causal flag, and the rows (.., T) that see no key at all.
+
+    The kernel wants a mask of q's dtype, never beside its causal flag, and aligns that flag top
+    left; it reports lse 0 for a row that sees nothing.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None and (not causal or queries == keys):
+        return None, causal, None
+    if mask is None or mask.dtype == torch.bool:
+        visible = causal_mask(queries, keys, q.device) if causal else None
+        if mask is not None:
+            visible = mask if visible is None else mask & visible
+        additive = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        hidden = ~visible.any(-1)
+    else:
+        additive = mask.to(q.dtype)
+        if causal:
+            visible = causal_mask(queries, keys, q.device)
+            additive = additive.masked_fill(~visible, float("-inf"))
+        hidden = (additive == float("-inf")).all(-1)
+    while additive.dim() < 4:
+        additive, hidden = additive.unsqueeze(0), hidden.unsqueeze(0)
+    return additive.expand(-1, -1, queries, keys), False, hidden.expand(-1, -1, queries)
+
+
+def _prefix_part(form: str, scores: Tensor, lse: Tensor) -> Tensor:
+    return scores.clamp_min(0) if form == "relu" else reference.softmax_weights(scores, lse)
+
+
+def prefix_attention_forward(
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    attn_mask,
+    is_causal,
+    scale,
+    form,
+    composition,
+    dropout_p,
+    seed,
+):
+    settings = (is_causal, scale, form, composition, dropout_p, seed)
+    if not uses_flash(q, k, dropout_p):
+        return _blocked_forward(q, k, v, prefix_k, prefix_v, attn_mask, settings)
+    mask, causal, hidden = _additive_mask(q, k, attn_mask, is_causal)
+    o, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    o, lse = heads_last(o), lse.contiguous()
+    if hidden is not None:
+        lse.masked_fill_(hidden, float("-inf"))
+    context_o = empty_like_nothing(q) if composition == "gated" else o.clone()
+    pk, pv = (expand_heads(p.to(lse.dtype), q.shape[1]) for p in (prefix_k, prefix_v))
+    for batch in _batch_blocks(q, prefix_k.shape[1]):
+        scores = scale * (q[batch].to(lse.dtype) @ pk.transpose(-1, -2))
+        prefix_lse = torch.logsumexp(scores, -1)
+        context = o[batch].to(lse.dtype, copy=True)
+        if composition == "gated":
+            joint = torch.logaddexp(lse[batch], prefix_lse)
+            context = context * torch.exp(lse[batch] - joint).unsqueeze(-1)
+            lse[batch] = prefix_lse = joint
+        o[batch] = context.add_(_prefix_part(form, scores, prefix_lse) @ pv)
+    return o, lse, context_o
+
+
+def prefix_attention_backward(
+    do,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    o,
+    lse,
+    context_o,
+    attn_mask,
+    is_causal,
+    scale,
+    form,
+    composition,
+    dropout_p,
+    seed,
+    needs,
+):
+    tensors = (do, q, k, v, prefix_k, prefix_v, o, lse, context_o)
+    settings = (is_causal, scale, form, composition, dropout_p, seed)
+    if not uses_flash(q, k, dropout_p):
+        return _blocked_backward(tensors, attn_mask, settings, needs)
+    grads = [empty_like_nothing(do) for _ in range(5)]
+    if any(needs[:3]):
+        mask, causal, hidden = _additive_mask(q, k, attn_mask, is_causal)
+        own_lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        if composition == "add" and hidden is not None:
+            own_lse = own_lse.masked_fill(hidden, 0)  # as the kernel itself reports such a row
+        own = o if composition == "gated" else context_o
+        parts = _flash_backward(do, q, k, v, own, own_lse, 0.0, causal, attn_mask=mask, scale=scale)
+        for i in range(3):
+            if needs[i]:
+                grads[i] = parts[i]
+    prefix_grads = _prefix_backward(tensors, settings, grads[0] if needs[0] else None)
+    for i in (3, 4):
+        if needs[i]:
+            grads[i] = reduce_heads(prefix_grads[i - 3], prefix_k.shape[0]).to(prefix_k.dtype)
+    return tuple(grads)
+
+
+def _prefix_backward(tensors, settings, dq: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add the prefix's part to ``dq`` in place; return dpk, dpv (H, P, D), summed over the batch
+    in one fixed order."""
+    do, q, _, _, prefix_k, prefix_v, o, lse, _ = tensors
+    _, scale, form, composition, _, _ = settings
+    wide, heads = lse.dtype, q.shape[1]
+    pk, pv = (expand_heads(p.to(wide), heads) for p in (prefix_k, prefix_v))
+    dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)
+    for batch in _batch_blocks(q, prefix_k.shape[1]):
+        qb, dob = q[batch].to(wide), do[batch].to(wide)
+        scores = scale * (qb @ pk.transpose(-1, -2))
+        own_lse = lse[batch] if composition == "gated" else torch.logsumexp(scores, -1)
+        weights = _prefix_part(form, scores, own_lse)
+        dpv += (weights.transpose(-1, -2) @ dob).sum(0)
+        d_weights = dob @ pv.transpose(-1, -2)
+        if form == "relu":
+            d_scores = d_weights.mul_(scores > 0)
+        else:
+            own = o[batch].to(wide) if composition == "gated" else weights @ pv
+            d_scores = d_weights.sub_((dob * own).sum(-1, keepdim=True)).mul_(weights)
+        d_scores.mul_(scale)
+        dpk += (d_scores.transpose(-1, -2) @ qb).sum(0)
+        if dq is not None:
+            dq[batch] = (d_scores @ pk).add_(dq[batch])
+    return dpk, dpv
+
+
+def _blocks_of(mask: Tensor | None, batch: slice) -> Tensor | None:
+    return mask[batch] if mask is not None and mask.dim() == 4 and mask.shape[0] > 1 else mask
+
+
+def _blocked_forward(q, k, v, prefix_k, prefix_v, mask, settings):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    o = torch.empty_like(heads_last(q))
+    lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
+    gated = settings[3] == "gated"
+    context_o = empty_like_nothing(q) if gated else torch.empty_like(o)
+    for batch in _batch_blocks(q, k.shape[2] + prefix_k.shape[1]):
+        o[batch], lse[batch], kept = reference.prefix_attention_forward(
+            q[batch], k[batch], v[batch], prefix_k, prefix_v, _blocks_of(mask, batch),
+            *settings, batch.start,
+        )  # fmt: skip
+        if not gated:
+            context_o[batch] = kept
+    return o, lse, context_o
+
+
+def _blocked_backward(tensors, mask, settings, needs):
+    do, q, k, v, prefix_k, prefix_v, o, lse, context_o = tensors
+    gated = settings[3] == "gated"
+    grads = [empty_like_nothing(do) for _ in range(5)]
+    for i, like in enumerate((q, k, v)):
+        if needs[i]:
+            grads[i] = torch.empty_like(heads_last(like))
+    for i in (3, 4):
+        if needs[i]:
+            grads[i] = torch.zeros_like(prefix_k, memory_format=torch.contiguous_format)
+    for batch in _batch_blocks(q, k.shape[2] + prefix_k.shape[1]):
+        block = reference.prefix_attention_backward(
+            do[batch], q[batch], k[batch], v[batch], prefix_k, prefix_v, o[batch], lse[batch],
+            context_o if gated else context_o[batch], _blocks_of(mask, batch),
+            *settings, needs, batch.start,
+        )  # fmt: skip
+        for i in range(3):
+            if needs[i]:
+                grads[i][batch] = block[i]
+        for i in (3, 4):
+            if needs[i]:
+                grads[i] += block[i]
+    return tuple(grads)

@@ -1,0 +1,176 @@
+"""LoRA linear and adapter on library GEMMs: the *accumulate* plan.
+
+Shapes and maths are those of ``reference.low_rank``.
+Traffic  P = one read or write of an M x K (or M x N) activation, beside the frozen GEMM's own 2P
+         each way.
+         LoRA forward    x for S, y read and written by the accumulating GEMM:            5 P
+         LoRA backward   dy for dS, dy for dB, x for dA, dx read and written again:       7 P
+         adapter forward x for T, base, y written, read and written again:               5 P
+Flops    LoRA 2MR(K + N) forward, 4MR(K + N) backward beside 2MNK each.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelt_fast.reference import low_rank as reference
+from pelt_fast.reference.low_rank import empty_like_nothing
+
+from .activations import activate, activation_backward
+from .blocks import drop_, drop_factor, row_blocks, weight_and_bias_gradient, weight_gradient
+
+
+def _dropped_rank(x: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """S = drop(x) aᵀ with one read of x and no masked copy of it."""
+    if seed is None:
+        return x @ a.t()
+    s = x.new_empty(x.shape[0], a.shape[0])
+    for rows in row_blocks(*x.shape):
+        factor = drop_factor(rows, x.shape[1], p, seed, x.dtype)
+        torch.mm(factor.mul_(x[rows]), a.t(), out=s[rows])
+    return s
+
+
+def lora_forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
+    s = _dropped_rank(x, lora_a.to(x.dtype), dropout_p, seed)
+    y = F.linear(x, weight, bias)
+    y.addmm_(s, lora_b.to(x.dtype).t(), alpha=scale)
+    return y, s
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, da, db = (empty_like_nothing(dy) for _ in range(3))
+    if needs[2]:
+        db = weight_gradient(dy, s, lora_b.dtype).mul_(scale)
+    if not (needs[0] or needs[1]):
+        return dx, da, db
+    ds = (dy @ lora_b.to(dy.dtype)).mul_(scale)
+    if needs[0]:
+        dx = dy @ weight
+    if seed is not None:
+        da = _masked_backward(dx, ds, x, lora_a, dropout_p, seed, needs)
+    else:
+        if needs[0]:
+            dx.addmm_(ds, lora_a.to(dy.dtype))
+        if needs[1]:
+            da = weight_gradient(ds, x, lora_a.dtype)
+    return dx, da, db
+
+
+def _masked_backward(dx, ds, x, lora_a, p, seed, needs):
+    """dx += drop(dS A) in place and dA = dSᵀ drop(x), each mask computed once for both."""
+    a = lora_a.to(ds.dtype)
+    wide = torch.promote_types(ds.dtype, lora_a.dtype)
+    da = torch.zeros_like(lora_a, dtype=wide) if needs[1] else empty_like_nothing(ds)
+    for rows in row_blocks(ds.shape[0], a.shape[1]):
+        factor = drop_factor(rows, a.shape[1], p, seed, ds.dtype)
+        if needs[0]:
+            dx[rows].addcmul_(ds[rows] @ a, factor)
+        if needs[1]:
+            da.addmm_(ds[rows].t().to(wide), factor.mul_(x[rows]).to(wide))
+    return da.to(lora_a.dtype) if needs[1] else da
+
+
+def adapter_forward(
+    x,
+    base,
+    down_weight,
+    down_bias,
+    up_weight,
+    up_bias,
+    norm_weight,
+    norm_bias,
+    layer_norm,
+    activation,
+    scale,
+    dropout_p,
+    seed,
+):
+    residual = x if base is None else base
+    if layer_norm != "none":
+        out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        t = x.new_empty(x.shape[0], down_weight.shape[0])
+        for rows in row_blocks(*x.shape):
+            out[rows], t[rows] = reference.adapter_forward(
+                x[rows], residual[rows], down_weight, down_bias, up_weight, up_bias,
+                norm_weight, norm_bias, layer_norm, activation, scale, dropout_p, seed, rows.start,
+            )  # fmt: skip
+        return out, t
+    low = x.dtype
+    t = F.linear(x, down_weight.to(low), None if down_bias is None else down_bias.to(low))
+    h = drop_(activate(activation, t), dropout_p, seed)
+    up = up_weight.to(low).t()
+    if up_bias is None:
+        return torch.addmm(residual, h, up, alpha=scale), t
+    # the bias rides on the copy of base that the accumulating GEMM needs anyway
+    out = torch.add(residual, up_bias.to(low), alpha=scale)
+    return out.addmm_(h, up, alpha=scale), t
+
+
+def adapter_backward(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    layer_norm: str,
+    activation: str,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    sequential: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    grads = [empty_like_nothing(dy) for _ in range(7)]
+    if layer_norm != "none":
+        small = (down_weight, down_weight[:, 0], up_weight, up_bias, norm_weight, norm_bias)
+        if needs[0]:
+            grads[0] = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for i, like in enumerate(small, 1):
+            if needs[i]:
+                grads[i] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        for rows in row_blocks(*x.shape):
+            block = reference.adapter_backward(
+                dy[rows], x[rows], t[rows], down_weight, up_weight, up_bias, norm_weight, norm_bias,
+                layer_norm, activation, scale, dropout_p, seed, sequential, needs, rows.start,
+            )  # fmt: skip
+            if needs[0]:
+                grads[0][rows] = block[0]
+            for i in range(1, 7):
+                if needs[i]:
+                    grads[i] += block[i]
+        return tuple(grads)
+
+    low = dy.dtype
+    if needs[3] or needs[4]:
+        h = drop_(activate(activation, t), dropout_p, seed)
+        grads[3:5] = weight_and_bias_gradient(dy, h, up_weight.dtype, scale, needs[4])
+        if grads[4] is None:
+            grads[4] = empty_like_nothing(dy)
+    if needs[0] or needs[1] or needs[2]:
+        dt = drop_((dy @ up_weight.to(low)).mul_(scale), dropout_p, seed)
+        dt = activation_backward(activation, dt, t)
+    if needs[1]:
+        grads[1] = weight_gradient(dt, x, down_weight.dtype)
+    if needs[2]:
+        grads[2] = dt.sum(0, dtype=down_weight.dtype)
+    if needs[0]:
+        down = down_weight.to(low)
+        grads[0] = torch.addmm(dy, dt, down) if sequential else dt @ down
+    return tuple(grads)
