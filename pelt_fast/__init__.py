@@ -1,7 +1,25 @@
 """pelt_fast: parameter-efficient fine-tuning at the cost of the frozen model."""
 
 from pelt_fast import functional
+from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.methods import methods
+from pelt_fast.models.checkpoint import load, save
+from pelt_fast.models.count import count_parameters
+from pelt_fast.models.explain import explain
+from pelt_fast.models.inject import eject, inject
 from pelt_fast.ops.library import backend
 
 __version__ = "0.1.0"
-__all__ = ["backend", "functional"]
+__all__ = [
+    "Modification",
+    "PeltConfig",
+    "backend",
+    "count_parameters",
+    "eject",
+    "explain",
+    "functional",
+    "inject",
+    "load",
+    "methods",
+    "save",
+]

@@ -1,0 +1,1 @@
+"""From a transformers model to its sites: the architecture table, injection, checkpoints."""

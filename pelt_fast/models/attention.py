@@ -1,0 +1,111 @@
+"""Prefix tuning's way into the models: transformers' AttentionInterface.
+
+For each attention a user may have chosen and that can carry a prefix, a function of the name
+``pelt_fast_<choice>`` is registered beside the matching mask function. An attention module with a
+:class:`~pelt_fast.modules.PrefixSlice` runs ``prefix_attention``; any other runs the user's
+choice as it is. Nothing goes through ``past_key_values``, so any cache and any decoding work.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pelt_fast import functional
+from pelt_fast.modules import PrefixSlice
+from pelt_fast.ops.library import backend
+from pelt_fast.reference.heads import context_scores, expand_heads
+
+SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
+WRAPPED = ("sdpa", "eager")
+_NAME = "pelt_fast_{}"
+
+
+def wrapping(choice: str | None) -> str:
+    """The registered name that wraps the user's attention; ValueError when it cannot be."""
+    choice = choice or "eager"
+    for known in WRAPPED:
+        if choice in (known, _NAME.format(known)):
+            return _NAME.format(known)
+    raise ValueError(
+        f"attention implementation {choice!r} cannot carry a prefix: pelt_fast needs its"
+        " log-sum-exp, which transformers' wrapper does not pass on. Choose"
+        " model.set_attn_implementation('sdpa') or 'eager' before inject"
+    )
+
+
+def _refuse(kwargs: dict) -> None:
+    for name in ("softcap", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"prefix attention cannot carry {name} of this model's attention")
+
+
+def _prefixed(module: nn.Module) -> PrefixSlice | None:
+    return module.__dict__.get(SLICE)
+
+
+def _attend(module, site, q, k, v, mask, causal, dropout, scaling) -> Tensor:
+    prefix_k, prefix_v = site()
+    out = functional.prefix_attention(
+        q, k, v, prefix_k, prefix_v, attn_mask=mask, is_causal=causal, scale=scaling,
+        composition=site.composition, dropout_p=dropout, training=module.training,
+    )  # fmt: skip
+    return out.transpose(1, 2)  # (B, T, H, D), contiguous
+
+
+def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None,
+         **kwargs):  # fmt: skip
+    """SDPA's contract: mask None or (B, 1 or H, T, S), causality from the module, no weights."""
+    site = _prefixed(module)
+    if site is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+    _refuse(kwargs)
+    queries = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = queries > 1 and attention_mask is None and causal
+    if causal and key.shape[2] > queries:
+        # a static cache at prefill: what lies past the queries is not written yet
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    out = _attend(module, site, query, key, value, attention_mask, causal, dropout, scaling)
+    return out, None
+
+
+def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Eager's contract: additive mask; scores and weights exist. Runs the reference; returns the
+    context's weights (they sum to 1 - λ) when attentions are asked for."""
+    site = _prefixed(module)
+    if site is None:
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                   **kwargs)  # fmt: skip
+    _refuse(kwargs)
+    with backend("reference"):
+        out = _attend(module, site, query, key, value, attention_mask, False, dropout, scaling)
+    wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
+    weights = _weights(site, query, key, attention_mask, scaling) if wanted else None
+    return out, weights
+
+
+@torch.no_grad()
+def _weights(site, query, key, mask, scaling) -> Tensor:
+    """softmax over prefix and context, the context's columns (B, H, T, S)."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    heads = query.shape[1]
+    scores = context_scores(query.float(), expand_heads(key.float(), heads), mask, False, scaling)
+    if site.composition == "gated":
+        prefix = expand_heads(site()[0].float(), heads)
+        both = torch.cat([scaling * query.float() @ prefix.transpose(-1, -2), scores], -1)
+        return torch.softmax(both, -1)[..., prefix.shape[-2] :].to(query.dtype)
+    return torch.softmax(scores, -1).to(query.dtype)
+
+
+for _choice, _function in (("sdpa", sdpa), ("eager", eager)):
+    ALL_ATTENTION_FUNCTIONS.register(_NAME.format(_choice), _function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(
+        _NAME.format(_choice), ALL_MASK_ATTENTION_FUNCTIONS[_choice]
+    )

@@ -1,0 +1,175 @@
+"""save and load: the method's tensors and a JSON, never the base.
+
+``pelt_config.json`` holds the format version, the config and what base it belongs to;
+``pelt_model.safetensors`` the method's tensors and the task head's. A prefix is stored as its keys
+and values: its reparameterisation ends with training. Both files are written beside their final
+names and moved there when whole.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pelt_fast.config import PeltConfig
+from pelt_fast.modules import PrefixBank
+
+from .count import is_method
+from .inject import eject, inject
+from .slots import base_of
+from .takeover import takeover_of
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "pelt_config.json"
+WEIGHTS_FILE = "pelt_model.safetensors"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the base's parameter names and shapes (not of their values)."""
+    lines = sorted(
+        f"{name} {tuple(parameter.shape)}"
+        for name, parameter in base_of(model).named_parameters()
+        if not is_method(name)
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def method_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What :func:`save` stores, by name: the method folded, and the trained task head."""
+    takeover = takeover_of(model)
+    if takeover.config.is_full:
+        return {name: p.detach() for name, p in model.named_parameters()}
+    banks = {name: m for name, m in model.named_modules() if isinstance(m, PrefixBank)}
+    tensors = {f"{name}.prefix": bank().detach() for name, bank in banks.items()}
+    for name, parameter in model.named_parameters():
+        in_bank = any(name.startswith(f"{bank}.") for bank in banks)
+        if name in takeover.head or (is_method(name) and not in_bank):
+            tensors[name] = parameter.detach()
+    return tensors
+
+
+def save(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the injected method to ``folder`` (made if missing).
+
+    Raises ValueError when nothing is injected and OSError when the disk refuses; a checkpoint
+    that was there before is then still whole.
+    """
+    takeover = takeover_of(model)
+    tensors = {name: t.contiguous().cpu() for name, t in method_tensors(model).items()}
+    about = {
+        "format_version": FORMAT_VERSION,
+        "config": dataclasses.asdict(takeover.config),
+        "base": {
+            "architecture": base_of(model).config.model_type,
+            "name": base_of(model).config._name_or_path,
+            "fingerprint": fingerprint(model),
+        },
+        "tensors": {name: list(t.shape) for name, t in tensors.items()},
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / f".{name}.{os.getpid()}.part" for name in (WEIGHTS_FILE, CONFIG_FILE)]
+    try:
+        save_file(tensors, parts[0], metadata={"format": "pt"})
+        parts[1].write_text(json.dumps(about, indent=2) + "\n")
+        for part, name in zip(parts, (WEIGHTS_FILE, CONFIG_FILE), strict=True):
+            os.replace(part, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not save the method to {folder}: {error}") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:
+    """The config of a saved method, and everything else its JSON says.
+
+    Raises FileNotFoundError when a file is missing, ValueError when it cannot be understood.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no saved method in {folder}: {name} is missing")
+    try:
+        about = json.loads((folder / CONFIG_FILE).read_text())
+        version = about["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is not a pelt_fast config: {error}") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}, this pelt_fast reads {FORMAT_VERSION}"
+        )
+    return PeltConfig.from_json(json.dumps(about["config"])), about
+
+
+def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """Inject the method saved in ``folder`` into ``model``, with its weights; returns the model.
+
+    Raises FileNotFoundError, or ValueError when the files are damaged, of another version, of
+    another base, or do not fit the model; the model is then as it was.
+    """
+    config, about = read_config(folder)
+    base = about["base"]
+    if base["fingerprint"] != fingerprint(model):
+        raise ValueError(
+            f"the method in {folder} belongs to another base: it was saved from"
+            f" {base['architecture']!r} ({base['name'] or 'no name'}), whose parameters differ in"
+            f" name or shape from this {type(model).__name__}'s"
+        )
+    try:
+        with safe_open(Path(folder) / WEIGHTS_FILE, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{Path(folder) / WEIGHTS_FILE} is damaged: {error}") from None
+    if {name: list(t.shape) for name, t in tensors.items()} != about["tensors"]:
+        raise ValueError(f"{folder}: {WEIGHTS_FILE} does not hold what {CONFIG_FILE} lists")
+    if config.is_full:
+        _check_fits(dict(model.named_parameters()), tensors, folder)
+        inject(model, config)
+        _copy(model, tensors)
+        return model
+    inject(model, config)
+    try:
+        _fold_banks(model, tensors)
+        expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _check_fits(expected, tensors, folder)
+    except BaseException:
+        eject(model)
+        raise
+    _copy(model, tensors)
+    return model
+
+
+def _fold_banks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, PrefixBank) and f"{name}.prefix" in tensors:
+            module.fold(tensors[f"{name}.prefix"])
+
+
+def _check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], folder) -> None:
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"the method in {folder} does not fit this model: it lacks"
+            f" {', '.join(sorted(missing)[:3]) or 'nothing'} and has no use for"
+            f" {', '.join(sorted(unexpected)[:3]) or 'nothing'}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{name} in {folder} has shape {tuple(tensor.shape)},"
+                f" the model wants {tuple(expected[name].shape)}"
+            )
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)

@@ -1,0 +1,140 @@
+"""explain: for each site what runs, what fell back and why, what it saves and trains."""
+
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from pelt_fast.modules import ParallelFFNAdapter, PrefixBank
+from pelt_fast.ops import support
+
+from .count import ParameterCount, count_parameters
+from .takeover import Site, takeover_of
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site. ``plan`` is what runs in the model's present mode; ``fell_back`` says whether it
+    is less than the fused op, ``reason`` why (or what is worth knowing). ``saved_bytes`` are kept
+    for backward for each token (a prefix: each query)."""
+
+    name: str
+    op: str
+    plan: str
+    fell_back: bool
+    reason: str
+    saved_bytes: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was injected: printable as a table, ``as_dict`` for machines."""
+
+    method: str
+    model: str
+    training: bool
+    sites: tuple[SiteReport, ...]
+    count: ParameterCount
+
+    @property
+    def fallbacks(self) -> list[SiteReport]:
+        """The sites that do not run their fused op."""
+        return [site for site in self.sites if site.fell_back]
+
+    def as_dict(self) -> dict:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        mode = "training" if self.training else "evaluation"
+        rows = [("site", "op", "plan", "saved B/token", "trainable", "note")]
+        rows += [
+            (s.name, s.op, s.plan, f"{s.saved_bytes:,}", f"{s.trainable:,}", s.reason)
+            for s in self.sites
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip((*row[:5], ""), [*widths, 0]))
+            + row[5]
+            for row in rows
+        ]
+        count = self.count
+        head = f"{self.method} on {self.model}, {mode} mode"
+        tail = (
+            f"{len(self.fallbacks)} of {len(self.sites)} sites fell back."
+            f" Method {count.paper:,} parameters ({count.percent:.2f} % of the base) as the paper"
+            f" counts, {count.kept:,} kept, {count.trainable:,} training now"
+            f" (task head {count.head:,})."
+        )
+        return "\n".join([head, *(line.rstrip() for line in lines), tail])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """The :class:`Explanation` of an injected model; ValueError when nothing is injected."""
+    takeover = takeover_of(model)
+    seen: set[int] = set()
+    sites = []
+    for site in takeover.sites:
+        fresh = id(site.module) not in seen  # a prefix bank is shared: count it once
+        seen.add(id(site.module))
+        trainable = sum(p.numel() for p in site.module.parameters() if p.requires_grad)
+        sites.append(_report(site, trainable if fresh else 0))
+    return Explanation(
+        takeover.config.name, type(model).__name__, model.training, tuple(sites),
+        count_parameters(model),
+    )  # fmt: skip
+
+
+def _report(site: Site, trainable: int) -> SiteReport:
+    parameter = next(site.module.parameters())
+    plan, note = support.plan(site.op, parameter.device), ""
+    if isinstance(site.module, PrefixBank):
+        attention = site.details["attention"]
+        plan, note = _prefix_plan(site.module, attention, parameter.device)
+        saved = _prefix_bytes(site.module, attention)
+    elif isinstance(site.module, ParallelFFNAdapter):
+        note = site.module.why_not_fused() or ""
+        if note:
+            plan = support.Plan("own FFN + adapter", note)
+        elif site.module.is_packed and plan.reason is None:
+            plan = support.Plan(f"packed, {plan.name}")
+        saved = _ffn_bytes(site.module, fused=not note)
+    else:
+        saved = _low_rank_bytes(site.module)
+    return SiteReport(
+        site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved, trainable
+    )
+
+
+def _prefix_plan(bank: PrefixBank, attention: nn.Module, device) -> tuple[support.Plan, str]:
+    if attention.config._attn_implementation == "pelt_fast_eager":
+        return support.Plan("reference", "the model was told to use eager attention"), ""
+    value = getattr(attention, "dropout", getattr(attention, "attention_dropout", 0.0))
+    p = float(getattr(value, "p", value)) if attention.training else 0.0
+    plan = support.plan("prefix", device, p)
+    note = "attention dropout: torch's CPU flash kernel has none" if plan.name == "blocked" else ""
+    return plan, note
+
+
+def _prefix_bytes(bank: PrefixBank, attention: nn.Module) -> int:
+    """q, k, v, o in the base's dtype and the fp32 lse, of one token in one attention."""
+    weight = next(p for name, p in attention.named_parameters() if "pelt_" not in name)
+    _, _, kv_heads, _, head_dim = bank.shape
+    queries = getattr(attention, "q_proj", getattr(attention, "query", None)).weight.shape[0]
+    return (2 * queries + 2 * kv_heads * head_dim) * weight.element_size() + 4 * queries // head_dim
+
+
+def _ffn_bytes(module: ParallelFFNAdapter, fused: bool) -> int:
+    weight = module.ffn.in_proj.module.weight
+    inner, inputs = weight.shape
+    widths = inner * (len(module.ffn.projections) - 1) + module.down_weight.shape[0] + inputs
+    if not fused:
+        widths += inner + module.up_weight.shape[0]
+    return widths * weight.element_size()
+
+
+def _low_rank_bytes(module: nn.Module) -> int:
+    """x and the M x R intermediate."""
+    down = module.lora_a if hasattr(module, "lora_a") else module.down_weight
+    slot = module.slot if hasattr(module, "slot") else module.ffn.out_proj
+    return sum(down.shape) * slot.module.weight.element_size()

@@ -1,0 +1,102 @@
+"""Every change injection makes to a model, recorded so that eject can take it back."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pelt_fast.config import PeltConfig
+from pelt_fast.modules.slot import passthrough
+
+
+class MovedDropout:
+    """Forward hook of an attention whose output dropout moved here from a shared attribute."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, module: nn.Module, args, output):
+        first, *rest = output
+        return F.dropout(first, self.p, module.training), *rest
+
+
+class Takeover:
+    """The changes made to one model, in order, and the sites that were added.
+
+    Lives on the model as ``model._pelt``; copies and pickles with it.
+    """
+
+    def __init__(self, config: PeltConfig):
+        self.config = config
+        self.sites: list[Site] = []
+        self.head: list[str] = []  # names of the task head's parameters
+        self.trainable_before: dict[str, bool] = {}
+        self.head_before: dict[str, torch.Tensor] = {}
+        self._undo: list[tuple] = []
+
+    def call(self, module: nn.Module, forward) -> None:
+        """Let ``module`` run ``forward`` when called."""
+        self._undo.append(("forward", module))
+        module.forward = forward
+
+    def bypass(self, owner: nn.Module, name: str) -> None:
+        """Let the module or function ``owner.name`` return its input."""
+        value = getattr(owner, name)
+        if isinstance(value, nn.Module):
+            self.call(value, passthrough)
+        else:
+            self.set(owner, name, passthrough)
+
+    def set(self, owner, name: str, value) -> None:
+        """Set a plain attribute."""
+        self._undo.append(("attribute", owner, name, owner.__dict__.get(name, _Absent)))
+        setattr(owner, name, value)
+
+    def set_attention(self, config, choice: str) -> None:
+        """Choose a config's attention implementation."""
+        self._undo.append(("attention", config, config._attn_implementation))
+        config._attn_implementation = choice
+
+    def add(self, owner: nn.Module, name: str, child: nn.Module) -> None:
+        """Register a site's module, in the mode (training or not) its owner is in."""
+        self._undo.append(("child", owner, name))
+        owner.add_module(name, child.train(owner.training))
+
+    def hook(self, handle) -> None:
+        """Keep the handle of a hook."""
+        self._undo.append(("hook", handle))
+
+    def undo(self) -> None:
+        """Take every change back, the last first."""
+        while self._undo:
+            kind, *what = self._undo.pop()
+            if kind == "forward":
+                what[0].__dict__.pop("forward", None)
+            elif kind == "child":
+                delattr(*what)
+            elif kind == "hook":
+                what[0].remove()
+            elif kind == "attention":
+                what[0]._attn_implementation = what[1]
+            else:
+                owner, name, value = what
+                delattr(owner, name) if value is _Absent else setattr(owner, name, value)
+
+
+class _Absent:
+    """Stands for an attribute that was not there (a class, so that copies keep its identity)."""
+
+
+class Site:
+    """One modified place: its name in the model, the op it runs and the module behind it."""
+
+    def __init__(self, name: str, op: str, form: str, module: nn.Module, **details):
+        self.name, self.op, self.form, self.module = name, op, form, module
+        self.details = details
+
+
+def takeover_of(model: nn.Module) -> Takeover:
+    """The model's takeover; ValueError when nothing was injected."""
+    takeover = model.__dict__.get("_pelt")
+    if takeover is None:
+        raise ValueError(f"nothing is injected into this {type(model).__name__}: call inject first")
+    return takeover

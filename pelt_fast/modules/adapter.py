@@ -1,0 +1,84 @@
+"""The bottleneck's tensors, and the sequential adapter on a linear layer's output."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pelt_fast import functional
+from pelt_fast.config import Modification
+
+from .slot import Slot
+
+
+class Bottleneck(nn.Module):
+    """down_weight (R, K), down_bias (R), up_weight (N, R), up_bias (N), and what the modification
+    asks for: norm_weight, norm_bias (adapter LayerNorm), scale (learned).
+
+    Init "lora": Kaiming uniform down, zero up, zero biases. "bert": normal 0.02, zero biases.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, modification: Modification, device, dtype: torch.dtype
+    ):
+        super().__init__()
+        place = dict(device=device, dtype=dtype)
+        rank = modification.size
+        self.down_weight = nn.Parameter(torch.empty(rank, inputs, **place))
+        self.down_bias = nn.Parameter(torch.zeros(rank, **place))
+        self.up_weight = nn.Parameter(torch.zeros(outputs, rank, **place))
+        self.up_bias = nn.Parameter(torch.zeros(outputs, **place))
+        if modification.init == "lora":
+            nn.init.kaiming_uniform_(self.down_weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.down_weight, std=0.02)
+            nn.init.normal_(self.up_weight, std=0.02)
+        self.norm_weight = self.norm_bias = None
+        if modification.layer_norm != "none":
+            width = inputs if modification.layer_norm == "in" else outputs
+            self.norm_weight = nn.Parameter(torch.ones(width, **place))
+            self.norm_bias = nn.Parameter(torch.zeros(width, **place))
+        self.scale = modification.scale
+        if modification.composition.startswith("learned"):
+            size = outputs if modification.composition == "learned_channel_scale" else 1
+            self.scale = nn.Parameter(torch.full((size,), float(modification.scale), **place))
+        self.activation = modification.activation
+        self.layer_norm = modification.layer_norm
+        self.dropout_p = modification.dropout
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """down_weight, down_bias, up_weight, up_bias."""
+        return self.down_weight, self.down_bias, self.up_weight, self.up_bias
+
+    @property
+    def settings(self) -> dict:
+        """The keyword arguments every adapter function shares."""
+        return dict(scale=self.scale, activation=self.activation, dropout_p=self.dropout_p,
+                    training=self.training)  # fmt: skip
+
+    @property
+    def norm(self) -> dict:
+        """The adapter LayerNorm's keyword arguments."""
+        return dict(layer_norm=self.layer_norm, norm_weight=self.norm_weight,
+                    norm_bias=self.norm_bias)  # fmt: skip
+
+    def extra_repr(self) -> str:
+        rank, inputs = self.down_weight.shape
+        shape = f"{inputs} -> {rank} -> {self.up_weight.shape[0]}"
+        scale = "learned" if isinstance(self.scale, Tensor) else self.scale
+        return f"{shape}, {self.activation}, scale={scale}, p={self.dropout_p}, norm={self.layer_norm}"
+
+
+class SequentialAdapter(Bottleneck):
+    """Runs in the place of an output projection: adapter(linear(x)) (paper equation 4)."""
+
+    def __init__(self, linear: nn.Linear, modification: Modification, dtype: torch.dtype):
+        width = linear.weight.shape[0]
+        super().__init__(width, width, modification, linear.weight.device, dtype)
+        self.slot = Slot(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.sequential_adapter(
+            self.slot(x), *self.weights, **self.settings, **self.norm
+        )

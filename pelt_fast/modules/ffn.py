@@ -1,0 +1,179 @@
+"""Adapters on a whole feed-forward block: parallel (a wider FFN) and sequential."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pelt_fast import functional
+from pelt_fast.config import Modification
+
+from .adapter import Bottleneck
+from .slot import Slot
+
+RANK_PADDING = 16  # rows of the packed buffer: a multiple of the tensor core's tile
+
+
+class FrozenFFN:
+    """The feed-forward block of one layer: its projections, activation and own dropouts.
+
+    ``activation`` is the name the ops know it by, or None; ``activate`` is the model's own.
+    """
+
+    def __init__(
+        self,
+        in_proj: nn.Module,
+        out_proj: nn.Module,
+        gate_proj: nn.Module | None,
+        activate: Callable[[Tensor], Tensor],
+        activation: str | None,
+        activation_dropout_p: float,
+        output_dropout_p: float,
+    ):
+        self.in_proj, self.out_proj = Slot(in_proj), Slot(out_proj)
+        self.gate_proj = None if gate_proj is None else Slot(gate_proj)
+        self.activate = activate
+        self.activation = activation
+        self.activation_dropout_p = activation_dropout_p
+        self.output_dropout_p = output_dropout_p
+
+    @property
+    def projections(self) -> list[Slot]:
+        """gate (if any), in, out."""
+        gate = [] if self.gate_proj is None else [self.gate_proj]
+        return [*gate, self.in_proj, self.out_proj]
+
+    def why_not_fused(self) -> str | None:
+        """The reason the block cannot run as one op, or None."""
+        if self.activation is None:
+            return "the ops do not know its activation"
+        if not all(slot.is_plain for slot in self.projections):
+            return "a projection is not a plain frozen nn.Linear (LoRA on it, trained or replaced)"
+        return None
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        """The block as the model itself runs it, output dropout included."""
+        if isinstance(self.activate, nn.Module):
+            activate = type(self.activate).forward.__get__(self.activate)  # past the takeover
+        else:
+            activate = self.activate
+        if self.gate_proj is None:
+            h = activate(self.in_proj(x))
+        else:
+            h = activate(self.gate_proj(x)) * self.in_proj(x)
+        h = F.dropout(h, self.activation_dropout_p, training)
+        return F.dropout(self.out_proj(h), self.output_dropout_p, training)
+
+
+class _FFNAdapter(Bottleneck):
+    """A bottleneck from the block's input width to its output width."""
+
+    def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
+        weight, out_weight = ffn.in_proj.module.weight, ffn.out_proj.module.weight
+        outputs = out_weight.shape[0]
+        inputs = outputs if modification.insertion == "sequential" else weight.shape[1]
+        super().__init__(inputs, outputs, modification, weight.device, dtype)
+        self.ffn = ffn
+
+
+class SequentialFFNAdapter(_FFNAdapter):
+    """Runs in the place of the block: adapter(ffn(x)), after the output dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.sequential_adapter(
+            self.ffn(x, self.training), *self.weights, **self.settings, **self.norm
+        )
+
+
+class ParallelFFNAdapter(_FFNAdapter):
+    """Runs in the place of the block: one wider FFN (design note I3).
+
+    The frozen in-projection (and gate) lives in ``packed``, above the rows the trainable down
+    projection is copied to before each call; ``state_dict`` shows the base's own weights. A move
+    to another device or dtype unpacks, the next call packs again.
+    """
+
+    def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
+        super().__init__(ffn, modification, dtype)
+        self.packed: Tensor | None = None
+
+    def why_not_fused(self) -> str | None:
+        """The reason this runs as the model's own FFN and an adapter beside it, or None."""
+        if self.layer_norm != "none":
+            return "the adapter has a LayerNorm of its own"
+        return self.ffn.why_not_fused()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_not_fused() is not None:
+            base = self.ffn(x, self.training)
+            return functional.parallel_adapter(
+                base, x, *self.weights, **self.settings, **self.norm
+            )
+        ffn = self.ffn
+        gate = None if ffn.gate_proj is None else ffn.gate_proj.module
+        in_proj, out_proj = ffn.in_proj.module, ffn.out_proj.module
+        return functional.ffn_parallel_adapter(
+            x, in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias, *self.weights,
+            gate_weight=None if gate is None else gate.weight,
+            gate_bias=None if gate is None else gate.bias,
+            ffn_activation=ffn.activation, activation_dropout_p=ffn.activation_dropout_p,
+            output_dropout_p=ffn.output_dropout_p, packed=self._packed_now(), **self.settings,
+        )  # fmt: skip
+
+    @property
+    def _stacked(self) -> list[nn.Parameter]:
+        """The frozen weights of the packed buffer, top to bottom."""
+        return [slot.module.weight for slot in self.ffn.projections[:-1]]
+
+    def _packed_now(self) -> Tensor | None:
+        """The packed buffer with the trainable rows of this moment; None while tracing."""
+        if torch.compiler.is_compiling():
+            return None  # a buffer written on every call would be one more graph input
+        if not self.is_packed:
+            self.pack()
+        rows = sum(weight.shape[0] for weight in self._stacked)
+        # .data: backward reads these rows only through down_weight's own version check
+        self.packed.data[rows : rows + self.down_weight.shape[0]].copy_(self.down_weight.detach())
+        return self.packed
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the frozen weights live in the packed buffer."""
+        if self.packed is None:
+            return False
+        first = 0
+        for weight in self._stacked:
+            if weight.data_ptr() != self.packed[first:].data_ptr():
+                return False
+            first += weight.shape[0]
+        return True
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Move the frozen weights into one buffer with room for the trainable rows."""
+        frozen = self._stacked
+        rank = self.down_weight.shape[0]
+        padding = -rank % RANK_PADDING
+        spare = frozen[0].new_zeros(rank + padding, frozen[0].shape[1])
+        self.packed = torch.cat([*(weight.data for weight in frozen), spare])
+        first = 0
+        for weight in frozen:
+            weight.data = self.packed[first : first + weight.shape[0]]
+            first += weight.shape[0]
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Give the frozen weights storage of their own again, bit for bit."""
+        if self.is_packed:
+            for weight in self._stacked:
+                weight.data = weight.data.clone()
+        self.packed = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "packed": None}  # a copy's weights have storage of their own
+
+    def _apply(self, fn, recurse=True):
+        # the weights above this module move after it: pack again on the next call
+        self.packed = None
+        return super()._apply(fn, recurse)

@@ -1,0 +1,102 @@
+"""Prefix tuning: the bank of trainable keys and values of one stack, and each layer's slice.
+
+The bank's reparameterisation (an embedding, Linear, Tanh, Linear; PAPER 3.4) runs once per
+forward of the stack, never per batch row, and is cached while nothing changes in evaluation.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pelt_fast.config import Modification
+
+
+class PrefixBank(nn.Module):
+    """Keys and values (L, 2, Hkv, P, D) of one kind of attention in one stack.
+
+    Reparameterised: embedding (P, width), Linear(width, mlp_dim), Tanh, Linear(mlp_dim,
+    L * 2 * Hkv * D), with PyTorch's default init. Direct: ``prefix``, normal 0.02.
+    """
+
+    def __init__(self, layers: int, heads: int, head_dim: int, width: int,
+                 modification: Modification, device, dtype: torch.dtype):  # fmt: skip
+        super().__init__()
+        self.shape = (layers, 2, heads, modification.size, head_dim)
+        place = dict(device=device, dtype=dtype)
+        self.embedding = self.mlp = None
+        if modification.reparameterization == "mlp":
+            self.embedding = nn.Parameter(torch.empty(modification.size, width, **place))
+            nn.init.normal_(self.embedding)
+            outputs = layers * 2 * heads * head_dim
+            self.mlp = nn.Sequential(
+                nn.Linear(width, modification.mlp_dim, **place),
+                nn.Tanh(),
+                nn.Linear(modification.mlp_dim, outputs, **place),
+            )
+            self.register_parameter("prefix", None)
+        else:
+            self.prefix = nn.Parameter(torch.empty(self.shape, **place))
+            nn.init.normal_(self.prefix, std=0.02)
+        self.current: Tensor | None = None
+        self._current_of: tuple | None = None
+
+    def forward(self) -> Tensor:
+        """The keys and values of every layer (L, 2, Hkv, P, D)."""
+        if self.prefix is not None:
+            return self.prefix
+        layers, two, heads, size, head_dim = self.shape
+        flat = self.mlp(self.embedding)  # (P, L * 2 * Hkv * D)
+        return flat.view(size, layers, two, heads, head_dim).permute(1, 2, 3, 0, 4).contiguous()
+
+    def before_stack(self, *_) -> None:
+        """Forward pre-hook of the stack: make the prefix of this forward."""
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+            self.current, self._current_of = self(), None
+            return
+        state = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        if self.current is None or self._current_of != state:
+            self.current, self._current_of = self(), state
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """prefix_k and prefix_v (Hkv, P, D) of one layer, from this forward's run."""
+        if self.current is None:
+            self.current = self()
+        if self.training and self.current.requires_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "reentrant gradient checkpointing cannot carry the shared prefix's gradient: use"
+                " gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}), which is the default"
+            )
+        return self.current[index, 0], self.current[index, 1]
+
+    @torch.no_grad()
+    def fold(self, values: Tensor | None = None) -> None:
+        """Drop the reparameterisation; train keys and values directly from here (``values``, or
+        the ones it gives now)."""
+        like = next(self.parameters())
+        if values is None:
+            values = self().detach()
+        self.embedding = self.mlp = self.current = None
+        self.prefix = nn.Parameter(values.to(like.device, like.dtype).clone())
+
+    def _apply(self, fn, recurse=True):
+        self.current = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        # the current prefix may hang on a graph: a copy or a pickle makes its own
+        return {**self.__dict__, "current": None, "_current_of": None}
+
+    def extra_repr(self) -> str:
+        layers, _, heads, size, head_dim = self.shape
+        return f"layers={layers}, heads={heads}, length={size}, head_dim={head_dim}"
+
+
+class PrefixSlice:
+    """One attention's place in a bank; the attention function finds it on the module."""
+
+    def __init__(self, bank: PrefixBank, index: int, composition: str):
+        self.bank, self.index, self.composition = bank, index, composition
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """prefix_k and prefix_v (Hkv, P, D)."""
+        return self.bank.layer(self.index)
