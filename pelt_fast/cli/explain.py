@@ -1,0 +1,31 @@
+"""For each site of MODEL under a method: what runs fused, what fell back and why."""
+
+import argparse
+import json
+
+import torch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --method, --eval, --json."""
+    parser.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
+    parser.add_argument("--method", default="mam", help="a preset (see pelt-fast methods)")
+    parser.add_argument("--eval", action="store_true", help="explain evaluation, not training, mode")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build the model from its config without weights, inject, explain."""
+    from transformers import AutoConfig, AutoModel
+
+    import pelt_fast
+    from pelt_fast.methods import method
+
+    method(options.method)  # an unknown name is said before anything is loaded
+    config = AutoConfig.from_pretrained(options.model)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    pelt_fast.inject(model.train(not options.eval), options.method)
+    explanation = pelt_fast.explain(model)
+    print(json.dumps(explanation.as_dict(), indent=2) if options.json else explanation)
+    return 0

@@ -1,0 +1,1 @@
+"""Tasks: data and training on top of transformers' Trainer."""
