@@ -69,7 +69,7 @@ def scale(value: float | Tensor, channels: int) -> None:
                 f"scale must be a number or of shape (), (1,) or ({channels},),"
                 f" got {tuple(value.shape)}"
             )
-    elif not isinstance(value, (int, float)) or not math.isfinite(value):
+    elif not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise ValueError(f"scale must be a finite number, got {value!r}")
 
 

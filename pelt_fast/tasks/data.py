@@ -5,6 +5,7 @@ plain or .gz, with a text column (text, sentence or premise), perhaps a second (
 sentence2 or hypothesis), and ``label``, a number or a name.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,11 @@ def from_glue(task: str) -> ClassificationData:
     if task not in TASKS:
         raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
     evaluation = "validation" if task == "sst2" else "validation_matched"
+    datasets = _datasets()
+    # the hub's client would tell of every retry; what matters is said once below
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
-        tables = _datasets().load_dataset("nyu-mll/glue", task)
+        tables = datasets.load_dataset("nyu-mll/glue", task)
     except Exception as error:  # noqa: BLE001  datasets raises many kinds without a network
         raise ConnectionError(
             f"--task {task}: the hub cannot be reached ({type(error).__name__}); give the files"

@@ -1,0 +1,23 @@
+"""Shared fixtures: quiet libraries, one seed, small real architectures."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    # pytest-xdist runs a process a core: more threads would only fight
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
