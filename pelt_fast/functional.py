@@ -72,7 +72,7 @@ def lora_linear(
     seed = _seed(x, training, dropout_p)
     y = LoRALinearFunction.apply(
         _rows(x), weight, bias, lora_a, lora_b, float(scale), float(dropout_p),
-        None if seed is None else seed[0],
+        None if seed is None else seed.select(0, 0),
     )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -113,7 +113,7 @@ def _adapter(
     y = AdapterFunction.apply(
         _rows(x), None if base is None else _rows(base), down_weight, down_bias, up_weight,
         up_bias, norm_weight, norm_bias, layer_norm, activation, float(scale), float(dropout_p),
-        None if seed is None else seed[0],
+        None if seed is None else seed.select(0, 0),
     )  # fmt: skip
     return y.view(*x.shape[:-1], channels)
 
