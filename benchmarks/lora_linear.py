@@ -33,9 +33,7 @@ def providers(dropout_p: float) -> dict:
     try:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            r=R, lora_alpha=SCALE * R, lora_dropout=dropout_p, target_modules=["0"]
-        )
+        config = LoraConfig(r=R, lora_alpha=SCALE * R, lora_dropout=dropout_p, target_modules=["0"])
         found["PEFT"] = get_peft_model(torch.nn.Sequential(torch.nn.Linear(K, N)), config)
     except ImportError as error:
         print(f"PEFT is left out: {error}")

@@ -1,6 +1,7 @@
 """pelt_fast: parameter-efficient fine-tuning at the cost of the frozen model."""
 
 from pelt_fast import functional
+from pelt_fast._version import __version__
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import methods
 from pelt_fast.models.checkpoint import load, save
@@ -9,10 +10,10 @@ from pelt_fast.models.explain import explain
 from pelt_fast.models.inject import eject, inject
 from pelt_fast.ops.library import backend
 
-__version__ = "0.1.0"
 __all__ = [
     "Modification",
     "PeltConfig",
+    "__version__",
     "backend",
     "count_parameters",
     "eject",

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: each names the argument, what came and what was wanted."""
+"""Checks of public functions' arguments: each names the argument, what came, what was wanted."""
 
 import math
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pelt_fast import functional
 from pelt_fast.ops.library import backend
-from pelt_fast.reference.philox import dropout, draw_seed
+from pelt_fast.reference.philox import draw_seed, dropout
 
 ROUNDING_BAND = 4  # units of eps * the oracle's largest magnitude
 

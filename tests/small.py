@@ -4,7 +4,6 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -83,5 +82,5 @@ def randomise(model, scale=0.2):
 
 
 def gradients(model) -> dict:
-    """Gradients of the trainable parameters by name."""
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    """Gradients by parameter name."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -10,7 +10,9 @@ COMMANDS = {"info": info, "check": check, "explain": explain, "methods": methods
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 a check missed, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="pelt-fast", description="Fast parameter-efficient fine-tuning.")
+    parser = argparse.ArgumentParser(
+        prog="pelt-fast", description="Fast parameter-efficient fine-tuning."
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         summary = command.__doc__.splitlines()[0]
@@ -24,5 +26,3 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"pelt-fast {options.command}: stopped", file=sys.stderr)
         return 130
-
-

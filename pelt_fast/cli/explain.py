@@ -10,7 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --method, --eval, --json."""
     parser.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
     parser.add_argument("--method", default="mam", help="a preset (see pelt-fast methods)")
-    parser.add_argument("--eval", action="store_true", help="explain evaluation, not training, mode")
+    parser.add_argument(
+        "--eval", action="store_true", help="explain evaluation, not training, mode"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -28,7 +28,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"pelt_fast     {pelt_fast.__version__}, Python {platform.python_version()}")
     for package in PACKAGES:
         print(f"{package:<13} {_version(package)}")
-    print(f"cpu           {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    print(f"cpu           {capability}, {threads} threads")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     print(f"gpu           {gpu}")
     for name, missing in backends():

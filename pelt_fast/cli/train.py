@@ -11,8 +11,8 @@ from pelt_fast.tasks.train import Recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, model, method and the recipe."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="FOLDER",
-                        help="train and validation files (.jsonl, .csv, .tsv; text and label)")  # fmt: skip
+    local = "train and validation files (.jsonl, .csv, .tsv; text and label)"
+    source.add_argument("--data", type=Path, metavar="FOLDER", help=local)
     source.add_argument("--task", metavar="NAME", help="sst2 or mnli, from the hub")
     parser.add_argument("--model", required=True, help="a local folder or a hub name")
     parser.add_argument("--method", default="mam_glue", help="a preset (see pelt-fast methods)")
@@ -28,7 +28,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     recipe = Recipe(**{item.name: getattr(options, item.name) for item in fields(Recipe)})
     for name in ("epochs", "batch_size", "max_length"):
         if getattr(recipe, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}"
+            )
     if recipe.learning_rate is not None and not 0 < recipe.learning_rate < 1:
         raise ValueError(f"--learning-rate must be in (0, 1), got {recipe.learning_rate}")
     return recipe

@@ -102,7 +102,13 @@ def _report(site: Site, trainable: int) -> SiteReport:
     else:
         saved = _low_rank_bytes(site.module)
     return SiteReport(
-        site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved, trainable
+        site.name,
+        site.op,
+        plan.name,
+        plan.reason is not None,
+        plan.reason or note,
+        saved,
+        trainable,
     )
 
 

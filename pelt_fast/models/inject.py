@@ -56,9 +56,8 @@ def inject(model: nn.Module, method: str | PeltConfig) -> nn.Module:
     if not isinstance(config, PeltConfig):
         raise TypeError(f"method must be a name or a PeltConfig, got {type(method).__name__}")
     if "_pelt" in model.__dict__:
-        raise ValueError(
-            f"this {type(model).__name__} already carries {model._pelt.config.name!r}: eject it first"
-        )
+        present = model._pelt.config.name
+        raise ValueError(f"this {type(model).__name__} already carries {present!r}: eject it first")
     stacks = [] if config.is_full or not config.modifications else stacks_of(model)
     _check(model, config, stacks)
 
@@ -123,18 +122,18 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
             for _, module in _attentions(base, modification, stacks):
                 attention.wrapping(module.config._attn_implementation)
         if modification.form == "low_rank":
-            for name, linear in _linears(base, modification, stacks):
-                _check_linear(name, linear, modification)
+            _check_linears(dict(_linears(base, modification, stacks)), modification)
 
 
-def _check_linear(name: str, linear: nn.Module, modification: Modification) -> None:
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs an nn.Linear")
-    largest = min(linear.weight.shape)
-    if modification.size > largest:
+def _check_linears(linears: dict[str, nn.Module], modification: Modification) -> None:
+    for name, linear in linears.items():
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs an nn.Linear")
+    smallest = min(min(linear.weight.shape) for linear in linears.values())
+    if modification.size > smallest:
         logger.warning(
-            "LoRA of rank %d on %s is wider than the matrix (%d): it has no more to offer than"
-            " full rank", modification.size, name, largest,
+            "LoRA of rank %d on %s is wider than a matrix it is on (%d): beyond full rank there is"
+            " nothing to gain", modification.size, modification.target, smallest,
         )  # fmt: skip
 
 
@@ -227,12 +226,16 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
         module = find(place.layer, slot.module)
         if slot.kind not in banks:
             owner = find(base, place.stack.owner)
-            bank = _bank(place, slot, module, modification, config, len(find(base, place.stack.layers)))
+            bank = _bank(
+                place, slot, module, modification, config, len(find(base, place.stack.layers))
+            )
             banks[slot.kind] = bank
             takeover.add(owner, f"pelt_{slot.kind}_prefix", bank)
             takeover.hook(owner.register_forward_pre_hook(bank.before_stack))
         bank = banks[slot.kind]
-        takeover.set(module, attention.SLICE, PrefixSlice(bank, place.index, modification.composition))
+        takeover.set(
+            module, attention.SLICE, PrefixSlice(bank, place.index, modification.composition)
+        )
         takeover.sites.append(
             Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank, attention=module)
         )

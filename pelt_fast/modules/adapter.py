@@ -67,7 +67,9 @@ class Bottleneck(nn.Module):
         rank, inputs = self.down_weight.shape
         shape = f"{inputs} -> {rank} -> {self.up_weight.shape[0]}"
         scale = "learned" if isinstance(self.scale, Tensor) else self.scale
-        return f"{shape}, {self.activation}, scale={scale}, p={self.dropout_p}, norm={self.layer_norm}"
+        return (
+            f"{shape}, {self.activation}, scale={scale}, p={self.dropout_p}, norm={self.layer_norm}"
+        )
 
 
 class SequentialAdapter(Bottleneck):

@@ -107,9 +107,7 @@ class ParallelFFNAdapter(_FFNAdapter):
     def forward(self, x: Tensor) -> Tensor:
         if self.why_not_fused() is not None:
             base = self.ffn(x, self.training)
-            return functional.parallel_adapter(
-                base, x, *self.weights, **self.settings, **self.norm
-            )
+            return functional.parallel_adapter(base, x, *self.weights, **self.settings, **self.norm)
         ffn = self.ffn
         gate = None if ffn.gate_proj is None else ffn.gate_proj.module
         in_proj, out_proj = ffn.in_proj.module, ffn.out_proj.module

@@ -41,4 +41,6 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         rank, inputs = self.lora_a.shape
-        return f"{inputs} -> {rank} -> {self.lora_b.shape[0]}, scale={self.scale}, p={self.dropout_p}"
+        return (
+            f"{inputs} -> {rank} -> {self.lora_b.shape[0]}, scale={self.scale}, p={self.dropout_p}"
+        )

@@ -72,4 +72,3 @@ class backend:
 def backends() -> Iterator[tuple[str, str | None]]:
     """Each backend's name and why it is not here (None when it is)."""
     return ((name, _MISSING.get(name)) for name in BACKENDS)
-

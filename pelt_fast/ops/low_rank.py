@@ -56,9 +56,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
         backend = active_backend()
-        y, s = lora_fwd(
-            x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, backend=backend
-        )
+        y, s = lora_fwd(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, backend=backend)
         _, need_w, _, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_a or need_w else None, s if need_b else None, weight, lora_a, lora_b, seed

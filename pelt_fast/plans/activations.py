@@ -1,4 +1,4 @@
-"""The activations of ``reference.activations`` by torch's own elementwise kernels, one pass each."""
+"""The functions of ``reference.activations`` by torch's own elementwise kernels, one pass each."""
 
 import torch
 from torch import Tensor

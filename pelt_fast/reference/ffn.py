@@ -1,7 +1,7 @@
 """Widened FFN: a feed-forward block with a parallel adapter, as one function (identity I3).
 
 Shapes   x (M, K); in_weight, gate_weight (F, K); out_weight (N, F); down_weight (R, K);
-         up_weight (N, R); pre (M, F + R), or (M, 2F + R) gated: the pre-activations [gate | in | down].
+         up_weight (N, R); pre (M, F + R), gated (M, 2F + R): pre-activations [gate | in | down].
 Maths    Z = x W1ᵀ + b1;  G = x Wgᵀ + bg (gated);  T = x Dᵀ + d
          A = drop_a(φ(Z)) or drop_a(φ(G) Z);       H = drop(f(T))
          y = drop_o(A W2ᵀ + b2) + s (H Uᵀ + u)
@@ -26,9 +26,7 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, row: int) -> Tensor:
     return dropout(x, p, None if seed is None or p == 0 else seed[row])
 
 
-def _split(
-    pre: Tensor, inner: int, gated: bool, rank: int
-) -> tuple[Tensor | None, Tensor, Tensor]:
+def _split(pre: Tensor, inner: int, gated: bool, rank: int) -> tuple[Tensor | None, Tensor, Tensor]:
     """Views of ``pre``: gate (or None), in, down."""
     first = inner if gated else 0
     gate = pre[:, :inner] if gated else None

@@ -95,7 +95,7 @@ def from_glue(task: str) -> ClassificationData:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         tables = datasets.load_dataset("nyu-mll/glue", task)
-    except Exception as error:  # noqa: BLE001  datasets raises many kinds without a network
+    except Exception as error:
         raise ConnectionError(
             f"--task {task}: the hub cannot be reached ({type(error).__name__}); give the files"
             " yourself with --data FOLDER (train.tsv and dev.tsv with columns sentence and label)"
@@ -105,9 +105,7 @@ def from_glue(task: str) -> ClassificationData:
 
 
 def _assemble(train, evaluation, classes: list[str]) -> ClassificationData:
-    return ClassificationData(
-        _split(train, classes), _split(evaluation, classes), tuple(classes)
-    )
+    return ClassificationData(_split(train, classes), _split(evaluation, classes), tuple(classes))
 
 
 def _split(table, classes: list[str]) -> Split:

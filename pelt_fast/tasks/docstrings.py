@@ -72,7 +72,7 @@ def _digest(text: str) -> int:
 def _halves(
     package: str, names: re.Pattern, seen: set[str], most: tuple[int, int]
 ) -> tuple[list[str], list[str]]:
-    """Training and held-out paragraphs of one package, module by module until there are ``most``."""
+    """Training and held-out paragraphs of a package, module by module until there are ``most``."""
     halves: tuple[list[str], list[str]] = ([], [])
     for module, path in sorted(_modules(package), key=lambda found: _digest(found[0])):
         if _enough(halves, most):

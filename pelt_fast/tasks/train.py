@@ -94,4 +94,6 @@ def fit(
 
 def _accuracy(prediction) -> dict[str, float]:
     guesses = torch.as_tensor(prediction.predictions).argmax(-1)
-    return {"accuracy": 100 * (guesses == torch.as_tensor(prediction.label_ids)).double().mean().item()}
+    return {
+        "accuracy": 100 * (guesses == torch.as_tensor(prediction.label_ids)).double().mean().item()
+    }

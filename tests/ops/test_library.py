@@ -109,6 +109,7 @@ def test_functions_run_on_fake_cuda_tensors():
     """Without a gradient: a CPU build of torch aborts as soon as autograd records a CUDA device;
     the backward ops are run above."""
     with FakeTensorMode():
+
         def make(*s):
             return torch.empty(*s, device="cuda")
 
@@ -129,8 +130,16 @@ def compiled_cases():
     inner = (torch.randn(F, K), torch.randn(F), torch.randn(K, F), torch.randn(K))
     prefix = [torch.randn(2, 3, 8, requires_grad=True) for _ in range(2)]
     p = 0.1
-    yield "lora", lambda x: functional.lora_linear(x, weight, bias, a, b, scale=2.0, dropout_p=p), (K,)
-    yield "sequential", lambda x: functional.sequential_adapter(x, down, None, up, None, dropout_p=p), (K,)
+    yield (
+        "lora",
+        lambda x: functional.lora_linear(x, weight, bias, a, b, scale=2.0, dropout_p=p),
+        (K,),
+    )
+    yield (
+        "sequential",
+        lambda x: functional.sequential_adapter(x, down, None, up, None, dropout_p=p),
+        (K,),
+    )
     yield "ffn", lambda x: functional.ffn_parallel_adapter(
         x, *inner, down, None, up, None, scale=2.0, output_dropout_p=p), (K,)  # fmt: skip
 
@@ -142,7 +151,9 @@ def compiled_cases():
     yield "prefix", attend, (32,)
 
 
-@pytest.mark.parametrize("name, function, width", list(compiled_cases()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "name, function, width", list(compiled_cases()), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_compiles_whole_forward_and_backward_without_recompiling(name, function, width):
     torch._dynamo.reset()
     count = 0

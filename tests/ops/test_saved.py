@@ -35,7 +35,10 @@ def test_lora_saves_x_for_a_and_s_for_b_and_nothing_else(p, a, b, expected):
 
 def test_lora_on_a_bf16_base_saves_no_wider_copy():
     x, *parameters = lora_parts()
-    x, frozen = x.detach().bfloat16().requires_grad_(), [p.detach().bfloat16() for p in parameters[:2]]
+    x, frozen = (
+        x.detach().bfloat16().requires_grad_(),
+        [p.detach().bfloat16() for p in parameters[:2]],
+    )
     every = [*frozen, *parameters[2:]]
     kept = saved_bytes(lambda: functional.lora_linear(x, *every, scale=1.0, dropout_p=0.1), every)
     assert kept == M * (K + R) * 2 + SEED
@@ -90,9 +93,7 @@ def test_prefix_attention_saves_what_attention_saves(p):
     q = torch.randn(b, h, t, d, requires_grad=True)
     k, v = (torch.randn(b, g, s, d, requires_grad=True) for _ in range(2))
     prefix = [parameter(g, length, d) for _ in range(2)]
-    kept = saved_bytes(
-        lambda: functional.prefix_attention(q, k, v, *prefix, dropout_p=p), prefix
-    )
+    kept = saved_bytes(lambda: functional.prefix_attention(q, k, v, *prefix, dropout_p=p), prefix)
     own = 2 * b * h * t * d + 2 * b * g * s * d + b * h * t
     assert kept == own * FLOAT + (2 * SEED if p else 0)
 

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 def leaf(*shape, needs=True):
     """A sliced view of a larger tensor: rows are strided."""
-    wide = torch.randn(*shape[:-1], shape[-1] + 3, dtype=torch.float64) if shape else torch.randn(())
+    wide = (
+        torch.randn(*shape[:-1], shape[-1] + 3, dtype=torch.float64) if shape else torch.randn(())
+    )
     return wide[..., : shape[-1]].detach().requires_grad_(needs)
 
 
@@ -179,7 +181,10 @@ def test_prefix_backward_with_masks_and_rows_that_see_nothing(form, composition,
         low = -float("inf") if kind == "additive" else torch.finfo(torch.float64).min / 4
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, low)
     settings = (mask, False, 0.7, form, composition, 0.0, None)
-    check(lambda *x: PrefixAttentionFunction.apply(*x, *settings), head_tensors(b, h, g, t, s, d, length))
+    check(
+        lambda *x: PrefixAttentionFunction.apply(*x, *settings),
+        head_tensors(b, h, g, t, s, d, length),
+    )
 
 
 @pytest.mark.parametrize("needs", NEEDS)

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from pelt_fast.reference.philox import draw_seed, dropout, keep_mask, keep_scale, philox4x32, threshold
+from pelt_fast.reference.philox import (
+    draw_seed,
+    dropout,
+    keep_mask,
+    keep_scale,
+    philox4x32,
+    threshold,
+)
 
 # known answers of the authors' own implementation (Random123, kat_vectors)
 KNOWN = {

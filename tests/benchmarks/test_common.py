@@ -1,0 +1,36 @@
+"""The harness: what is saved is counted, results are never written over."""
+
+import json
+
+import torch
+
+from benchmarks import common
+
+
+def test_saved_bytes_counts_storages_once_and_leaves_parameters_out():
+    weight = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(4, 8, requires_grad=True)
+    assert common.saved_bytes(lambda: x @ weight, [weight]) == 4 * 8 * 4
+    assert common.saved_bytes(lambda: (x * x)[:2].exp().sum(), []) == 4 * 8 * 4 + 2 * 8 * 4
+
+
+def test_interleaved_takes_turns_and_gives_medians():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    medians = common.interleaved(steps, repeats=3, warmup=1)
+    assert "".join(order) == "abababab" and set(medians) == {"a", "b"}
+
+
+def test_results_carry_the_machine_and_are_never_written_over(tmp_path):
+    first = common.write("subject", {"number": 1}, tmp_path)
+    second = common.write("subject", {"number": 2}, tmp_path)
+    assert first != second
+    result = json.loads(first.read_text())
+    assert result["number"] == 1
+    assert {"commit", "device", "versions", "date"} <= result["machine"].keys()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_table_is_markdown():
+    lines = common.table(["a", "bb"], [["ccc", "d"]]).splitlines()
+    assert lines == ["| a   | bb |", "| --- | -- |", "| ccc | d  |"]

@@ -1,0 +1,259 @@
+"""Injected models against independent formulations: hooks, concatenation, PEFT."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import pelt_fast
+from pelt_fast.models.attention import SLICE
+from pelt_fast.models.slots import base_of, find, stacks_of
+from tests.small import MODELS, gradients, inputs, randomise
+
+METHODS = [name for name in pelt_fast.methods() if name != "linear_probe"]
+PADDINGS = [None, "right", "left"]
+
+
+def small_method(name, **changes):
+    """A preset, its ranks small enough for small models."""
+    config = pelt_fast.methods()[name]
+    return config if config.is_full else config.replace(size=5, **changes)
+
+
+def injected(architecture, method, dropout=0.1, **changes):
+    model = MODELS[architecture](dropout=dropout)
+    config = method if not isinstance(method, str) else small_method(method)
+    return randomise(pelt_fast.inject(model, config), **changes)
+
+
+def outputs_and_gradients(model, batch):
+    model.zero_grad()
+    torch.manual_seed(3)
+    out = model(**batch)
+    out.loss.backward()
+    return out.logits.detach(), gradients(model)
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        size = value.abs().max().item() + 1e-3
+        assert (actual[name] - value).abs().max().item() <= tolerance * size, name
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_fused_equals_reference_with_every_dropout_on(architecture, method, padding):
+    model = injected(architecture, method).train()
+    batch = inputs(model, padding=padding)
+    logits, grads = outputs_and_gradients(model, batch)
+    with pelt_fast.backend("reference"):
+        expected, expected_grads = outputs_and_gradients(model, batch)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby", "mam"])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_bf16_base_trains_fp32_factors(architecture, method):
+    model = MODELS[architecture]().bfloat16()
+    pelt_fast.inject(model, small_method(method))
+    method_tensors = {n: p for n, p in model.named_parameters() if "pelt_" in n}
+    assert all(p.dtype == torch.float32 for p in method_tensors.values())
+    randomise(model.train())
+    _, grads = outputs_and_gradients(model, inputs(model, padding="right"))
+    for name in method_tensors:
+        assert torch.isfinite(grads[name]).all()
+        assert not torch.equal(grads[name], grads[name].bfloat16().float()), name
+
+
+def naive_ffn_adapters(model, twin):
+    """Forward hooks on ``twin`` (no method inside) that add ``model``'s parallel adapters."""
+    for stack in stacks_of(twin):
+        layers = find(base_of(model), stack.layers)
+        for layer, plain in zip(layers, find(base_of(twin), stack.layers), strict=True):
+            site = layer.pelt_ffn_adapter
+            kept = {}
+
+            def catch(module, arguments, kept=kept):
+                kept["x"] = arguments[0]
+
+            def update(site=site, kept=kept):
+                h = F.relu(F.linear(kept["x"], site.down_weight, site.down_bias))
+                return site.scale * F.linear(h, site.up_weight, site.up_bias)
+
+            find(plain, stack.ffn.entry).register_forward_pre_hook(catch)
+            if hasattr(plain, "final_layer_norm"):  # BART: what enters the norm is residual + ffn
+                plain.final_layer_norm.register_forward_pre_hook(
+                    lambda module, arguments, update=update: (arguments[0] + update(),)
+                )
+            else:
+                name = "mlp" if stack.ffn.is_container else "output.dropout"
+                find(plain, name).register_forward_hook(
+                    lambda module, arguments, output, update=update: output + update()
+                )
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_scaled_parallel_adapter_is_the_papers_placement(architecture, padding):
+    plain = MODELS[architecture](dropout=0.0)
+    model = randomise(pelt_fast.inject(copy.deepcopy(plain), small_method(
+        "scaled_parallel_adapter", dropout=0.0)))  # fmt: skip
+    for name, parameter in plain.named_parameters():  # the task head was randomised too
+        parameter.data.copy_(dict(model.named_parameters())[name])
+    naive_ffn_adapters(model, plain)
+    batch = inputs(model, padding=padding)
+    logits, grads = outputs_and_gradients(model.train(), batch)
+    model.zero_grad()
+    plain.train().requires_grad_(False)
+    out = plain(**batch)
+    out.loss.backward()
+    assert torch.allclose(logits, out.logits, atol=1e-5)
+    assert_close(grads, gradients(model) | {n: g for n, g in grads.items() if "pelt_" not in n})
+
+
+def concatenating(module, query, key, value, mask, dropout=0.0, scaling=None, **kwargs):
+    """Prefix tuning the textbook way: widen keys, values and mask, one softmax."""
+    site = module.__dict__[SLICE]
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    prefixes = [p.repeat_interleave(group, 0).expand(query.shape[0], -1, -1, -1) for p in site()]
+    scores = scaling * query @ torch.cat([prefixes[0], key], 2).transpose(-1, -2)
+    if mask is not None:
+        scores = scores + F.pad(mask, (prefixes[0].shape[2], 0))
+    weights = torch.softmax(scores, -1)
+    return (weights @ torch.cat([prefixes[1], value], 2)).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("test_concatenating", concatenating)
+ALL_MASK_ATTENTION_FUNCTIONS.register("test_concatenating", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
+@pytest.mark.parametrize("choice", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_prefix_equals_concatenation(architecture, padding, choice):
+    model = MODELS[architecture](dropout=0.0)
+    model.set_attn_implementation(choice)
+    pelt_fast.inject(model, small_method("prefix"))
+    assert model.config._attn_implementation == f"pelt_fast_{choice}"
+    randomise(model, 0.5).train()
+    batch = inputs(model, padding=padding)
+    logits, grads = outputs_and_gradients(model, batch)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "test_concatenating"
+    expected, expected_grads = outputs_and_gradients(model, batch)
+    rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    if logits.dim() == 3:  # a padding position's own output means nothing
+        logits, expected = logits[rows], expected[rows]
+    if architecture == "llama":  # its loss counts padded positions too: compare outputs alone
+        grads = expected_grads = {}
+    assert torch.allclose(logits, expected, atol=2e-5)
+    assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_prefix_changes_padded_and_unpadded_batches(architecture):
+    """AdapterHub's prefix has no effect at all on padded batches."""
+    model = MODELS[architecture](dropout=0.0).eval()
+    batches = [inputs(model, padding=padding) for padding in PADDINGS]
+    before = [model(**batch).logits for batch in batches]
+    randomise(pelt_fast.inject(model, small_method("prefix")), 1.0)
+    for batch, plain in zip(batches, before, strict=True):
+        assert (model(**batch).logits - plain).abs().amax(-1).min() > 1e-4
+
+
+def test_prefix_leaves_causality_alone():
+    """AdapterHub shifts it: a token then no longer sees the last P before it."""
+    model = injected("llama", "prefix", 0.0).eval()
+    ids = inputs(model)["input_ids"]
+    changed = ids.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 50 + 4
+    moved = (model(ids).logits - model(changed).logits).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [i >= 4 for i in range(ids.shape[1])]
+
+
+def test_prefix_reaches_the_encoder_of_an_encoder_decoder():
+    """PEFT's changes it by exactly 0."""
+    model = MODELS["bart"](dropout=0.0).eval()
+    ids = inputs(model)["input_ids"]
+    before = model.get_encoder()(ids).last_hidden_state
+    randomise(pelt_fast.inject(model, small_method("prefix")), 1.0)
+    assert (model.get_encoder()(ids).last_hidden_state - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_lora_equals_peft(architecture):
+    plain = MODELS[architecture](dropout=0.0)
+    names = {"bert": ["query", "value"], "roberta": ["query", "value"]}
+    targets = names.get(architecture, ["q_proj", "v_proj"])
+    config = LoraConfig(r=5, lora_alpha=10, target_modules=targets, init_lora_weights=False)
+    theirs = get_peft_model(copy.deepcopy(plain), config)
+    ours = pelt_fast.inject(copy.deepcopy(plain), small_method("lora", dropout=0.0))
+    factors = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter
+        for name, parameter in theirs.named_parameters() if "lora_" in name
+    }  # fmt: skip
+    pairs = []
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "pelt_lora" in name:
+                name = name.replace("pelt_lora.lora_a", "lora_A").replace(
+                    "pelt_lora.lora_b", "lora_B"
+                )
+                parameter.copy_(factors[name])
+                pairs.append((parameter, factors[name]))
+    assert len(pairs) == len(factors)
+    batch = inputs(plain, padding="right")
+    results = [model.train()(**batch) for model in (ours, theirs)]
+    for result in results:
+        result.loss.backward()
+    assert torch.allclose(results[0].logits, results[1].logits, atol=1e-5)
+    for mine, peft in pairs:
+        assert torch.allclose(mine.grad, peft.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_lora_draws_its_own_mask_at_every_module():
+    model = injected("llama", "lora").train()
+    masks = []
+    for module in model.modules():
+        if hasattr(module, "pelt_lora"):
+            site = module.pelt_lora
+            site.lora_a.data.copy_(torch.eye(32)[:5])
+            site.lora_b.data.copy_(torch.eye(site.lora_b.shape[0], 5))
+            y = site(torch.ones(200, 32)) - module.weight.sum(1)
+            masks.append((y[:, :5] > site.scale / 2).tolist())
+    assert all(a != b for i, a in enumerate(masks) for b in masks[:i])
+
+
+def test_combinations_fall_back_to_the_layers_own_ffn_with_the_reason():
+    """LoRA inside an FFN that carries a parallel adapter: right, and explain says so."""
+    lora, adapter = (
+        pelt_fast.methods()[n].modifications for n in ("lora_ffn", "scaled_parallel_adapter")
+    )
+    config = pelt_fast.PeltConfig("both", (*lora, *adapter)).replace(size=5, dropout=0.0)
+    for architecture in MODELS:
+        plain = MODELS[architecture](dropout=0.0)
+        model = randomise(pelt_fast.inject(copy.deepcopy(plain), config)).train()
+        explanation = pelt_fast.explain(model)
+        reasons = {site.reason for site in explanation.fallbacks}
+        assert len(reasons) == 1 and "LoRA on it" in reasons.pop()
+        batch = inputs(model)
+        logits, _ = outputs_and_gradients(model, batch)
+        with torch.no_grad():  # fold the LoRA into the twin's weights
+            for name, module in model.named_modules():
+                if hasattr(module, "pelt_lora"):
+                    site = module.pelt_lora
+                    plain.get_submodule(name).weight += site.scale * site.lora_b @ site.lora_a
+            for name, parameter in plain.named_parameters():
+                if "classifier" in name:
+                    parameter.copy_(dict(model.named_parameters())[name])
+        naive_ffn_adapters(model, plain)
+        assert torch.allclose(plain(**batch).logits, logits, atol=1e-4), architecture
