@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from datetime import date
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def machine() -> dict:
     """What a result depends on: versions, device, threads, commit."""
     names = ("torch", "transformers", "peft", "triton")
     return {
-        "date": date.today().isoformat(),
+        "time": datetime.now().isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in names},
@@ -101,7 +101,7 @@ def write(name: str, result: dict, folder: Path | None = None) -> Path:
     kind = "cpu" if about["device"].startswith("CPU") else about["device"].split()[-1].lower()
     folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{kind}-{about['date']}-{about['commit']}-{name}"
+    stem = f"{kind}-{about['time'][:10]}-{about['commit']}-{name}"
     path = folder / f"{stem}.json"
     count = 1
     while path.exists():
@@ -115,7 +115,7 @@ def write(name: str, result: dict, folder: Path | None = None) -> Path:
 
 def newest(name: str) -> dict:
     """The newest committed result called ``name``."""
-    paths = sorted(RESULTS.glob(f"*-{name}*.json"), key=lambda path: path.stat().st_mtime)
-    if not paths:
+    results = [json.loads(path.read_text()) for path in RESULTS.glob(f"*-{name}*.json")]
+    if not results:
         raise FileNotFoundError(f"no result {name!r} in {RESULTS}")
-    return json.loads(paths[-1].read_text())
+    return max(results, key=lambda result: result["machine"]["time"])

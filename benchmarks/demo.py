@@ -27,6 +27,7 @@ from pelt_fast.tasks.train import Recipe, TokenizedSplit, fit, load_classifier
 
 METHODS = ("linear_probe", "lora", "scaled_parallel_adapter", "mam_glue", "full")
 RUNS = Path("runs/demo")
+MAX_LENGTH = 48  # tokens: nearly every paragraph whole
 
 
 def model_folder() -> Path:
@@ -183,7 +184,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     RUNS.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = Recipe(epochs=options.epochs, max_length=64)
+    recipe = Recipe(epochs=options.epochs, max_length=MAX_LENGTH)
 
     data = docstrings.build(options.paragraphs)
     print(f"{len(data.train)} paragraphs to train on, {len(data.evaluation)} held out (other"

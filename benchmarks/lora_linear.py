@@ -50,6 +50,16 @@ def measure(dropout_p: float, repeats: int) -> dict[str, float]:
     return interleaved({n: step(f) for n, f in providers(dropout_p).items()}, repeats)
 
 
+def report(seconds: dict[str, dict[str, float]]) -> str:
+    """The table."""
+    rows = [
+        [name, dropout, f"{1e3 * s:.1f}", f"{s / found['frozen linear']:.2f}"]
+        for dropout, found in seconds.items()
+        for name, s in found.items()
+    ]
+    return table([f"LoRA linear {M} x {K} x {N}, r={R}", "dropout", "ms", "ratio to frozen"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
@@ -59,15 +69,10 @@ def main() -> None:
     for case in cases((M, K, N, R)):
         if case.op == "lora" and not judge(case, "auto", torch.float32).ok:
             raise SystemExit("the op is wrong at this shape: no timing on red")
-    rows, result = [], {}
-    for p in (0.0, 0.1):
-        seconds = measure(p, options.repeats)
-        floor = seconds["frozen linear"]
-        result[f"p={p}"] = {n: {"ms": 1e3 * s, "ratio": s / floor} for n, s in seconds.items()}
-        rows += [[n, str(p), f"{1e3 * s:.1f}", f"{s / floor:.2f}"] for n, s in seconds.items()]
-    print(table(["LoRA linear 4096 x 1024 x 1024, r=16", "p", "ms", "ratio to frozen"], rows))
+    seconds = {f"p={p}": measure(p, options.repeats) for p in (0.0, 0.1)}
+    print(report(seconds))
     if options.record:
-        print(f"wrote {write('lora-linear', {'shape': [M, K, N, R], 'providers': result}).name}")
+        print(f"wrote {write('lora-linear', {'shape': [M, K, N, R], 'seconds': seconds}).name}")
 
 
 if __name__ == "__main__":

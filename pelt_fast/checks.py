@@ -8,9 +8,16 @@ from torch import Tensor
 from pelt_fast.ops.support import DTYPES
 
 
-def tensor(name: str, value: Tensor | None, shape: tuple[int | str, ...], like: Tensor) -> None:
-    """``value`` is None, or a tensor of ``shape`` (a str dim is free) on ``like``'s device."""
-    if value is None:
+def tensor(
+    name: str,
+    value: Tensor | None,
+    shape: tuple[int | str, ...],
+    like: Tensor,
+    optional: bool = False,
+) -> None:
+    """``value`` is a tensor of ``shape`` (a str dim is free) on ``like``'s device, or, where it is
+    optional, None."""
+    if value is None and optional:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")

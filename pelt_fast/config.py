@@ -143,8 +143,8 @@ class PeltConfig:
         return any(m.form == "full" for m in self.modifications)
 
     def replace(self, **changes) -> "PeltConfig":
-        """A copy with the given Modification fields changed in every modification that has them
-        in use; raises what Modification raises, and TypeError for an unknown field."""
+        """A copy with the given Modification fields changed in every modification; raises what
+        Modification raises, and TypeError for an unknown field."""
         modifications = [dataclasses.replace(m, **changes) for m in self.modifications]
         return dataclasses.replace(self, modifications=tuple(modifications))
 

@@ -59,11 +59,12 @@ def lora_linear(
     """
     checks.activation_tensor("x", x, 1)
     x, weight, bias = _autocast(x, weight, bias)
-    inputs, rank = x.shape[-1], lora_a.shape[0] if lora_a.dim() else 0
+    inputs = x.shape[-1]
     checks.tensor("weight", weight, ("N", inputs), x)
-    checks.tensor("bias", bias, (weight.shape[0],), x)
+    outputs = weight.shape[0]
+    checks.tensor("bias", bias, (outputs,), x, optional=True)
     checks.tensor("lora_a", lora_a, ("R", inputs), x)
-    checks.tensor("lora_b", lora_b, (weight.shape[0], rank), x)
+    checks.tensor("lora_b", lora_b, (outputs, lora_a.shape[0]), x)
     checks.same_dtype("x", x, weight=weight, bias=bias)
     checks.trainable_dtype(x, lora_a=lora_a, lora_b=lora_b)
     checks.scale(scale, 1)
@@ -74,7 +75,7 @@ def lora_linear(
         _rows(x), weight, bias, lora_a, lora_b, float(scale), float(dropout_p),
         None if seed is None else seed.select(0, 0),
     )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], outputs)
 
 
 def _adapter(
@@ -123,9 +124,9 @@ def _check_adapter(
 ) -> None:
     checks.tensor("down_weight", down_weight, ("R", x.shape[-1]), x)
     rank = down_weight.shape[0]
-    checks.tensor("down_bias", down_bias, (rank,), x)
+    checks.tensor("down_bias", down_bias, (rank,), x, optional=True)
     checks.tensor("up_weight", up_weight, (channels, rank), x)
-    checks.tensor("up_bias", up_bias, (channels,), x)
+    checks.tensor("up_bias", up_bias, (channels,), x, optional=True)
     checks.trainable_dtype(
         x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias
     )
@@ -232,11 +233,11 @@ def ffn_parallel_adapter(
     inputs = x.shape[-1]
     checks.tensor("in_weight", in_weight, ("F", inputs), x)
     inner = in_weight.shape[0]
-    checks.tensor("in_bias", in_bias, (inner,), x)
-    checks.tensor("gate_weight", gate_weight, (inner, inputs), x)
-    checks.tensor("gate_bias", gate_bias, (inner,), x)
+    checks.tensor("in_bias", in_bias, (inner,), x, optional=True)
+    checks.tensor("gate_weight", gate_weight, (inner, inputs), x, optional=True)
+    checks.tensor("gate_bias", gate_bias, (inner,), x, optional=True)
     checks.tensor("out_weight", out_weight, ("N", inner), x)
-    checks.tensor("out_bias", out_bias, (out_weight.shape[0],), x)
+    checks.tensor("out_bias", out_bias, (out_weight.shape[0],), x, optional=True)
     base = dict(
         in_weight=in_weight, in_bias=in_bias, gate_weight=gate_weight, gate_bias=gate_bias,
         out_weight=out_weight, out_bias=out_bias,
@@ -246,7 +247,7 @@ def ffn_parallel_adapter(
     channels = out_weight.shape[0]
     _check_adapter(x, channels, down_weight, down_bias, up_weight, up_bias, scale, activation)
     rows = inner * (1 if gate_weight is None else 2) + down_weight.shape[0]
-    checks.tensor("packed", packed, ("rows", inputs), x)
+    checks.tensor("packed", packed, ("rows", inputs), x, optional=True)
     if packed is not None and packed.shape[0] < rows:
         raise ValueError(f"packed must have at least {rows} rows, got {packed.shape[0]}")
     checks.choice("ffn_activation", ffn_activation, ACTIVATIONS)

@@ -3,7 +3,8 @@
 For each attention a user may have chosen and that can carry a prefix, a function of the name
 ``pelt_fast_<choice>`` is registered beside the matching mask function. An attention module with a
 :class:`~pelt_fast.modules.PrefixSlice` runs ``prefix_attention``; any other runs the user's
-choice as it is. Nothing goes through ``past_key_values``, so any cache and any decoding work.
+choice as it is. Nothing goes through ``past_key_values``, so any cache and any decoding work; the
+prefix has no positions, and those of the tokens stay what they were.
 """
 
 import sys

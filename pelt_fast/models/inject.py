@@ -268,8 +268,10 @@ def _inject_bottleneck(model, modification, config, stacks, takeover) -> None:
         site = kind(ffn, modification, _dtype(config, ffn.in_proj.module.weight))
         takeover.add(place.layer, "pelt_ffn_adapter", site)
         takeover.call(find(place.layer, slot.entry), site.forward)
-        takeover.sites.append(Site(f"{place.name}.{slot.entry}", "ffn", "bottleneck", site))
-        if isinstance(site, ParallelFFNAdapter) and site.why_not_fused() is None:
+        is_parallel = kind is ParallelFFNAdapter
+        op = "ffn" if is_parallel else "adapter"
+        takeover.sites.append(Site(f"{place.name}.{slot.entry}", op, "bottleneck", site))
+        if is_parallel and site.why_not_fused() is None:
             site.pack()
 
 

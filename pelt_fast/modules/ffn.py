@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from pelt_fast import functional
 from pelt_fast.config import Modification
+from pelt_fast.ops import support
 
 from .adapter import Bottleneck
 from .slot import Slot
@@ -105,7 +106,9 @@ class ParallelFFNAdapter(_FFNAdapter):
         return self.ffn.why_not_fused()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.why_not_fused() is not None:
+        reason = self.why_not_fused()
+        if reason is not None:
+            support.fall_back(f"parallel adapter beside the model's own FFN, because {reason}")
             base = self.ffn(x, self.training)
             return functional.parallel_adapter(base, x, *self.weights, **self.settings, **self.norm)
         ffn = self.ffn

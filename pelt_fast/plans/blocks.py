@@ -7,14 +7,22 @@ from torch import Tensor
 
 from pelt_fast.reference.philox import keep_mask, keep_scale
 
-# 1 MiB of fp32 a block, with its mask and the int64 words behind it: inside a core's L2
-BLOCK_ELEMENTS = 1 << 18
+# elements of a block: on a CPU 1 MiB of fp32, with its mask and the int64 words behind it inside a
+# core's L2; elsewhere launches cost, and a block only bounds the workspace
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
+BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 MIN_ROWS = 16
 
 
-def row_blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of about BLOCK_ELEMENTS elements that cover ``rows`` rows of ``width``."""
-    step = max(MIN_ROWS, BLOCK_ELEMENTS // max(width, 1))
+def block_elements(device: torch.device) -> int:
+    """How many elements are worked on at a time."""
+    return BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ELSEWHERE)
+
+
+def row_blocks(x: Tensor, width: int | None = None) -> Iterator[slice]:
+    """Slices that cover the rows of x, each a block of rows of ``width`` (x's own if None)."""
+    rows, width = x.shape[0], x.shape[1] if width is None else width
+    step = max(MIN_ROWS, block_elements(x.device) // max(width, 1))
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
@@ -27,7 +35,7 @@ def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dt
 def drop_(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Dropout of x (M, N) in place; ``seed=None`` leaves it."""
     if seed is not None:
-        for rows in row_blocks(*x.shape):
+        for rows in row_blocks(x):
             x[rows].mul_(drop_factor(rows, x.shape[1], p, seed, x.dtype))
     return x
 
@@ -37,7 +45,7 @@ def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if seed is None:
         return x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for rows in row_blocks(*x.shape):
+    for rows in row_blocks(x):
         torch.mul(x[rows], drop_factor(rows, x.shape[1], p, seed, x.dtype), out=out[rows])
     return out
 
@@ -53,7 +61,7 @@ def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.is_cuda and dtype == torch.float32:
         return torch.mm(left.t(), right, out_dtype=dtype)
     out = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
-    for rows in row_blocks(left.shape[0], left.shape[1] + right.shape[1]):
+    for rows in row_blocks(left, left.shape[1] + right.shape[1]):
         out.addmm_(left[rows].to(dtype).t(), right[rows].to(dtype))
     return out
 

@@ -96,7 +96,7 @@ def ffn_forward(
         y = F.linear(a, out_weight, out_bias if bias is None else bias)
         return y.addmm_(h, up, alpha=scale), pre
     y = F.linear(a, out_weight, out_bias)
-    for rows in row_blocks(*y.shape):
+    for rows in row_blocks(y):
         block = y[rows].mul_(drop_factor(rows, y.shape[1], output_dropout_p, output_seed, low))
         if bias is not None:
             block.add_(bias)

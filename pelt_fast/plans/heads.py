@@ -20,16 +20,16 @@ from pelt_fast.reference import heads as reference
 from pelt_fast.reference.heads import causal_mask, expand_heads, heads_last, reduce_heads
 from pelt_fast.reference.low_rank import empty_like_nothing
 
-from .blocks import BLOCK_ELEMENTS
+from .blocks import block_elements
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _batch_blocks(q: Tensor, width: int) -> Iterator[slice]:
-    """Slices of the batch of about BLOCK_ELEMENTS scores, ``width`` for each query."""
+    """Slices of the batch, each a block of scores, ``width`` for each query."""
     batch, heads, queries, _ = q.shape
-    step = max(1, BLOCK_ELEMENTS // max(heads * queries * width, 1))
+    step = max(1, block_elements(q.device) // max(heads * queries * width, 1))
     return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
 
 
@@ -95,7 +95,7 @@ def prefix_attention_forward(
     context_o = empty_like_nothing(q) if composition == "gated" else o.clone()
     pk, pv = (expand_heads(p.to(lse.dtype), q.shape[1]) for p in (prefix_k, prefix_v))
     for batch in _batch_blocks(q, prefix_k.shape[1]):
-        scores = scale * (q[batch].to(lse.dtype) @ pk.transpose(-1, -2))
+        scores = (scale * q[batch].to(lse.dtype)) @ pk.transpose(-1, -2)
         prefix_lse = torch.logsumexp(scores, -1)
         context = o[batch].to(lse.dtype, copy=True)
         if composition == "gated":
@@ -157,7 +157,7 @@ def _prefix_backward(tensors, settings, dq: Tensor | None) -> tuple[Tensor, Tens
     dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)
     for batch in _batch_blocks(q, prefix_k.shape[1]):
         qb, dob = q[batch].to(wide), do[batch].to(wide)
-        scores = scale * (qb @ pk.transpose(-1, -2))
+        scores = (scale * qb) @ pk.transpose(-1, -2)
         own_lse = lse[batch] if composition == "gated" else torch.logsumexp(scores, -1)
         weights = _prefix_part(form, scores, own_lse)
         dpv += (weights.transpose(-1, -2) @ dob).sum(0)

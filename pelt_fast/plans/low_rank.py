@@ -27,7 +27,7 @@ def _dropped_rank(x: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor
     if seed is None:
         return x @ a.t()
     s = x.new_empty(x.shape[0], a.shape[0])
-    for rows in row_blocks(*x.shape):
+    for rows in row_blocks(x):
         factor = drop_factor(rows, x.shape[1], p, seed, x.dtype)
         torch.mm(factor.mul_(x[rows]), a.t(), out=s[rows])
     return s
@@ -75,7 +75,7 @@ def _masked_backward(dx, ds, x, lora_a, p, seed, needs):
     a = lora_a.to(ds.dtype)
     wide = torch.promote_types(ds.dtype, lora_a.dtype)
     da = torch.zeros_like(lora_a, dtype=wide) if needs[1] else empty_like_nothing(ds)
-    for rows in row_blocks(ds.shape[0], a.shape[1]):
+    for rows in row_blocks(ds, a.shape[1]):
         factor = drop_factor(rows, a.shape[1], p, seed, ds.dtype)
         if needs[0]:
             dx[rows].addcmul_(ds[rows] @ a, factor)
@@ -103,7 +103,7 @@ def adapter_forward(
     if layer_norm != "none":
         out = torch.empty_like(residual, memory_format=torch.contiguous_format)
         t = x.new_empty(x.shape[0], down_weight.shape[0])
-        for rows in row_blocks(*x.shape):
+        for rows in row_blocks(x):
             out[rows], t[rows] = reference.adapter_forward(
                 x[rows], residual[rows], down_weight, down_bias, up_weight, up_bias,
                 norm_weight, norm_bias, layer_norm, activation, scale, dropout_p, seed, rows.start,
@@ -145,7 +145,7 @@ def adapter_backward(
         for i, like in enumerate(small, 1):
             if needs[i]:
                 grads[i] = torch.zeros_like(like, memory_format=torch.contiguous_format)
-        for rows in row_blocks(*x.shape):
+        for rows in row_blocks(x):
             block = reference.adapter_backward(
                 dy[rows], x[rows], t[rows], down_weight, up_weight, up_bias, norm_weight, norm_bias,
                 layer_norm, activation, scale, dropout_p, seed, sequential, needs, rows.start,

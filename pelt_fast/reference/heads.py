@@ -21,13 +21,18 @@ import torch
 from torch import Tensor
 
 from .low_rank import empty_like_nothing
-from .philox import dropout
+from .philox import keep_mask, keep_scale
 
 
-def _drop(weights: Tensor, p: float, seed: Tensor | None, row: int, first_batch: int) -> Tensor:
+def _drop_factor(
+    weights: Tensor, p: float, seed: Tensor | None, row: int, first_batch: int
+) -> Tensor | float:
+    """What the weights (B, H, T, keys) are multiplied by: 0 or 1 / (1 - p)."""
     if seed is None:
-        return weights
-    return dropout(weights, p, seed[row], first_batch * weights[0].numel())
+        return 1.0
+    start = first_batch * weights[0].numel()
+    keep = keep_mask(start, start + weights.numel(), p, seed[row])
+    return keep.view(weights.shape).to(weights.dtype).mul_(keep_scale(p))
 
 
 def heads_last(x: Tensor) -> Tensor:
@@ -37,6 +42,8 @@ def heads_last(x: Tensor) -> Tensor:
 
 def expand_heads(kv: Tensor, heads: int) -> Tensor:
     """(..., Hkv, S, D) -> (..., H, S, D), each head repeated for its group of queries."""
+    if kv.shape[-3] == heads:
+        return kv
     return kv.repeat_interleave(heads // kv.shape[-3], dim=-3)
 
 
@@ -54,7 +61,7 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
 
 def context_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """C (B, H, T, S), -inf where a key is hidden. ``mask`` is bool (True visible) or additive."""
-    scores = scale * (q @ k.transpose(-1, -2))
+    scores = (scale * q) @ k.transpose(-1, -2)
     if mask is not None:
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -68,8 +75,7 @@ def context_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
 
 def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
     """exp(scores - lse), 0 in rows that see nothing."""
-    weights = torch.exp(scores - lse.unsqueeze(-1))
-    return weights.masked_fill(lse.unsqueeze(-1) == float("-inf"), 0)
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1))
 
 
 def prefix_attention_forward(
@@ -98,7 +104,7 @@ def prefix_attention_forward(
     pk, pv = expand_heads(prefix_k.to(wide), heads), expand_heads(prefix_v.to(wide), heads)
 
     scores = context_scores(qw, keys, attn_mask, is_causal, scale)
-    prefix = scale * (qw @ pk.transpose(-1, -2))
+    prefix = (scale * qw) @ pk.transpose(-1, -2)
     lse = torch.logsumexp(scores, -1)
     if composition == "gated":
         lse = torch.logaddexp(lse, torch.logsumexp(prefix, -1))
@@ -107,24 +113,26 @@ def prefix_attention_forward(
         weights = torch.softmax(prefix, -1)
     else:
         weights = prefix.clamp_min(0)
-    context = _drop(softmax_weights(scores, lse), dropout_p, seed, 1, first_batch) @ values
-    out = context + _drop(weights, dropout_p, seed, 0, first_batch) @ pv
+    context = softmax_weights(scores, lse)
+    context = (context * _drop_factor(context, dropout_p, seed, 1, first_batch)) @ values
+    out = context + (weights * _drop_factor(weights, dropout_p, seed, 0, first_batch)) @ pv
     kept = empty_like_nothing(q) if composition == "gated" else heads_last(context.to(q.dtype))
     return heads_last(out.to(q.dtype)), lse, kept
 
 
-def _softmax_backward(do, q, k, v, scores, lse, delta, scale, drop):
-    """dq, dk, dv of ``drop(exp(scores - lse)) v``, with delta = rowsum(do o) of the output."""
+def _softmax_backward(do, q, k, v, scores, lse, delta, scale, factor):
+    """dq, dk, dv of ``(factor exp(scores - lse)) v``, with delta = rowsum(do o) of the output."""
     weights = softmax_weights(scores, lse)
-    d_scores = scale * weights * (drop(do @ v.transpose(-1, -2)) - delta)
-    return d_scores @ k, d_scores.transpose(-1, -2) @ q, drop(weights).transpose(-1, -2) @ do
+    d_scores = weights * (factor * (do @ v.transpose(-1, -2)) - delta)
+    dv = (factor * weights).transpose(-1, -2) @ do
+    return scale * (d_scores @ k), scale * (d_scores.transpose(-1, -2) @ q), dv
 
 
-def _relu_backward(do, q, k, v, scores, scale, drop):
-    """dq, dk, dv of ``drop(relu(scores)) v``."""
-    d_scores = scale * drop(do @ v.transpose(-1, -2)) * (scores > 0)
-    dv = drop(scores.clamp_min(0)).transpose(-1, -2) @ do
-    return d_scores @ k, d_scores.transpose(-1, -2) @ q, dv
+def _relu_backward(do, q, k, v, scores, scale, factor):
+    """dq, dk, dv of ``(factor relu(scores)) v``."""
+    d_scores = factor * (do @ v.transpose(-1, -2)) * (scores > 0)
+    dv = (factor * scores.clamp_min(0)).transpose(-1, -2) @ do
+    return scale * (d_scores @ k), scale * (d_scores.transpose(-1, -2) @ q), dv
 
 
 def prefix_attention_backward(
@@ -157,25 +165,21 @@ def prefix_attention_backward(
     keys, values = expand_heads(k.to(wide), heads), expand_heads(v.to(wide), heads)
     pk, pv = expand_heads(prefix_k.to(wide), heads), expand_heads(prefix_v.to(wide), heads)
     scores = context_scores(qw, keys, attn_mask, is_causal, scale)
-    prefix = scale * (qw @ pk.transpose(-1, -2))
+    prefix = (scale * qw) @ pk.transpose(-1, -2)
 
-    def drop_prefix(weights: Tensor) -> Tensor:
-        return _drop(weights, dropout_p, seed, 0, first_batch)
-
-    def drop_context(weights: Tensor) -> Tensor:
-        return _drop(weights, dropout_p, seed, 1, first_batch)
-
+    prefix_factor = _drop_factor(prefix, dropout_p, seed, 0, first_batch)
+    context_factor = _drop_factor(scores, dropout_p, seed, 1, first_batch)
     own = o if composition == "gated" else context_o
     delta = (dow * own.to(wide)).sum(-1, keepdim=True)
-    dq, dk, dv = _softmax_backward(dow, qw, keys, values, scores, lse, delta, scale, drop_context)
+    dq, dk, dv = _softmax_backward(dow, qw, keys, values, scores, lse, delta, scale, context_factor)
     if form == "relu":
-        parts = _relu_backward(dow, qw, pk, pv, prefix, scale, drop_prefix)
+        parts = _relu_backward(dow, qw, pk, pv, prefix, scale, prefix_factor)
     else:
         if composition == "add":
             lse = torch.logsumexp(prefix, -1)
-            prefix_o = drop_prefix(softmax_weights(prefix, lse)) @ pv
+            prefix_o = (prefix_factor * softmax_weights(prefix, lse)) @ pv
             delta = (dow * prefix_o).sum(-1, keepdim=True)
-        parts = _softmax_backward(dow, qw, pk, pv, prefix, lse, delta, scale, drop_prefix)
+        parts = _softmax_backward(dow, qw, pk, pv, prefix, lse, delta, scale, prefix_factor)
     grads = (
         heads_last((dq + parts[0]).to(q.dtype)),
         heads_last(reduce_heads(dk, kv_heads).to(k.dtype)),

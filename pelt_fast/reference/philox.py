@@ -24,7 +24,9 @@ LEVELS = 1 << 16  # p is rounded to a multiple of 1 / LEVELS
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 14  # draws a chunk: the int64 temporaries stay in a core's cache
+# draws a chunk: on a CPU the int64 temporaries stay in a core's cache, elsewhere launches cost
+_CHUNK = {"cpu": 1 << 14}
+_CHUNK_ELSEWHERE = 1 << 22
 
 
 def draw_seed(device: torch.device, count: int = 1) -> Tensor:
@@ -70,8 +72,9 @@ def keep_mask(start: int, stop: int, p: float, seed: Tensor) -> Tensor:
     key, offset = seed[0], seed[1]
     key = [key & _LOW, (key >> 32) & _LOW]
     offset = [offset & _LOW, (offset >> 32) & _LOW]
-    for begin in range(first, last, _CHUNK):
-        end = min(begin + _CHUNK, last)
+    chunk = _CHUNK.get(seed.device.type, _CHUNK_ELSEWHERE)
+    for begin in range(first, last, chunk):
+        end = min(begin + chunk, last)
         draw = torch.arange(begin, end, dtype=torch.int64, device=seed.device)
         counter = [draw & _LOW, draw >> 32, *offset]
         for word, value in enumerate(philox4x32(counter, key)):

@@ -1,7 +1,7 @@
 """Fine-tune a sequence classifier with transformers' Trainer, and measure it."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -50,6 +50,13 @@ class TokenizedSplit(Dataset):
         return {**row, "labels": int(self.labels[index])}
 
 
+def by_length(split: Split) -> Split:
+    """The rows from short to long, so that batches in order are padded little."""
+    order = sorted(range(len(split)), key=lambda i: len(split.texts[i]))
+    pairs = None if split.pairs is None else [split.pairs[i] for i in order]
+    return Split([split.texts[i] for i in order], pairs, [split.labels[i] for i in order])
+
+
 def load_classifier(path: str | Path, classes: int):
     """Model and tokenizer of a local folder or a hub name."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -69,14 +76,16 @@ def fit(
     try:
         from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
+        grouping = {"train_sampling_strategy": "group_by_length"}
+        if not grouping.keys() & {field.name for field in fields(TrainingArguments)}:
+            grouping = {"group_by_length": True}  # its name in early transformers 5
         arguments = TrainingArguments(
             output_dir=str(output), num_train_epochs=recipe.epochs,
             per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=128,
             learning_rate=recipe.rate(method), warmup_steps=0.06, weight_decay=0.0,
             lr_scheduler_type="linear", seed=recipe.seed, save_strategy="no", report_to=[],
-            logging_strategy="no", train_sampling_strategy="group_by_length",
-            disable_tqdm=quiet or not sys.stderr.isatty(),
-            dataloader_pin_memory=torch.cuda.is_available(),
+            logging_strategy="no", disable_tqdm=quiet or not sys.stderr.isatty(),
+            dataloader_pin_memory=torch.cuda.is_available(), **grouping,
         )  # fmt: skip
     except ImportError as error:
         raise RuntimeError(
@@ -85,7 +94,7 @@ def fit(
     trainer = Trainer(
         model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=TokenizedSplit(data.train, tokenizer, recipe.max_length),
-        eval_dataset=TokenizedSplit(data.evaluation, tokenizer, recipe.max_length),
+        eval_dataset=TokenizedSplit(by_length(data.evaluation), tokenizer, recipe.max_length),
         compute_metrics=_accuracy,
     )  # fmt: skip
     trainer.train()

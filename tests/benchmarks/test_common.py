@@ -27,7 +27,7 @@ def test_results_carry_the_machine_and_are_never_written_over(tmp_path):
     assert first != second
     result = json.loads(first.read_text())
     assert result["number"] == 1
-    assert {"commit", "device", "versions", "date"} <= result["machine"].keys()
+    assert {"commit", "device", "versions", "time"} <= result["machine"].keys()
     assert len(list(tmp_path.iterdir())) == 2
 
 

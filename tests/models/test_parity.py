@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import pelt_fast
 from pelt_fast.models.attention import SLICE
 from pelt_fast.models.slots import base_of, find, stacks_of
+from pelt_fast.ops import support
 from tests.small import MODELS, gradients, inputs, randomise
 
 METHODS = [name for name in pelt_fast.methods() if name != "linear_probe"]
@@ -257,3 +258,44 @@ def test_combinations_fall_back_to_the_layers_own_ffn_with_the_reason():
                     parameter.copy_(dict(model.named_parameters())[name])
         naive_ffn_adapters(model, plain)
         assert torch.allclose(plain(**batch).logits, logits, atol=1e-4), architecture
+
+
+def test_the_fallback_beside_the_ffn_is_said_and_strict_refuses_it(monkeypatch, caplog):
+    adapter = pelt_fast.methods()["scaled_parallel_adapter"].replace(size=5, layer_norm="in")
+    model = pelt_fast.inject(MODELS["roberta"](), adapter)
+    support._say_once.cache_clear()
+    model(**inputs(model))
+    assert caplog.text.count("the adapter has a LayerNorm of its own") == 1
+    monkeypatch.setenv("PELT_FAST_STRICT", "1")
+    with pytest.raises(RuntimeError, match="LayerNorm of its own"):
+        model(**inputs(model))
+
+
+NORMS = {  # what the layer's input, the attention's norm and the FFN's norm are called
+    "bart": ("model.encoder.layers.0", "self_attn_layer_norm", "final_layer_norm"),
+    "roberta": ("roberta.encoder.layer.0", "attention.output.LayerNorm", "output.LayerNorm"),
+}
+
+
+@pytest.mark.parametrize("method", ["scaled_parallel_adapter", "mam", "houlsby", "lora"])
+@pytest.mark.parametrize("architecture", NORMS)
+def test_every_dropout_of_the_model_still_acts_exactly_once(architecture, method):
+    """What a sub-layer adds to the residual is zero with probability p: twice dropped, 1-(1-p)^2."""
+    model = MODELS[architecture](dropout=0.5)
+    config = small_method(method, dropout=0.0)
+    if method == "houlsby":  # its own residual would add to what was dropped
+        config = config.replace(init="lora")
+    pelt_fast.inject(model, config).train()
+    layer_name, first, second = NORMS[architecture]
+    layer, seen = model.get_submodule(layer_name), {}
+    layer.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+    norms = layer.get_submodule(first), layer.get_submodule(second)
+    norms[0].register_forward_hook(lambda m, a, out: seen.update(into_first=a[0], middle=out))
+    norms[1].register_forward_pre_hook(lambda m, a: seen.update(into_second=a[0]))
+    batch = inputs(model, batch=16, length=20)
+    model(**batch)
+    for added, residual in ((seen["into_first"], seen["x"]), (seen["into_second"], seen["middle"])):
+        share = (added == residual).double().mean().item()
+        assert abs(share - 0.5) < 0.03, share
+    model.eval()(**batch)
+    assert (seen["into_second"] == seen["middle"]).double().mean() < 0.01

@@ -94,6 +94,13 @@ def test_input_gradient_of_dropped_branch_keeps_the_scale():
     assert abs(ratio - 1) < 0.02
 
 
+@pytest.fixture(params=["auto", "reference"])
+def either_backend(request):
+    with backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (0, 3, 6)])
 def test_empty_batches_give_empty_outputs_and_zero_gradients(shape):
     x = torch.randn(shape, requires_grad=True)
@@ -107,8 +114,14 @@ def test_empty_batches_give_empty_outputs_and_zero_gradients(shape):
     z = functional.sequential_adapter(x, a, None, up, None, dropout_p=0.1)
     z.sum().backward()
     assert z.shape == x.shape and torch.all(up.grad == 0)
+    f = functional.ffn_parallel_adapter(
+        x, torch.randn(7, 6), None, torch.randn(6, 7), None, a, None, up, None, dropout_p=0.1
+    )
+    f.sum().backward()
+    assert f.shape == x.shape and torch.all(up.grad == 0)
 
 
+@pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=["B=0", "T=0", "S=0"])
 def test_prefix_attention_with_nothing_in_a_dimension(sizes):
     batch, queries, keys = sizes

@@ -138,3 +138,33 @@ def test_lora_plan_allocates_one_big_tensor_each_way(p, dtype):
     for made in (forward, backward):
         big = [size for size, kind in made.sizes if size >= m * k // 2 and kind.is_floating_point]
         assert big == [m * k]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_packed_ffn_plan_allocates_what_the_frozen_block_needs(p):
+    """Forward: pre-activations, their activation, y. The frozen block makes the same, and with
+    dropout a mask and a copy of each more."""
+    from pelt_fast.plans import ffn
+    from pelt_fast.reference.philox import draw_seed
+
+    m, k, inner, rank = 4096, 512, 1024, 16
+    x, packed = torch.randn(m, k), torch.randn(inner + rank, k)
+    out_weight, up = torch.randn(k, inner), torch.randn(k, rank)
+    bias = [torch.randn(n) for n in (inner, k, rank, k)]
+    seed = draw_seed(x.device, 3) if p else None
+    settings = ("gelu", "relu", 4.0, p, p, p, seed)
+    with Allocations() as forward:
+        _, pre = ffn.ffn_forward(
+            x, packed[:inner], bias[0], None, None, out_weight, bias[1], packed[inner:], bias[2],
+            up, bias[3], packed, *settings,
+        )  # fmt: skip
+    big = sorted(n for n, kind in forward.sizes if n >= m * k // 2 and kind.is_floating_point)
+    assert big == sorted([m * (inner + rank), m * inner, m * k])
+    with Allocations() as backward:
+        ffn.ffn_backward(
+            torch.randn(m, k), x, pre, packed[:inner], None, out_weight, packed[inner:], up, packed,
+            *settings, [True] * 5,
+        )  # fmt: skip
+    big = sorted(n for n, kind in backward.sizes if n >= m * k // 2 and kind.is_floating_point)
+    # the output gradient handed in, dropped dy where there is dropout, [dZ | dT], dx
+    assert big == sorted([m * k] * (3 if p else 2) + [m * (inner + rank)])

@@ -1,0 +1,82 @@
+"""Write the tables of README.md from the newest committed result files.
+
+python -m benchmarks.report            rewrites what stands between the markers
+python -m benchmarks.report --check    exit 1 when README.md is not what the results say
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+
+from benchmarks import demo, lora_linear
+from benchmarks.common import REPOSITORY, newest
+from pelt_fast.methods import methods
+
+README = REPOSITORY / "README.md"
+
+
+def _measured(result: dict, text: str) -> str:
+    """A table and where its numbers are from."""
+    machine = result["machine"]
+    versions = machine["versions"]
+    source = (
+        f"{machine['device']}; torch {versions['torch']}, transformers"
+        f" {versions['transformers']}, PEFT {versions['peft']}; commit {machine['commit']},"
+        f" {machine['time'][:10]}"
+    )
+    return f"{text}\n\n*{source}*"
+
+
+def _demo() -> str:
+    result = newest("demo")
+    return _measured(
+        result, demo.report(result["rows"], result["step_seconds"], result["saved_bytes"])
+    )
+
+
+def _lora() -> str:
+    result = newest("lora-linear")
+    return _measured(result, lora_linear.report(result["seconds"]))
+
+
+def _methods() -> str:
+    lines = ["| method | modifications (form, insertion, target, composition, size) |", "|---|---|"]
+    for name, config in methods().items():
+        parts = [
+            f"{m.insertion} {m.form} on {m.target}, {m.composition}"
+            + (f" s={m.scale:g}" if m.composition == "scaled" else "")
+            + (f", {m.size}" if m.size else "")
+            for m in config.modifications
+        ]
+        lines.append(f"| `{name}` | {'; '.join(parts) or 'the task head alone'} |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"methods": _methods, "demo": _demo, "lora": _lora}
+
+
+def render(text: str) -> str:
+    """``text`` with every section between its markers made anew."""
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        body = f"{begin}\n{section()}\n{end}"
+        text = pattern.sub(lambda match, body=body: body, text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    before = README.read_text()
+    after = render(before)
+    if options.check:
+        return int(before != after)
+    README.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
