@@ -5,30 +5,26 @@ from torch.autograd.function import once_differentiable
 
 from pelt_fast.plans import heads as plans
 from pelt_fast.reference import heads as reference
+from pelt_fast.reference.heads import heads_last_empty
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .library import Op, active_backend
 from .low_rank import keep_needed
 
 
-def _heads_last_empty(x):
-    batch, heads, length, dim = x.shape
-    return x.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
 def _prefix_attention_fwd_fake(
     q, k, v, prefix_k, prefix_v, attn_mask, is_causal, scale, form, composition, dropout_p, seed
 ):
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    context_o = empty_like_nothing(q) if composition == "gated" else _heads_last_empty(q)
-    return _heads_last_empty(q), lse, context_o
+    context_o = empty_like_nothing(q) if composition == "gated" else heads_last_empty(q)
+    return heads_last_empty(q), lse, context_o
 
 
 def _prefix_attention_bwd_fake(
     do, q, k, v, prefix_k, prefix_v, o, lse, context_o, attn_mask, is_causal, scale, form,
     composition, dropout_p, seed, needs,
 ):  # fmt: skip
-    grads = [*map(_heads_last_empty, (q, k, v)), *map(torch.empty_like, (prefix_k, prefix_v))]
+    grads = [*map(heads_last_empty, (q, k, v)), *map(torch.empty_like, (prefix_k, prefix_v))]
     return tuple(
         grad if need else empty_like_nothing(do) for grad, need in zip(grads, needs, strict=True)
     )

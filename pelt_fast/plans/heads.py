@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from pelt_fast.reference import heads as reference
-from pelt_fast.reference.heads import causal_mask, expand_heads, heads_last, reduce_heads
+from pelt_fast.reference.heads import (
+    causal_mask,
+    expand_heads,
+    heads_last,
+    heads_last_empty,
+    reduce_heads,
+)
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .blocks import block_elements
@@ -180,10 +186,10 @@ def _blocks_of(mask: Tensor | None, batch: slice) -> Tensor | None:
 
 def _blocked_forward(q, k, v, prefix_k, prefix_v, mask, settings):
     wide = torch.promote_types(q.dtype, torch.float32)
-    o = torch.empty_like(heads_last(q))
+    o = heads_last_empty(q)
     lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
     gated = settings[3] == "gated"
-    context_o = empty_like_nothing(q) if gated else torch.empty_like(o)
+    context_o = empty_like_nothing(q) if gated else heads_last_empty(q)
     for batch in _batch_blocks(q, k.shape[2] + prefix_k.shape[1]):
         o[batch], lse[batch], kept = reference.prefix_attention_forward(
             q[batch], k[batch], v[batch], prefix_k, prefix_v, _blocks_of(mask, batch),
@@ -200,7 +206,7 @@ def _blocked_backward(tensors, mask, settings, needs):
     grads = [empty_like_nothing(do) for _ in range(5)]
     for i, like in enumerate((q, k, v)):
         if needs[i]:
-            grads[i] = torch.empty_like(heads_last(like))
+            grads[i] = heads_last_empty(like)
     for i in (3, 4):
         if needs[i]:
             grads[i] = torch.zeros_like(prefix_k, memory_format=torch.contiguous_format)

@@ -40,6 +40,12 @@ def heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def heads_last_empty(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape (B, H, T, D) in that layout."""
+    batch, heads, length, dim = x.shape
+    return x.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
 def expand_heads(kv: Tensor, heads: int) -> Tensor:
     """(..., Hkv, S, D) -> (..., H, S, D), each head repeated for its group of queries."""
     if kv.shape[-3] == heads:

@@ -1,0 +1,21 @@
+"""README's tables are what the committed results say; the benchmarks print theirs."""
+
+import subprocess
+import sys
+
+from benchmarks import report
+
+
+def test_readme_is_generated_from_the_committed_results():
+    text = report.README.read_text()
+    for name in report.SECTIONS:
+        assert f"<!-- {name} -->\n|" in text, f"section {name} is empty: make readme"
+    assert report.render(text) == text, "README is not what the results say: make readme"
+
+
+def test_lora_benchmark_prints_ours_the_floor_and_the_peer():
+    command = [sys.executable, "-m", "benchmarks.lora_linear", "--repeats", "1"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=report.REPOSITORY)
+    assert ran.returncode == 0, ran.stderr
+    for name in ("frozen linear", "pelt_fast", "PEFT"):
+        assert ran.stdout.count(f"| {name} ") == 2
