@@ -22,9 +22,10 @@ def run(options: argparse.Namespace) -> int:
 
     import pelt_fast
     from pelt_fast.methods import method
+    from pelt_fast.tasks.pretrained import from_pretrained
 
     method(options.method)  # an unknown name is said before anything is loaded
-    config = AutoConfig.from_pretrained(options.model)
+    config = from_pretrained(AutoConfig, options.model)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     pelt_fast.inject(model.train(not options.eval), options.method)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .data import ClassificationData, Split
+from .pretrained import from_pretrained
 
 # what reaches full fine-tuning's accuracy in few epochs; the paper uses 1e-4 over ten (Table 8)
 LEARNING_RATES = {"full": 5e-5, "linear_probe": 5e-3, "scaled_parallel_adapter": 2e-4}
@@ -61,8 +62,8 @@ def load_classifier(path: str | Path, classes: int):
     """Model and tokenizer of a local folder or a hub name."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=classes)
+    tokenizer = from_pretrained(AutoTokenizer, path)
+    model = from_pretrained(AutoModelForSequenceClassification, path, num_labels=classes)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer

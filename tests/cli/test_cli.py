@@ -136,6 +136,8 @@ BAD = [
     ),
     (["train", "--task", "xsum", "--model", "x"], "--task must be one of sst2, mnli"),
     (["explain", "nowhere", "--method", "mamm"], "unknown method 'mamm'"),
+    (["explain", "nowhere"], "nowhere"),
+    (["train", "--data", "data", "--model", "nowhere"], "nowhere"),
     (["methods", "--json", "mamm"], "unknown method 'mamm'"),
 ]
 
@@ -143,6 +145,9 @@ BAD = [
 @pytest.mark.parametrize("arguments, message", BAD, ids=lambda v: str(v)[:40])
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "data" / f"{split}.csv").write_text("text,label\na,1\nb,0\n")
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out

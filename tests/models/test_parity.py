@@ -299,3 +299,55 @@ def test_every_dropout_of_the_model_still_acts_exactly_once(architecture, method
         assert abs(share - 0.5) < 0.03, share
     model.eval()(**batch)
     assert (seen["into_second"] == seen["middle"]).double().mean() < 0.01
+
+
+def point(*arguments, **fields):
+    return pelt_fast.PeltConfig("point", (pelt_fast.Modification(*arguments, **fields),))
+
+
+BESIDE_THE_PRESETS = {
+    "prefix added": point("prefix", "heads", composition="add", size=3),
+    "prefix without MLP": point(
+        "prefix", "heads", composition="gated", size=3, reparameterization="none"
+    ),
+    "learned scale": point("bottleneck", "ffn", "parallel", "learned_scale", 3, scale=2.0),
+    "learned channel scale": point("bottleneck", "ffn", "parallel", "learned_channel_scale", 3),
+    "sequential, scaled, norm out": point(
+        "bottleneck", "ffn", "sequential", "scaled", 3, 2.0, "gelu", layer_norm="out", dropout=0.1
+    ),
+    "parallel, norm in": point("bottleneck", "ffn", "parallel", size=3, layer_norm="in"),
+    "attention, learned scale": point(
+        "bottleneck", "attention", "sequential", "learned_scale", 3, activation="gelu"
+    ),
+    "LoRA on k and o": pelt_fast.PeltConfig(
+        "ko",
+        tuple(pelt_fast.Modification("low_rank", f"attention.{t}", size=3) for t in "ko"),
+    ),
+    "LoRA under an adapter": pelt_fast.PeltConfig(
+        "both",
+        (
+            pelt_fast.Modification("bottleneck", "attention", "sequential", size=3),
+            pelt_fast.Modification("low_rank", "attention.o", size=3),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_THE_PRESETS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_points_beside_the_presets_run_fused_as_in_the_reference(architecture, name, tmp_path):
+    base = MODELS[architecture]()
+    model = randomise(pelt_fast.inject(copy.deepcopy(base), BESIDE_THE_PRESETS[name])).train()
+    batch = inputs(model, padding="left")
+    logits, grads = outputs_and_gradients(model, batch)
+    assert all(grads[n].abs().sum() > 0 for n, p in model.named_parameters() if p.requires_grad)
+    with pelt_fast.backend("reference"):
+        expected, expected_grads = outputs_and_gradients(model, batch)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert_close(grads, expected_grads)
+    pelt_fast.save(model, tmp_path)
+    twin = pelt_fast.load(copy.deepcopy(base), tmp_path)
+    assert torch.equal(twin.eval()(**batch).logits, model.eval()(**batch).logits)
+    before = base.state_dict()
+    after = pelt_fast.eject(twin).state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,12 @@
+"""Loading models, tokenizers and configs by folder or hub name, with one clear error."""
+
+from pathlib import Path
+
+
+def from_pretrained(auto_class, path: str | Path, **options):
+    """``auto_class.from_pretrained(path)``; OSError that names the model when it is not there."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"model {str(path)!r} cannot be loaded: {reason}") from None
