@@ -78,7 +78,12 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("function, changes, error, message", BAD, ids=lambda v: str(v)[:40])
+IDS = [
+    f"{function.__name__} {' '.join(changes)} {message}" for function, changes, _, message in BAD
+]
+
+
+@pytest.mark.parametrize("function, changes, error, message", BAD, ids=IDS)
 def test_bad_input_is_named(function, changes, error, message):
     with pytest.raises(error, match=message):
         function(**changes)
