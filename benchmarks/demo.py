@@ -152,11 +152,10 @@ def picture(rows: dict[str, dict], seconds: dict, kept: dict, path: Path) -> Non
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for method, row in rows.items():
-        x = seconds[method] / seconds["full"]
-        left.scatter(x, row["accuracy"], s=60)
-        left.annotate(f"{method} ({row['trainable_percent']:.2f} %)", (x, row["accuracy"]),
-                      xytext=(6, 5), textcoords="offset points", fontsize=9)  # fmt: skip
-    left.margins(0.25, 0.15)
+        label = f"{method} ({row['trainable_percent']:.2f} % trains)"
+        left.scatter(seconds[method] / seconds["full"], row["accuracy"], s=60, label=label)
+    left.margins(0.1)
+    left.legend(loc="lower right", fontsize=8)
     left.set_xlabel("time of a training step, full fine-tuning = 1")
     left.set_ylabel("held-out accuracy, %")
     left.axvline(seconds["frozen"] / seconds["full"], linestyle=":", color="gray")
