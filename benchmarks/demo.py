@@ -152,7 +152,7 @@ def picture(rows: dict[str, dict], seconds: dict, kept: dict, path: Path) -> Non
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for method, row in rows.items():
-        label = f"{method} ({row['trainable_percent']:.2f} % trains)"
+        label = f"{method} ({row['trainable_percent']:.2f} % kept)"
         left.scatter(seconds[method] / seconds["full"], row["accuracy"], s=60, label=label)
     left.margins(0.1)
     left.legend(loc="lower right", fontsize=8)
@@ -194,6 +194,7 @@ def main() -> None:
     seconds, kept = measure_all(data, recipe, device, options.repeats)
     print()
     print(report(rows, seconds, kept))
+    print("trainable %: kept after training, task head included (a prefix's MLP is folded away)")
     image = RUNS / "demo.png"
     picture(rows, seconds, kept, image)
     print(f"\ntrained in {trained:.0f} s; picture: {image}; each method is saved in {RUNS}/")
