@@ -37,6 +37,17 @@ def wrapping(choice: str | None) -> str:
     )
 
 
+def still_wrapped(stack: nn.Module, *_) -> None:
+    """Forward pre-hook of a stack with a prefix: RuntimeError when its attention was changed after
+    inject, for the prefix would be dropped without a word."""
+    choice = stack.config._attn_implementation
+    if choice not in map(_NAME.format, WRAPPED):
+        raise RuntimeError(
+            f"this model carries a prefix, but its attention is {choice!r} now, which ignores it:"
+            " eject, choose the attention, inject again"
+        )
+
+
 def _refuse(kwargs: dict) -> None:
     for name in ("softcap", "position_bias"):
         if kwargs.get(name) is not None:

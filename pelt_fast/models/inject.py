@@ -231,6 +231,7 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
             )
             banks[slot.kind] = bank
             takeover.add(owner, f"pelt_{slot.kind}_prefix", bank)
+            takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
             takeover.hook(owner.register_forward_pre_hook(bank.before_stack))
         bank = banks[slot.kind]
         takeover.set(

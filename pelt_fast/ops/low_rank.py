@@ -15,9 +15,8 @@ def _lora_fwd_fake(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
 
 
 def _lora_bwd_fake(dy, x, s, weight, lora_a, lora_b, scale, dropout_p, seed, needs):
-    none = empty_like_nothing(dy)
     return (
-        dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else none,
+        dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else empty_like_nothing(dy),
         torch.empty_like(lora_a) if needs[1] else empty_like_nothing(dy),
         torch.empty_like(lora_b) if needs[2] else empty_like_nothing(dy),
     )

@@ -10,6 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pelt_fast
+from pelt_fast.models import attention
 from pelt_fast.models.attention import SLICE
 from pelt_fast.models.slots import base_of, find, stacks_of
 from pelt_fast.ops import support
@@ -132,14 +133,16 @@ def concatenating(module, query, key, value, mask, dropout=0.0, scaling=None, **
     return (weights @ torch.cat([prefixes[1], value], 2)).transpose(1, 2), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("test_concatenating", concatenating)
-ALL_MASK_ATTENTION_FUNCTIONS.register("test_concatenating", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+ALL_ATTENTION_FUNCTIONS.register("pelt_fast_concatenating", concatenating)
+ALL_MASK_ATTENTION_FUNCTIONS.register(
+    "pelt_fast_concatenating", ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+)
 
 
 @pytest.mark.parametrize("choice", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("architecture", MODELS)
-def test_prefix_equals_concatenation(architecture, padding, choice):
+def test_prefix_equals_concatenation(architecture, padding, choice, monkeypatch):
     model = MODELS[architecture](dropout=0.0)
     model.set_attn_implementation(choice)
     pelt_fast.inject(model, small_method("prefix"))
@@ -149,7 +152,8 @@ def test_prefix_equals_concatenation(architecture, padding, choice):
     logits, grads = outputs_and_gradients(model, batch)
     for module in model.modules():
         if hasattr(module, "config"):
-            module.config._attn_implementation = "test_concatenating"
+            module.config._attn_implementation = "pelt_fast_concatenating"
+    monkeypatch.setattr(attention, "WRAPPED", ("concatenating",))
     expected, expected_grads = outputs_and_gradients(model, batch)
     rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if logits.dim() == 3:  # a padding position's own output means nothing
@@ -169,6 +173,17 @@ def test_prefix_changes_padded_and_unpadded_batches(architecture):
     randomise(pelt_fast.inject(model, small_method("prefix")), 1.0)
     for batch, plain in zip(batches, before, strict=True):
         assert (model(**batch).logits - plain).abs().amax(-1).min() > 1e-4
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_changing_the_attention_under_a_prefix_is_an_error_not_a_dropped_prefix(architecture):
+    model = injected(architecture, "prefix").eval()
+    batch = inputs(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="its attention is 'eager' now"):
+        model(**batch)
+    pelt_fast.inject(pelt_fast.eject(model), small_method("prefix"))
+    model(**batch)
 
 
 def test_prefix_leaves_causality_alone():
