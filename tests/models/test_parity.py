@@ -325,12 +325,16 @@ BESIDE_THE_PRESETS = {
     "prefix without MLP": point(
         "prefix", "heads", composition="gated", size=3, reparameterization="none"
     ),
-    "learned scale": point("bottleneck", "ffn", "parallel", "learned_scale", 3, scale=2.0),
-    "learned channel scale": point("bottleneck", "ffn", "parallel", "learned_channel_scale", 3),
+    "learned scale": point("bottleneck", "ffn", "parallel", "learned_scale", 3, 2.0, "tanh"),
+    "learned channel scale": point(
+        "bottleneck", "ffn", "parallel", "learned_channel_scale", 3, activation="tanh"
+    ),
     "sequential, scaled, norm out": point(
         "bottleneck", "ffn", "sequential", "scaled", 3, 2.0, "gelu", layer_norm="out", dropout=0.1
     ),
-    "parallel, norm in": point("bottleneck", "ffn", "parallel", size=3, layer_norm="in"),
+    "parallel, norm in": point(
+        "bottleneck", "ffn", "parallel", size=3, layer_norm="in", activation="silu"
+    ),
     "attention, learned scale": point(
         "bottleneck", "attention", "sequential", "learned_scale", 3, activation="gelu"
     ),
@@ -341,7 +345,9 @@ BESIDE_THE_PRESETS = {
     "LoRA under an adapter": pelt_fast.PeltConfig(
         "both",
         (
-            pelt_fast.Modification("bottleneck", "attention", "sequential", size=3),
+            pelt_fast.Modification(
+                "bottleneck", "attention", "sequential", size=3, activation="silu"
+            ),
             pelt_fast.Modification("low_rank", "attention.o", size=3),
         ),
     ),
