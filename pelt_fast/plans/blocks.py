@@ -32,6 +32,18 @@ def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dt
     return keep.view(-1, width).to(dtype).mul_(keep_scale(p))
 
 
+def bottleneck_factor(t: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
+    """The dropout of a whole bottleneck (M, R): small enough to make once for all its uses."""
+    if seed is None:
+        return None
+    return drop_factor(slice(0, t.shape[0]), t.shape[1], p, seed, t.dtype)
+
+
+def scaled_by_(x: Tensor, factor: Tensor | None) -> Tensor:
+    """x times ``factor`` in place; None leaves it."""
+    return x if factor is None else x.mul_(factor)
+
+
 def drop_(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Dropout of x (M, N) in place; ``seed=None`` leaves it."""
     if seed is not None:
@@ -64,15 +76,3 @@ def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     for rows in row_blocks(left, left.shape[1] + right.shape[1]):
         out.addmm_(left[rows].to(dtype).t(), right[rows].to(dtype))
     return out
-
-
-def weight_and_bias_gradient(
-    left: Tensor, right: Tensor, dtype: torch.dtype, scale: float, with_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``scale leftᵀ right`` and ``scale sum(left)`` from one read of left: the bias rides on the
-    GEMM as a column of ones beside ``right``."""
-    if not with_bias:
-        return weight_gradient(left, right, dtype).mul_(scale), None
-    ones = right.new_ones(right.shape[0], 1)
-    both = weight_gradient(left, torch.cat([right, ones], 1), dtype).mul_(scale)
-    return both[:, :-1].contiguous(), both[:, -1].contiguous()

@@ -3,7 +3,7 @@
 Shapes and maths are those of ``reference.ffn``; P = one M x N pass, Q = one M x F pass.
 Traffic  forward    [W1; D] is one GEMM that reads x once; φ, its dropout; W2; then one pass over y
                     does the output dropout (the model's own) and adds s H Uᵀ + s u in row blocks.
-         backward   dy once more for dU and du, one GEMM [dZ | dT] [W1; D] for dx. dZ is made in
+         backward   dy for dT, dU and du, one GEMM [dZ | dT] [W1; D] for dx. dZ is made in
                     place of dA.
 Flops    (F + R) / F of the frozen FFN's, plus 2MR(K + N) for the two weight gradients.
 """
@@ -17,7 +17,15 @@ from torch.nn import functional as F
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .activations import activate, activation_backward
-from .blocks import drop, drop_, drop_factor, row_blocks, weight_and_bias_gradient, weight_gradient
+from .blocks import (
+    bottleneck_factor,
+    drop,
+    drop_,
+    drop_factor,
+    row_blocks,
+    scaled_by_,
+    weight_gradient,
+)
 
 
 def _row(seed: Tensor | None, row: int, p: float) -> Tensor | None:
@@ -128,18 +136,19 @@ def ffn_backward(
     inner = in_weight.shape[0] * (1 if gate_weight is None else 2)
     first = 0 if pre.shape[1] == rank else inner
     t = pre[:, first : first + rank]
-    if needs[3] or needs[4]:
-        h = drop_(activate(activation, t), dropout_p, _row(seed, 0, dropout_p))
-        grads[3:5] = weight_and_bias_gradient(dy, h, up_weight.dtype, scale, needs[4])
-        if grads[4] is None:
-            grads[4] = empty_like_nothing(dy)
+    factor = bottleneck_factor(t, dropout_p, _row(seed, 0, dropout_p))
+    if needs[3]:
+        h = scaled_by_(activate(activation, t), factor)
+        grads[3] = weight_gradient(dy, h, up_weight.dtype).mul_(scale)
+    if needs[4]:
+        grads[4] = dy.sum(0, dtype=up_weight.dtype).mul_(scale)
     if not any(needs[:3]):
         return tuple(grads)
     d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
     d_pre[:, first + rank :] = 0  # the padding of the packed rows
     dt = d_pre[:, first : first + rank]
     torch.mm(dy, up_weight.to(low), out=dt).mul_(scale)
-    activation_backward(activation, drop_(dt, dropout_p, _row(seed, 0, dropout_p)), t)
+    activation_backward(activation, scaled_by_(dt, factor), t)
     if needs[1]:
         grads[1] = weight_gradient(dt, x, down_weight.dtype)
     if needs[2]:

@@ -32,10 +32,15 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _batch_blocks(q: Tensor, width: int) -> Iterator[slice]:
-    """Slices of the batch, each a block of scores, ``width`` for each query."""
+# scores of the prefix part worked on at a time, against a whole block's: with one batch row in a
+# block torch's batched GEMM takes the heads of (B, T, H, D) tensors where they lie, without a copy
+PREFIX_SHARE = 8
+
+
+def _batch_blocks(q: Tensor, width: int, share: int = 1) -> Iterator[slice]:
+    """Slices of the batch, each a ``share``-th of a block of scores, ``width`` for each query."""
     batch, heads, queries, _ = q.shape
-    step = max(1, block_elements(q.device) // max(heads * queries * width, 1))
+    step = max(1, block_elements(q.device) // max(share * heads * queries * width, 1))
     return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
 
 
@@ -72,8 +77,10 @@ def _additive_mask(
     return additive.expand(-1, -1, queries, keys), False, hidden.expand(-1, -1, queries)
 
 
-def _prefix_part(form: str, scores: Tensor, lse: Tensor) -> Tensor:
-    return scores.clamp_min(0) if form == "relu" else reference.softmax_weights(scores, lse)
+def _prefix_weights(form: str, scores: Tensor, lse: Tensor) -> Tensor:
+    """f of the scores (B, H, P, T): queries last, so that reductions over the few prefix keys run
+    along whole vectors. A prefix is always visible: lse is finite."""
+    return scores.clamp_min(0) if form == "relu" else torch.exp(scores - lse.unsqueeze(-2))
 
 
 def prefix_attention_forward(
@@ -100,15 +107,18 @@ def prefix_attention_forward(
         lse.masked_fill_(hidden, float("-inf"))
     context_o = empty_like_nothing(q) if composition == "gated" else o.clone()
     pk, pv = (expand_heads(p.to(lse.dtype), q.shape[1]) for p in (prefix_k, prefix_v))
-    for batch in _batch_blocks(q, prefix_k.shape[1]):
-        scores = (scale * q[batch].to(lse.dtype)) @ pk.transpose(-1, -2)
-        prefix_lse = torch.logsumexp(scores, -1)
-        context = o[batch].to(lse.dtype, copy=True)
+    pk = scale * pk
+    for batch in _batch_blocks(q, prefix_k.shape[1], PREFIX_SHARE):
+        scores = pk @ q[batch].to(lse.dtype).transpose(-1, -2)
+        prefix_lse = torch.logsumexp(scores, -2)
+        context = o[batch].to(lse.dtype)
         if composition == "gated":
             joint = torch.logaddexp(lse[batch], prefix_lse)
-            context = context * torch.exp(lse[batch] - joint).unsqueeze(-1)
+            context *= torch.exp(lse[batch] - joint).unsqueeze(-1)
             lse[batch] = prefix_lse = joint
-        o[batch] = context.add_(_prefix_part(form, scores, prefix_lse) @ pv)
+        context += _prefix_weights(form, scores, prefix_lse).transpose(-1, -2) @ pv
+        if context.dtype != o.dtype:
+            o[batch] = context
     return o, lse, context_o
 
 
@@ -160,24 +170,27 @@ def _prefix_backward(tensors, settings, dq: Tensor | None) -> tuple[Tensor, Tens
     _, scale, form, composition, _, _ = settings
     wide, heads = lse.dtype, q.shape[1]
     pk, pv = (expand_heads(p.to(wide), heads) for p in (prefix_k, prefix_v))
+    pk = scale * pk
     dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)
-    for batch in _batch_blocks(q, prefix_k.shape[1]):
+    for batch in _batch_blocks(q, prefix_k.shape[1], PREFIX_SHARE):
         qb, dob = q[batch].to(wide), do[batch].to(wide)
-        scores = (scale * qb) @ pk.transpose(-1, -2)
-        own_lse = lse[batch] if composition == "gated" else torch.logsumexp(scores, -1)
-        weights = _prefix_part(form, scores, own_lse)
-        dpv += (weights.transpose(-1, -2) @ dob).sum(0)
-        d_weights = dob @ pv.transpose(-1, -2)
+        scores = pk @ qb.transpose(-1, -2)
+        own_lse = lse[batch] if composition == "gated" else torch.logsumexp(scores, -2)
+        weights = _prefix_weights(form, scores, own_lse)
+        dpv += (weights @ dob).sum(0)
+        d_weights = pv @ dob.transpose(-1, -2)
         if form == "relu":
             d_scores = d_weights.mul_(scores > 0)
+        elif composition == "gated":
+            delta = (dob * o[batch].to(wide)).sum(-1)
+            d_scores = d_weights.sub_(delta.unsqueeze(-2)).mul_(weights)
         else:
-            own = o[batch].to(wide) if composition == "gated" else weights @ pv
-            d_scores = d_weights.sub_((dob * own).sum(-1, keepdim=True)).mul_(weights)
-        d_scores.mul_(scale)
-        dpk += (d_scores.transpose(-1, -2) @ qb).sum(0)
+            delta = (d_weights * weights).sum(-2, keepdim=True)
+            d_scores = d_weights.sub_(delta).mul_(weights)
+        dpk += (d_scores @ qb).sum(0)
         if dq is not None:
-            dq[batch] = (d_scores @ pk).add_(dq[batch])
-    return dpk, dpv
+            dq[batch] += d_scores.transpose(-1, -2) @ pk
+    return dpk.mul_(scale), dpv
 
 
 def _blocks_of(mask: Tensor | None, batch: slice) -> Tensor | None:

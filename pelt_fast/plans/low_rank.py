@@ -1,11 +1,12 @@
 """LoRA linear and adapter on library GEMMs: the *accumulate* plan.
 
 Shapes and maths are those of ``reference.low_rank``.
-Traffic  P = one read or write of an M x K (or M x N) activation, beside the frozen GEMM's own 2P
-         each way.
+Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEMM's own 2 P each way
+         are in the sums.
          LoRA forward    x for S, y read and written by the accumulating GEMM:            5 P
          LoRA backward   dy for dS, dy for dB, x for dA, dx read and written again:       7 P
          adapter forward x for T, base, y written, read and written again:               5 P
+         adapter backw.  dy for dH, dU and du, x for dD, dx written; sequential: dy again 5-6 P
 Flops    LoRA 2MR(K + N) forward, 4MR(K + N) backward beside 2MNK each.
 """
 
@@ -19,7 +20,14 @@ from pelt_fast.reference import low_rank as reference
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .activations import activate, activation_backward
-from .blocks import drop_, drop_factor, row_blocks, weight_and_bias_gradient, weight_gradient
+from .blocks import (
+    bottleneck_factor,
+    drop_,
+    drop_factor,
+    row_blocks,
+    scaled_by_,
+    weight_gradient,
+)
 
 
 def _dropped_rank(x: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -158,13 +166,14 @@ def adapter_backward(
         return tuple(grads)
 
     low = dy.dtype
-    if needs[3] or needs[4]:
-        h = drop_(activate(activation, t), dropout_p, seed)
-        grads[3:5] = weight_and_bias_gradient(dy, h, up_weight.dtype, scale, needs[4])
-        if grads[4] is None:
-            grads[4] = empty_like_nothing(dy)
+    factor = bottleneck_factor(t, dropout_p, seed)
+    if needs[3]:
+        h = scaled_by_(activate(activation, t), factor)
+        grads[3] = weight_gradient(dy, h, up_weight.dtype).mul_(scale)
+    if needs[4]:
+        grads[4] = dy.sum(0, dtype=up_weight.dtype).mul_(scale)
     if needs[0] or needs[1] or needs[2]:
-        dt = drop_((dy @ up_weight.to(low)).mul_(scale), dropout_p, seed)
+        dt = scaled_by_((dy @ up_weight.to(low)).mul_(scale), factor)
         dt = activation_backward(activation, dt, t)
     if needs[1]:
         grads[1] = weight_gradient(dt, x, down_weight.dtype)
