@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pelt_fast.reference.philox import keep_mask, keep_scale
 
-# elements of a block: on a CPU 1 MiB of fp32, with its mask and the int64 words behind it inside a
-# core's L2; elsewhere launches cost, and a block only bounds the workspace
-BLOCK_ELEMENTS = {"cpu": 1 << 18}
+# elements of a block: on a CPU one chunk of the dropout mask (2^17 draws of 8), 4 MiB of fp32;
+# elsewhere launches cost, and a block only bounds the workspace
+BLOCK_ELEMENTS = {"cpu": 1 << 20}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 MIN_ROWS = 16
 

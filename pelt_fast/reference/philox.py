@@ -24,8 +24,9 @@ LEVELS = 1 << 16  # p is rounded to a multiple of 1 / LEVELS
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-# draws a chunk: on a CPU the int64 temporaries stay in a core's cache, elsewhere launches cost
-_CHUNK = {"cpu": 1 << 14}
+# draws a chunk: on a CPU enough that torch splits an operation over its threads (from 32 Ki) while
+# the int64 temporaries stay in cache; elsewhere launches cost
+_CHUNK = {"cpu": 1 << 17}
 _CHUNK_ELSEWHERE = 1 << 22
 
 

@@ -127,7 +127,7 @@ def test_lora_plan_allocates_one_big_tensor_each_way(p, dtype):
     from pelt_fast.plans import low_rank
     from pelt_fast.reference.philox import draw_seed
 
-    m, k, n = 4096, 512, 512  # eight row blocks
+    m, k, n = 16384, 512, 512  # eight row blocks
     x, dy = torch.randn(m, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
     weight, a, b = torch.randn(n, k, dtype=dtype), torch.randn(R, k), torch.randn(n, R)
     seed = draw_seed(x.device)[0] if p else None
@@ -147,7 +147,7 @@ def test_packed_ffn_plan_allocates_what_the_frozen_block_needs(p):
     from pelt_fast.plans import ffn
     from pelt_fast.reference.philox import draw_seed
 
-    m, k, inner, rank = 4096, 512, 1024, 16
+    m, k, inner, rank = 16384, 512, 1024, 16
     x, packed = torch.randn(m, k), torch.randn(inner + rank, k)
     out_weight, up = torch.randn(k, inner), torch.randn(k, rank)
     bias = [torch.randn(n) for n in (inner, k, rank, k)]

@@ -46,8 +46,9 @@ def test_mask_is_the_documented_lane_of_the_documented_draw():
 
 def test_mask_of_a_block_is_the_block_of_the_mask():
     seed = draw_seed(torch.device("cpu"))[0]
-    whole = keep_mask(0, 200_003, 0.5, seed)
-    for start, stop in [(0, 1), (13, 1000), (131_071, 131_073), (200_000, 200_003), (7, 7)]:
+    whole = keep_mask(0, 2_000_003, 0.5, seed)  # two chunks
+    edge = 8 << 17
+    for start, stop in [(0, 1), (13, 1000), (edge - 1, edge + 1), (2_000_000, 2_000_003), (7, 7)]:
         assert torch.equal(keep_mask(start, stop, 0.5, seed), whole[start:stop])
 
 
