@@ -8,7 +8,7 @@ Traffic  beside attention without a prefix: q, o read and o written forward; q, 
          dq written backward. Flops (S + P) / S of the attention's.
 
 Where the flash kernel cannot go (attention dropout, an empty context) the reference runs on one
-block of the batch at a time, so that no B x H x T x S tensor ever exists.
+block of the batch at a time: scores never take more than a block, however large the batch.
 """
 
 from collections.abc import Iterator
