@@ -24,6 +24,7 @@ lint: $(VENV)/lint
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.lora_linear $(BENCH)
+	$(BIN)/python -m benchmarks.ops $(BENCH)
 
 readme: $(VENV)/test
 	$(BIN)/python -m benchmarks.report
