@@ -8,7 +8,7 @@ from pelt_fast.models.checkpoint import load, save
 from pelt_fast.models.count import count_parameters
 from pelt_fast.models.explain import explain
 from pelt_fast.models.inject import eject, inject
-from pelt_fast.ops.library import backend
+from pelt_fast.ops.backends import backend
 
 __all__ = [
     "Modification",

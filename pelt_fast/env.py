@@ -1,8 +1,20 @@
-"""Every environment variable the package reads."""
+"""Every environment variable the package reads, and what the machine has."""
 
 import os
+
+import torch
 
 
 def strict() -> bool:
     """``PELT_FAST_STRICT`` (default 0): 1 turns every fallback to the reference into an error."""
     return os.environ.get("PELT_FAST_STRICT", "0") == "1"
+
+
+def interpret() -> bool:
+    """``TRITON_INTERPRET`` (default 0): Triton's own; 1 interprets the kernels, also on a CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU."""
+    return torch.cuda.is_available()

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import pelt_fast
-from pelt_fast.ops.library import backends
+from pelt_fast.ops.backends import backends
 
 PACKAGES = ("torch", "transformers", "triton", "datasets", "peft", "accelerate")
 

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelt_fast import functional
 from pelt_fast.modules import PrefixSlice
-from pelt_fast.ops.library import backend
+from pelt_fast.ops.backends import backend
 from pelt_fast.reference.heads import context_scores, expand_heads
 
 SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix

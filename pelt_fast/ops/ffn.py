@@ -7,7 +7,9 @@ from pelt_fast.plans import ffn as plans
 from pelt_fast.reference import ffn as reference
 from pelt_fast.reference.low_rank import empty_like_nothing
 
-from .library import Op, active_backend
+from .backends import active_backend
+from .fused import fused_or_plan
+from .library import Op
 from .low_rank import keep_needed
 
 
@@ -62,8 +64,14 @@ ffn_bwd = Op(
     reference.ffn_backward,
     _ffn_bwd_fake,
 )
-ffn_fwd.register(plans.ffn_forward, "CPU", "CUDA")
-ffn_bwd.register(plans.ffn_backward, "CPU", "CUDA")
+ffn_fwd.register(
+    plans.ffn_forward,
+    fused_or_plan("ffn", "ffn.ffn_forward", plans.ffn_forward, lambda a: a[7].shape[0]),
+)
+ffn_bwd.register(
+    plans.ffn_backward,
+    fused_or_plan("ffn", "ffn.ffn_backward", plans.ffn_backward, lambda a: a[6].shape[0]),
+)
 
 
 class WidenedFFNFunction(torch.autograd.Function):

@@ -7,7 +7,9 @@ from pelt_fast.plans import low_rank as plans
 from pelt_fast.reference import low_rank as reference
 from pelt_fast.reference.low_rank import empty_like_nothing
 
-from .library import Op, active_backend
+from .backends import active_backend
+from .fused import fused_or_plan
+from .library import Op
 
 
 def _lora_fwd_fake(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
@@ -36,8 +38,14 @@ lora_bwd = Op(
     reference.lora_backward,
     _lora_bwd_fake,
 )
-lora_fwd.register(plans.lora_forward, "CPU", "CUDA")
-lora_bwd.register(plans.lora_backward, "CPU", "CUDA")
+lora_fwd.register(
+    plans.lora_forward,
+    fused_or_plan("lora", "low_rank.lora_forward", plans.lora_forward, lambda a: a[3].shape[0]),
+)
+lora_bwd.register(
+    plans.lora_backward,
+    fused_or_plan("lora", "low_rank.lora_backward", plans.lora_backward, lambda a: a[4].shape[0]),
+)
 
 
 def keep_needed(grads, needs) -> list:
@@ -126,8 +134,18 @@ adapter_bwd = Op(
     reference.adapter_backward,
     _adapter_bwd_fake,
 )
-adapter_fwd.register(plans.adapter_forward, "CPU", "CUDA")
-adapter_bwd.register(plans.adapter_backward, "CPU", "CUDA")
+adapter_fwd.register(
+    plans.adapter_forward,
+    fused_or_plan(
+        "adapter", "low_rank.adapter_forward", plans.adapter_forward, lambda a: a[2].shape[0]
+    ),
+)
+adapter_bwd.register(
+    plans.adapter_backward,
+    fused_or_plan(
+        "adapter", "low_rank.adapter_backward", plans.adapter_backward, lambda a: a[3].shape[0]
+    ),
+)
 
 
 class AdapterFunction(torch.autograd.Function):
@@ -162,8 +180,8 @@ class AdapterFunction(torch.autograd.Function):
         need_x, need_base, *needs = ctx.needs_input_grad[:8]
         needs = [need_x, *needs]
         dy = dy.contiguous()
-        # what stands in for an x that was not saved has its shape, but no storage of its own
-        x = dy.new_empty(()).expand(dy.shape[0], down_weight.shape[1]) if x is None else x
+        # what stands in for an x that was not saved has its shape, but the storage of a row
+        x = dy.new_empty(down_weight.shape[1]).expand(dy.shape[0], -1) if x is None else x
         grads = adapter_bwd(
             dy, x, t, down_weight, up_weight, up_bias, norm_weight, norm_bias, layer_norm,
             activation, scale, dropout_p, seed, sequential, needs, backend=backend,

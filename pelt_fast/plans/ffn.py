@@ -28,7 +28,7 @@ from .blocks import (
 )
 
 
-def _row(seed: Tensor | None, row: int, p: float) -> Tensor | None:
+def seed_row(seed: Tensor | None, row: int, p: float) -> Tensor | None:
     return None if seed is None or p == 0 else seed[row]
 
 
@@ -39,7 +39,7 @@ def _stacked_bias(parts: list[tuple[Tensor | None, int]], like: Tensor) -> Tenso
     return torch.cat([like.new_zeros(n) if b is None else b.to(like.dtype) for b, n in parts])
 
 
-def _pre_activations(
+def pre_activations(
     x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
 ) -> Tensor:
     inner, rank = in_weight.shape[0], down_weight.shape[0]
@@ -83,7 +83,7 @@ def ffn_forward(
     output_dropout_p,
     seed,
 ):
-    pre = _pre_activations(
+    pre = pre_activations(
         x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
     )
     inner, rank, low = in_weight.shape[0], down_weight.shape[0], x.dtype
@@ -91,13 +91,13 @@ def ffn_forward(
     a = activate(ffn_activation, pre[:, :inner])
     if gate_weight is not None:
         a.mul_(pre[:, inner : 2 * inner])
-    drop_(a, activation_dropout_p, _row(seed, 1, activation_dropout_p))
+    drop_(a, activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
     t = pre[:, first + inner : first + inner + rank]
-    h = drop_(activate(activation, t), dropout_p, _row(seed, 0, dropout_p))
+    h = drop_(activate(activation, t), dropout_p, seed_row(seed, 0, dropout_p))
 
     up = up_weight.to(low).t()
     bias = None if up_bias is None else up_bias.to(low) * scale
-    output_seed = _row(seed, 2, output_dropout_p)
+    output_seed = seed_row(seed, 2, output_dropout_p)
     if output_seed is None:
         if bias is not None:
             bias = bias if out_bias is None else bias + out_bias
@@ -136,7 +136,7 @@ def ffn_backward(
     inner = in_weight.shape[0] * (1 if gate_weight is None else 2)
     first = 0 if pre.shape[1] == rank else inner
     t = pre[:, first : first + rank]
-    factor = bottleneck_factor(t, dropout_p, _row(seed, 0, dropout_p))
+    factor = bottleneck_factor(t, dropout_p, seed_row(seed, 0, dropout_p))
     if needs[3]:
         h = scaled_by_(activate(activation, t), factor)
         grads[3] = weight_gradient(dy, h, up_weight.dtype).mul_(scale)
@@ -154,8 +154,8 @@ def ffn_backward(
     if needs[2]:
         grads[2] = dt.sum(0, dtype=down_weight.dtype)
     if needs[0]:
-        d_out = drop(dy, output_dropout_p, _row(seed, 2, output_dropout_p))
-        drop_a = (activation_dropout_p, _row(seed, 1, activation_dropout_p))
+        d_out = drop(dy, output_dropout_p, seed_row(seed, 2, output_dropout_p))
+        drop_a = (activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
         _inner_backward(d_pre, d_out, pre, out_weight, gate_weight, ffn_activation, drop_a)
         if packed is not None:
             grads[0] = d_pre @ packed

@@ -22,6 +22,7 @@ from pelt_fast.reference.heads import (
     expand_heads,
     heads_last,
     heads_last_empty,
+    no_rng,
     reduce_heads,
 )
 from pelt_fast.reference.low_rank import empty_like_nothing
@@ -49,7 +50,7 @@ def uses_flash(q: Tensor, k: Tensor, dropout_p: float) -> bool:
     return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0 and k.numel() > 0
 
 
-def _additive_mask(
+def additive_mask(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor | None, bool, Tensor | None]:
     """The kernel's mask and causal flag, and the rows (.., T) that see no key at all.
@@ -100,7 +101,7 @@ def prefix_attention_forward(
     settings = (is_causal, scale, form, composition, dropout_p, seed)
     if not uses_flash(q, k, dropout_p):
         return _blocked_forward(q, k, v, prefix_k, prefix_v, attn_mask, settings)
-    mask, causal, hidden = _additive_mask(q, k, attn_mask, is_causal)
+    mask, causal, hidden = additive_mask(q, k, attn_mask, is_causal)
     o, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     o, lse = heads_last(o), lse.contiguous()
     if hidden is not None:
@@ -119,7 +120,7 @@ def prefix_attention_forward(
         context += _prefix_weights(form, scores, prefix_lse).transpose(-1, -2) @ pv
         if context.dtype != o.dtype:
             o[batch] = context
-    return o, lse, context_o
+    return o, lse, context_o, no_rng(q, seed)
 
 
 def prefix_attention_backward(
@@ -132,6 +133,7 @@ def prefix_attention_backward(
     o,
     lse,
     context_o,
+    context_rng,
     attn_mask,
     is_causal,
     scale,
@@ -141,13 +143,13 @@ def prefix_attention_backward(
     seed,
     needs,
 ):
-    tensors = (do, q, k, v, prefix_k, prefix_v, o, lse, context_o)
+    tensors = (do, q, k, v, prefix_k, prefix_v, o, lse, context_o, context_rng)
     settings = (is_causal, scale, form, composition, dropout_p, seed)
     if not uses_flash(q, k, dropout_p):
         return _blocked_backward(tensors, attn_mask, settings, needs)
     grads = [empty_like_nothing(do) for _ in range(5)]
     if any(needs[:3]):
-        mask, causal, hidden = _additive_mask(q, k, attn_mask, is_causal)
+        mask, causal, hidden = additive_mask(q, k, attn_mask, is_causal)
         own_lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
         if composition == "add" and hidden is not None:
             own_lse = own_lse.masked_fill(hidden, 0)  # as the kernel itself reports such a row
@@ -166,7 +168,7 @@ def prefix_attention_backward(
 def _prefix_backward(tensors, settings, dq: Tensor | None) -> tuple[Tensor, Tensor]:
     """Add the prefix's part to ``dq`` in place; return dpk, dpv (H, P, D), summed over the batch
     in one fixed order."""
-    do, q, _, _, prefix_k, prefix_v, o, lse, _ = tensors
+    do, q, _, _, prefix_k, prefix_v, o, lse, *_ = tensors
     _, scale, form, composition, _, _ = settings
     wide, heads = lse.dtype, q.shape[1]
     pk, pv = (expand_heads(p.to(wide), heads) for p in (prefix_k, prefix_v))
@@ -204,17 +206,17 @@ def _blocked_forward(q, k, v, prefix_k, prefix_v, mask, settings):
     gated = settings[3] == "gated"
     context_o = empty_like_nothing(q) if gated else heads_last_empty(q)
     for batch in _batch_blocks(q, k.shape[2] + prefix_k.shape[1]):
-        o[batch], lse[batch], kept = reference.prefix_attention_forward(
+        o[batch], lse[batch], kept, _ = reference.prefix_attention_forward(
             q[batch], k[batch], v[batch], prefix_k, prefix_v, _blocks_of(mask, batch),
             *settings, batch.start,
         )  # fmt: skip
         if not gated:
             context_o[batch] = kept
-    return o, lse, context_o
+    return o, lse, context_o, no_rng(q, settings[-1])
 
 
 def _blocked_backward(tensors, mask, settings, needs):
-    do, q, k, v, prefix_k, prefix_v, o, lse, context_o = tensors
+    do, q, k, v, prefix_k, prefix_v, o, lse, context_o, rng = tensors
     gated = settings[3] == "gated"
     grads = [empty_like_nothing(do) for _ in range(5)]
     for i, like in enumerate((q, k, v)):
@@ -226,7 +228,7 @@ def _blocked_backward(tensors, mask, settings, needs):
     for batch in _batch_blocks(q, k.shape[2] + prefix_k.shape[1]):
         block = reference.prefix_attention_backward(
             do[batch], q[batch], k[batch], v[batch], prefix_k, prefix_v, o[batch], lse[batch],
-            context_o if gated else context_o[batch], _blocks_of(mask, batch),
+            context_o if gated else context_o[batch], rng, _blocks_of(mask, batch),
             *settings, needs, batch.start,
         )  # fmt: skip
         for i in range(3):

@@ -46,6 +46,12 @@ def heads_last_empty(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
+def no_rng(q: Tensor, seed: Tensor | None) -> Tensor:
+    """What stands for the dropout state of a library's context kernel where none ran: its masks
+    come from ``seed`` alone."""
+    return torch.zeros(0 if seed is None else 2, dtype=torch.int64, device=q.device)
+
+
 def expand_heads(kv: Tensor, heads: int) -> Tensor:
     """(..., Hkv, S, D) -> (..., H, S, D), each head repeated for its group of queries."""
     if kv.shape[-3] == heads:
@@ -98,9 +104,9 @@ def prefix_attention_forward(
     dropout_p: float,
     seed: Tensor | None,
     first_batch: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return o, lse (joint when gated, the context's when added) and the context's own output
-    (empty when gated). Computed in at least fp32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return o, lse (joint when gated, the context's when added), the context's own output (empty
+    when gated) and a context kernel's dropout state (none here). Computed in at least fp32.
 
     ``first_batch``: where q's batch starts in the larger one the dropout masks are defined on.
     """
@@ -123,7 +129,7 @@ def prefix_attention_forward(
     context = (context * _drop_factor(context, dropout_p, seed, 1, first_batch)) @ values
     out = context + (weights * _drop_factor(weights, dropout_p, seed, 0, first_batch)) @ pv
     kept = empty_like_nothing(q) if composition == "gated" else heads_last(context.to(q.dtype))
-    return heads_last(out.to(q.dtype)), lse, kept
+    return heads_last(out.to(q.dtype)), lse, kept, no_rng(q, seed)
 
 
 def _softmax_backward(do, q, k, v, scores, lse, delta, scale, factor):
@@ -151,6 +157,7 @@ def prefix_attention_backward(
     o: Tensor,
     lse: Tensor,
     context_o: Tensor,
+    context_rng: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pelt_fast import functional
-from pelt_fast.ops.library import backend
+from pelt_fast.ops.backends import backend
 from pelt_fast.plans import blocks
 from pelt_fast.testing import cases, judge, run
 

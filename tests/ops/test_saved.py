@@ -95,7 +95,7 @@ def test_prefix_attention_saves_what_attention_saves(p):
     prefix = [parameter(g, length, d) for _ in range(2)]
     kept = saved_bytes(lambda: functional.prefix_attention(q, k, v, *prefix, dropout_p=p), prefix)
     own = 2 * b * h * t * d + 2 * b * g * s * d + b * h * t
-    assert kept == own * FLOAT + (2 * SEED if p else 0)
+    assert kept == own * FLOAT + (3 * SEED if p else 0)  # the seeds, the context's dropout state
 
 
 class Allocations(TorchDispatchMode):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from pelt_fast.ops.backends import backend
 from pelt_fast.ops.ffn import WidenedFFNFunction
 from pelt_fast.ops.heads import PrefixAttentionFunction
-from pelt_fast.ops.library import backend
 from pelt_fast.ops.low_rank import AdapterFunction, LoRALinearFunction
 from pelt_fast.reference.activations import ACTIVATIONS, activate, derivative
 from pelt_fast.reference.low_rank import fold_scale, fold_scale_backward

@@ -1,0 +1,279 @@
+"""Tiles of every kernel: kernel x architecture x class, frozen data with the reason beside it.
+
+``pick`` takes the row of the device's own architecture, else that of "any", which fits the shared
+memory of every GPU named here (64 KiB on gfx942). Rows marked *unmeasured* are reasoned from bytes
+in flight and registers; ``make gpu PART=tune`` measures candidates and prints rows to put here.
+Imports without a GPU.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+MAX_RANK = 1024
+MAX_PREFIX = 1024
+MAX_HEAD_DIM = 256
+HALF, SINGLE = 16, 32  # bits of an element
+
+# up to which rank a kernel of ours beats the library's GEMM and the passes it needs around it: a
+# bandwidth-bound product is ours, one with enough flops a byte is the library's; unmeasured
+FUSED_RANK = {"rank_down": 128, "rank_down_bwd": 128, "rank_up": 128, "rank_up_bwd": 64}
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """How the rank update meets the frozen GEMM, for ranks up to ``limit``, and why."""
+
+    limit: int
+    plan: str
+    why: str
+
+
+# "accumulate": library GEMM, then rank_up over its output; "tail" and "tail_descriptor": our GEMM
+# with the rank tail. Rows are filled by measurement (make gpu PART=tune)
+LORA_PLANS: dict[str, tuple[PlanRow, ...]] = {
+    "any": (PlanRow(MAX_RANK, "accumulate", "nothing measured yet"),),
+}
+
+
+def lora_plan(rank: int, device: torch.device) -> str:
+    """The plan of a LoRA linear of ``rank`` on ``device``."""
+    rows = LORA_PLANS.get(architecture(device), LORA_PLANS["any"])
+    return next(row.plan for row in rows if rank <= row.limit)
+
+
+# the library kernel of an unmasked 16-bit context: "flash", or "cudnn" where it is measured faster
+CONTEXT_KERNEL = {"any": "flash"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocks of one program, its warps and its pipeline depth; 0 where a kernel has no such dim."""
+
+    block_m: int
+    block_n: int = 0
+    block_k: int = 0
+    block_r: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """The options Triton's launcher takes."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: the tile for elements of ``bits`` and sizes up to ``limit``, and why."""
+
+    bits: int
+    limit: int
+    tile: Tile
+    why: str
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm90", "sm80", "gfx942", ...; "any" on a machine without a GPU (the interpreter)."""
+    return _architecture(device.index) if device.type == "cuda" else "any"
+
+
+@functools.cache
+def _architecture(index: int | None) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm{major}{minor}"
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; a few on a CPU, so that the interpreter sees splits too."""
+    return _processors(device.index) if device.type == "cuda" else 4
+
+
+def pick(kernel: str, bits: int, size: int, device: torch.device) -> Tile:
+    """The tile of ``kernel`` for elements of ``bits`` and the class size (rank, prefix length)."""
+    table = TABLES[kernel]
+    for arch in (architecture(device), "any"):
+        for row in table.get(arch, ()):
+            if row.bits == bits and size <= row.limit:
+                return row.tile
+    raise LookupError(f"{kernel} has no tile for {bits}-bit elements and size {size}")
+
+
+def padded(size: int) -> int:
+    """The block that holds ``size``: a power of two, 16 or more, as tensor cores want it."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def splits(programs: int, blocks: int, device: torch.device) -> int:
+    """Into how many parts to cut a loop of ``blocks`` so that ``programs`` fill the device.
+
+    Two programs a processor; at least two blocks a part. Depends on sizes alone: same bits again.
+    """
+    wanted = -(-2 * processors(device) // max(programs, 1))
+    return max(1, min(wanted, blocks // 2, 64))
+
+
+# fmt: off
+TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
+    "rank_down": {
+        "sm90": (
+            Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=4),
+                "48 KiB of x in flight a program, two programs an SM; unmeasured"),
+        ),
+        "any": (
+            Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=2),
+                "fits 64 KiB; unmeasured"),
+            Row(HALF, 128, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=2),
+                "one read of x up to R = 128; unmeasured"),
+            Row(HALF, MAX_RANK, Tile(128, block_k=64, block_r=128, num_warps=8, num_stages=2),
+                "a GEMM: square tiles; unmeasured"),
+            Row(SINGLE, 32, Tile(32, block_k=64, block_r=32, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=64, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "rank_down_bwd": {
+        "sm90": (
+            Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=4),
+                "as rank_down: the same stream of x; unmeasured"),
+        ),
+        "any": (
+            Row(HALF, 128, Tile(64, block_k=128, block_r=64, num_warps=4, num_stages=2),
+                "fits 64 KiB; unmeasured"),
+            Row(HALF, MAX_RANK, Tile(64, block_k=128, block_r=128, num_warps=8, num_stages=2),
+                "a GEMM: square tiles; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, block_k=64, block_r=32, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "rank_up": {
+        "any": (
+            Row(HALF, 64, Tile(64, 128, block_r=64, num_warps=4, num_stages=2),
+                "16 KiB of y a program, 64 accumulators a thread; unmeasured"),
+            Row(HALF, MAX_RANK, Tile(128, 128, block_r=64, num_warps=8, num_stages=2),
+                "a GEMM: square tiles; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, 64, block_r=16, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "prefix": {  # the class is the padded head dim
+        "gfx942": (
+            Row(HALF, 128, Tile(32, 32, num_warps=4, num_stages=1),
+                "a wave is 64 lanes: four hold what eight warps do; unmeasured"),
+        ),
+        "any": (
+            Row(HALF, 64, Tile(64, 64, num_warps=8, num_stages=1),
+                "a tile of scores and one of values in registers; unmeasured"),
+            Row(HALF, 128, Tile(64, 32, num_warps=8, num_stages=1),
+                "as for 64, half the keys; unmeasured"),
+            Row(HALF, 256, Tile(16, 16, num_warps=8, num_stages=1),
+                "256 columns a row: small tiles, no spills; unmeasured"),
+            Row(SINGLE, 256, Tile(16, 16, num_warps=4, num_stages=1),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "prefix_bwd": {  # the class is the padded head dim
+        "sm90": (
+            Row(HALF, 64, Tile(64, 64, num_warps=8, num_stages=1),
+                "64 queries a step for wgmma; unmeasured"),
+        ),
+        "gfx942": (
+            Row(HALF, 128, Tile(32, 32, num_warps=4, num_stages=1),
+                "a wave is 64 lanes: four hold what eight warps do; unmeasured"),
+        ),
+        "any": (
+            Row(HALF, 128, Tile(32, 32, num_warps=8, num_stages=1),
+                "q, do, o, dq and two accumulators in registers, no spills; unmeasured"),
+            Row(HALF, 256, Tile(16, 16, num_warps=8, num_stages=1),
+                "256 columns a row: small tiles, no spills; unmeasured"),
+            Row(SINGLE, 256, Tile(16, 16, num_warps=4, num_stages=1),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "tail_gemm": {
+        "any": (
+            Row(HALF, MAX_RANK, Tile(128, 128, 32, 32, num_warps=8, num_stages=2),
+                "fits 64 KiB; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, 64, 16, 16, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+        "sm80": (
+            Row(HALF, MAX_RANK, Tile(128, 128, 32, 32, num_warps=8, num_stages=4),
+                "64 KiB in flight; unmeasured"),
+        ),
+        "sm90": (
+            Row(HALF, MAX_RANK, Tile(128, 256, 64, 32, num_warps=8, num_stages=3),
+                "wgmma's largest tile, 144 KiB in flight; unmeasured"),
+        ),
+        "sm100": (
+            Row(HALF, MAX_RANK, Tile(128, 128, 64, 32, num_warps=8, num_stages=3),
+                "96 KiB in flight; unmeasured"),
+        ),
+    },
+    "tail_gemm_masked": {  # the tail has an accumulator of its own
+        "any": (
+            Row(HALF, MAX_RANK, Tile(128, 64, 32, 32, num_warps=8, num_stages=2),
+                "fits 64 KiB, no spills; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, 64, 16, 16, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+        "sm90": (
+            Row(HALF, MAX_RANK, Tile(128, 128, 64, 32, num_warps=8, num_stages=3),
+                "two accumulators of 64 registers a thread; unmeasured"),
+        ),
+    },
+    "tail_gemm_descriptor": {
+        "sm100": (
+            Row(HALF, MAX_RANK, Tile(128, 128, 64, 64, num_warps=8, num_stages=3),
+                "the tail of R = 64 in one step, no spills; unmeasured"),
+        ),
+        "any": (
+            Row(HALF, MAX_RANK, Tile(128, 128, 64, 32, num_warps=8, num_stages=3),
+                "96 KiB in flight beside the tile stored; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, 64, 32, 16, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "widened_ffn": {
+        "any": (
+            Row(HALF, MAX_RANK, Tile(4, 512, num_warps=4), "16 elements a thread; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(4, 256, num_warps=4), "8 elements a thread; unmeasured"),
+        ),
+    },
+    "rank_up_bwd": {
+        # wide in n: the workspace of dt, 8 M R N / BLOCK_N bytes, shrinks with BLOCK_N
+        "sm80": (
+            Row(HALF, 16, Tile(64, 256, num_warps=8, num_stages=2),
+                "workspace 1/4 of dy at R = 16; unmeasured"),
+            Row(HALF, 64, Tile(32, 64, num_warps=4, num_stages=2),
+                "no spills with the mask and gelu in the loop; unmeasured"),
+        ),
+        "sm90": (
+            Row(HALF, 16, Tile(64, 256, num_warps=8, num_stages=3),
+                "workspace 1/4 of dy at R = 16, 96 KiB of dy in flight; unmeasured"),
+            Row(HALF, 64, Tile(64, 128, num_warps=8, num_stages=2),
+                "no spills with the mask and gelu in the loop; unmeasured"),
+        ),
+        "sm100": (
+            Row(HALF, 16, Tile(64, 256, num_warps=8, num_stages=2),
+                "as sm90; unmeasured"),
+            Row(HALF, 64, Tile(64, 128, num_warps=8, num_stages=2),
+                "as sm90; unmeasured"),
+        ),
+        "any": (
+            Row(HALF, 64, Tile(64, 64, num_warps=4, num_stages=2), "fits 64 KiB; unmeasured"),
+            Row(SINGLE, 64, Tile(16, 32, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+}
+# fmt: on

@@ -1,0 +1,230 @@
+"""S = f(drop(x) Aᵀ + a) and its backward: the way into a rank-R update, one read of x each way.
+
+Shapes   x (M, K), a (R, K), bias (R), s and h (M, R); ds (M, R), da (R, K); last dim contiguous.
+         The weights may be fp32 beside a bf16 or fp16 x: they are rounded to x's dtype as loaded.
+Maths    forward   s = drop(x) aᵀ + bias,  h = drop_h(f(s)) where asked for
+         backward  da = dsᵀ drop(x),  d_bias = Σ_m ds
+         dx += drop(ds a) is ``rank_up`` with the mask on the update.
+Traffic  forward   reads M K + R K, writes M R (split over K: 2 J M R fp32 more, J parts)
+         backward  reads M K + M R, writes R K (2 J R K fp32 more, J <= 64 parts over M)
+Flops    2 M K R each: memory-bound for R <= 128. Above one rank block x is read again for each,
+         from the L2 cache where its programs run side by side.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pelt_fast.kernels.common import dot, keep_tile, load_mask, store_rank
+from pelt_fast.kernels.config import padded, pick, splits
+from pelt_fast.kernels.reduce import reduce_parts
+from pelt_fast.reference import philox
+
+
+@triton.jit
+def rank_down_fwd_kernel(
+    x_ptr,
+    a_ptr,
+    bias_ptr,
+    seed_ptr,
+    h_seed_ptr,
+    s_ptr,
+    h_ptr,
+    threshold,
+    keep_scale,
+    h_threshold,
+    h_keep_scale,
+    M,
+    K,
+    R,
+    part_k,
+    stride_xm,
+    stride_ar,
+    stride_sm,
+    stride_hm,
+    HAS_BIAS: tl.constexpr,
+    HAS_H: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROP: tl.constexpr,
+    DROP_H: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    H_ALIGNED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # one program owns a tile of s, or of one part of it when the loop over K is split
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_r = tl.program_id(0) * BLOCK_R
+    offs_r = first_r + tl.arange(0, BLOCK_R)
+    part = tl.program_id(2).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_r = offs_m[:, None] < M, offs_r[:, None] < R
+    x_place = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
+    a_place = a_ptr + offs_r[:, None].to(tl.int64) * stride_ar + offs_k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    last = tl.minimum(K, (part + 1) * part_k).to(tl.int32)
+    for k in range((part * part_k).to(tl.int32), last, BLOCK_K):
+        mask_k = (k + offs_k)[None, :] < K
+        x = tl.load(x_place + k, mask=mask_m & mask_k, other=0.0)  # [BLOCK_M, BLOCK_K]
+        a = tl.load(a_place + k, mask=mask_r & mask_k, other=0.0)  # [BLOCK_R, BLOCK_K]
+        if DROP:
+            keep = keep_tile(seed_ptr, offs_m, k, K, threshold, ALIGNED, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        acc = dot(x, tl.trans(a.to(x.dtype)), acc)
+    if DROP:
+        acc *= tl.cast(keep_scale, tl.float32)
+    if SPLIT:
+        place = s_ptr + (part * M + offs_m)[:, None] * R + offs_r[None, :]
+        tl.store(place, acc, mask=mask_m & (offs_r < R)[None, :])
+    else:
+        store_rank(
+            acc, bias_ptr, h_seed_ptr, s_ptr, h_ptr, offs_m, first_r, M, R, h_threshold,
+            tl.cast(h_keep_scale, tl.float32), stride_sm, stride_hm, HAS_BIAS, HAS_H, ACTIVATION,
+            DROP_H, H_ALIGNED, BLOCK_R,
+        )  # fmt: skip
+
+
+@triton.jit
+def rank_down_bwd_kernel_da(
+    ds_ptr,
+    x_ptr,
+    seed_ptr,
+    bits_ptr,
+    da_ptr,
+    d_bias_ptr,
+    threshold,
+    keep_scale,
+    M,
+    K,
+    R,
+    part_m,
+    stride_dm,
+    stride_xm,
+    HAS_BIAS: tl.constexpr,
+    DROP: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # one program owns a tile of da for one part of the rows; parts are summed by reduce_parts
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_k = tl.program_id(1) * BLOCK_K
+    offs_k = first_k + tl.arange(0, BLOCK_K)
+    part = tl.program_id(2).to(tl.int64)
+    offs_m = part * part_m + tl.arange(0, BLOCK_M)
+    mask_k, mask_r = (offs_k < K)[None, :], (offs_r < R)[None, :]
+    last = tl.minimum(tl.cast(M, tl.int64), (part + 1) * part_m)
+    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    x_place = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
+    ds_place = ds_ptr + offs_m[:, None] * stride_dm + offs_r[None, :]
+    for m in range(0, part_m, BLOCK_M):
+        mask_m = (offs_m + m)[:, None] < last
+        x = tl.load(x_place, mask=mask_m & mask_k, other=0.0)  # [BLOCK_M, BLOCK_K]
+        ds = tl.load(ds_place, mask=mask_m & mask_r, other=0.0)  # [BLOCK_M, BLOCK_R]
+        if HAS_BITS:
+            keep = load_mask(bits_ptr, offs_m + m, first_k, M, K, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        elif DROP:
+            keep = keep_tile(seed_ptr, offs_m + m, first_k, K, threshold, ALIGNED, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        acc = dot(tl.trans(x), ds, acc)
+        if HAS_BIAS:
+            total += tl.sum(ds.to(tl.float32), 0)
+        x_place += BLOCK_M * tl.cast(stride_xm, tl.int64)
+        ds_place += BLOCK_M * tl.cast(stride_dm, tl.int64)
+    if DROP:
+        acc *= tl.cast(keep_scale, tl.float32)
+    place = da_ptr + (part * R + offs_r)[None, :] * K + offs_k[:, None]
+    tl.store(place, acc, mask=(offs_k < K)[:, None] & mask_r)
+    if HAS_BIAS:
+        first_column = offs_r < tl.where(tl.program_id(1) == 0, R, 0)
+        tl.store(d_bias_ptr + part * R + offs_r, total, mask=first_column)
+
+
+def rank_down(
+    x: Tensor,
+    a: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    activation: str | None = None,
+    h_dropout_p: float = 0.0,
+    h_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return s = drop(x) aᵀ + bias (M, R) in x's dtype and, with ``activation``, h = drop(f(s))."""
+    (M, K), R = x.shape, a.shape[0]
+    s = x.new_empty(M, R)
+    h = None if activation is None else torch.empty_like(s)
+    if M == 0:
+        return s, h
+    tile = pick("rank_down", 8 * x.element_size(), R, x.device)
+    block_r = min(padded(R), tile.block_r)
+    programs = triton.cdiv(M, tile.block_m) * triton.cdiv(R, block_r)
+    blocks = triton.cdiv(K, tile.block_k)
+    part_blocks = triton.cdiv(blocks, splits(programs, blocks, x.device))
+    parts = max(1, triton.cdiv(blocks, max(part_blocks, 1)))
+    out = s if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
+    grid = (triton.cdiv(R, block_r), triton.cdiv(M, tile.block_m), parts)
+    rank_down_fwd_kernel[grid](
+        x, a, bias, seed, h_seed, out, h,
+        philox.threshold(dropout_p), philox.keep_scale(dropout_p),
+        philox.threshold(h_dropout_p), philox.keep_scale(h_dropout_p),
+        M, K, R, part_blocks * tile.block_k, x.stride(0), a.stride(0), R, R,
+        HAS_BIAS=bias is not None, HAS_H=h is not None, ACTIVATION=activation or "identity",
+        DROP=seed is not None, DROP_H=h_seed is not None, ALIGNED=K % 8 == 0,
+        H_ALIGNED=R % 8 == 0, SPLIT=parts > 1, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
+        BLOCK_R=block_r, **tile.launch,
+    )  # fmt: skip
+    if parts > 1:
+        reduce_parts(
+            out, s, bias=bias, h=h, activation=activation or "identity",
+            dropout_p=h_dropout_p, seed=h_seed,
+        )  # fmt: skip
+    return s, h
+
+
+def rank_down_bwd(
+    ds: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    with_bias: bool = False,
+    bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return da = dsᵀ drop(x) (R, K) and, where asked for, the bias gradient (R), in ``dtype``.
+
+    ``bits`` (M, K / 8), from ``mask_bits``, is the mask where it was made already.
+    """
+    (M, K), R = x.shape, ds.shape[1]
+    da = x.new_empty(R, K, dtype=dtype)
+    d_bias = x.new_empty(1, R, dtype=dtype) if with_bias else None
+    tile = pick("rank_down_bwd", 8 * x.element_size(), R, x.device)
+    block_r = min(padded(R), tile.block_r)
+    programs = triton.cdiv(K, tile.block_k) * triton.cdiv(R, block_r)
+    blocks = max(1, triton.cdiv(M, tile.block_m))
+    part_blocks = triton.cdiv(blocks, splits(programs, blocks, x.device))
+    parts = triton.cdiv(blocks, part_blocks)
+    da_parts = x.new_empty(parts, R, K, dtype=torch.float32)
+    bias_parts = x.new_empty(parts, 1, R, dtype=torch.float32) if with_bias else None
+    grid = (triton.cdiv(R, block_r), triton.cdiv(K, tile.block_k), parts)
+    rank_down_bwd_kernel_da[grid](
+        ds, x, seed, bits, da_parts, bias_parts,
+        philox.threshold(dropout_p), philox.keep_scale(dropout_p),
+        M, K, R, part_blocks * tile.block_m, ds.stride(0), x.stride(0),
+        HAS_BIAS=with_bias, DROP=seed is not None, HAS_BITS=bits is not None,
+        ALIGNED=K % 8 == 0,
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, **tile.launch,
+    )  # fmt: skip
+    reduce_parts(da_parts, da)
+    if with_bias:
+        reduce_parts(bias_parts, d_bias)
+    return da, None if d_bias is None else d_bias.view(R)

@@ -1,0 +1,93 @@
+"""The second stage of every two-stage reduction: out = epilogue(s · Σ_j parts[j]).
+
+Shapes   parts (J, P, Q) fp32, out (P, Q); t (P, Q) with the derivative, bias (Q).
+Maths    v = s Σ_j parts[j] + bias, j ascending: the same bits every time
+         out = v;  out and h = drop(f(v));  or out = drop(v) f'(t)
+Traffic  reads J P Q of fp32, writes P Q: what the first stage wrote, mostly still in the L2 cache.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pelt_fast.kernels.common import derivative, keep_tile, store_rank
+from pelt_fast.reference import philox
+
+BLOCK_ROWS, BLOCK_COLUMNS = 8, 128
+
+
+@triton.jit
+def reduce_parts_kernel(
+    parts_ptr,
+    bias_ptr,
+    t_ptr,
+    seed_ptr,
+    out_ptr,
+    h_ptr,
+    scale,
+    threshold,
+    keep_scale,
+    J,
+    P,
+    Q,
+    stride_tp,
+    stride_op,
+    stride_hp,
+    HAS_BIAS: tl.constexpr,
+    HAS_H: tl.constexpr,
+    HAS_DERIVATIVE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DROP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first = tl.program_id(1) * BLOCK_Q
+    columns = first + tl.arange(0, BLOCK_Q)
+    mask = (rows < P)[:, None] & (columns < Q)[None, :]
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    place = parts_ptr + rows[:, None] * Q + columns[None, :]
+    for _ in range(0, J):
+        acc += tl.load(place, mask=mask, other=0.0)
+        place += tl.cast(P, tl.int64) * Q
+    acc *= tl.cast(scale, tl.float32)
+    kept = tl.cast(keep_scale, tl.float32)
+    if HAS_DERIVATIVE:
+        if DROP:
+            keep = keep_tile(seed_ptr, rows, first, Q, threshold, ALIGNED, BLOCK_Q)
+            acc = tl.where(keep, acc * kept, 0.0)
+        t = tl.load(t_ptr + rows[:, None] * stride_tp + columns[None, :], mask=mask, other=0.0)
+        acc *= derivative(t.to(tl.float32), ACTIVATION)
+    store_rank(
+        acc, bias_ptr, seed_ptr, out_ptr, h_ptr, rows, first, P, Q, threshold, kept,
+        stride_op, stride_hp, HAS_BIAS, HAS_H, ACTIVATION, DROP, ALIGNED, BLOCK_Q,
+    )  # fmt: skip
+
+
+def reduce_parts(
+    parts: Tensor,
+    out: Tensor,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    h: Tensor | None = None,
+    t: Tensor | None = None,
+    activation: str = "identity",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    """Write the sum over the first dim of ``parts`` to ``out``, with the epilogue asked for:
+    ``h`` receives drop(f(out)); ``t`` multiplies by f'(t) after the mask."""
+    J, P, Q = parts.shape
+    if out.numel() == 0:
+        return
+    grid = (triton.cdiv(P, BLOCK_ROWS), triton.cdiv(Q, BLOCK_COLUMNS))
+    reduce_parts_kernel[grid](
+        parts, bias, t, seed, out, h,
+        scale, philox.threshold(dropout_p), philox.keep_scale(dropout_p),
+        J, P, Q, 0 if t is None else t.stride(0), out.stride(0), 0 if h is None else h.stride(0),
+        HAS_BIAS=bias is not None, HAS_H=h is not None, HAS_DERIVATIVE=t is not None,
+        ACTIVATION=activation, DROP=seed is not None, ALIGNED=Q % 8 == 0,
+        BLOCK_P=BLOCK_ROWS, BLOCK_Q=BLOCK_COLUMNS, num_warps=4,
+    )  # fmt: skip

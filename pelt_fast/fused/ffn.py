@@ -1,0 +1,153 @@
+"""Widened FFN: two library GEMMs and one two-segment kernel each way (identity I3).
+
+Shapes and maths are those of ``reference.ffn``; P = one M x N pass, Q = one M x F pass.
+Traffic  forward    [W1; D] is one GEMM that reads x once; one pass 2 Q makes A and H; W2; the rank
+                    update rides on the pass over y that the output dropout is (2 P), or on the
+                    library GEMM's accumulation.
+         backward   output dropout of dy 2 P; dA and dH into the columns of d_pre; one pass 3 Q in
+                    place; one GEMM [dZ | dT] [W1; D] for dx.
+Flops    (F + R) / F of the frozen FFN's, plus 2MR(K + N) for the two weight gradients.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelt_fast.kernels.config import FUSED_RANK
+from pelt_fast.kernels.mask import dropout
+from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
+from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
+from pelt_fast.plans.blocks import weight_gradient
+from pelt_fast.plans.ffn import pre_activations, seed_row
+from pelt_fast.reference.low_rank import empty_like_nothing
+
+PADDING = 16  # columns of the activation buffer: rows stay aligned for the tensor cores
+
+
+def ffn_forward(
+    x,
+    in_weight,
+    in_bias,
+    gate_weight,
+    gate_bias,
+    out_weight,
+    out_bias,
+    down_weight,
+    down_bias,
+    up_weight,
+    up_bias,
+    packed,
+    ffn_activation,
+    activation,
+    scale,
+    dropout_p,
+    activation_dropout_p,
+    output_dropout_p,
+    seed,
+):
+    pre = pre_activations(
+        x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
+    )
+    inner, rank, low = in_weight.shape[0], down_weight.shape[0], x.dtype
+    act = x.new_empty(x.shape[0], inner + -(-rank // PADDING) * PADDING)
+    widened_act(
+        pre, act, inner, rank, gated=gate_weight is not None, ffn_activation=ffn_activation,
+        activation=activation, dropout_p=dropout_p, activation_dropout_p=activation_dropout_p,
+        seed_h=seed_row(seed, 0, dropout_p), seed_a=seed_row(seed, 1, activation_dropout_p),
+    )  # fmt: skip
+    a, h = act[:, :inner], act[:, inner : inner + rank]
+    output_seed = seed_row(seed, 2, output_dropout_p)
+    if output_seed is None and rank > FUSED_RANK["rank_up"]:
+        bias = out_bias
+        if up_bias is not None:
+            bias = up_bias.to(low) * scale if bias is None else bias + up_bias.to(low) * scale
+        return F.linear(a, out_weight, bias).addmm_(h, up_weight.to(low).t(), alpha=scale), pre
+    y = F.linear(a, out_weight, out_bias)
+    rank_up(
+        h, up_weight, y, scale=scale, bias=up_bias, out=y,
+        base_dropout_p=output_dropout_p, seed=output_seed,
+    )  # fmt: skip
+    return y, pre
+
+
+def ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    in_weight: Tensor,
+    gate_weight: Tensor | None,
+    out_weight: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    packed: Tensor | None,
+    ffn_activation: str,
+    activation: str,
+    scale: float,
+    dropout_p: float,
+    activation_dropout_p: float,
+    output_dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = [empty_like_nothing(dy) for _ in range(5)]
+    rank, low, gated = down_weight.shape[0], dy.dtype, gate_weight is not None
+    inner = in_weight.shape[0] if needs[0] else 0
+    first = inner * (2 if gated else 1)
+    if not needs[0] and pre.shape[1] != rank:
+        start = in_weight.shape[0] * (2 if gated else 1)
+        pre = pre[:, start : start + rank]
+    need_dt = any(needs[:3])
+    d_pre = pre.new_empty(pre.shape) if need_dt else None
+    t, dt = pre[:, first : first + rank], d_pre[:, first : first + rank] if need_dt else None
+    seed_h = seed_row(seed, 0, dropout_p)
+    bottleneck = dict(activation=activation, scale=scale, dropout_p=dropout_p)
+    segments = dict(
+        gated=gated and needs[0], ffn_activation=ffn_activation, seed_h=seed_h,
+        activation_dropout_p=activation_dropout_p,
+        seed_a=seed_row(seed, 1, activation_dropout_p) if needs[0] else None, **bottleneck,
+    )  # fmt: skip
+    if needs[0]:
+        d_out = dropout(dy, output_dropout_p, seed_row(seed, 2, output_dropout_p))
+        torch.mm(d_out, out_weight, out=d_pre[:, first - inner : first])
+    if rank <= FUSED_RANK["rank_up_bwd"]:
+        # one read of dy gives dT, dU and du; the bottleneck's columns are then done
+        done = (
+            rank_up_bwd(dy, t, up_weight, seed=seed_h, need_dt=need_dt, need_db=needs[3],
+                        need_bias=needs[4], dt=dt, **bottleneck)
+            if need_dt or needs[3] or needs[4] else (None, None, None)
+        )  # fmt: skip
+        grads[3], grads[4] = (g if d is None else d for g, d in zip(grads[3:], done[1:]))
+        if needs[0]:
+            widened_act_bwd(d_pre, pre, None, inner, rank, bottleneck_done=True, **segments)
+    else:
+        h = dy.new_empty(dy.shape[0], rank) if needs[3] else None
+        if need_dt:
+            torch.mm(dy, up_weight.to(low), out=dt)
+        if need_dt or needs[3]:
+            widened_act_bwd(d_pre, pre, h, inner, rank, **segments)
+        if needs[3]:
+            grads[3] = weight_gradient(dy, h, up_weight.dtype).mul_(scale)
+        if needs[4]:
+            grads[4] = dy.sum(0, dtype=up_weight.dtype).mul_(scale)
+    if needs[1]:
+        grads[1] = weight_gradient(dt, x, down_weight.dtype)
+    if needs[2]:
+        grads[2] = dt.sum(0, dtype=down_weight.dtype)
+    if needs[0]:
+        grads[0] = _input_gradient(d_pre, in_weight, gate_weight, down_weight, packed)
+    return tuple(grads)
+
+
+def _input_gradient(d_pre, in_weight, gate_weight, down_weight, packed) -> Tensor:
+    """[dG | dZ | dT] times the stacked weights: one GEMM where they are packed."""
+    if packed is not None:
+        return d_pre @ packed
+    stack = [in_weight, down_weight.to(d_pre.dtype)]
+    stack = stack if gate_weight is None else [gate_weight, *stack]
+    parts = d_pre.split([weight.shape[0] for weight in stack], dim=1)
+    dx = parts[0] @ stack[0]
+    for part, weight in zip(parts[1:], stack[1:]):
+        dx.addmm_(part, weight)
+    return dx

@@ -1,0 +1,161 @@
+"""LoRA linear and adapter: the frozen GEMM is the library's, the rank update Triton's.
+
+Shapes and maths are those of ``reference.low_rank``.
+Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEMM's own 2 P each way
+         are in the sums. Workspaces are those of the kernels.
+         LoRA forward    x for S, y read and written by rank_up:                         5 P
+         LoRA backward   dy for dS and dB together, x for dA, dx read and written:       6 P
+         adapter forward x, base, y:                                                     3 P
+         adapter backw.  dy for dT, dU and du together, x for dD, dx written; sequential: dy again
+                         3-4 P
+         With dropout the mask is made once in backward, as bits: P / 16 to write, twice to read.
+Where ``config.LORA_PLANS`` has a tail plan, LoRA's rank update rides on our own GEMM: 2 P less each
+way. Above the ranks of ``config.FUSED_RANK`` the product is large enough for the library's GEMM.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelt_fast.kernels.config import FUSED_RANK, lora_plan
+from pelt_fast.kernels.mask import mask_bits
+from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
+from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
+from pelt_fast.kernels.tail_gemm import tail_gemm
+from pelt_fast.plans import low_rank as plans
+from pelt_fast.plans.blocks import weight_gradient
+from pelt_fast.reference.low_rank import empty_like_nothing
+
+
+def lora_forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
+    rank = lora_a.shape[0]
+    if seed is None and rank > FUSED_RANK["rank_down"]:
+        s = x @ lora_a.to(x.dtype).t()
+    else:
+        s, _ = rank_down(x, lora_a, dropout_p=dropout_p, seed=seed)
+    plan = lora_plan(rank, x.device)
+    if plan != "accumulate":
+        descriptors = plan == "tail_descriptor"
+        tail = dict(scale=scale, bias=bias, descriptors=descriptors)
+        return tail_gemm(x, weight.t(), s, lora_b.t(), **tail), s
+    y = F.linear(x, weight, bias)
+    if rank > FUSED_RANK["rank_up"]:
+        y.addmm_(s, lora_b.to(y.dtype).t(), alpha=scale)
+    else:
+        rank_up(s, lora_b, y, scale=scale, out=y)
+    return y, s
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, da, db = (empty_like_nothing(dy) for _ in range(3))
+    rank, need_ds = lora_a.shape[0], needs[0] or needs[1]
+    if rank > FUSED_RANK["rank_up_bwd"]:
+        if needs[2]:
+            db = weight_gradient(dy, s, lora_b.dtype).mul_(scale)
+        ds = (dy @ lora_b.to(dy.dtype)).mul_(scale) if need_ds else None
+    elif need_ds or needs[2]:
+        ds, d_b, _ = rank_up_bwd(dy, s, lora_b, scale=scale, need_dt=need_ds, need_db=needs[2])
+        db = d_b if needs[2] else db
+    bits = None
+    if seed is not None and needs[0] and needs[1] and lora_a.shape[1] % 8 == 0:
+        bits = mask_bits(seed, dropout_p, *x.shape)
+    plan = lora_plan(rank, dy.device)
+    if needs[0] and plan != "accumulate":
+        mask = dict(dropout_p=dropout_p, seed=seed, bits=bits)
+        dx = tail_gemm(dy, weight, ds, lora_a, descriptors=plan == "tail_descriptor", **mask)
+    elif needs[0]:
+        dx = dy @ weight
+        if seed is None and rank > FUSED_RANK["rank_up"]:
+            dx.addmm_(ds, lora_a.to(dy.dtype))
+        else:
+            mask = dict(update_dropout_p=dropout_p, seed=seed, bits=bits)
+            rank_up(ds, lora_a.t(), dx, out=dx, **mask)
+    if needs[1]:
+        if seed is None and rank > FUSED_RANK["rank_down_bwd"]:
+            da = weight_gradient(ds, x, lora_a.dtype)
+        else:
+            mask = dict(dropout_p=dropout_p, seed=seed, bits=bits)
+            da, _ = rank_down_bwd(ds, x, lora_a.dtype, **mask)
+    return dx, da, db
+
+
+def adapter_forward(
+    x,
+    base,
+    down_weight,
+    down_bias,
+    up_weight,
+    up_bias,
+    norm_weight,
+    norm_bias,
+    layer_norm,
+    activation,
+    scale,
+    dropout_p,
+    seed,
+):
+    if layer_norm != "none" or down_weight.shape[0] > FUSED_RANK["rank_up"]:
+        return plans.adapter_forward(
+            x, base, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+            layer_norm, activation, scale, dropout_p, seed,
+        )  # fmt: skip
+    t, h = rank_down(
+        x, down_weight, down_bias, activation=activation, h_dropout_p=dropout_p, h_seed=seed
+    )
+    return rank_up(h, up_weight, x if base is None else base, scale=scale, bias=up_bias), t
+
+
+def adapter_backward(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    layer_norm: str,
+    activation: str,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    sequential: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    if layer_norm != "none" or down_weight.shape[0] > FUSED_RANK["rank_up_bwd"]:
+        return plans.adapter_backward(
+            dy, x, t, down_weight, up_weight, up_bias, norm_weight, norm_bias, layer_norm,
+            activation, scale, dropout_p, seed, sequential, needs,
+        )  # fmt: skip
+    grads = [empty_like_nothing(dy) for _ in range(7)]
+    need_dt = needs[0] or needs[1] or needs[2]
+    dt, *up_grads = rank_up_bwd(
+        dy, t, up_weight, scale=scale, activation=activation, dropout_p=dropout_p, seed=seed,
+        need_dt=need_dt, need_db=needs[3], need_bias=needs[4],
+    )  # fmt: skip
+    for i, grad in enumerate(up_grads, 3):
+        grads[i] = grads[i] if grad is None else grad
+    if needs[1]:
+        grads[1], d_bias = rank_down_bwd(dt, x, down_weight.dtype, with_bias=needs[2])
+        grads[2] = grads[2] if d_bias is None else d_bias
+    elif needs[2]:
+        grads[2] = dt.sum(0, dtype=down_weight.dtype)
+    if needs[0]:
+        if sequential:
+            grads[0] = rank_up(dt, down_weight.t(), dy)
+        else:
+            grads[0] = torch.mm(dt, down_weight.to(dt.dtype))
+    return tuple(grads)

@@ -1,0 +1,193 @@
+"""Every launch the codegen suite compiles: each kernel, each row of its table, each variant."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pelt_fast.kernels.config import FUSED_RANK, HALF, TABLES
+from pelt_fast.kernels.heads import prefix_merge, prefix_merge_bwd
+from pelt_fast.kernels.mask import dropout, mask_bits
+from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
+from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
+from pelt_fast.kernels.tail_gemm import tail_gemm
+from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
+
+M, K, N, F = 8192, 4096, 4096, 14336
+RANKS = (4, 8, 16, 64, 512)
+P = 0.1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a launcher; ``streaming``: its kernels should move 16 bytes an access."""
+
+    name: str
+    call: Callable[[], object]
+    streaming: bool = False
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    """Memory that is never touched."""
+    return torch.empty(*shape, dtype=dtype)
+
+
+SEED = torch.empty(2, dtype=torch.int64)
+
+
+def reachable(kernel: str, target: str, bits: int) -> Iterator[int]:
+    """A size in each row of the table that ``target`` can reach, as ``config.pick`` looks."""
+    seen = 0
+    for arch in (target, "any"):
+        for row in TABLES[kernel].get(arch, ()):
+            if row.bits == bits and row.limit > seen:
+                yield row.limit
+                seen = row.limit
+
+
+def _ranks(kernel: str, target: str, bits: int) -> list[int]:
+    rows = {min(limit, 512) for limit in reachable(kernel, target, bits)}
+    few = RANKS if bits == HALF else (16,)
+    limit = FUSED_RANK.get(kernel, 512) if kernel == "rank_up_bwd" else 512
+    return sorted(r for r in rows | set(few) if r <= limit)
+
+
+def low_rank(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    bits, name = torch.finfo(dtype).bits, str(dtype).removeprefix("torch.")
+    x, dy = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype)
+    for seed in (None, SEED):
+        p = 0.0 if seed is None else P
+        drop = dict(dropout_p=p, seed=seed)
+        tag = f"{name} p={p}"
+        for r in _ranks("rank_down", target, bits):
+            a, d = empty(r, K, dtype=torch.float32), empty(r, dtype=torch.float32)
+            yield Launch(
+                f"rank_down R={r} {tag}", lambda a=a, drop=drop: rank_down(x, a, **drop), True
+            )
+            if r == 16:
+                few = empty(64 * 1024, K, dtype=dtype)  # enough rows: not split, epilogue in place
+                hidden = dict(activation="gelu", h_dropout_p=p, h_seed=seed)
+                yield Launch(
+                    f"rank_down R={r} gelu {tag}",
+                    lambda few=few, a=a, d=d, hidden=hidden: rank_down(few, a, d, **hidden), True,
+                )  # fmt: skip
+        for r in _ranks("rank_down_bwd", target, bits):
+            ds = empty(M, r, dtype=dtype)
+            bits_ = empty(M, K // 8, dtype=torch.uint8) if seed is not None else None
+            yield Launch(
+                f"rank_down_bwd R={r} {tag}",
+                lambda ds=ds, drop=drop, b=bits_: rank_down_bwd(ds, x, torch.float32, bits=b, **drop),
+                True,
+            )  # fmt: skip
+        for r in _ranks("rank_up", target, bits):
+            h, b = empty(M, r, dtype=dtype), empty(N, r, dtype=torch.float32)
+            a, u = empty(r, K, dtype=torch.float32), empty(N, dtype=torch.float32)
+            bits_ = empty(M, K // 8, dtype=torch.uint8) if seed is not None else None
+            yield Launch(
+                f"rank_up R={r} base {tag}",
+                lambda h=h, b=b, u=u, p=p, s=seed: rank_up(h, b, dy, bias=u, out=dy, base_dropout_p=p, seed=s),
+                True,
+            )  # fmt: skip
+            yield Launch(
+                f"rank_up R={r} update {tag}",
+                lambda h=h, a=a, p=p, s=seed, b=bits_: rank_up(
+                    h, a.t(), x, out=x, update_dropout_p=p, seed=s, bits=b), True,
+            )  # fmt: skip
+        for r in _ranks("rank_up_bwd", target, bits):
+            t, b = empty(M, r, dtype=dtype), empty(N, r, dtype=torch.float32)
+            for f in ("identity", "gelu"):
+                yield Launch(
+                    f"rank_up_bwd R={r} {f} {tag}",
+                    lambda t=t, b=b, f=f, drop=drop: rank_up_bwd(dy, t, b, activation=f, need_bias=True, **drop),
+                    True,
+                )  # fmt: skip
+    yield Launch(f"mask {name}", lambda: mask_bits(SEED, P, M, K))
+    yield Launch(f"dropout {name}", lambda: dropout(x, P, SEED), True)
+
+
+def widened_ffn(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    r, name = 512, str(dtype).removeprefix("torch.")
+    for gated in (False, True):
+        width = (2 if gated else 1) * F + r + 16
+        pre, act, h = (
+            empty(M, width, dtype=dtype),
+            empty(M, F + r, dtype=dtype),
+            empty(M, r, dtype=dtype),
+        )
+        for seed in (None, SEED):
+            p = 0.0 if seed is None else P
+            settings = dict(
+                gated=gated, ffn_activation="silu" if gated else "gelu", activation="relu",
+                dropout_p=p, activation_dropout_p=p, seed_h=seed, seed_a=seed,
+            )  # fmt: skip
+            tag = f"{'gated' if gated else 'plain'} {name} p={p}"
+            yield Launch(
+                f"widened_act {tag}",
+                lambda pre=pre, act=act, s=settings: widened_act(pre, act, F, r, **s), True,
+            )  # fmt: skip
+            yield Launch(
+                f"widened_act_bwd {tag}",
+                lambda pre=pre, h=h, s=settings: widened_act_bwd(pre, pre, h, F, r, scale=2.0, **s), True,
+            )  # fmt: skip
+
+
+def heads(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    bits, name = torch.finfo(dtype).bits, str(dtype).removeprefix("torch.")
+    B, H, T = 16, 16, 1024
+    for dim in (64, 128, 256) if bits == HALF else (64,):
+        q = empty(B, T, H, dim, dtype=dtype).transpose(1, 2)
+        lse = empty(B, H, T, dtype=torch.float32)
+        for length in (30, 200):
+            prefix = [empty(H, length, dim, dtype=torch.float32) for _ in range(2)]
+            for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
+                if dim != 64 and composition == "add":
+                    continue
+                for seed in (None, SEED):
+                    p = 0.0 if seed is None else P
+                    settings = dict(
+                        scale=0.1, form=form, composition=composition, dropout_p=p, seed=seed
+                    )
+                    tag = f"D={dim} P={length} {form} {composition} {name} p={p}"
+                    yield Launch(
+                        f"prefix {tag}",
+                        lambda q=q, prefix=prefix, lse=lse, s=settings: prefix_merge(q, *prefix, q, lse, q, **s),
+                        True,
+                    )  # fmt: skip
+                    yield Launch(
+                        f"prefix_bwd {tag}",
+                        lambda q=q, prefix=prefix, lse=lse, s=settings: prefix_merge_bwd(q, q, *prefix, q, lse, q, **s),
+                        True,
+                    )  # fmt: skip
+
+
+def tail(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    name = str(dtype).removeprefix("torch.")
+    x, weight = empty(M, K, dtype=dtype), empty(N, K, dtype=dtype)
+    bits_ = empty(M, K // 8, dtype=torch.uint8)
+    for r in (16, 64):
+        s, a, b = (
+            empty(M, r, dtype=dtype),
+            empty(r, K, dtype=torch.float32),
+            empty(N, r, dtype=torch.float32),
+        )
+        for descriptors in (False, True):
+            if descriptors and target in ("sm80", "gfx942"):
+                continue  # no bulk tensor copies there
+            tag = f"R={r} {'descriptors ' if descriptors else ''}{name}"
+            yield Launch(
+                f"tail_gemm forward {tag}",
+                lambda s=s, b=b, d=descriptors: tail_gemm(x, weight.t(), s, b.t(), bias=weight[:, 0], descriptors=d),
+            )  # fmt: skip
+            for seed, mask in ((None, None), (SEED, bits_)):
+                yield Launch(
+                    f"tail_gemm dx {tag} p={0.0 if seed is None else P}",
+                    lambda s=s, a=a, d=descriptors, seed=seed, mask=mask: tail_gemm(
+                        x, weight, s, a, dropout_p=P, seed=seed, bits=mask, descriptors=d),
+                )  # fmt: skip
+
+
+def launches(target: str) -> Iterator[Launch]:
+    """All of them, for one target."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for family in (low_rank, tail, widened_ffn, heads):
+            yield from family(target, dtype)

@@ -1,0 +1,42 @@
+"""Inputs and the budget of the kernel tests."""
+
+import os
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COMPILED = DEVICE.type == "cuda"
+# the interpreter computes bf16 wrongly (docs/facts.md)
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if COMPILED else [])
+BAND = 4
+SEED = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def sliced(*shape: int, dtype=torch.float32, scale: float = 1.0) -> Tensor:
+    """Random numbers (rounded to dtype) in the middle of a wider tensor: strided, unaligned."""
+    wide = torch.randn(*shape[:-1], shape[-1] + 3, device=DEVICE) * scale
+    return wide.to(dtype)[..., 1 : 1 + shape[-1]]
+
+
+def dense(*shape: int, dtype=torch.float32, scale: float = 1.0) -> Tensor:
+    """Random numbers, contiguous."""
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def seed() -> Tensor:
+    """A fixed dropout seed with all 128 bits in use."""
+    return torch.tensor(SEED, dtype=torch.int64, device=DEVICE)
+
+
+def check(actual: Tensor, same_dtype: Tensor, oracle: Tensor, low: torch.dtype) -> None:
+    """At most twice torch's own error in the same dtype, and a rounding band."""
+    assert actual.shape == oracle.shape, (actual.shape, oracle.shape)
+    assert torch.isfinite(actual).all(), "not finite: an element was not written, or overflowed"
+    size = max(oracle.abs().max().item(), 1e-30)
+    error = (actual.double() - oracle).abs().max().item() / size
+    torchs = (same_dtype.double() - oracle).abs().max().item() / size
+    budget = 2 * torchs + BAND * torch.finfo(low).eps
+    assert error <= budget, f"error {error:.2e} of {budget:.2e} (torch {torchs:.2e})"

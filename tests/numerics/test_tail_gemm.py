@@ -1,0 +1,67 @@
+"""The frozen GEMM with a rank tail, both variants, against fp64."""
+
+import pytest
+import torch
+
+from pelt_fast.fused.low_rank import lora_backward, lora_forward
+from pelt_fast.kernels import config
+from pelt_fast.kernels.mask import mask_bits
+from pelt_fast.kernels.tail_gemm import can_use_descriptors, tail_gemm
+from pelt_fast.reference import low_rank as reference
+from pelt_fast.reference.philox import dropout
+
+from .judge import DTYPES, check, dense, seed, sliced
+
+# M, K, N, R; the third can be described to the copy engine
+SHAPES = [(1, 1, 1, 1), (37, 50, 44, 5), (40, 64, 136, 16), (17, 33, 70, 100)]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+both = pytest.mark.parametrize("descriptors", [False, True])
+
+
+@every_dtype
+@both
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tail_gemm_matches_fp64_oracle(shape, dtype, p, transposed, descriptors):
+    M, K, N, R = shape
+    make = dense if shape == SHAPES[2] else sliced
+    x, s, u = make(M, K, dtype=dtype), make(M, R, dtype=dtype), dense(R, N, scale=R**-0.5)
+    w = make(N, K, dtype=dtype).t() if transposed else make(K, N, dtype=dtype)
+    bias, row = dense(N).to(dtype), seed() if p else None
+
+    def expression(x, w, s, u, bias):
+        return x @ w + bias + dropout(0.5 * (s @ u), p, row)
+
+    inputs = (x, w, s, u.to(dtype), bias)
+    y = tail_gemm(x, w, s, u, scale=0.5, bias=bias, dropout_p=p, seed=row, descriptors=descriptors)
+    check(y, expression(*inputs), expression(*(t.double() for t in inputs)), dtype)
+    if p and N % 8 == 0:
+        bits = mask_bits(row, p, M, N)
+        mask = dict(dropout_p=p, seed=row, bits=bits, descriptors=descriptors)
+        assert torch.equal(y, tail_gemm(x, w, s, u, scale=0.5, bias=bias, **mask))
+
+
+def test_what_the_copy_engine_cannot_take_runs_on_pointers():
+    assert can_use_descriptors(dense(32, 64))
+    assert not can_use_descriptors(sliced(32, 64))  # rows of 67 elements, from the second on
+    assert not can_use_descriptors(dense(32, 64).t())
+    assert not can_use_descriptors(dense(8, 64))
+
+
+@pytest.mark.parametrize("plan", ["tail", "tail_descriptor"])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("scale", [2.0, 0.0])
+def test_lora_runs_the_plan_of_the_table(plan, p, scale, monkeypatch):
+    row = config.PlanRow(config.MAX_RANK, plan, "the test's")
+    monkeypatch.setitem(config.LORA_PLANS, "any", (row,))
+    monkeypatch.setattr(config, "architecture", lambda device: "any")
+    x, weight, bias, dy = dense(20, 32), dense(24, 32), dense(24), dense(20, 24)
+    a, b, mask = dense(4, 32), dense(24, 4), (p, seed() if p else None)
+    y, s = lora_forward(x, weight, bias, a, b, scale, *mask)
+    want, _ = reference.lora_forward(x, weight, bias, a, b, scale, *mask)
+    check(y, want, want.double(), torch.float32)
+    grads = lora_backward(dy, x, s, weight, a, b, scale, *mask, [True] * 3)
+    expected = reference.lora_backward(dy, x, s, weight, a, b, scale, *mask, [True] * 3)
+    for got, want in zip(grads, expected):
+        check(got, want, want.double(), torch.float32)
