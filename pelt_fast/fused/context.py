@@ -1,7 +1,7 @@
 """The context part of prefix attention by the library's own kernels, forward and backward.
 
 Which one: flash where it can go (16-bit, no mask, causal only over T = S; grouped heads as they
-are), on architectures of ``config.CONTEXT_KERNEL`` cuDNN's in its place; the memory-efficient one
+are), on architectures of ``config.CONTEXT_KERNELS`` cuDNN's in its place; the memory-efficient one
 with a mask or in fp32 (grouped heads expanded); torch's CPU flash kernel on a CPU. All take
 K and V as they lie and return the log-sum-exp; their backward, given the merged o and the joint
 lse, returns the context's exact gradients (identity I4).
@@ -29,8 +29,7 @@ def kernel_for(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> str:
         return "cpu"
     square = q.shape[2] == k.shape[2]
     if mask is None and q.dtype != torch.float32 and (not causal or square):
-        arch = config.architecture(q.device)
-        return config.CONTEXT_KERNEL.get(arch, config.CONTEXT_KERNEL["any"])
+        return config.context_kernel(q.device)
     return "efficient"
 
 

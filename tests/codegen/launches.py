@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pelt_fast.kernels.config import FUSED_RANK, HALF, TABLES
+from pelt_fast.kernels.config import FUSED_RANK, HALF, rows
 from pelt_fast.kernels.heads import prefix_merge, prefix_merge_bwd
 from pelt_fast.kernels.mask import dropout, mask_bits
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
@@ -39,7 +39,7 @@ def reachable(kernel: str, target: str, bits: int) -> Iterator[int]:
     """A size in each row of the table that ``target`` can reach, as ``config.pick`` looks."""
     seen = 0
     for arch in (target, "any"):
-        for row in TABLES[kernel].get(arch, ()):
+        for row in rows(kernel, arch):
             if row.bits == bits and row.limit > seen:
                 yield row.limit
                 seen = row.limit

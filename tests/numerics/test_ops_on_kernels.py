@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from pelt_fast import functional
 from pelt_fast.ops.backends import backend
 from pelt_fast.reference import low_rank as reference
 from pelt_fast.testing import cases, judge, run
 
-from .judge import DEVICE, DTYPES, check, dense, seed
+from .judge import COMPILED, DEVICE, DTYPES, check, dense, seed
 
 CASES = list(cases())
 # aligned sizes (bits in backward), and ranks past each of config.FUSED_RANK
@@ -71,3 +72,42 @@ def test_lora_backward_gives_what_is_needed_and_no_more(needs, p):
             check(got, want, want.double(), torch.float32)
         else:
             assert not got.numel()
+
+
+@pytest.mark.skipif(not COMPILED, reason="opcheck and torch.compile of CUDA impls need a GPU")
+@pytest.mark.parametrize("case", CASES, ids=identity)
+def test_op_compiles_without_a_graph_break_on_the_gpu(case):
+    tensors = case.tensors(torch.bfloat16, torch.float32, DEVICE)
+    eager = run(case.call, tensors)
+    compiled = run(torch.compile(case.call, fullgraph=True), tensors)
+    for name, value in eager.items():
+        if "p=0.0" in case.name:  # the mask of a compiled draw of the seed is another
+            check(compiled[name], value, value.double(), torch.bfloat16)
+    assert all(torch.isfinite(value).all() for value in compiled.values())
+
+
+@pytest.mark.skipif(not COMPILED, reason="the library kernels with dropout are on a GPU")
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_dropout_on_the_gpu_differentiates_what_it_computed(masked):
+    """The context's mask is the library's own: compare the gradient with a difference quotient of
+    the same draw."""
+    dtype = torch.float32 if masked else torch.bfloat16
+    q, k, v = (dense(2, 4, 64, 32, dtype=dtype).requires_grad_() for _ in range(3))
+    prefix = [dense(4, 7, 32).requires_grad_() for _ in range(2)]
+    mask = torch.rand(2, 1, 64, 64, device=DEVICE) > 0.2 if masked else None
+
+    def f(*leaves):
+        torch.manual_seed(5)
+        return functional.prefix_attention(*leaves, attn_mask=mask, dropout_p=0.2)
+
+    out = f(q, k, v, *prefix)
+    dy = torch.randn_like(out)
+    grads = torch.autograd.grad(out, [q, k, v, *prefix], dy)
+    assert torch.equal(out, f(q, k, v, *prefix))
+    for i in (2, 4):  # linear in v and prefix_v: the quotient is exact
+        leaves = [t.detach() for t in (q, k, v, *prefix)]
+        step = torch.randn_like(leaves[i])
+        leaves[i] = leaves[i] + step
+        change = ((f(*leaves) - out).double() * dy.double()).sum()
+        exact = (grads[i].double() * step.double()).sum()
+        assert torch.allclose(change, exact, rtol=0.05, atol=0.5), (i, change, exact)

@@ -1,0 +1,53 @@
+"""The proof on a GPU, in parts: ``python -m benchmarks.gpu`` lists them, ``... PART`` runs one.
+
+Each part takes at most eight minutes on one GPU, needs no network, and writes its results as it
+goes to ``$OUT`` where that is set, else to benchmarks/results/.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from . import kernels, layers, numerics, sanitizer, tune
+from .record import Record
+
+PARTS = {
+    "1": (
+        "numerics",
+        numerics.run,
+        "every kernel and op against fp64, compiled; first miss ends it",
+    ),
+    "2": ("sanitizer", sanitizer.run, "compute-sanitizer memcheck and racecheck on small shapes"),
+    "3": ("kernels", kernels.run, "each kernel: time, bandwidth, ratio to floor, eager, compile"),
+    "4": ("layers", layers.run, "whole layers against the frozen layer and peers: the targets"),
+    "tune": ("tune", tune.run, "measure candidates of every table, write the rows that win"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
+    names = [*PARTS, *(name for name, *_ in PARTS.values() if name not in PARTS)]
+    parser.add_argument("part", nargs="?", metavar="PART", help=f"one of {', '.join(names)}")
+    options = parser.parse_args()
+    if options.part is None:
+        for key, (name, _, what) in PARTS.items():
+            print(f"make gpu PART={key:<6} {name:<10} {what}")
+        return 0
+    found = [part for key, part in PARTS.items() if options.part in (key, part[0])]
+    if not found:
+        parser.error(f"PART must be one of {', '.join(names)}, got {options.part!r}")
+    if not torch.cuda.is_available():
+        print("make gpu needs a GPU, and torch sees none: nothing was run", file=sys.stderr)
+        return 2
+    name, run, _ = found[0]
+    record = Record(name)
+    code = run(record, torch.device("cuda", torch.cuda.current_device()))
+    for left in record.result["left"]:
+        print(f"did not fit in the time: {left}")
+    print(f"wrote {record.path}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

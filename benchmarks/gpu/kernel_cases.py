@@ -1,0 +1,228 @@
+"""Every kernel on one input: ours, the same in plain PyTorch, the bytes and flops of its file."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelt_fast.kernels.heads import prefix_merge, prefix_merge_bwd
+from pelt_fast.kernels.mask import mask_bits
+from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
+from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
+from pelt_fast.kernels.tail_gemm import tail_gemm
+from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
+from pelt_fast.reference import philox
+from pelt_fast.reference.activations import activate, derivative
+
+P = 0.1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of the cases; the defaults are those of the issue's targets."""
+
+    m: int = 8192
+    k: int = 4096
+    inner: int = 14336
+    batch: int = 16
+    heads: int = 16
+    queries: int = 1024
+    dim: int = 64
+    ranks: tuple[int, ...] = (16, 64)
+    prefixes: tuple[int, ...] = (30, 200)
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """``ours()`` and ``plain(drop)`` return the same tensors; ``drop(x, row)`` is the dropout."""
+
+    kernel: str
+    name: str
+    ours: Callable[[], tuple[Tensor, ...]]
+    plain: Callable[[Callable], tuple[Tensor, ...]]
+    bytes: float
+    flops: float
+
+
+def same_mask(seed: Tensor) -> Callable:
+    """The dropout of the definition: for the check."""
+    return lambda x, p: philox.dropout(x, p, seed)
+
+
+def torchs(x: Tensor, p: float) -> Tensor:
+    """torch's own dropout: for the time."""
+    return F.dropout(x, p)
+
+
+def cases(device: torch.device, sizes: Sizes, dtype=torch.bfloat16) -> Iterator[KernelCase]:
+    """One at a time, so that the memory of one is free for the next."""
+    seed = torch.tensor([7, 11], dtype=torch.int64, device=device)
+    for family in (low_rank, tail, widened, heads):
+        yield from family(device, sizes, dtype, seed)
+
+
+def _randn(device, dtype):
+    return lambda *shape, of=dtype: torch.randn(*shape, device=device).to(of)
+
+
+def low_rank(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
+    """rank_down, rank_up, their backward, the mask."""
+    randn, M, K = _randn(device, dtype), sizes.m, sizes.k
+    x, e = randn(M, K), dtype.itemsize
+    for R in sizes.ranks:
+        a, b = randn(R, K, of=torch.float32) / K**0.5, randn(K, R, of=torch.float32)
+        h = randn(M, R)
+        al, bl = a.to(dtype), b.to(dtype)
+        small = e * M * R + 4 * R * K
+        for p in (0.0, P):
+            row = seed if p else None
+            tag = f"R={R} p={p}"
+            yield KernelCase(
+                "rank_down", tag, lambda: rank_down(x, a, dropout_p=p, seed=row)[:1],
+                lambda drop: (drop(x, p) @ al.t(),), e * M * K + small, 2 * M * K * R,
+            )  # fmt: skip
+            bits = mask_bits(seed, p, M, K) if p else None
+            yield KernelCase(
+                "rank_down_bwd", tag,
+                lambda: rank_down_bwd(h, x, torch.float32, dropout_p=p, seed=row, bits=bits)[:1],
+                lambda drop: (h.float().t() @ drop(x, p).float(),),
+                e * M * K + small + (M * K / 8 if p else 0), 2 * M * K * R,
+            )  # fmt: skip
+            base = x.clone()
+            yield KernelCase(
+                "rank_up", f"{tag} on base",
+                lambda: (rank_up(h, b, x, out=base, base_dropout_p=p, seed=row),),
+                lambda drop: (drop(x, p) + h @ bl.t(),), 2 * e * M * K + small, 2 * M * K * R,
+            )  # fmt: skip
+        yield KernelCase(
+            "rank_up_bwd", f"R={R}", lambda: rank_up_bwd(x, h, b, need_bias=True),
+            lambda drop: (x @ bl, x.float().t() @ h.float(), x.float().sum(0)),
+            e * M * K + 2 * small, 4 * M * K * R,
+        )  # fmt: skip
+    yield KernelCase(
+        "mask_bits", f"p={P}", lambda: (mask_bits(seed, P, M, K),),
+        lambda drop: (_packed(drop(torch.ones_like(x), P) != 0),), M * K / 8, 0,
+    )  # fmt: skip
+
+
+def _packed(keep: Tensor) -> Tensor:
+    weights = 1 << torch.arange(8, device=keep.device)
+    return (keep.view(keep.shape[0], -1, 8) * weights).sum(-1).to(torch.uint8)
+
+
+def tail(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
+    """The frozen GEMM with its rank tail, both variants, both directions."""
+    randn, M, K, R = _randn(device, dtype), sizes.m, sizes.k, sizes.ranks[0]
+    e = dtype.itemsize
+    x, w, s, u = randn(M, K), randn(K, K) / K**0.5, randn(M, R), randn(R, K, of=torch.float32)
+    bytes_, flops = e * (2 * M * K + K * K), 2 * M * K * (K + R)
+    for descriptors in (False, True):
+        kind = " descriptors" if descriptors else ""
+        yield KernelCase(
+            "tail_gemm", f"forward R={R}{kind}",
+            lambda: (tail_gemm(x, w.t(), s, u, descriptors=descriptors),),
+            lambda drop: (x @ w.t() + s @ u.to(dtype),), bytes_, flops,
+        )  # fmt: skip
+        bits = mask_bits(seed, P, M, K)
+        mask = dict(dropout_p=P, seed=seed, bits=bits)
+        yield KernelCase(
+            "tail_gemm", f"dx R={R} p={P}{kind}",
+            lambda: (tail_gemm(x, w, s, u, descriptors=descriptors, **mask),),
+            lambda drop: (x @ w + drop(s @ u.to(dtype), P),), bytes_ + M * K / 8, flops,
+        )  # fmt: skip
+
+
+def widened(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
+    """The two-segment activation."""
+    randn, M, I, R, e = _randn(device, dtype), sizes.m, sizes.inner, 512, dtype.itemsize
+    for gated in (False, True):
+        f = "silu" if gated else "gelu"
+        first = I * (2 if gated else 1)
+        pre, da = randn(M, first + R), randn(M, I)
+        for p in (0.0, P):
+            row = seed if p else None
+            common = dict(gated=gated, ffn_activation=f, activation="relu", dropout_p=p,
+                          activation_dropout_p=p, seed_h=row, seed_a=row)  # fmt: skip
+            act = torch.empty(M, I + R, dtype=dtype, device=device)
+
+            def forward(common=common, act=act, pre=pre):
+                widened_act(pre, act, I, R, **common)
+                return (act,)
+
+            def plain(drop, pre=pre, p=p, gated=gated, f=f, first=first):
+                a = activate(f, pre[:, :I])
+                a = a * pre[:, I:first] if gated else a
+                return (torch.cat([drop(a, p), drop(F.relu(pre[:, first:]), p)], 1),)
+
+            tag = f"{'gated' if gated else 'plain'} p={p}"
+            yield KernelCase(
+                "widened_act", tag, forward, plain, e * M * (first + R + I + R), 0
+            )  # fmt: skip
+            d_pre = torch.empty_like(pre)
+            place = slice(first - I, first)
+
+            def backward(common=common, d_pre=d_pre, pre=pre, da=da, place=place, first=first):
+                # not timed apart: the gradients that GEMMs write there
+                d_pre[:, place], d_pre[:, first:] = da, 1.0
+                widened_act_bwd(d_pre, pre, None, I, R, scale=1.0, **common)
+                return (d_pre,)
+
+            def plain_backward(drop, pre=pre, da=da, p=p, gated=gated, f=f, first=first):
+                d, inner = drop(da, p), pre[:, :I]
+                dt = drop(torch.ones_like(pre[:, first:]), p) * (pre[:, first:] > 0)
+                slope = derivative(f, inner.float()).to(dtype)
+                if not gated:
+                    return (torch.cat([d * slope, dt], 1),)
+                return (torch.cat([d * pre[:, I:first] * slope, d * activate(f, inner), dt], 1),)
+
+            copied = e * M * (2 * I + R)
+            yield KernelCase(
+                "widened_act_bwd", f"{tag} (with a copy of dA)", backward, plain_backward,
+                e * M * (2 * first + I + 3 * R) + copied, 0,
+            )  # fmt: skip
+
+
+def heads(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
+    """The merge of a prefix and its backward, on a context of random numbers."""
+    randn, e = _randn(device, dtype), dtype.itemsize
+    B, H, T, D = sizes.batch, sizes.heads, sizes.queries, sizes.dim
+    q, do, context = (randn(B, T, H, D).transpose(1, 2) for _ in range(3))
+    own, scale = randn(B, H, T, of=torch.float32), D**-0.5
+    for length in sizes.prefixes:
+        pk, pv = (randn(H, length, D, of=torch.float32) for _ in range(2))
+        settings = dict(scale=scale, form="softmax", composition="gated")
+        o = torch.empty(B, T, H, D, dtype=dtype, device=device).transpose(1, 2)
+
+        def plain(drop, pk=pk, pv=pv):
+            z = (scale * q @ pk.to(dtype).transpose(-1, -2)).float()
+            joint = torch.logaddexp(own, torch.logsumexp(z, -1)).unsqueeze(-1)
+            share = torch.exp(own.unsqueeze(-1) - joint).to(dtype)
+            return (share * context + torch.exp(z - joint).to(dtype) @ pv.to(dtype), joint[..., 0])
+
+        def forward(pk=pk, pv=pv, o=o):
+            lse = prefix_merge(q, pk, pv, context, own, o, **settings)
+            return o, lse
+
+        passes, flops = e * B * H * T * D, 2 * B * H * T * D * length
+        yield KernelCase("prefix", f"P={length}", forward, plain, 3 * passes, 2 * flops)
+        lse = forward()[1]
+        dq = torch.zeros_like(q)
+
+        def backward(pk=pk, pv=pv, o=o, lse=lse, dq=dq):
+            dq.zero_()
+            dpk, dpv = prefix_merge_bwd(do, q, pk, pv, o, lse, dq, **settings)
+            return dq, dpk, dpv
+
+        def plain_backward(drop, pk=pk, pv=pv, o=o, lse=lse):
+            w = torch.exp(scale * q.float() @ pk.transpose(-1, -2) - lse.unsqueeze(-1)).to(dtype)
+            delta = (do.float() * o.float()).sum(-1, keepdim=True)
+            dz = (w * ((do @ pv.to(dtype).transpose(-1, -2)) - delta)).to(dtype)
+            dpk = scale * (dz.transpose(-1, -2) @ q).float().sum(0)
+            return scale * dz @ pk.to(dtype), dpk, (w.transpose(-1, -2) @ do).float().sum(0)
+
+        yield KernelCase(
+            "prefix_bwd", f"P={length} (with zeroing dq)", backward, plain_backward,
+            6 * passes, 5 * flops,
+        )  # fmt: skip

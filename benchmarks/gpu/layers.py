@@ -1,0 +1,204 @@
+"""Whole layers, forward and backward, against the frozen layer and peers: the targets."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.common import table
+from pelt_fast import functional
+from pelt_fast.kernels import config
+
+from .measure import milliseconds
+from .record import Record
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Shapes of the targets."""
+
+    m: int = 8192
+    k: int = 4096
+    rank: int = 16
+    ffns: tuple[tuple[int, int], ...] = ((4096, 14336), (1024, 4096))
+    ffn_rank: int = 512
+    attention: tuple[int, int, int, int] = (16, 16, 1024, 64)
+    prefix: int = 30
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's floor and what stands beside it: name -> function of the input."""
+
+    name: str
+    shape: tuple[int, ...]
+    floor: Callable
+    providers: dict[str, Callable]
+    target: float
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A provider under one answer of a table of ``kernels.config``, forward and backward."""
+
+    function: Callable
+    table: str
+    answer: str
+
+
+def peft_lora(weight, rank: int, p: float, dtype) -> Callable | None:
+    """PEFT's LoRA on the same linear, or None."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        print(f"PEFT is left out: {error}")
+        return None
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    model = torch.nn.Sequential(linear.to(weight.device, weight.dtype))
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules=["0"])
+    return get_peft_model(model, settings, autocast_adapter_dtype=dtype == torch.float32).train()
+
+
+def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterator[Layer]:
+    """One at a time."""
+
+    def randn(*shape, of=dtype):
+        return torch.randn(*shape, device=device).to(of)
+
+    def trained(*shape):
+        return torch.nn.Parameter(randn(*shape, of=torch.float32) / shape[-1] ** 0.5)
+
+    k, r = sizes.k, sizes.rank
+    weight, a, b = randn(k, k) / k**0.5, trained(r, k), trained(k, r)
+    for p, target in ((0.0, 1.20), (0.1, 1.30)):
+
+        def lora(x, p=p, weight=weight, a=a, b=b):
+            return functional.lora_linear(x, weight, None, a, b, scale=2.0, dropout_p=p)
+
+        names = ("accumulate", "tail", "tail_descriptor")
+        plans = {f"plan {name}": Forced(lora, "plan", name) for name in names}
+        peers = {"PEFT": peft_lora(weight, r, p, torch.float32),
+                 f"PEFT, {dtype} factors": peft_lora(weight, r, p, dtype)}  # fmt: skip
+        peers = {name: peer for name, peer in peers.items() if peer is not None}
+        providers = {"pelt_fast": lora, **plans, **peers}
+        floor = lambda x, weight=weight: F.linear(x, weight)  # noqa: E731
+        yield Layer(f"LoRA linear {k} R={r} p={p}", (sizes.m, k), floor, providers, target)
+    for k, inner in sizes.ffns:
+        r = sizes.ffn_rank
+        w1, w2 = randn(inner, k) / k**0.5, randn(k, inner) / inner**0.5
+        b1, b2 = randn(inner), randn(k)
+        small = trained(r, k), trained(1, r), trained(k, r), trained(1, k)
+        packed = torch.cat([w1, randn(r + -r % 16, k)])
+
+        def widened(x, w=(w1, b1, w2, b2), small=small, packed=packed, p=0.0):
+            down, d, up, u = small
+            packed.data[w[0].shape[0] : w[0].shape[0] + down.shape[0]].copy_(down.detach())
+            return functional.ffn_parallel_adapter(
+                x, *w, down, d.view(-1), up, u.view(-1), packed=packed, scale=4.0,
+                output_dropout_p=p,
+            )  # fmt: skip
+
+        def frozen(x, w=(w1, b1, w2, b2)):
+            return F.linear(F.gelu(F.linear(x, w[0], w[1])), w[2], w[3])
+
+        def plain(x, frozen=frozen, small=small):
+            down, d, up, u = (t.to(x.dtype) for t in small)
+            return frozen(x) + 4.0 * F.linear(F.relu(F.linear(x, down, d[0])), up, u[0])
+
+        flop_ratio = 1 + 1.5 * r / inner
+        yield Layer(
+            f"widened FFN {k}/{inner} R={r}, flop ratio {flop_ratio:.3f}", (sizes.m, k), frozen,
+            {"pelt_fast": widened, "plain adapter": plain}, 1.05 * flop_ratio,
+        )  # fmt: skip
+    batch, heads, length, dim = sizes.attention
+    prefix = trained(heads, sizes.prefix, dim), trained(heads, sizes.prefix, dim)
+    for causal in (False, True):
+
+        def split(qkv):
+            return qkv.unbind(0)
+
+        def attention(qkv, causal=causal):
+            return F.scaled_dot_product_attention(*split(qkv), is_causal=causal)
+
+        def prefixed(qkv, causal=causal):
+            return functional.prefix_attention(*split(qkv), *prefix, is_causal=causal)
+
+        def concatenated(qkv, causal=causal):
+            q, k, v = split(qkv)
+            pk, pv = (t.to(q.dtype).expand(batch, -1, -1, -1) for t in prefix)
+            mask = None
+            if causal:
+                ones = torch.ones(length, length + sizes.prefix, dtype=torch.bool, device=device)
+                mask = ones.tril(sizes.prefix)
+            return F.scaled_dot_product_attention(
+                q, torch.cat([pk, k], 2), torch.cat([pv, v], 2), attn_mask=mask
+            )
+
+        yield Layer(
+            f"prefix attention B{batch} H{heads} S{length} D{dim} P={sizes.prefix}"
+            + (" causal" if causal else ""),
+            (3, batch, heads, length, dim), attention,
+            {"pelt_fast": prefixed, "context flash": Forced(prefixed, "context", "flash"),
+             "context cudnn": Forced(prefixed, "context", "cudnn"), "concatenation": concatenated}, 1.15,
+        )  # fmt: skip
+
+
+def step(function: Callable | Forced, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward to the input; parameters' gradients start from none."""
+    if isinstance(function, Forced):
+        inner = step(function.function, x, dy)
+
+        def forced():
+            with config.forced(function.table, function.answer):
+                inner()
+
+        return forced
+    parameters = [p for p in _parameters(function) if p.requires_grad]
+
+    def run():
+        leaf = x.detach().requires_grad_()
+        for p in parameters:
+            p.grad = None
+        function(leaf).backward(dy)
+
+    return run
+
+
+def _parameters(function) -> list:
+    return list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+
+
+def run(record: Record, device: torch.device, sizes: Layers | None = None) -> int:
+    """Measure every layer; a provider that fails is a row that says so."""
+    rows, missed = [], 0
+    for layer in layers(device, sizes or Layers()):
+        if not record.in_time:
+            record.leave(layer.name)
+            continue
+        x = torch.randn(*layer.shape, device=device).to(torch.bfloat16)
+        dy = torch.randn_like(layer.floor(x))
+        floor, *_ = milliseconds(step(layer.floor, x, dy), device)
+        record.add(layer=layer.name, provider="frozen", milliseconds=floor)
+        rows.append([layer.name, "frozen", f"{floor:.3f}", "1.00", ""])
+        for name, provider in layer.providers.items():
+            try:
+                taken, low, high = milliseconds(step(provider, x, dy), device)
+            except Exception as error:  # a provider that fails is a result
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+                record.add(layer=layer.name, provider=name, failed=reason)
+                rows.append([layer.name, name, "-", "-", reason])
+                continue
+            ratio, verdict = taken / floor, ""
+            if name == "pelt_fast":
+                met = ratio <= layer.target
+                missed += not met
+                verdict = f"target {layer.target:.2f} {'met' if met else 'MISSED'}"
+            record.add(
+                layer=layer.name, provider=name, milliseconds=taken, low=low, high=high,
+                ratio=ratio, target=layer.target,
+            )  # fmt: skip
+            rows.append([layer.name, name, f"{taken:.3f}", f"{ratio:.2f}", verdict])
+    record.finish(missed=missed)
+    print(table(["layer", "provider", "ms", "to frozen", ""], rows))
+    return 0
