@@ -140,7 +140,8 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
             + (" causal" if causal else ""),
             (3, batch, heads, length, dim), attention,
             {"pelt_fast": prefixed, "context flash": Forced(prefixed, "context", "flash"),
-             "context cudnn": Forced(prefixed, "context", "cudnn"), "concatenation": concatenated}, 1.15,
+             "context cudnn": Forced(prefixed, "context", "cudnn"),
+             "concatenation": concatenated}, 1.15,
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """make gpu: what of it runs without a GPU, runs here on small shapes, kernels interpreted."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ TINY = Sizes(m=24, k=32, inner=40, batch=1, heads=2, queries=12, dim=16, ranks=(
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", *arguments], capture_output=True, text=True,
-        env={**__import__("os").environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
 
@@ -80,9 +81,8 @@ def test_tune_writes_rows_that_the_tables_read(tmp_path, monkeypatch):
     fast = tune.Tile(block_m=16, block_n=32, block_k=32, block_r=16, num_warps=4, num_stages=1)
     monkeypatch.setattr(tune, "candidates", lambda kernel: [fast])
     monkeypatch.setattr(tune, "GAIN", float("inf"))
-    monkeypatch.setattr(
-        tune, "milliseconds", lambda f, d, n=iter(range(1000, 0, -1)): (next(n), 0, 0)
-    )
+    times = iter(range(1000, 0, -1))
+    monkeypatch.setattr(tune, "milliseconds", lambda function, device: (next(times), 0, 0))
     target = tmp_path / "tuned.py"
     tune.run(Record("tune", tmp_path), CPU, TINY, torch.float16, to=target)
     found: dict = {}
