@@ -205,3 +205,12 @@ def store_rank(
 def dot(a, b, acc):
     """acc + a b, fp32 operands exact (no tf32)."""
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load_rows(ptr, stride, offs, limit, offs_d, D):
+    """A tile [offs, offs_d] of a matrix with ``limit`` rows and D columns."""
+    mask = (offs < limit)[:, None] & (offs_d < D)[None, :]
+    return tl.load(
+        ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=mask, other=0.0
+    )

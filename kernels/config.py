@@ -22,7 +22,13 @@ HALF, SINGLE = 16, 32  # bits of an element
 
 # up to which rank a kernel of ours beats the library's GEMM and the passes it needs around it: a
 # bandwidth-bound product is ours, one with enough flops a byte is the library's; unmeasured
-FUSED_RANK = {"rank_down": 128, "rank_down_bwd": 128, "rank_up": 128, "rank_up_bwd": 64}
+FUSED_RANK = {
+    "adapter": 128,
+    "rank_down": 128,
+    "rank_down_bwd": 128,
+    "rank_up": 128,
+    "rank_up_bwd": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,22 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
                 "256 columns a row: small tiles, no spills; unmeasured"),
             Row(SINGLE, 256, Tile(16, 16, num_warps=4, num_stages=1),
                 "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "adapter": {
+        "any": (
+            Row(HALF, 64, Tile(32, 128, 128, num_warps=4, num_stages=2),
+                "many blocks of rows, x and base streamed; fits 64 KiB; unmeasured"),
+            Row(HALF, 128, Tile(32, 64, 64, num_warps=4, num_stages=2),
+                "as above, half as wide; unmeasured"),
+            Row(SINGLE, 128, Tile(16, 32, 32, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+        "sm90": (
+            Row(HALF, 64, Tile(64, 128, 128, num_warps=4, num_stages=3),
+                "64 rows for wgmma, 48 KiB of x in flight; unmeasured"),
+            Row(HALF, 128, Tile(64, 128, 64, num_warps=8, num_stages=3),
+                "64 rows for wgmma; unmeasured"),
         ),
     },
     "tail_gemm": {

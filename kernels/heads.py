@@ -1,17 +1,12 @@
-"""The prefix part of prefix attention, merged into a context attention, forward and backward.
+"""The prefix part of prefix attention, merged into a context attention: forward.
 
-Shapes   q, o, do, dq (B, H, T, D), any strides but the last 1; prefix_k, prefix_v (Hkv, P, D);
+Shapes   q, o (B, H, T, D), any strides but the last 1; prefix_k, prefix_v (Hkv, P, D);
          context_o (B, H, T, D), context_lse (B, H, T or more); lse (B, H, T) fp32.
 Maths    Z = scale q pkᵀ, l_p = logsumexp Z, w = drop(weights)
          gated    l = logaddexp(l_c, l_p),  o = exp(l_c - l) o_c + drop(exp(Z - l)) pv
          softmax  o = o_c + drop(exp(Z - l_p)) pv       relu  o = o_c + drop(relu Z) pv
          a row whose context is fully masked has l_c = -inf, and its o_c is not used
-         backward  dW = drop(do pvᵀ);  dZ = exp(Z - l) (dW - δ), relu: dW 1[Z > 0]
-                   δ = Σ_d do o (gated), Σ_p w dW (softmax)
-                   dq += scale dZ pk,  dpk = scale Σ dZᵀ q,  dpv = Σ wᵀ do
-Traffic  passes of B H T D: forward q, o_c, o 3; backward with P <= BLOCK_P q, do, o, dq, dq 5,
-         beyond 5 and 2 more. Workspace of the two-stage dpk, dpv: 8 J P D bytes, J = B H parts.
-Flops    4 P D a row forward, 10 P D backward: (S + P) / S of the context's.
+Traffic  passes of B H T D: q, o_c, o 3.  Flops 4 P D a row: P / S of the context's.
 """
 
 import torch
@@ -19,19 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelt_fast.kernels.common import dot, keep_tile
-from pelt_fast.kernels.config import padded, pick, splits
-from pelt_fast.kernels.reduce import reduce_parts
+from pelt_fast.kernels.common import dot, keep_tile, load_rows
+from pelt_fast.kernels.config import Tile, padded, pick
 from pelt_fast.reference import philox
-
-
-@triton.jit
-def load_rows(ptr, stride, offs, limit, offs_d, D):
-    """A tile [offs, offs_d] of a matrix with ``limit`` rows and D columns."""
-    mask = (offs < limit)[:, None] & (offs_d < D)[None, :]
-    return tl.load(
-        ptr + offs.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=mask, other=0.0
-    )
 
 
 @triton.jit
@@ -135,288 +120,13 @@ def prefix_fwd_kernel(
     tl.store(lse_ptr + head * T + offs_t, own, mask=offs_t < T)
 
 
-@triton.jit
-def weight_gradients(
-    q,
-    do,
-    pk,
-    pv,
-    lse,
-    delta,
-    rows,
-    first_p,
-    P,
-    seed_ptr,
-    scale,
-    threshold,
-    kept,
-    FORM: tl.constexpr,
-    DROP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """The dropped weights w and dZ of one tile [BLOCK_T, BLOCK_P], fp32, 0 past P."""
-    zero = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    z = dot(q, tl.trans(pk), zero) * scale
-    dw = dot(do, tl.trans(pv), zero)
-    if FORM == "relu":
-        w = tl.maximum(z, 0.0)
-    else:
-        valid = (first_p + tl.arange(0, BLOCK_P) < P)[None, :]
-        w = tl.where(valid, tl.exp(z - lse[:, None]), 0.0)
-    dropped = w
-    if DROP:
-        keep = keep_tile(seed_ptr, rows, first_p, P, threshold, ALIGNED, BLOCK_P)
-        dropped = tl.where(keep, w * kept, 0.0)
-        dw = tl.where(keep, dw * kept, 0.0)
-    dz = tl.where(z > 0, dw, 0.0) if FORM == "relu" else w * (dw - delta[:, None])
-    return dropped, dz
-
-
-@triton.jit
-def softmax_rows(
-    q,
-    do,
-    k_base,
-    v_base,
-    stride_kp,
-    stride_vp,
-    offs_d,
-    rows,
-    P,
-    D,
-    seed_ptr,
-    scale,
-    threshold,
-    kept,
-    DROP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """l_p and δ = Σ_p w dW of the added softmax: its own, not the context's."""
-    top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_T,), tl.float32)
-    delta = tl.zeros((BLOCK_T,), tl.float32)
-    zero = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    for first in range(0, P, BLOCK_P):
-        offs_p = first + tl.arange(0, BLOCK_P)
-        pk = load_rows(k_base, stride_kp, offs_p, P, offs_d, D).to(q.dtype)
-        pv = load_rows(v_base, stride_vp, offs_p, P, offs_d, D).to(q.dtype)
-        z = dot(q, tl.trans(pk), zero) * scale
-        z = tl.where((offs_p < P)[None, :], z, float("-inf"))
-        dw = dot(do, tl.trans(pv), zero)
-        if DROP:
-            keep = keep_tile(seed_ptr, rows, first, P, threshold, ALIGNED, BLOCK_P)
-            dw = tl.where(keep, dw * kept, 0.0)
-        higher = tl.maximum(top, tl.max(z, 1))
-        shrink = tl.exp(top - higher)
-        w = tl.exp(z - higher[:, None])
-        total = total * shrink + tl.sum(w, 1)
-        delta = delta * shrink + tl.sum(w * dw, 1)
-        top = higher
-    return top + tl.log(total), delta / total
-
-
-@triton.jit
-def prefix_bwd_kernel_dq(
-    q_ptr,
-    pk_ptr,
-    pv_ptr,
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    seed_ptr,
-    dq_ptr,
-    row_lse_ptr,
-    delta_ptr,
-    scale,
-    threshold,
-    keep_scale,
-    H,
-    group,
-    T,
-    P,
-    D,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kh,
-    stride_kp,
-    stride_vh,
-    stride_vp,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    stride_db,
-    stride_dh,
-    stride_dt,
-    FORM: tl.constexpr,
-    NEED_DQ: tl.constexpr,
-    DROP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # dq += of BLOCK_T queries over all of the prefix; the rows' l and δ are kept for dpk, dpv
-    tiles = tl.cdiv(T, BLOCK_T)
-    offs_t = (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = head // H, head % H
-    offs_d = tl.arange(0, BLOCK_D)
-    scale = tl.cast(scale, tl.float32)
-    kept = tl.cast(keep_scale, tl.float32)
-    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, T, offs_d, D)
-    do = load_rows(do_ptr + b * stride_gb + h * stride_gh, stride_gt, offs_t, T, offs_d, D)
-    k_base = pk_ptr + (h // group) * stride_kh
-    v_base = pv_ptr + (h // group) * stride_vh
-    rows = head * T + offs_t
-    lse = tl.zeros((BLOCK_T,), tl.float32)
-    delta = tl.zeros((BLOCK_T,), tl.float32)
-    if FORM == "gated":
-        lse = tl.load(lse_ptr + rows, mask=offs_t < T, other=0.0)
-        o = load_rows(o_ptr + b * stride_ob + h * stride_oh, stride_ot, offs_t, T, offs_d, D)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    elif FORM == "softmax":
-        lse, delta = softmax_rows(
-            q, do, k_base, v_base, stride_kp, stride_vp, offs_d, rows, P, D, seed_ptr, scale,
-            threshold, kept, DROP, ALIGNED, BLOCK_T, BLOCK_P,
-        )  # fmt: skip
-    if FORM != "relu":
-        tl.store(row_lse_ptr + rows, lse, mask=offs_t < T)
-        tl.store(delta_ptr + rows, delta, mask=offs_t < T)
-    if NEED_DQ:
-        acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for first in range(0, P, BLOCK_P):
-            offs_p = first + tl.arange(0, BLOCK_P)
-            pk = load_rows(k_base, stride_kp, offs_p, P, offs_d, D).to(q.dtype)
-            pv = load_rows(v_base, stride_vp, offs_p, P, offs_d, D).to(q.dtype)
-            _, dz = weight_gradients(
-                q, do, pk, pv, lse, delta, rows, first, P, seed_ptr, scale, threshold, kept,
-                FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
-            )  # fmt: skip
-            acc = dot(dz.to(q.dtype), pk, acc)
-        place = dq_ptr + b * stride_db + h * stride_dh + offs_t.to(tl.int64)[:, None] * stride_dt
-        place += offs_d[None, :]
-        inside = (offs_t < T)[:, None] & (offs_d < D)[None, :]
-        dq = tl.load(place, mask=inside, other=0.0).to(tl.float32) + acc * scale
-        tl.store(place, dq.to(dq_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def prefix_bwd_kernel(
-    q_ptr,
-    pk_ptr,
-    pv_ptr,
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    seed_ptr,
-    dq_ptr,
-    dpk_ptr,
-    dpv_ptr,
-    scale,
-    threshold,
-    keep_scale,
-    H,
-    group,
-    T,
-    P,
-    D,
-    parts,
-    part_t,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kh,
-    stride_kp,
-    stride_vh,
-    stride_vp,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    stride_db,
-    stride_dh,
-    stride_dt,
-    FORM: tl.constexpr,
-    WHOLE: tl.constexpr,
-    NEED_DQ: tl.constexpr,
-    DROP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # one program owns BLOCK_P prefix keys of one head and walks a part of its queries. WHOLE: the
-    # prefix fits the block; δ is made here, and dq in the same pass
-    head = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
-    b, h = head // H, head % H
-    first = tl.program_id(1) * BLOCK_P
-    offs_p = first + tl.arange(0, BLOCK_P)
-    offs_d = tl.arange(0, BLOCK_D)
-    scale = tl.cast(scale, tl.float32)
-    kept = tl.cast(keep_scale, tl.float32)
-    k_base = pk_ptr + (h // group) * stride_kh
-    v_base = pv_ptr + (h // group) * stride_vh
-    low = q_ptr.dtype.element_ty
-    pk = load_rows(k_base, stride_kp, offs_p, P, offs_d, D).to(low)  # [BLOCK_P, BLOCK_D]
-    pv = load_rows(v_base, stride_vp, offs_p, P, offs_d, D).to(low)
-    dpk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    dpv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    last = tl.minimum(T, (part + 1) * part_t)
-    for start in range(part * part_t, last, BLOCK_T):
-        offs_t = start + tl.arange(0, BLOCK_T)
-        rows = head * T + offs_t
-        q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, last, offs_d, D)
-        do = load_rows(do_ptr + b * stride_gb + h * stride_gh, stride_gt, offs_t, last, offs_d, D)
-        lse = tl.zeros((BLOCK_T,), tl.float32)
-        delta = tl.zeros((BLOCK_T,), tl.float32)
-        if FORM != "relu":
-            lse = tl.load(lse_ptr + rows, mask=offs_t < last, other=0.0)
-            if WHOLE:
-                o_base = o_ptr + b * stride_ob + h * stride_oh
-                o = load_rows(o_base, stride_ot, offs_t, last, offs_d, D)
-                delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-            else:
-                delta = tl.load(delta_ptr + rows, mask=offs_t < last, other=0.0)
-        w, dz = weight_gradients(
-            q, do, pk, pv, lse, delta, rows, first, P, seed_ptr, scale, threshold, kept,
-            FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
-        )  # fmt: skip
-        # queries past the last have q = do = 0, whatever their weights
-        dpv = dot(tl.trans(w.to(low)), do, dpv)
-        dpk = dot(tl.trans(dz.to(low)), q, dpk)
-        if NEED_DQ:
-            place = dq_ptr + b * stride_db + h * stride_dh
-            place += offs_t.to(tl.int64)[:, None] * stride_dt + offs_d[None, :]
-            inside = (offs_t < last)[:, None] & (offs_d < D)[None, :]
-            update = dot(dz.to(low), pk, tl.zeros((BLOCK_T, BLOCK_D), tl.float32)) * scale
-            dq = tl.load(place, mask=inside, other=0.0).to(tl.float32) + update
-            tl.store(place, dq.to(low), mask=inside)
-    # part j of kv head h // group: (b, h % group, part)
-    j = (b * group + h % group) * parts + part
-    row = (j * (H // group) + h // group) * P + offs_p
-    inside = (offs_p < P)[:, None] & (offs_d < D)[None, :]
-    place = row[:, None] * D + offs_d[None, :]
-    tl.store(dpk_ptr + place, dpk, mask=inside)
-    tl.store(dpv_ptr + place, dpv, mask=inside)
-
-
-def _form(form: str, composition: str) -> str:
+def form_of(form: str, composition: str) -> str:
+    """FORM of the kernels: "gated", "softmax" or "relu"."""
     return "gated" if composition == "gated" else form
 
 
-def _blocks(table: str, q: Tensor, length: int):
+def blocks_of(table: str, q: Tensor, length: int) -> tuple[Tile, int, int]:
+    """The tile of ``table``, the block of prefix keys and that of the head dim."""
     tile = pick(table, 8 * q.element_size(), padded(q.shape[-1]), q.device)
     return tile, min(padded(length), tile.block_n), padded(q.shape[-1])
 
@@ -442,7 +152,7 @@ def prefix_merge(
     if q.numel() == 0:
         return lse
     P = prefix_k.shape[1]
-    tile, block_p, block_d = _blocks("prefix", q, P)
+    tile, block_p, block_d = blocks_of("prefix", q, P)
     context = (0, 0, 0) if context_o is None else context_o.stride()[:3]
     lse_strides = (0, 0) if context_lse is None else context_lse.stride()[:2]
     prefix_fwd_kernel[(B * H * triton.cdiv(T, tile.block_m),)](
@@ -451,75 +161,7 @@ def prefix_merge(
         H, H // prefix_k.shape[0], T, P, D,
         *q.stride()[:3], *prefix_k.stride()[:2], *prefix_v.stride()[:2], *context, *lse_strides,
         *o.stride()[:3],
-        FORM=_form(form, composition), HAS_CONTEXT=context_o is not None, DROP=seed is not None,
+        FORM=form_of(form, composition), HAS_CONTEXT=context_o is not None, DROP=seed is not None,
         ALIGNED=P % 8 == 0, BLOCK_T=tile.block_m, BLOCK_P=block_p, BLOCK_D=block_d, **tile.launch,
     )  # fmt: skip
     return lse
-
-
-def prefix_merge_bwd(
-    do: Tensor,
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    dq: Tensor | None,
-    *,
-    scale: float,
-    form: str,
-    composition: str,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Add the prefix's part to ``dq`` in place (None: not needed); return dpk, dpv (Hkv, P, D) in
-    the prefix's dtype. ``o`` and ``lse`` are the merged ones."""
-    B, H, T, D = q.shape
-    heads, P = prefix_k.shape[:2]
-    dpk, dpv = (q.new_empty(heads, P, D, dtype=prefix_k.dtype) for _ in range(2))
-    if q.numel() == 0:
-        return dpk.zero_(), dpv.zero_()
-    tile, block_p, block_d = _blocks("prefix_bwd", q, P)
-    blocks_t, blocks_p = triton.cdiv(T, tile.block_m), triton.cdiv(P, block_p)
-    part_blocks = triton.cdiv(blocks_t, splits(B * H * blocks_p, blocks_t, q.device))
-    parts = triton.cdiv(blocks_t, part_blocks)
-    form = _form(form, composition)
-    whole = blocks_p == 1 and form != "softmax"  # whose l and δ take a pass over the prefix
-    sizes = (
-        scale,
-        philox.threshold(dropout_p),
-        philox.keep_scale(dropout_p),
-        H,
-        H // heads,
-        T,
-        P,
-        D,
-    )
-    strides = (
-        *q.stride()[:3], *prefix_k.stride()[:2], *prefix_v.stride()[:2], *o.stride()[:3],
-        *do.stride()[:3], *((0, 0, 0) if dq is None else dq.stride()[:3]),
-    )  # fmt: skip
-    settings = dict(
-        FORM=form, DROP=seed is not None, ALIGNED=P % 8 == 0, BLOCK_T=tile.block_m,
-        BLOCK_P=block_p, BLOCK_D=block_d, **tile.launch,
-    )  # fmt: skip
-    delta = None
-    if not whole:
-        rows_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
-        prefix_bwd_kernel_dq[(B * H * blocks_t,)](
-            q, prefix_k, prefix_v, o, do, lse, seed, dq, rows_lse, delta, *sizes, *strides,
-            NEED_DQ=dq is not None, **settings,
-        )  # fmt: skip
-        lse = rows_lse
-    count = B * (H // heads) * parts
-    k_parts, v_parts = (
-        torch.empty(count, heads * P, D, dtype=torch.float32, device=q.device) for _ in range(2)
-    )
-    prefix_bwd_kernel[(B * H * parts, blocks_p)](
-        q, prefix_k, prefix_v, o, do, lse, delta, seed, dq, k_parts, v_parts, *sizes,
-        parts, part_blocks * tile.block_m, *strides,
-        WHOLE=whole, NEED_DQ=whole and dq is not None, **settings,
-    )  # fmt: skip
-    reduce_parts(k_parts, dpk.view(heads * P, D), scale=scale)
-    reduce_parts(v_parts, dpv.view(heads * P, D))
-    return dpk, dpv

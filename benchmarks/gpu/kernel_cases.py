@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelt_fast.kernels.heads import prefix_merge, prefix_merge_bwd
+from pelt_fast.kernels.adapter import adapter
+from pelt_fast.kernels.heads import prefix_merge
+from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
@@ -59,7 +61,7 @@ def torchs(x: Tensor, p: float) -> Tensor:
 def cases(device: torch.device, sizes: Sizes, dtype=torch.bfloat16) -> Iterator[KernelCase]:
     """One at a time, so that the memory of one is free for the next."""
     seed = torch.tensor([7, 11], dtype=torch.int64, device=device)
-    for family in (low_rank, tail, widened, heads):
+    for family in (low_rank, adapters, tail, widened, heads):
         yield from family(device, sizes, dtype, seed)
 
 
@@ -110,6 +112,28 @@ def low_rank(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
 def _packed(keep: Tensor) -> Tensor:
     weights = 1 << torch.arange(8, device=keep.device)
     return (keep.view(keep.shape[0], -1, 8) * weights).sum(-1).to(torch.uint8)
+
+
+def adapters(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
+    """The adapter in one kernel."""
+    randn, M, K, e = _randn(device, dtype), sizes.m, sizes.k, dtype.itemsize
+    x, base = randn(M, K), randn(M, K)
+    norm = randn(K, of=torch.float32), randn(K, of=torch.float32)
+    for R in sizes.ranks:
+        down, up = randn(R, K, of=torch.float32) / K**0.5, randn(K, R, of=torch.float32)
+        d, u = randn(R, of=torch.float32), randn(K, of=torch.float32)
+        for norm_ in (None, norm):
+
+            def plain(drop, norm_=norm_, down=down, up=up, d=d, u=u):
+                v = x if norm_ is None else F.layer_norm(x, (K,), *(n.to(dtype) for n in norm_))
+                t = F.linear(v, down.to(dtype), d.to(dtype))
+                return base + F.linear(F.relu(t), up.to(dtype), u.to(dtype)), t
+
+            yield KernelCase(
+                "adapter", f"R={R}{'' if norm_ is None else ' norm'}",
+                lambda: adapter(x, base, down, d, up, u, norm=norm_), plain,
+                3 * e * M * K + e * M * R, 4 * M * K * R,
+            )  # fmt: skip
 
 
 def tail(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:

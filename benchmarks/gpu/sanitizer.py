@@ -14,7 +14,7 @@ from .record import Record
 
 TOOLS = ("memcheck", "racecheck")
 SMALL = Sizes(m=200, k=136, inner=264, batch=2, heads=2, queries=70, dim=64)
-FAMILIES = ("rank_down", "rank_up", "mask_bits", "tail_gemm", "widened", "prefix")
+FAMILIES = ("adapter", "rank_down", "rank_up", "mask_bits", "tail_gemm", "widened", "prefix")
 
 
 def run(record: Record, device: torch.device) -> int:

@@ -42,6 +42,9 @@ def candidates(kernel: str) -> list[Tile]:
         return grid(**shapes, num_warps=(4, 8), num_stages=(2,))
     if kernel == "rank_up_bwd":
         return grid(block_m=(64, 128), block_n=(64, 128, 256), **common)
+    if kernel == "adapter":
+        shapes = dict(block_m=(32, 64, 128), block_n=(64, 128), block_k=(64, 128))
+        return grid(**shapes, num_warps=(4, 8), num_stages=(2, 3))
     if kernel == "widened_ffn":
         return grid(block_m=(1, 2, 4, 8), block_n=(512, 1024, 2048), num_warps=(4, 8))
     if kernel in ("prefix", "prefix_bwd"):

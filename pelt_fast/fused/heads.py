@@ -8,7 +8,8 @@ Saved    q, k, v, o, lse, what attention without a prefix saves; added forms kee
 
 import torch
 
-from pelt_fast.kernels.heads import prefix_merge, prefix_merge_bwd
+from pelt_fast.kernels.heads import prefix_merge
+from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.plans import heads as plans
 from pelt_fast.reference.heads import heads_last, heads_last_empty, no_rng
 from pelt_fast.reference.low_rank import empty_like_nothing

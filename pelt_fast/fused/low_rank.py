@@ -5,12 +5,13 @@ Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEM
          are in the sums. Workspaces are those of the kernels.
          LoRA forward    x for S, y read and written by rank_up:                         5 P
          LoRA backward   dy for dS and dB together, x for dA, dx read and written:       6 P
-         adapter forward x, base, y:                                                     3 P
+         adapter forward x, base, y, in one kernel (LayerNorm in: x again from the L2): 3 P
          adapter backw.  dy for dT, dU and du together, x for dD, dx written; sequential: dy again
                          3-4 P
          With dropout the mask is made once in backward, as bits: P / 16 to write, twice to read.
 Where ``config.LORA_PLANS`` has a tail plan, LoRA's rank update rides on our own GEMM: 2 P less each
-way. Above the ranks of ``config.FUSED_RANK`` the product is large enough for the library's GEMM.
+way. A LayerNorm's backward, and a LayerNorm on the update, run ``plans``. Above the ranks of
+``config.FUSED_RANK`` the product is large enough for the library's GEMM.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelt_fast.kernels.config import FUSED_RANK, lora_plan
+from pelt_fast.kernels.adapter import adapter
+from pelt_fast.kernels.config import FUSED_RANK, lora_plan, processors
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
@@ -27,6 +29,8 @@ from pelt_fast.kernels.tail_gemm import tail_gemm
 from pelt_fast.plans import low_rank as plans
 from pelt_fast.plans.blocks import weight_gradient
 from pelt_fast.reference.low_rank import empty_like_nothing
+
+ROWS_A_PROCESSOR = 32
 
 
 def lora_forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
@@ -92,6 +96,12 @@ def lora_backward(
     return dx, da, db
 
 
+def fills_device(x: Tensor) -> bool:
+    """Whether one program for each block of rows keeps the device busy; fewer rows are cut along
+    K as well, in two kernels."""
+    return x.shape[0] >= ROWS_A_PROCESSOR * processors(x.device)
+
+
 def adapter_forward(
     x,
     base,
@@ -107,15 +117,23 @@ def adapter_forward(
     dropout_p,
     seed,
 ):
-    if layer_norm != "none" or down_weight.shape[0] > FUSED_RANK["rank_up"]:
+    rank = down_weight.shape[0]
+    if layer_norm == "out" or rank > FUSED_RANK["adapter"]:
         return plans.adapter_forward(
             x, base, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
             layer_norm, activation, scale, dropout_p, seed,
         )  # fmt: skip
+    base = x if base is None else base
+    if layer_norm == "in" or fills_device(x):
+        norm = None if layer_norm == "none" else (norm_weight, norm_bias)
+        return adapter(
+            x, base, down_weight, down_bias, up_weight, up_bias, norm=norm, activation=activation,
+            scale=scale, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     t, h = rank_down(
         x, down_weight, down_bias, activation=activation, h_dropout_p=dropout_p, h_seed=seed
     )
-    return rank_up(h, up_weight, x if base is None else base, scale=scale, bias=up_bias), t
+    return rank_up(h, up_weight, base, scale=scale, bias=up_bias), t
 
 
 def adapter_backward(

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from pelt_fast.kernels.adapter import adapter
 from pelt_fast.kernels.config import FUSED_RANK, HALF, rows
-from pelt_fast.kernels.heads import prefix_merge, prefix_merge_bwd
+from pelt_fast.kernels.heads import prefix_merge
+from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.kernels.mask import dropout, mask_bits
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
@@ -186,8 +188,25 @@ def tail(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 )  # fmt: skip
 
 
+def adapters(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    bits, name = torch.finfo(dtype).bits, str(dtype).removeprefix("torch.")
+    x, base = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype)
+    norm = empty(K, dtype=torch.float32), empty(K, dtype=torch.float32)
+    for r in sorted({16, *reachable("adapter", target, bits)}):
+        down, up = empty(r, K, dtype=torch.float32), empty(N, r, dtype=torch.float32)
+        biases = empty(r, dtype=torch.float32), empty(N, dtype=torch.float32)
+        for seed in (None, SEED):
+            for norm_ in (None, norm):
+                p = 0.0 if seed is None else P
+                yield Launch(
+                    f"adapter R={r}{'' if norm_ is None else ' norm'} {name} p={p}",
+                    lambda d=down, u=up, b=biases, n=norm_, p=p, s=seed: adapter(
+                        x, base, d, b[0], u, b[1], norm=n, dropout_p=p, seed=s), True,
+                )  # fmt: skip
+
+
 def launches(target: str) -> Iterator[Launch]:
     """All of them, for one target."""
     for dtype in (torch.bfloat16, torch.float32):
-        for family in (low_rank, tail, widened_ffn, heads):
+        for family in (low_rank, adapters, tail, widened_ffn, heads):
             yield from family(target, dtype)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pelt_fast.kernels import config
-from pelt_fast.kernels.heads import prefix_merge, prefix_merge_bwd
+from pelt_fast.kernels.heads import prefix_merge
+from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.reference import heads as reference
 from pelt_fast.reference.heads import heads_last_empty
 
