@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import nn
 
 from pelt_fast.modules import ParallelFFNAdapter, PrefixBank
@@ -87,7 +88,7 @@ def explain(model: nn.Module) -> Explanation:
 
 def _report(site: Site, trainable: int) -> SiteReport:
     parameter = next(site.module.parameters())
-    plan, note = support.plan(site.op, parameter.device), ""
+    plan, note = support.plan(site.op, parameter.device, **_dtype_and_size(site.module)), ""
     if isinstance(site.module, PrefixBank):
         attention = site.details["attention"]
         plan, note = _prefix_plan(site.module, attention, parameter.device)
@@ -117,16 +118,42 @@ def _prefix_plan(bank: PrefixBank, attention: nn.Module, device) -> tuple[suppor
         return support.Plan("reference", "the model was told to use eager attention"), ""
     value = getattr(attention, "dropout", getattr(attention, "attention_dropout", 0.0))
     p = float(getattr(value, "p", value)) if attention.training else 0.0
-    plan = support.plan("prefix", device, p)
-    note = "attention dropout: torch's CPU flash kernel has none" if plan.name == "blocked" else ""
-    return plan, note
+    plan = support.plan("prefix", device, p, **_dtype_and_size(bank))
+    if plan.name == "blocked":
+        return plan, "attention dropout: torch's CPU flash kernel has none"
+    weight = next(q for name, q in attention.named_parameters() if "pelt_" not in name)
+    grouped = bank.shape[2] * bank.shape[4] != _query_width(attention)
+    if plan.name == "triton" and grouped:
+        when = "always (fp32)" if weight.dtype == torch.float32 else "under a mask"
+        return plan, f"grouped heads: K and V are expanded {when}"
+    return plan, ""
+
+
+def _query_width(attention: nn.Module) -> int:
+    return getattr(attention, "q_proj", getattr(attention, "query", None)).weight.shape[0]
+
+
+def _dtype_and_size(module: nn.Module) -> dict:
+    """What decides about the kernels: the base's dtype, and the rank or prefix length."""
+    if isinstance(module, PrefixBank):
+        return dict(dtype=next(module.parameters()).dtype, size=module.shape[3])
+    return dict(dtype=_frozen_weight(module).dtype, size=_down(module).shape[0])
+
+
+def _down(module: nn.Module) -> nn.Parameter:
+    return module.lora_a if hasattr(module, "lora_a") else module.down_weight
+
+
+def _frozen_weight(module: nn.Module) -> nn.Parameter:
+    slot = module.slot if hasattr(module, "slot") else module.ffn.out_proj
+    return slot.module.weight
 
 
 def _prefix_bytes(bank: PrefixBank, attention: nn.Module) -> int:
     """q, k, v, o in the base's dtype and the fp32 lse, of one token in one attention."""
     weight = next(p for name, p in attention.named_parameters() if "pelt_" not in name)
     _, _, kv_heads, _, head_dim = bank.shape
-    queries = getattr(attention, "q_proj", getattr(attention, "query", None)).weight.shape[0]
+    queries = _query_width(attention)
     return (2 * queries + 2 * kv_heads * head_dim) * weight.element_size() + 4 * queries // head_dim
 
 
@@ -141,6 +168,4 @@ def _ffn_bytes(module: ParallelFFNAdapter, fused: bool) -> int:
 
 def _low_rank_bytes(module: nn.Module) -> int:
     """x and the M x R intermediate."""
-    down = module.lora_a if hasattr(module, "lora_a") else module.down_weight
-    slot = module.slot if hasattr(module, "slot") else module.ffn.out_proj
-    return sum(down.shape) * slot.module.weight.element_size()
+    return sum(_down(module).shape) * _frozen_weight(module).element_size()

@@ -19,3 +19,10 @@ def test_lora_benchmark_prints_ours_the_floor_and_the_peer():
     assert ran.returncode == 0, ran.stderr
     for name in ("frozen linear", "pelt_fast", "PEFT"):
         assert ran.stdout.count(f"| {name} ") == 2
+
+
+def test_predictions_page_is_what_the_command_writes():
+    from benchmarks.gpu import predict
+
+    assert predict.PAGE.read_text() == predict.page()
+    assert all(1 < p.ratio < 2 for p in predict.predictions())
