@@ -56,10 +56,12 @@ def rank_down_fwd_kernel(
     BLOCK_R: tl.constexpr,
 ):
     # one program owns a tile of s, or of one part of it when the loop over K is split
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_r = tl.program_id(0) * BLOCK_R
+    # rank blocks of the same rows run side by side
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    offs_m = (tl.program_id(0) // tiles_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_r = (tl.program_id(0) % tiles_r) * BLOCK_R
     offs_r = first_r + tl.arange(0, BLOCK_R)
-    part = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_r = offs_m[:, None] < M, offs_r[:, None] < R
     x_place = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
@@ -171,8 +173,7 @@ def rank_down(
     part_blocks = triton.cdiv(blocks, splits(programs, blocks, x.device))
     parts = max(1, triton.cdiv(blocks, max(part_blocks, 1)))
     out = s if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
-    grid = (triton.cdiv(R, block_r), triton.cdiv(M, tile.block_m), parts)
-    rank_down_fwd_kernel[grid](
+    rank_down_fwd_kernel[(programs, parts)](
         x, a, bias, seed, h_seed, out, h,
         philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         philox.threshold(h_dropout_p), philox.keep_scale(h_dropout_p),

@@ -264,17 +264,11 @@ def tail_gemm(
             *common, x.stride(0), w.stride(0), w.stride(1), *rank, y.stride(0), **flags, **blocks
         )
         return y
-    triton.set_allocator(_workspace)
+    # where the kernel writes its descriptors
+    triton.set_allocator(lambda size, *_: torch.empty(size, dtype=torch.int8, device=x.device))
     programs = min(tiles, processors(x.device))
     tail_gemm_descriptor_kernel[(programs,)](
         *common, x.stride(0), stored.stride(0), *rank, y.stride(0), PROGRAMS=programs,
         TRANSPOSED=transposed, **flags, **blocks,
     )  # fmt: skip
     return y
-
-
-def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where the kernel writes its descriptors."""
-    return torch.empty(
-        size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu"
-    )

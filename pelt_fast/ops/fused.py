@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import support
@@ -22,7 +23,10 @@ def fused_or_plan(op: str, path: str, plan: Callable, size: Callable[[tuple], in
         if reason is not None:
             support.fall_back(f"{op}: running on library kernels, because {reason}")
             return plan(*args)
-        return getattr(importlib.import_module(f"pelt_fast.fused.{module}"), name)(*args)
+        fused = getattr(importlib.import_module(f"pelt_fast.fused.{module}"), name)
+        # Triton launches on the current device, which need not be that of the tensors
+        with torch.cuda.device_of(tensors[0]):
+            return fused(*args)
 
     run.__name__ = f"{name}_cuda"
     return run

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs" / "codegen.md"
@@ -52,8 +53,9 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(rows, default=str))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows = {target: collect(target, Path(folder)) for target in TARGETS}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda target: collect(target, Path(folder)), TARGETS)
+        rows = dict(zip(TARGETS, found))
     DOCS.write_text(markdown(rows))
     print(f"wrote {DOCS}")
 
