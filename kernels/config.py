@@ -201,7 +201,7 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
             Row(HALF, MAX_RANK, Tile(64, block_k=128, block_r=128, num_warps=8, num_stages=2),
                 "a GEMM: square tiles; unmeasured"),
             Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
-                "fewer than 64 rows a dot: from 64 on sm_100 takes tf32 (docs/facts.md); unmeasured"),
+                "below 64 rows a dot: from there sm_100 takes tf32 (docs/facts.md); unmeasured"),
         ),
     },
     "rank_up": {

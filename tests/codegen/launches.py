@@ -205,8 +205,49 @@ def adapters(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 )  # fmt: skip
 
 
+def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    """Sizes of 1 (which the launcher makes constants), and sizes that divide nothing."""
+    name = str(dtype).removeprefix("torch.")
+    for m, k, n, r in ((1, 1, 1, 1), (5, 17, 23, 3)):
+
+        def calls(m=m, k=k, n=n, r=r):
+            x, dy, s = empty(m, k, dtype=dtype), empty(m, n, dtype=dtype), empty(m, r, dtype=dtype)
+            a, b = empty(r, k, dtype=torch.float32), empty(n, r, dtype=torch.float32)
+            d, u = empty(r, dtype=torch.float32), empty(n, dtype=torch.float32)
+            for drop in (dict(), dict(dropout_p=P, seed=SEED)):
+                rank_down(x, a, d, activation="gelu_tanh", **drop)
+                rank_down_bwd(s, x, torch.float32, with_bias=True, **drop)
+                if r <= FUSED_RANK["rank_up_bwd"]:
+                    rank_up_bwd(dy, s, b, activation="silu", need_bias=True, **drop)
+                tail_gemm(x, empty(n, k, dtype=dtype).t(), s, b.t(), bias=u.to(dtype), **drop)
+                adapter(x, dy, a, d, b, u, norm=(empty(k), empty(k)), activation="tanh", **drop)
+            rank_up(s, b, dy, bias=u, base_dropout_p=P, seed=SEED)
+            rank_up(s, a.t(), x, out=x, update_dropout_p=P, seed=SEED)
+            dropout(x, P, SEED)
+            pre = empty(m, k + r, dtype=dtype)
+            common = dict(
+                gated=False, ffn_activation="relu", activation="silu", seed_h=SEED, dropout_p=P
+            )
+            widened_act(pre, pre, k, r, **common)
+            widened_act_bwd(pre, pre, s, k, r, scale=1.0, **common)
+            widened_act_bwd(None, s, s, 0, r, scale=1.0, **common)
+            q, lse = (
+                empty(1, m, 1, k, dtype=dtype).transpose(1, 2),
+                empty(1, 1, m, dtype=torch.float32),
+            )
+            prefix = [empty(1, r, k, dtype=torch.float32) for _ in range(2)]
+            common = dict(scale=0.1, form="softmax", dropout_p=P, seed=SEED)
+            for composition in ("gated", "add"):
+                prefix_merge(q, *prefix, None, None, q, composition=composition, **common)
+                prefix_merge_bwd(q, q, *prefix, q, lse, q, composition=composition, **common)
+
+        yield Launch(f"ugly {m}x{k}x{n} R={r} {name}", calls)
+
+
 def launches(target: str) -> Iterator[Launch]:
     """All of them, for one target."""
     for dtype in (torch.bfloat16, torch.float32):
         for family in (low_rank, adapters, tail, widened_ffn, heads):
             yield from family(target, dtype)
+        if target == "sm90" and dtype == torch.bfloat16:
+            yield from ugly(target, dtype)
