@@ -17,7 +17,7 @@ demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 ``pick`` takes the row of the device's own architecture, else that of "any", which fits the shared
 memory of every GPU named here (64 KiB on gfx942). Rows marked *unmeasured* are reasoned from bytes
-in flight and registers; ``make gpu PART=tune`` measures candidates and prints rows to put here.
+in flight and registers; ``make gpu PART=tune`` measures candidates and writes the rows that win to
+``tuned.py``, which is read first.
 Imports without a GPU.
 """
 
@@ -164,9 +165,10 @@ def padded(size: int) -> int:
 def splits(programs: int, blocks: int, device: torch.device) -> int:
     """Into how many parts to cut a loop of ``blocks`` so that ``programs`` fill the device.
 
-    Two programs a processor; at least two blocks a part. Depends on sizes alone: same bits again.
+    At most two programs a processor, one wave of them; at least two blocks a part. Depends on sizes
+    alone: same bits again.
     """
-    wanted = -(-2 * processors(device) // max(programs, 1))
+    wanted = 2 * processors(device) // max(programs, 1)
     return max(1, min(wanted, blocks // 2, 64))
 
 

@@ -30,11 +30,18 @@ def test_info_names_every_backend_and_why_not():
 
 
 def test_check_is_green_and_writes_json(tmp_path):
-    ran = pelt_fast_command("check", "--op", "lora", "--json", tmp_path / "check.json")
+    arguments = ("check", "--op", "lora", "--device", "cpu", "--json", tmp_path / "check.json")
+    ran = pelt_fast_command(*arguments, TRITON_INTERPRET="0")
     assert ran.returncode == 0, ran.stdout
     results = json.loads((tmp_path / "check.json").read_text())
     assert len(results) == 12 and all(result["ok"] for result in results)
     assert "12 of 12 inside their budget" in ran.stdout
+
+
+def test_check_runs_the_interpreted_kernels_where_they_are_asked_for():
+    ran = pelt_fast_command("check", "--op", "lora", "--device", "cpu", TRITON_INTERPRET="1")
+    assert ran.returncode == 0, ran.stdout
+    assert "16 of 16 inside their budget" in ran.stdout and " triton " in ran.stdout
 
 
 def test_check_exits_1_on_a_miss(monkeypatch, capsys):

@@ -16,9 +16,10 @@ def problems(target: str, row: dict) -> list[str]:
     """What is wrong with one compiled kernel."""
     counts = row["counts"]
     nvidia, half = target.startswith("sm"), row["dtype"] in ("fp16", "bf16")
+    # sizes of 1 and sizes that divide nothing have no fast path: they are to compile, and be exact
+    ugly = row["launch"].startswith("ugly")
     claims = {
-        # sizes that divide nothing have no fast path: they are to compile, and to be exact
-        "spills": row["spills"] == 0 or row["launch"].startswith("ugly"),
+        "spills": row["spills"] == 0 or ugly,
         "uses fp64": counts["fp64"] == 0,
         "needs more shared memory than there is": row["shared"] <= SHARED_LIMIT[target],
         "needs more registers than there are": row["registers"] <= REGISTERS.get(target, 255),
@@ -29,7 +30,7 @@ def problems(target: str, row: dict) -> list[str]:
         claims["has no 16-byte access"] = counts["wide"] > 0
     if target == "sm90" and half:
         claims["has a large dot that is not wgmma"] = counts["slow_dots"] == 0
-    if counts["dots"] and half:
+    if counts["dots"] and half and not ugly:
         claims["has dots without tensor cores"] = counts["wgmma"] + counts["mma"] > 0
     if target == "gfx942" and counts["dots"]:
         claims["has dots without mfma"] = counts["mma"] > 0

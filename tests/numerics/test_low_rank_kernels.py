@@ -20,6 +20,7 @@ SHAPES = [
     (33, 264, 64),
     (18, 72, 100),
     (9, 40, 512),
+    (3, 24, 1024),
 ]
 IDS = ["x".join(map(str, shape)) for shape in SHAPES]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
