@@ -162,14 +162,16 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def splits(programs: int, blocks: int, device: torch.device) -> int:
-    """Into how many parts to cut a loop of ``blocks`` so that ``programs`` fill the device.
+def split(programs: int, blocks: int, device: torch.device) -> tuple[int, int]:
+    """Blocks a part and parts: a loop of ``blocks`` cut so that ``programs`` fill the device.
 
     At most two programs a processor, one wave of them; at least two blocks a part. Depends on sizes
     alone: same bits again.
     """
     wanted = 2 * processors(device) // max(programs, 1)
-    return max(1, min(wanted, blocks // 2, 64))
+    blocks = max(blocks, 1)
+    part_blocks = -(-blocks // max(1, min(wanted, blocks // 2, 64)))
+    return part_blocks, -(-blocks // part_blocks)
 
 
 # fmt: off

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot, keep_tile, load_rows
-from pelt_fast.kernels.config import splits
+from pelt_fast.kernels.config import split
 from pelt_fast.kernels.heads import blocks_of, form_of
 from pelt_fast.kernels.reduce import reduce_parts
 from pelt_fast.reference import philox
@@ -322,8 +322,7 @@ def prefix_merge_bwd(
         return dpk.zero_(), dpv.zero_()
     tile, block_p, block_d = blocks_of("prefix_bwd", q, P)
     blocks_t, blocks_p = triton.cdiv(T, tile.block_m), triton.cdiv(P, block_p)
-    part_blocks = triton.cdiv(blocks_t, splits(B * H * blocks_p, blocks_t, q.device))
-    parts = triton.cdiv(blocks_t, part_blocks)
+    part_blocks, parts = split(B * H * blocks_p, blocks_t, q.device)
     form = form_of(form, composition)
     whole = blocks_p == 1 and form != "softmax"  # whose l and δ take a pass over the prefix
     sizes = (

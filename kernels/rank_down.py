@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot, keep_tile, load_mask, store_rank
-from pelt_fast.kernels.config import padded, pick, splits
+from pelt_fast.kernels.config import padded, pick, split
 from pelt_fast.kernels.reduce import reduce_parts
 from pelt_fast.reference import philox
 
@@ -170,8 +170,7 @@ def rank_down(
     block_r = min(padded(R), tile.block_r)
     programs = triton.cdiv(M, tile.block_m) * triton.cdiv(R, block_r)
     blocks = triton.cdiv(K, tile.block_k)
-    part_blocks = triton.cdiv(blocks, splits(programs, blocks, x.device))
-    parts = max(1, triton.cdiv(blocks, max(part_blocks, 1)))
+    part_blocks, parts = split(programs, blocks, x.device)
     out = s if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
     rank_down_fwd_kernel[(programs, parts)](
         x, a, bias, seed, h_seed, out, h,
@@ -211,9 +210,7 @@ def rank_down_bwd(
     tile = pick("rank_down_bwd", 8 * x.element_size(), R, x.device)
     block_r = min(padded(R), tile.block_r)
     programs = triton.cdiv(K, tile.block_k) * triton.cdiv(R, block_r)
-    blocks = max(1, triton.cdiv(M, tile.block_m))
-    part_blocks = triton.cdiv(blocks, splits(programs, blocks, x.device))
-    parts = triton.cdiv(blocks, part_blocks)
+    part_blocks, parts = split(programs, triton.cdiv(M, tile.block_m), x.device)
     da_parts = x.new_empty(parts, R, K, dtype=torch.float32)
     bias_parts = x.new_empty(parts, 1, R, dtype=torch.float32) if with_bias else None
     grid = (triton.cdiv(R, block_r), triton.cdiv(K, tile.block_k), parts)

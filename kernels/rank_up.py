@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import bottleneck, dot, keep_tile, load_mask
-from pelt_fast.kernels.config import padded, pick, splits
+from pelt_fast.kernels.config import padded, pick, split
 from pelt_fast.kernels.reduce import reduce_parts
 from pelt_fast.reference import philox
 
@@ -233,9 +233,7 @@ def rank_up_bwd(
     (M, N), R = dy.shape, b.shape[1]
     tile = pick("rank_up_bwd", 8 * dy.element_size(), R, dy.device)
     columns = triton.cdiv(N, tile.block_n)
-    blocks = max(1, triton.cdiv(M, tile.block_m))
-    part_blocks = triton.cdiv(blocks, splits(columns, blocks, dy.device))
-    parts = triton.cdiv(blocks, part_blocks)
+    part_blocks, parts = split(columns, triton.cdiv(M, tile.block_m), dy.device)
 
     def workspace(*shape: int, needed: bool) -> Tensor | None:
         return dy.new_empty(shape, dtype=torch.float32) if needed else None

@@ -36,6 +36,7 @@ class Layer:
     floor: Callable
     providers: dict[str, Callable]
     target: float
+    trained: tuple[torch.nn.Parameter, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
         peers = {name: peer for name, peer in peers.items() if peer is not None}
         providers = {"pelt_fast": lora, **plans, **peers}
         floor = lambda x, weight=weight: F.linear(x, weight)  # noqa: E731
-        yield Layer(f"LoRA linear {k} R={r} p={p}", (sizes.m, k), floor, providers, target)
+        yield Layer(f"LoRA linear {k} R={r} p={p}", (sizes.m, k), floor, providers, target, (a, b))
     for k, inner in sizes.ffns:
         r = sizes.ffn_rank
         w1, w2 = randn(inner, k) / k**0.5, randn(k, inner) / inner**0.5
@@ -109,7 +110,7 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
         flop_ratio = 1 + 1.5 * r / inner
         yield Layer(
             f"widened FFN {k}/{inner} R={r}, flop ratio {flop_ratio:.3f}", (sizes.m, k), frozen,
-            {"pelt_fast": widened, "plain adapter": plain}, 1.05 * flop_ratio,
+            {"pelt_fast": widened, "plain adapter": plain}, 1.05 * flop_ratio, small,
         )  # fmt: skip
     batch, heads, length, dim = sizes.attention
     prefix = trained(heads, sizes.prefix, dim), trained(heads, sizes.prefix, dim)
@@ -141,21 +142,22 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
             (3, batch, heads, length, dim), attention,
             {"pelt_fast": prefixed, "context flash": Forced(prefixed, "context", "flash"),
              "context cudnn": Forced(prefixed, "context", "cudnn"),
-             "concatenation": concatenated}, 1.15,
+             "concatenation": concatenated}, 1.15, prefix,
         )  # fmt: skip
 
 
-def step(function: Callable | Forced, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward to the input; parameters' gradients start from none."""
+def step(layer: Layer, function: Callable | Forced, x, dy) -> Callable[[], None]:
+    """Forward and backward to the input; every provider's gradients start from none."""
     if isinstance(function, Forced):
-        inner = step(function.function, x, dy)
+        inner = step(layer, function.function, x, dy)
 
         def forced():
             with config.forced(function.table, function.answer):
                 inner()
 
         return forced
-    parameters = [p for p in _parameters(function) if p.requires_grad]
+    own = function.parameters() if isinstance(function, torch.nn.Module) else layer.trained
+    parameters = list(own)
 
     def run():
         leaf = x.detach().requires_grad_()
@@ -164,10 +166,6 @@ def step(function: Callable | Forced, x: torch.Tensor, dy: torch.Tensor) -> Call
         function(leaf).backward(dy)
 
     return run
-
-
-def _parameters(function) -> list:
-    return list(function.parameters()) if isinstance(function, torch.nn.Module) else []
 
 
 def run(record: Record, device: torch.device, sizes: Layers | None = None) -> int:
@@ -179,12 +177,12 @@ def run(record: Record, device: torch.device, sizes: Layers | None = None) -> in
             continue
         x = torch.randn(*layer.shape, device=device).to(torch.bfloat16)
         dy = torch.randn_like(layer.floor(x))
-        floor, *_ = milliseconds(step(layer.floor, x, dy), device)
+        floor, *_ = milliseconds(step(layer, layer.floor, x, dy), device)
         record.add(layer=layer.name, provider="frozen", milliseconds=floor)
         rows.append([layer.name, "frozen", f"{floor:.3f}", "1.00", ""])
         for name, provider in layer.providers.items():
             try:
-                taken, low, high = milliseconds(step(provider, x, dy), device)
+                taken, low, high = milliseconds(step(layer, provider, x, dy), device)
             except Exception as error:  # a provider that fails is a result
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
                 record.add(layer=layer.name, provider=name, failed=reason)

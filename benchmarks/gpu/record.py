@@ -5,8 +5,6 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks.common import RESULTS, write
 
 SECONDS = 450  # of the eight minutes a part may take
@@ -49,9 +47,3 @@ class Record:
         part = self.path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"machine": self.machine, **self.result}, indent=2) + "\n")
         os.replace(part, self.path)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -122,7 +122,10 @@ def run(
             rows.append([layer, best, f"{times[best]:.3f}", ""])
             if forced == "plan":
                 why = f"{layer} on {name}: {times[best]:.3f} ms"
-                plans[arch] = ((64, best, why), (config.MAX_RANK, "accumulate", "not measured"))
+                plans[arch] = (
+                    (Layers().rank, best, why),
+                    (config.MAX_RANK, "accumulate", "not measured"),
+                )
             else:
                 contexts[arch] = best
             write(tiles, plans, contexts, record.path, to)
@@ -162,7 +165,7 @@ def tune_layers(record: Record, device, sizes: Layers | None = None) -> Iterator
         dy, times = torch.randn_like(layer.floor(x)), {}
         for provider in forced:
             with contextlib.suppress(Exception):  # a kernel that is not there is not chosen
-                times[provider.answer], *_ = milliseconds(step(provider, x, dy), device)
+                times[provider.answer], *_ = milliseconds(step(layer, provider, x, dy), device)
                 record.add(
                     layer=layer.name, answer=provider.answer, milliseconds=times[provider.answer]
                 )

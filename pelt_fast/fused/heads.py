@@ -83,10 +83,11 @@ def prefix_attention_backward(
             do, q, k, v, prefix_k, prefix_v, o, lse, context_o, context_rng, attn_mask, is_causal,
             scale, form, composition, dropout_p, seed, needs,
         )  # fmt: skip
-    do = do if do.stride(-1) == 1 else heads_last(do)
     grads = [empty_like_nothing(do) for _ in range(5)]
-    parts = [torch.zeros_like(heads_last(q)), *(heads_last_empty(t).zero_() for t in (k, v))]
-    if any(needs[:3]) and q.numel() and k.numel():
+    parts = (None, None, None)
+    if any(needs[:3]) and not (q.numel() and k.numel()):
+        parts = tuple(heads_last_empty(t).zero_() for t in (q, k, v))
+    elif any(needs[:3]):
         own = o if composition == "gated" else context_o
         rng = context_rng if dropout_p > 0 else None
         parts = context_backward(do, q, k, v, own, lse, rng, attn_mask, is_causal, scale, dropout_p)

@@ -89,6 +89,8 @@ class PrefixAttentionFunction(torch.autograd.Function):
         *tensors, attn_mask, seed = ctx.saved_tensors
         *settings, backend = ctx.settings
         needs = list(ctx.needs_input_grad[:5])
+        # an expanded gradient (of a sum): backward runs where forward did, whose masks these are
+        do = do if do.stride(-1) == 1 else do.contiguous()
         grads = prefix_attention_bwd(
             do, *tensors, attn_mask, *settings, seed, needs, backend=backend
         )  # fmt: skip

@@ -61,10 +61,11 @@ def plan(
 
 def unsupported(op: str, tensors: Sequence[Tensor], size: int) -> str | None:
     """Why the Triton kernels of ``op`` cannot take ``tensors``, or None."""
-    device = tensors[0].device
-    if any(t.device != device for t in tensors):
-        return f"its tensors are on {sorted({str(t.device) for t in tensors})}"
+    # a context kernel's dropout state is int64 and may be on the CPU (fused.context)
     floating = [t for t in tensors if t.is_floating_point()]
+    device = floating[0].device
+    if any(t.device != device for t in floating):
+        return f"its tensors are on {sorted({str(t.device) for t in floating})}"
     reason = _kernels_missing(device) or _size_or_dtype(op, [t.dtype for t in floating], size)
     if reason is not None:
         return reason

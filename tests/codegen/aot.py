@@ -22,7 +22,6 @@ TARGETS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
 PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "gfx942": 304}
 
 _COUNTED = {

@@ -1,7 +1,5 @@
 """Inputs and the budget of the kernel tests."""
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,6 @@ COMPILED = DEVICE.type == "cuda"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if COMPILED else [])
 BAND = 4
 SEED = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321)
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def sliced(*shape: int, dtype=torch.float32, scale: float = 1.0) -> Tensor:

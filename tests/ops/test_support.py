@@ -67,6 +67,23 @@ def test_tensors_on_two_devices_are_named():
         functional.lora_linear(torch.randn(3, 16), torch.randn(5, 16), None, a, a, scale=1.0)
 
 
+def test_a_dropout_state_may_be_elsewhere():
+    """The memory-efficient kernel keeps it on the CPU: a backward sent to the reference for that
+    would draw another mask than the forward."""
+    q, rng = torch.empty(1, 1, 4, 8, device="meta"), torch.zeros(2, dtype=torch.int64)
+    assert support.unsupported("prefix", [q, q, rng], 4) is None
+
+
+def test_an_expanded_gradient_stays_on_the_kernels(monkeypatch):
+    monkeypatch.setenv("PELT_FAST_STRICT", "1")
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    prefix = [torch.randn(2, 3, 8, requires_grad=True) for _ in range(2)]
+    with backend("triton"):
+        functional.prefix_attention(q, k, v, *prefix).sum().backward()
+    expected = torch.autograd.grad(functional.prefix_attention(q, k, v, *prefix).sum(), prefix)
+    assert torch.allclose(prefix[1].grad, expected[1], atol=1e-5)
+
+
 def test_a_gpu_older_than_sm_80_is_refused(monkeypatch):
     support._too_old.cache_clear()
     monkeypatch.setattr(env, "has_gpu", lambda: True)
