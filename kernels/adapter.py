@@ -18,25 +18,9 @@ from torch import Tensor
 from pelt_fast.kernels.common import bottleneck as dropped_activation
 from pelt_fast.kernels.common import dot
 from pelt_fast.kernels.config import padded, pick
+from pelt_fast.kernels.norm import row_moments
 from pelt_fast.reference import philox
 from pelt_fast.reference.low_rank import LAYER_NORM_EPS
-
-
-@triton.jit
-def row_moments(x_base, offs_k, mask_m, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and 1 / sqrt(var + eps) of rows, by sums of differences to each row's first element."""
-    first = tl.load(x_base, mask=mask_m, other=0.0).to(tl.float32)  # [BLOCK_M, 1]
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        inside = mask_m & (offs_k + k < K)[None, :]
-        x = tl.load(x_base + k + offs_k[None, :], mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(inside, x - first, 0.0)
-        total += tl.sum(x, 1)
-        squares += tl.sum(x * x, 1)
-    shift = total / K
-    variance = tl.maximum(squares / K - shift * shift, 0.0)
-    return shift[:, None] + first, (1.0 / tl.sqrt(variance + eps))[:, None]
 
 
 @triton.jit

@@ -208,6 +208,26 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
                 "below 64 rows a dot: from there sm_100 takes tf32 (docs/facts.md); unmeasured"),
         ),
     },
+    "rank_down_norm": {  # a LayerNorm in front: mean, deviation, weight and bias beside the tile
+        "any": (
+            Row(HALF, 128, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=2),
+                "as rank_down; unmeasured"),
+            Row(HALF, MAX_RANK, Tile(128, block_k=32, block_r=128, num_warps=8, num_stages=2),
+                "as rank_down; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "rank_down_bwd_norm": {
+        "any": (
+            Row(HALF, 128, Tile(64, block_k=128, block_r=64, num_warps=4, num_stages=2),
+                "as rank_down_bwd; unmeasured"),
+            Row(HALF, MAX_RANK, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=2),
+                "half of rank_down_bwd's tile, or gfx942 spills; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(16, block_k=32, block_r=32, num_warps=4, num_stages=2),
+                "half of rank_down_bwd's tile, no spills; unmeasured"),
+        ),
+    },
     "rank_up": {
         "any": (
             Row(HALF, 64, Tile(64, 128, block_r=64, num_warps=4, num_stages=2),
@@ -265,6 +285,18 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
             Row(HALF, 64, Tile(64, 128, 128, num_warps=4, num_stages=3),
                 "64 rows for wgmma, 48 KiB of x in flight; unmeasured"),
             Row(HALF, 128, Tile(64, 128, 64, num_warps=8, num_stages=3),
+                "64 rows for wgmma; unmeasured"),
+        ),
+    },
+    "norm": {
+        "any": (
+            Row(HALF, MAX_RANK, Tile(32, block_k=128, block_r=64, num_warps=4, num_stages=2),
+                "many blocks of rows; 32 KiB of x and dy in flight; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(16, block_k=64, block_r=32, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+        "sm90": (
+            Row(HALF, MAX_RANK, Tile(64, block_k=128, block_r=64, num_warps=8, num_stages=2),
                 "64 rows for wgmma; unmeasured"),
         ),
     },

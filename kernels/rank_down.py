@@ -1,9 +1,11 @@
 """S = f(drop(x) Aᵀ + a) and its backward: the way into a rank-R update, one read of x each way.
 
 Shapes   x (M, K), a (R, K), bias (R), s and h (M, R); ds (M, R), da (R, K); last dim contiguous.
+         moments (2, M) of x's rows, weight and bias (K) of a LayerNorm in front, where asked for.
          The weights may be fp32 beside a bf16 or fp16 x: they are rounded to x's dtype as loaded.
 Maths    forward   s = drop(x) aᵀ + bias,  h = drop_h(f(s)) where asked for
          backward  da = dsᵀ drop(x),  d_bias = Σ_m ds
+         LayerNorm x -> n w + b forward, x -> n backward, n = (x - mean) rstd (``norm``)
          dx += drop(ds a) is ``rank_up`` with the mask on the update.
 Traffic  forward   reads M K + R K, writes M R (split over K: 2 J M R fp32 more, J parts)
          backward  reads M K + M R, writes R K (2 J R K fp32 more, J <= 64 parts over M)
@@ -29,6 +31,9 @@ def rank_down_fwd_kernel(
     bias_ptr,
     seed_ptr,
     h_seed_ptr,
+    moments_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     s_ptr,
     h_ptr,
     threshold,
@@ -48,6 +53,7 @@ def rank_down_fwd_kernel(
     ACTIVATION: tl.constexpr,
     DROP: tl.constexpr,
     DROP_H: tl.constexpr,
+    NORM: tl.constexpr,
     ALIGNED: tl.constexpr,
     H_ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -66,6 +72,9 @@ def rank_down_fwd_kernel(
     mask_m, mask_r = offs_m[:, None] < M, offs_r[:, None] < R
     x_place = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
     a_place = a_ptr + offs_r[:, None].to(tl.int64) * stride_ar + offs_k[None, :]
+    if NORM:
+        mean = tl.load(moments_ptr + offs_m[:, None], mask=mask_m, other=0.0)
+        rstd = tl.load(moments_ptr + M + offs_m[:, None], mask=mask_m, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     last = tl.minimum(K, (part + 1) * part_k).to(tl.int32)
     for k in range((part * part_k).to(tl.int32), last, BLOCK_K):
@@ -75,6 +84,12 @@ def rank_down_fwd_kernel(
         if DROP:
             keep = keep_tile(seed_ptr, offs_m, k, K, threshold, ALIGNED, BLOCK_K)
             x = tl.where(keep, x, 0.0)
+        if NORM:
+            inside = k + offs_k < K
+            weight = tl.load(norm_weight_ptr + k + offs_k, mask=inside, other=0.0).to(tl.float32)
+            shift = tl.load(norm_bias_ptr + k + offs_k, mask=inside, other=0.0).to(tl.float32)
+            n = (x.to(tl.float32) - mean) * rstd
+            x = (n * weight[None, :] + shift[None, :]).to(x.dtype)
         acc = dot(x, tl.trans(a.to(x.dtype)), acc)
     if DROP:
         acc *= tl.cast(keep_scale, tl.float32)
@@ -95,6 +110,7 @@ def rank_down_bwd_kernel_da(
     x_ptr,
     seed_ptr,
     bits_ptr,
+    moments_ptr,
     da_ptr,
     d_bias_ptr,
     threshold,
@@ -108,6 +124,7 @@ def rank_down_bwd_kernel_da(
     HAS_BIAS: tl.constexpr,
     DROP: tl.constexpr,
     HAS_BITS: tl.constexpr,
+    NORM: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -135,6 +152,11 @@ def rank_down_bwd_kernel_da(
         elif DROP:
             keep = keep_tile(seed_ptr, offs_m + m, first_k, K, threshold, ALIGNED, BLOCK_K)
             x = tl.where(keep, x, 0.0)
+        if NORM:
+            place = moments_ptr + (offs_m + m)[:, None]
+            mean = tl.load(place, mask=mask_m, other=0.0)
+            rstd = tl.load(place + M, mask=mask_m, other=0.0)
+            x = ((x.to(tl.float32) - mean) * rstd).to(x.dtype)
         acc = dot(tl.trans(x), ds, acc)
         if HAS_BIAS:
             total += tl.sum(ds.to(tl.float32), 0)
@@ -159,26 +181,31 @@ def rank_down(
     activation: str | None = None,
     h_dropout_p: float = 0.0,
     h_seed: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return s = drop(x) aᵀ + bias (M, R) in x's dtype and, with ``activation``, h = drop(f(s))."""
+    """Return s = drop(x) aᵀ + bias (M, R) in x's dtype and, with ``activation``, h = drop(f(s)).
+
+    ``norm``: the moments of x's rows, weight and bias of a LayerNorm that x goes through first.
+    """
     (M, K), R = x.shape, a.shape[0]
     s = x.new_empty(M, R)
     h = None if activation is None else torch.empty_like(s)
     if M == 0:
         return s, h
-    tile = pick("rank_down", 8 * x.element_size(), R, x.device)
+    name = "rank_down" if norm is None else "rank_down_norm"
+    tile = pick(name, 8 * x.element_size(), R, x.device)
     block_r = min(padded(R), tile.block_r)
     programs = triton.cdiv(M, tile.block_m) * triton.cdiv(R, block_r)
     blocks = triton.cdiv(K, tile.block_k)
     part_blocks, parts = split(programs, blocks, x.device)
     out = s if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
     rank_down_fwd_kernel[(programs, parts)](
-        x, a, bias, seed, h_seed, out, h,
+        x, a, bias, seed, h_seed, *(norm or (None, None, None)), out, h,
         philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         philox.threshold(h_dropout_p), philox.keep_scale(h_dropout_p),
         M, K, R, part_blocks * tile.block_k, x.stride(0), a.stride(0), R, R,
         HAS_BIAS=bias is not None, HAS_H=h is not None, ACTIVATION=activation or "identity",
-        DROP=seed is not None, DROP_H=h_seed is not None, ALIGNED=K % 8 == 0,
+        DROP=seed is not None, DROP_H=h_seed is not None, NORM=norm is not None, ALIGNED=K % 8 == 0,
         H_ALIGNED=R % 8 == 0, SPLIT=parts > 1, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
         BLOCK_R=block_r, **tile.launch,
     )  # fmt: skip
@@ -188,6 +215,38 @@ def rank_down(
             dropout_p=h_dropout_p, seed=h_seed,
         )  # fmt: skip
     return s, h
+
+
+def rank_down_parts(
+    ds: Tensor,
+    x: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    with_bias: bool = False,
+    bits: Tensor | None = None,
+    moments: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The first stage of :func:`rank_down_bwd`: parts of da (J, R, K) and of the bias gradient
+    (J, 1, R), fp32. With ``moments`` (2, M), x is normalised as it is read."""
+    (M, K), R = x.shape, ds.shape[1]
+    name = "rank_down_bwd" if moments is None else "rank_down_bwd_norm"
+    tile = pick(name, 8 * x.element_size(), R, x.device)
+    block_r = min(padded(R), tile.block_r)
+    programs = triton.cdiv(K, tile.block_k) * triton.cdiv(R, block_r)
+    part_blocks, parts = split(programs, triton.cdiv(M, tile.block_m), x.device)
+    da_parts = x.new_empty(parts, R, K, dtype=torch.float32)
+    bias_parts = x.new_empty(parts, 1, R, dtype=torch.float32) if with_bias else None
+    grid = (triton.cdiv(R, block_r), triton.cdiv(K, tile.block_k), parts)
+    rank_down_bwd_kernel_da[grid](
+        ds, x, seed, bits, moments, da_parts, bias_parts,
+        philox.threshold(dropout_p), philox.keep_scale(dropout_p),
+        M, K, R, part_blocks * tile.block_m, ds.stride(0), x.stride(0),
+        HAS_BIAS=with_bias, DROP=seed is not None, HAS_BITS=bits is not None,
+        NORM=moments is not None, ALIGNED=K % 8 == 0,
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, **tile.launch,
+    )  # fmt: skip
+    return da_parts, bias_parts
 
 
 def rank_down_bwd(
@@ -204,25 +263,13 @@ def rank_down_bwd(
 
     ``bits`` (M, K / 8), from ``mask_bits``, is the mask where it was made already.
     """
-    (M, K), R = x.shape, ds.shape[1]
+    R, K = ds.shape[1], x.shape[1]
+    mask = dict(dropout_p=dropout_p, seed=seed, bits=bits)
+    da_parts, bias_parts = rank_down_parts(ds, x, with_bias=with_bias, **mask)
     da = x.new_empty(R, K, dtype=dtype)
-    d_bias = x.new_empty(1, R, dtype=dtype) if with_bias else None
-    tile = pick("rank_down_bwd", 8 * x.element_size(), R, x.device)
-    block_r = min(padded(R), tile.block_r)
-    programs = triton.cdiv(K, tile.block_k) * triton.cdiv(R, block_r)
-    part_blocks, parts = split(programs, triton.cdiv(M, tile.block_m), x.device)
-    da_parts = x.new_empty(parts, R, K, dtype=torch.float32)
-    bias_parts = x.new_empty(parts, 1, R, dtype=torch.float32) if with_bias else None
-    grid = (triton.cdiv(R, block_r), triton.cdiv(K, tile.block_k), parts)
-    rank_down_bwd_kernel_da[grid](
-        ds, x, seed, bits, da_parts, bias_parts,
-        philox.threshold(dropout_p), philox.keep_scale(dropout_p),
-        M, K, R, part_blocks * tile.block_m, ds.stride(0), x.stride(0),
-        HAS_BIAS=with_bias, DROP=seed is not None, HAS_BITS=bits is not None,
-        ALIGNED=K % 8 == 0,
-        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, **tile.launch,
-    )  # fmt: skip
     reduce_parts(da_parts, da)
-    if with_bias:
-        reduce_parts(bias_parts, d_bias)
-    return da, None if d_bias is None else d_bias.view(R)
+    if bias_parts is None:
+        return da, None
+    d_bias = x.new_empty(1, R, dtype=dtype)
+    reduce_parts(bias_parts, d_bias)
+    return da, d_bias.view(R)

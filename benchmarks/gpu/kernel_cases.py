@@ -11,6 +11,7 @@ from pelt_fast.kernels.adapter import adapter
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.kernels.mask import mask_bits
+from pelt_fast.kernels.norm import moments, norm_bwd, norm_gradients
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
@@ -61,7 +62,7 @@ def torchs(x: Tensor, p: float) -> Tensor:
 def cases(device: torch.device, sizes: Sizes, dtype=torch.bfloat16) -> Iterator[KernelCase]:
     """One at a time, so that the memory of one is free for the next."""
     seed = torch.tensor([7, 11], dtype=torch.int64, device=device)
-    for family in (low_rank, adapters, tail, widened, heads):
+    for family in (low_rank, adapters, norms, tail, widened, heads):
         yield from family(device, sizes, dtype, seed)
 
 
@@ -134,6 +135,39 @@ def adapters(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
                 lambda: adapter(x, base, down, d, up, u, norm=norm_), plain,
                 3 * e * M * K + e * M * R, 4 * M * K * R,
             )  # fmt: skip
+
+
+def norms(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
+    """A LayerNorm in front of a rank-R product: forward, dx, the small gradients."""
+    randn, M, K, e = _randn(device, dtype), sizes.m, sizes.k, dtype.itemsize
+    x, norm = randn(M, K) + 1, [randn(K, of=torch.float32) for _ in range(2)]
+    weight, bias = norm
+    for R in sizes.ranks:
+        down, d = randn(R, K, of=torch.float32) / K**0.5, randn(R, of=torch.float32)
+        own, dt = moments(x), randn(M, R)
+
+        def product(x, down, d, weight, bias):
+            low = x.dtype
+            u = F.layer_norm(x, x.shape[-1:], weight.to(low), bias.to(low))
+            return F.linear(u, down.to(low), d.to(low))
+
+        def gradients(dt=dt, down=down, d=d, product=product):
+            leaves = [t.detach().requires_grad_() for t in (x, down, d, weight, bias)]
+            return torch.autograd.grad(product(*leaves), leaves, dt)
+
+        t, small = product(x, down, d, weight, bias), e * M * R + 4 * R * K
+        yield KernelCase(
+            "rank_down_norm", f"R={R}", lambda: rank_down(x, down, d, norm=(own, *norm))[:1],
+            lambda drop: (product(x, down, d, *norm),), e * M * K + small, 2 * M * K * R,
+        )  # fmt: skip
+        yield KernelCase(
+            "norm", f"dx R={R}", lambda: norm_bwd(dt, t, x, down, d, *norm, None)[:1],
+            lambda drop: gradients()[:1], 2 * e * M * K + 2 * small, 2 * M * K * R,
+        )  # fmt: skip
+        yield KernelCase(
+            "rank_down_bwd_norm", f"R={R}", lambda: norm_gradients(dt, x, own, down, *norm),
+            lambda drop: gradients()[1:], e * M * K + 2 * small, 2 * M * K * R,
+        )  # fmt: skip
 
 
 def tail(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:

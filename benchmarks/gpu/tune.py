@@ -35,8 +35,10 @@ def candidates(kernel: str) -> list[Tile]:
         return [Tile(**dict(zip(fields, values))) for values in itertools.product(*fields.values())]
 
     common = dict(num_warps=(4, 8), num_stages=(2, 3, 4))
-    if kernel in ("rank_down", "rank_down_bwd"):
+    if kernel.startswith("rank_down"):
         return grid(block_m=(64, 128), block_k=(64, 128, 256), block_r=(64,), **common)
+    if kernel == "norm":
+        return grid(block_m=(16, 32, 64), block_k=(64, 128, 256), block_r=(64,), **common)
     if kernel == "rank_up":
         shapes = dict(block_m=(32, 64, 128), block_n=(128, 256), block_r=(64,))
         return grid(**shapes, num_warps=(4, 8), num_stages=(2,))

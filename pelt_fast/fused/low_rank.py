@@ -7,11 +7,11 @@ Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEM
          LoRA backward   dy for dS and dB together, x for dA, dx read and written:       6 P
          adapter forward x, base, y, in one kernel (LayerNorm in: x again from the L2): 3 P
          adapter backw.  dy for dT, dU and du together, x for dD, dx written; sequential: dy again
-                         3-4 P
+                         3-4 P; LayerNorm in: x again for dx, and its rows for their moments 4-6 P
          With dropout the mask is made once in backward, as bits: P / 16 to write, twice to read.
 Where ``config.LORA_PLANS`` has a tail plan, LoRA's rank update rides on our own GEMM: 2 P less each
-way. A LayerNorm's backward, and a LayerNorm on the update, run ``plans``. Above the ranks of
-``config.FUSED_RANK`` the product is large enough for the library's GEMM.
+way. A LayerNorm on the update runs ``plans``. Above the ranks of ``config.FUSED_RANK`` the product
+is large enough for the library's GEMM, but for one that reads a LayerNorm: that stays ours.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from pelt_fast.kernels.adapter import adapter
 from pelt_fast.kernels.config import FUSED_RANK, lora_plan, processors
 from pelt_fast.kernels.mask import mask_bits
+from pelt_fast.kernels.norm import moments, norm_bwd, norm_gradients
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
@@ -116,24 +117,28 @@ def adapter_forward(
     scale,
     dropout_p,
     seed,
+    keep_t,
 ):
-    rank = down_weight.shape[0]
-    if layer_norm == "out" or rank > FUSED_RANK["adapter"]:
+    rank, normed = down_weight.shape[0], layer_norm == "in"
+    if layer_norm == "out" or (rank > FUSED_RANK["adapter"] and not normed):
         return plans.adapter_forward(
             x, base, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
-            layer_norm, activation, scale, dropout_p, seed,
+            layer_norm, activation, scale, dropout_p, seed, keep_t,
         )  # fmt: skip
     base = x if base is None else base
-    if layer_norm == "in" or fills_device(x):
-        norm = None if layer_norm == "none" else (norm_weight, norm_bias)
-        return adapter(
-            x, base, down_weight, down_bias, up_weight, up_bias, norm=norm, activation=activation,
-            scale=scale, dropout_p=dropout_p, seed=seed,
+    if rank <= FUSED_RANK["adapter"] and fills_device(x):
+        y, t = adapter(
+            x, base, down_weight, down_bias, up_weight, up_bias,
+            norm=(norm_weight, norm_bias) if normed else None, activation=activation,
+            scale=scale, dropout_p=dropout_p, seed=seed, keep_t=keep_t,
         )  # fmt: skip
+        return y, t if keep_t else empty_like_nothing(x)
     t, h = rank_down(
-        x, down_weight, down_bias, activation=activation, h_dropout_p=dropout_p, h_seed=seed
-    )
-    return rank_up(h, up_weight, base, scale=scale, bias=up_bias), t
+        x, down_weight, down_bias, activation=activation, h_dropout_p=dropout_p, h_seed=seed,
+        norm=(moments(x), norm_weight, norm_bias) if normed else None,
+    )  # fmt: skip
+    y = rank_up(h, up_weight, base, scale=scale, bias=up_bias)
+    return y, t if keep_t else empty_like_nothing(x)
 
 
 def adapter_backward(
@@ -141,6 +146,7 @@ def adapter_backward(
     x: Tensor,
     t: Tensor,
     down_weight: Tensor,
+    down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
     norm_weight: Tensor | None,
@@ -153,27 +159,37 @@ def adapter_backward(
     sequential: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    if layer_norm != "none" or down_weight.shape[0] > FUSED_RANK["rank_up_bwd"]:
+    by_kernels = down_weight.shape[0] <= FUSED_RANK["rank_up_bwd"]
+    if layer_norm == "out" or (layer_norm == "none" and not by_kernels):
         return plans.adapter_backward(
-            dy, x, t, down_weight, up_weight, up_bias, norm_weight, norm_bias, layer_norm,
-            activation, scale, dropout_p, seed, sequential, needs,
+            dy, x, t, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias,
+            layer_norm, activation, scale, dropout_p, seed, sequential, needs,
         )  # fmt: skip
     grads = [empty_like_nothing(dy) for _ in range(7)]
-    need_dt = needs[0] or needs[1] or needs[2]
-    dt, *up_grads = rank_up_bwd(
-        dy, t, up_weight, scale=scale, activation=activation, dropout_p=dropout_p, seed=seed,
-        need_dt=need_dt, need_db=needs[3], need_bias=needs[4],
-    )  # fmt: skip
-    for i, grad in enumerate(up_grads, 3):
-        grads[i] = grads[i] if grad is None else grad
-    if needs[1]:
-        grads[1], d_bias = rank_down_bwd(dt, x, down_weight.dtype, with_bias=needs[2])
-        grads[2] = grads[2] if d_bias is None else d_bias
-    elif needs[2]:
-        grads[2] = dt.sum(0, dtype=down_weight.dtype)
-    if needs[0]:
-        if sequential:
-            grads[0] = rank_up(dt, down_weight.t(), dy)
-        else:
-            grads[0] = torch.mm(dt, down_weight.to(dt.dtype))
+    need_dt = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
+    bottleneck = dict(scale=scale, activation=activation, dropout_p=dropout_p, seed=seed)
+    up_gradients = rank_up_bwd if by_kernels else plans.up_gradients
+    dt, *found = up_gradients(
+        dy, t, up_weight, need_dt=need_dt, need_db=needs[3], need_bias=needs[4], **bottleneck
+    )
+    found = dict(zip((3, 4), found))
+    residual = dy if sequential else None
+    if layer_norm == "in":
+        norm = (norm_weight, norm_bias)
+        if needs[0]:
+            found[0], own = norm_bwd(dt, t, x, down_weight, down_bias, *norm, residual)
+        if any((needs[1], needs[2], needs[5], needs[6])):
+            own = own if needs[0] else moments(x)
+            found |= zip((1, 2, 5, 6), norm_gradients(dt, x, own, down_weight, *norm))
+    else:
+        if needs[1]:
+            found[1], found[2] = rank_down_bwd(dt, x, down_weight.dtype, with_bias=needs[2])
+        elif needs[2]:
+            found[2] = dt.sum(0, dtype=down_weight.dtype)
+        if needs[0] and sequential:
+            found[0] = rank_up(dt, down_weight.t(), dy)
+        elif needs[0]:
+            found[0] = torch.mm(dt, down_weight.to(dt.dtype))
+    for i, grad in found.items():
+        grads[i] = grad if needs[i] else grads[i]
     return tuple(grads)

@@ -9,6 +9,7 @@ from pelt_fast.reference.heads import heads_last_empty
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .backends import active_backend
+from .function import OpFunction
 from .fused import fused_or_plan
 from .library import Op
 from .low_rank import keep_needed
@@ -66,7 +67,7 @@ prefix_attention_bwd.register(
 )  # fmt: skip
 
 
-class PrefixAttentionFunction(torch.autograd.Function):
+class PrefixAttentionFunction(OpFunction):
     """Attention with P trainable keys and values beside the context (B, H, T, D).
 
     Saves q, k, v, o and lse, what attention without a prefix saves, and the prefix.
@@ -95,3 +96,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
             do, *tensors, attn_mask, *settings, seed, needs, backend=backend
         )  # fmt: skip
         return *keep_needed(grads, needs), *[None] * 7
+
+    @staticmethod
+    def infer(*args):
+        return prefix_attention_fwd(*args, backend=active_backend())[0]

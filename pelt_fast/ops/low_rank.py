@@ -8,6 +8,7 @@ from pelt_fast.reference import low_rank as reference
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .backends import active_backend
+from .function import OpFunction
 from .fused import fused_or_plan
 from .library import Op
 
@@ -53,7 +54,7 @@ def keep_needed(grads, needs) -> list:
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-class LoRALinearFunction(torch.autograd.Function):
+class LoRALinearFunction(OpFunction):
     """y = x Wᵀ + b + s drop(x) Aᵀ Bᵀ on x (M, K).
 
     Saves x when A (or an unfrozen W) needs a gradient, S (M, R) when B does, nothing else but
@@ -89,20 +90,23 @@ class LoRALinearFunction(torch.autograd.Function):
         d_bias = dy.sum(0) if need_bias else None
         return dx, d_weight, d_bias, da, db, None, None, None
 
+    @staticmethod
+    def infer(*args):
+        return lora_fwd(*args, backend=active_backend())[0]
+
 
 def _adapter_fwd_fake(
     x, base, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, layer_norm,
-    activation, scale, dropout_p, seed,
+    activation, scale, dropout_p, seed, keep_t,
 ):  # fmt: skip
-    return (
-        x.new_empty(x.shape[0], up_weight.shape[0]),
-        x.new_empty(x.shape[0], down_weight.shape[0]),
-    )
+    y = x.new_empty(x.shape[0], up_weight.shape[0])
+    t = x.new_empty(x.shape[0], down_weight.shape[0]) if keep_t else empty_like_nothing(x)
+    return y, t
 
 
 def _adapter_bwd_fake(
-    dy, x, t, down_weight, up_weight, up_bias, norm_weight, norm_bias, layer_norm, activation,
-    scale, dropout_p, seed, sequential, needs,
+    dy, x, t, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, layer_norm,
+    activation, scale, dropout_p, seed, sequential, needs,
 ):  # fmt: skip
     shapes = (
         x.shape, down_weight.shape, (down_weight.shape[0],), up_weight.shape,
@@ -121,15 +125,15 @@ adapter_fwd = Op(
     "adapter_fwd",
     "(Tensor x, Tensor? base, Tensor down_weight, Tensor? down_bias, Tensor up_weight,"
     " Tensor? up_bias, Tensor? norm_weight, Tensor? norm_bias, str layer_norm, str activation,"
-    " float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor)",
+    " float scale, float dropout_p, Tensor? seed, bool keep_t) -> (Tensor, Tensor)",
     reference.adapter_forward,
     _adapter_fwd_fake,
 )
 adapter_bwd = Op(
     "adapter_bwd",
-    "(Tensor dy, Tensor x, Tensor t, Tensor down_weight, Tensor up_weight, Tensor? up_bias,"
-    " Tensor? norm_weight, Tensor? norm_bias, str layer_norm, str activation, float scale,"
-    " float dropout_p, Tensor? seed, bool sequential, bool[] needs)"
+    "(Tensor dy, Tensor x, Tensor t, Tensor down_weight, Tensor? down_bias, Tensor up_weight,"
+    " Tensor? up_bias, Tensor? norm_weight, Tensor? norm_bias, str layer_norm, str activation,"
+    " float scale, float dropout_p, Tensor? seed, bool sequential, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.adapter_backward,
     _adapter_bwd_fake,
@@ -148,7 +152,7 @@ adapter_bwd.register(
 )
 
 
-class AdapterFunction(torch.autograd.Function):
+class AdapterFunction(OpFunction):
     """y = base + out(s (drop(f(in(x) Dᵀ + d)) Uᵀ + u)); ``base=None`` is the sequential adapter.
 
     Saves x (for D and an adapter LayerNorm) and T (M, R).
@@ -163,19 +167,20 @@ class AdapterFunction(torch.autograd.Function):
         settings = (layer_norm, activation, scale, dropout_p, seed)
         y, t = adapter_fwd(
             x, base, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, *settings,
-            backend=backend,
+            True, backend=backend,
         )  # fmt: skip
         need_x = ctx.needs_input_grad[2] or layer_norm == "in"
         ctx.save_for_backward(
-            x if need_x else None, t, down_weight, up_weight, up_bias, norm_weight, norm_bias, seed
-        )
+            x if need_x else None, t, down_weight, down_bias, up_weight, up_bias, norm_weight,
+            norm_bias, seed,
+        )  # fmt: skip
         ctx.settings = (layer_norm, activation, scale, dropout_p, base is None, backend)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, t, down_weight, up_weight, up_bias, norm_weight, norm_bias, seed = ctx.saved_tensors
+        x, t, down_weight, *small, seed = ctx.saved_tensors
         layer_norm, activation, scale, dropout_p, sequential, backend = ctx.settings
         need_x, need_base, *needs = ctx.needs_input_grad[:8]
         needs = [need_x, *needs]
@@ -183,8 +188,12 @@ class AdapterFunction(torch.autograd.Function):
         # what stands in for an x that was not saved has its shape, but the storage of a row
         x = dy.new_empty(down_weight.shape[1]).expand(dy.shape[0], -1) if x is None else x
         grads = adapter_bwd(
-            dy, x, t, down_weight, up_weight, up_bias, norm_weight, norm_bias, layer_norm,
-            activation, scale, dropout_p, seed, sequential, needs, backend=backend,
+            dy, x, t, down_weight, *small, layer_norm, activation, scale, dropout_p, seed,
+            sequential, needs, backend=backend,
         )  # fmt: skip
         dx, *rest = keep_needed(grads, needs)
         return dx, dy if need_base else None, *rest, None, None, None, None, None
+
+    @staticmethod
+    def infer(*args):
+        return adapter_fwd(*args, False, backend=active_backend())[0]

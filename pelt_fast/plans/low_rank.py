@@ -106,20 +106,24 @@ def adapter_forward(
     scale,
     dropout_p,
     seed,
+    keep_t,
 ):
     residual = x if base is None else base
     if layer_norm != "none":
         out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-        t = x.new_empty(x.shape[0], down_weight.shape[0])
+        t = x.new_empty(x.shape[0], down_weight.shape[0]) if keep_t else empty_like_nothing(x)
         for rows in row_blocks(x):
-            out[rows], t[rows] = reference.adapter_forward(
-                x[rows], residual[rows], down_weight, down_bias, up_weight, up_bias,
-                norm_weight, norm_bias, layer_norm, activation, scale, dropout_p, seed, rows.start,
+            out[rows], kept = reference.adapter_forward(
+                x[rows], residual[rows], down_weight, down_bias, up_weight, up_bias, norm_weight,
+                norm_bias, layer_norm, activation, scale, dropout_p, seed, keep_t, rows.start,
             )  # fmt: skip
+            if keep_t:
+                t[rows] = kept
         return out, t
     low = x.dtype
     t = F.linear(x, down_weight.to(low), None if down_bias is None else down_bias.to(low))
     h = drop_(activate(activation, t), dropout_p, seed)
+    t = t if keep_t else empty_like_nothing(t)
     up = up_weight.to(low).t()
     if up_bias is None:
         return torch.addmm(residual, h, up, alpha=scale), t
@@ -133,6 +137,7 @@ def adapter_backward(
     x: Tensor,
     t: Tensor,
     down_weight: Tensor,
+    down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
     norm_weight: Tensor | None,
@@ -155,8 +160,9 @@ def adapter_backward(
                 grads[i] = torch.zeros_like(like, memory_format=torch.contiguous_format)
         for rows in row_blocks(x):
             block = reference.adapter_backward(
-                dy[rows], x[rows], t[rows], down_weight, up_weight, up_bias, norm_weight, norm_bias,
-                layer_norm, activation, scale, dropout_p, seed, sequential, needs, rows.start,
+                dy[rows], x[rows], t[rows], down_weight, down_bias, up_weight, up_bias, norm_weight,
+                norm_bias, layer_norm, activation, scale, dropout_p, seed, sequential, needs,
+                rows.start,
             )  # fmt: skip
             if needs[0]:
                 grads[0][rows] = block[0]
@@ -165,21 +171,45 @@ def adapter_backward(
                     grads[i] += block[i]
         return tuple(grads)
 
-    low = dy.dtype
-    factor = bottleneck_factor(t, dropout_p, seed)
-    if needs[3]:
-        h = scaled_by_(activate(activation, t), factor)
-        grads[3] = weight_gradient(dy, h, up_weight.dtype).mul_(scale)
-    if needs[4]:
-        grads[4] = dy.sum(0, dtype=up_weight.dtype).mul_(scale)
-    if needs[0] or needs[1] or needs[2]:
-        dt = scaled_by_((dy @ up_weight.to(low)).mul_(scale), factor)
-        dt = activation_backward(activation, dt, t)
+    need_dt = needs[0] or needs[1] or needs[2]
+    dt, d_up, d_up_bias = up_gradients(
+        dy, t, up_weight, scale=scale, activation=activation, dropout_p=dropout_p, seed=seed,
+        need_dt=need_dt, need_db=needs[3], need_bias=needs[4],
+    )  # fmt: skip
+    grads[3:5] = [old if new is None else new for old, new in zip(grads[3:5], (d_up, d_up_bias))]
     if needs[1]:
         grads[1] = weight_gradient(dt, x, down_weight.dtype)
     if needs[2]:
         grads[2] = dt.sum(0, dtype=down_weight.dtype)
     if needs[0]:
-        down = down_weight.to(low)
+        down = down_weight.to(dy.dtype)
         grads[0] = torch.addmm(dy, dt, down) if sequential else dt @ down
     return tuple(grads)
+
+
+def up_gradients(
+    dy: Tensor,
+    t: Tensor,
+    up_weight: Tensor,
+    *,
+    scale: float,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dt: bool,
+    need_db: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dt (M, R) = s drop(dy U) f'(t), and the gradients of up_weight and up_bias; None for what is
+    not needed."""
+    dt = d_up = d_up_bias = None
+    factor = bottleneck_factor(t, dropout_p, seed)
+    if need_db:
+        h = scaled_by_(activate(activation, t), factor)
+        d_up = weight_gradient(dy, h, up_weight.dtype).mul_(scale)
+    if need_bias:
+        d_up_bias = dy.sum(0, dtype=up_weight.dtype).mul_(scale)
+    if need_dt:
+        dt = scaled_by_((dy @ up_weight.to(dy.dtype)).mul_(scale), factor)
+        dt = activation_backward(activation, dt, t)
+    return dt, d_up, d_up_bias

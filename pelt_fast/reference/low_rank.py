@@ -114,9 +114,11 @@ def adapter_forward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    keep_t: bool = True,
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and T (M, R). ``base=None`` is the sequential adapter: base is x itself.
+    Without ``keep_t`` an empty tensor stands for T.
 
     ``first_row``: where x's rows start in the taller tensor the dropout mask is defined on.
     """
@@ -126,7 +128,7 @@ def adapter_forward(
     z = scale * _add_bias(h @ up_weight.to(x.dtype).t(), up_bias)
     if layer_norm == "out":
         z = _affine(normalise(z)[0], norm_weight, norm_bias, x.dtype)
-    return (x if base is None else base) + z, t
+    return (x if base is None else base) + z, t if keep_t else empty_like_nothing(t)
 
 
 def adapter_backward(
@@ -134,6 +136,7 @@ def adapter_backward(
     x: Tensor,
     t: Tensor,
     down_weight: Tensor,
+    down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
     norm_weight: Tensor | None,

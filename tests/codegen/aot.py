@@ -85,6 +85,7 @@ def _compile(kernel, target_name: str, args, kwargs) -> Machine:
     counts["dots"] = asm["ttir"].count("tt.dot ")
     counts["slow_dots"] = slow_dots(asm["ttgir"])
     counts["tf32"] = asm.get("ptx", "").count("tf32")
+    counts["long_products"] = len(re.findall(r"m(?:ul|ad)\.lo\.s64", asm.get("ptx", "")))
     counts["narrow_strides"] = len(narrow_strides(asm["ttir"]))
     if target.backend == "hip":
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))

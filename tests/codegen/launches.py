@@ -10,6 +10,7 @@ from pelt_fast.kernels.config import FUSED_RANK, HALF, rows
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.kernels.mask import dropout, mask_bits
+from pelt_fast.kernels.norm import moments, norm_bwd, norm_gradients
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
@@ -206,6 +207,34 @@ def adapters(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 )  # fmt: skip
 
 
+def norms(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    name = str(dtype).removeprefix("torch.")
+    x, dy, few = (
+        empty(M, K, dtype=dtype),
+        empty(M, K, dtype=dtype),
+        empty(2, M, dtype=torch.float32),
+    )
+    weight, bias = empty(K, dtype=torch.float32), empty(K, dtype=torch.float32)
+    yield Launch(f"moments {name}", lambda: moments(x), True)
+    for r in (16, 64, 200):
+        t, down, d = empty(M, r, dtype=dtype), empty(r, K, dtype=torch.float32), empty(r)
+        settings = dict(activation="relu", norm=(few, weight, bias))
+        yield Launch(
+            f"rank_down R={r} norm {name}",
+            lambda down=down, d=d, s=settings: rank_down(x, down, d, **s), True,
+        )  # fmt: skip
+        for residual in (None, dy):
+            yield Launch(
+                f"norm_bwd R={r}{'' if residual is None else ' sequential'} {name}",
+                lambda t=t, down=down, d=d, dy=residual: norm_bwd(t, t, x, down, d, weight, bias, dy),
+                True,
+            )  # fmt: skip
+        yield Launch(
+            f"norm_gradients R={r} {name}",
+            lambda t=t, down=down: norm_gradients(t, x, few, down, weight, bias), True,
+        )  # fmt: skip
+
+
 def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """Sizes of 1 (which the launcher makes constants), and sizes that divide nothing."""
     name = str(dtype).removeprefix("torch.")
@@ -222,6 +251,10 @@ def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                     rank_up_bwd(dy, s, b, activation="silu", need_bias=True, **drop)
                 tail_gemm(x, empty(n, k, dtype=dtype).t(), s, b.t(), bias=u.to(dtype), **drop)
                 adapter(x, dy, a, d, b, u, norm=(empty(k), empty(k)), activation="tanh", **drop)
+            few, norm = empty(2, m, dtype=torch.float32), (empty(k), empty(k))
+            rank_down(x, a, d, norm=(moments(x), *norm))
+            norm_bwd(s, s, x, a, d, *norm, x)
+            norm_gradients(s, x, few, a, *norm)
             rank_up(s, b, dy, bias=u, base_dropout_p=P, seed=SEED)
             rank_up(s, a.t(), x, out=x, update_dropout_p=P, seed=SEED)
             dropout(x, P, SEED)
@@ -245,10 +278,42 @@ def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
         yield Launch(f"ugly {m}x{k}x{n} R={r} {name}", calls)
 
 
+def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    """Rows 2^33 elements apart: offsets no 32 bits hold."""
+
+    def far(*shape):
+        strides = (*(2**33 for _ in shape[:-1]), 1)
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+    m, k, r, f = 64, 64, 16, 128
+    x, dy, s, base = far(m, k), far(m, k), far(m, r), far(m, k)
+    a, b, d, u = (torch.empty(*n, device="meta") for n in ((r, k), (k, r), (r,), (k,)))
+    norm = (torch.empty(k, device="meta"), torch.empty(k, device="meta"))
+    pre, act, q = far(m, f + r), far(m, f + r), far(2, 2, m, k)
+    prefix = [torch.empty(2, 30, k, device="meta") for _ in range(2)]
+    lse = torch.empty(2, 2, m, device="meta")
+    attention = dict(scale=0.1, form="softmax", composition="gated")
+    common = dict(gated=False, ffn_activation="gelu", activation="relu")
+    calls = dict(
+        rank_down=lambda: rank_down(x, a), rank_down_bwd=lambda: rank_down_bwd(s, x, torch.float32),
+        rank_up=lambda: rank_up(s, b, base, out=base), rank_up_bwd=lambda: rank_up_bwd(dy, s, b),
+        adapter=lambda: adapter(x, base, a, d, b, u), moments=lambda: moments(x),
+        norm_bwd=lambda: norm_bwd(s, s, x, a, d, *norm, dy),
+        tail_gemm=lambda: tail_gemm(x, far(k, k).t(), s, b.t()),
+        widened_act=lambda: widened_act(pre, act, f, r, **common),
+        widened_act_bwd=lambda: widened_act_bwd(pre, act, s, f, r, scale=1.0, **common),
+        prefix=lambda: prefix_merge(q, *prefix, q, lse, q, **attention),
+        prefix_bwd=lambda: prefix_merge_bwd(q, q, *prefix, q, lse, q, **attention),
+    )  # fmt: skip
+    for name, call in calls.items():
+        yield Launch(f"huge {name}", call)
+
+
 def launches(target: str) -> Iterator[Launch]:
     """All of them, for one target."""
     for dtype in (torch.bfloat16, torch.float32):
-        for family in (low_rank, adapters, tail, widened_ffn, heads):
+        for family in (low_rank, adapters, norms, tail, widened_ffn, heads):
             yield from family(target, dtype)
         if target == "sm90" and dtype == torch.bfloat16:
             yield from ugly(target, dtype)
+            yield from huge(target, dtype)

@@ -101,7 +101,7 @@ def markdown(rows: dict[str, list[dict]]) -> str:
         "",
     ]  # fmt: skip
     for target, everything in rows.items():
-        table = [row for row in everything if not row["launch"].startswith("ugly")]
+        table = [row for row in everything if not row["launch"].startswith(("ugly", "huge"))]
         out += [
             f"## {target}", "",
             "| kernel | dtype | binaries | registers | spills | shared, bytes | wgmma | mma | 16-byte / other |",

@@ -17,7 +17,7 @@ def problems(target: str, row: dict) -> list[str]:
     counts = row["counts"]
     nvidia, half = target.startswith("sm"), row["dtype"] in ("fp16", "bf16")
     # sizes of 1 and sizes that divide nothing have no fast path: they are to compile, and be exact
-    ugly = row["launch"].startswith("ugly")
+    ugly = row["launch"].startswith(("ugly", "huge"))
     claims = {
         "spills": row["spills"] == 0 or ugly,
         "uses fp64": counts["fp64"] == 0,
@@ -26,6 +26,8 @@ def problems(target: str, row: dict) -> list[str]:
         "multiplies a stride in 32 bits": counts["narrow_strides"] == 0,
         "computes fp32 products in tf32": counts["tf32"] == 0,
     }
+    if row["launch"].startswith("huge"):
+        claims["has no 64-bit product in its addresses"] = counts["long_products"] > 0
     if row["streaming"] and row["kernel"] not in STREAMING_EXCEPT:
         claims["has no 16-byte access"] = counts["wide"] > 0
     if target == "sm90" and half:

@@ -47,26 +47,14 @@ def test_adapter_matches_fp64_oracle(shape, dtype, norm, p):
     assert none is None and torch.equal(again, y)
 
 
-def test_one_kernel_and_two_agree(monkeypatch):
+@pytest.mark.parametrize("norm", ["none", "in"])
+def test_one_kernel_and_two_agree(monkeypatch, norm):
     x, down, up, base = dense(40, 64), dense(8, 64), dense(48, 8), dense(40, 48)
-    arguments = (
-        x,
-        base,
-        down,
-        dense(8),
-        up,
-        dense(48),
-        None,
-        None,
-        "none",
-        "relu",
-        2.0,
-        0.1,
-        seed(),
-    )
+    norms = (None, None) if norm == "none" else (dense(64), dense(64))
+    small = (down, dense(8), up, dense(48), *norms)
     results = []
     for rows in (0, 1 << 20):
         monkeypatch.setattr(fused, "ROWS_A_PROCESSOR", rows)
-        results.append(fused.adapter_forward(*arguments))
+        results.append(fused.adapter_forward(x, base, *small, norm, "relu", 2.0, 0.1, seed(), True))
     for one, two in zip(*results):
         check(one, two, two.double(), torch.float32)
