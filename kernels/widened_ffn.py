@@ -1,8 +1,9 @@
 """The two-segment activation of a widened FFN, forward and backward, one elementwise pass each.
 
 Shapes   pre (M, W): pre-activations [gate |] in | down [| padding], F, F, R columns and the rest;
-         act (M, F + R or more); d_pre (M, W); h (M, R). F = 0 leaves the bottleneck alone.
-Maths    forward   act[:, :F] = drop_a(φ(Z)) or drop_a(φ(G) Z);  act[:, F:] = H = drop(f(T))
+         act (M, F + R [+ padding]), which may be pre's own columns from ``in`` on;
+         d_pre (M, W); h (M, R). F = 0 leaves the bottleneck alone.
+Maths    forward   act[:, :F] = drop_a(φ(Z)) or drop_a(φ(G) Z);  act[:, F:] = H = drop(f(T)), 0
          backward  d_pre holds dA in the columns of ``in`` and dH in those of ``down``; in place
                    dZ = drop_a(dA) φ'(Z), or dZ = drop_a(dA) φ(G) and dG = drop_a(dA) Z φ'(G);
                    dT = s drop(dH) f'(T);  padding = 0;  and H again where asked for
@@ -33,6 +34,7 @@ def widened_act_fwd_kernel(
     M,
     F,
     R,
+    padding,
     stride_pm,
     stride_am,
     GATED: tl.constexpr,
@@ -45,9 +47,9 @@ def widened_act_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # a program is wholly in one segment
+    # a program is wholly in one segment; where act is pre, it reads what it writes before
     tiles_f = tl.cdiv(F, BLOCK_N)
-    tiles = tiles_f + tl.cdiv(R, BLOCK_N)
+    tiles = tiles_f + tl.cdiv(R + padding, BLOCK_N)
     rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(0) % tiles
     offs = tl.arange(0, BLOCK_N)
@@ -75,7 +77,9 @@ def widened_act_fwd_kernel(
             t, seed_h_ptr, rows, first, R, threshold_h, tl.cast(keep_scale_h, tl.float32),
             ACTIVATION, DROP_H, ALIGNED_H, BLOCK_N,
         )  # fmt: skip
-        tl.store(act + F + columns, h.to(act_ptr.dtype.element_ty), mask=mask)
+        # columns past R are loaded as 0, and f(0) = 0
+        inside = (rows < M)[:, None] & (columns < R + padding)
+        tl.store(act + F + columns, h.to(act_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -178,16 +182,18 @@ def widened_act(
     seed_h: Tensor | None = None,
     seed_a: Tensor | None = None,
 ) -> None:
-    """Write [drop_a(φ(..)) | drop(f(T))] to ``act`` (M, inner + rank or more)."""
+    """Write [drop_a(φ(..)) | drop(f(T)) | 0] to ``act`` (M, inner + rank or more), which may be
+    the columns of ``pre`` from ``in`` on."""
     M = pre.shape[0]
     if M == 0:
         return
     tile = pick("widened_ffn", 8 * pre.element_size(), rank, pre.device)
-    tiles = triton.cdiv(inner, tile.block_n) + triton.cdiv(rank, tile.block_n)
+    padding = act.shape[1] - inner - rank
+    tiles = triton.cdiv(inner, tile.block_n) + triton.cdiv(rank + padding, tile.block_n)
     widened_act_fwd_kernel[(triton.cdiv(M, tile.block_m) * tiles,)](
         pre, act, seed_h, seed_a, philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         philox.threshold(activation_dropout_p), philox.keep_scale(activation_dropout_p),
-        M, inner, rank, pre.stride(0), act.stride(0),
+        M, inner, rank, padding, pre.stride(0), act.stride(0),
         GATED=gated, FFN_ACTIVATION=ffn_activation, ACTIVATION=activation,
         DROP_H=seed_h is not None, DROP_A=seed_a is not None,
         ALIGNED_H=rank % 8 == 0, ALIGNED_A=inner % 8 == 0,

@@ -11,6 +11,7 @@ from torch import Tensor
 from pelt_fast import checks
 from pelt_fast.ops import support
 from pelt_fast.ops.ffn import WidenedFFNFunction
+from pelt_fast.ops.function import run
 from pelt_fast.ops.heads import PrefixAttentionFunction
 from pelt_fast.ops.low_rank import AdapterFunction, LoRALinearFunction
 from pelt_fast.reference.activations import ACTIVATIONS
@@ -71,7 +72,8 @@ def lora_linear(
     checks.probability("dropout_p", dropout_p)
     support.announce("lora", x.device)
     seed = _seed(x, training, dropout_p)
-    y = LoRALinearFunction.apply(
+    y = run(
+        LoRALinearFunction,
         _rows(x), weight, bias, lora_a, lora_b, float(scale), float(dropout_p),
         None if seed is None else seed.select(0, 0),
     )  # fmt: skip
@@ -111,7 +113,8 @@ def _adapter(
     if isinstance(scale, Tensor):
         (up_weight, up_bias), scale = fold_scale(scale, up_weight, up_bias), 1.0
     seed = _seed(x, training, dropout_p)
-    y = AdapterFunction.apply(
+    y = run(
+        AdapterFunction,
         _rows(x), None if base is None else _rows(base), down_weight, down_bias, up_weight,
         up_bias, norm_weight, norm_bias, layer_norm, activation, float(scale), float(dropout_p),
         None if seed is None else seed.select(0, 0),
@@ -213,6 +216,7 @@ def ffn_parallel_adapter(
     activation_dropout_p: float = 0.0,
     output_dropout_p: float = 0.0,
     packed: Tensor | None = None,
+    packed_out: Tensor | None = None,
     training: bool = True,
 ) -> Tensor:
     """A frozen FFN and its parallel adapter as one wider FFN (design note I3).
@@ -223,13 +227,16 @@ def ffn_parallel_adapter(
     x (..., K); in_weight, gate_weight (F, K); out_weight (N, F); down_weight (R, K);
     up_weight (N, R). ``dropout_p`` acts on the bottleneck, the other two are the model's own.
     ``packed`` (F + R or more, K) is [gate_weight; in_weight; down_weight; zeros] stacked: one GEMM
-    then reads x once. The frozen weights get no gradient: an error says so if one wants it.
+    then reads x once. ``packed_out`` (N, F + R or more) is [out_weight | scale * up_weight | zeros]
+    side by side: without an output dropout, one GEMM then writes y once. The frozen weights get no
+    gradient: an error says so if one wants it.
     Saved for backward: x and the pre-activations (M, F + R).
     """
     checks.activation_tensor("x", x, 1)
-    x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, packed = _autocast(
-        x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, packed
+    x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, *buffers = _autocast(
+        x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, packed, packed_out
     )
+    packed, packed_out = buffers
     inputs = x.shape[-1]
     checks.tensor("in_weight", in_weight, ("F", inputs), x)
     inner = in_weight.shape[0]
@@ -242,7 +249,7 @@ def ffn_parallel_adapter(
         in_weight=in_weight, in_bias=in_bias, gate_weight=gate_weight, gate_bias=gate_bias,
         out_weight=out_weight, out_bias=out_bias,
     )  # fmt: skip
-    checks.same_dtype("x", x, **base, packed=packed)
+    checks.same_dtype("x", x, **base, packed=packed, packed_out=packed_out)
     checks.frozen(**base)
     channels = out_weight.shape[0]
     _check_adapter(x, channels, down_weight, down_bias, up_weight, up_bias, scale, activation)
@@ -250,6 +257,12 @@ def ffn_parallel_adapter(
     checks.tensor("packed", packed, ("rows", inputs), x, optional=True)
     if packed is not None and packed.shape[0] < rows:
         raise ValueError(f"packed must have at least {rows} rows, got {packed.shape[0]}")
+    columns = inner + down_weight.shape[0]
+    checks.tensor("packed_out", packed_out, (channels, "columns"), x, optional=True)
+    if packed_out is not None and packed_out.shape[1] < columns:
+        raise ValueError(
+            f"packed_out must have at least {columns} columns, got {packed_out.shape[1]}"
+        )
     checks.choice("ffn_activation", ffn_activation, ACTIVATIONS)
     probabilities = (dropout_p, activation_dropout_p, output_dropout_p)
     for name, p in zip(("dropout_p", "activation_dropout_p", "output_dropout_p"), probabilities):
@@ -260,9 +273,10 @@ def ffn_parallel_adapter(
     seed = _seed(x, training, *probabilities)
     if seed is None:
         probabilities = (0.0, 0.0, 0.0)
-    y = WidenedFFNFunction.apply(
+    y = run(
+        WidenedFFNFunction,
         _rows(x), in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
-        down_bias, up_weight, up_bias, packed, ffn_activation, activation, float(scale),
+        down_bias, up_weight, up_bias, packed, packed_out, ffn_activation, activation, float(scale),
         *map(float, probabilities), seed,
     )  # fmt: skip
     return y.view(*x.shape[:-1], channels)
@@ -319,7 +333,8 @@ def prefix_attention(
         scale = float(scale)
     support.announce("prefix", q.device)
     seed = _seed(q, training, dropout_p, dropout_p)
-    return PrefixAttentionFunction.apply(
+    return run(
+        PrefixAttentionFunction,
         q, k, v, prefix_k, prefix_v, attn_mask, bool(is_causal), scale, form, composition,
         0.0 if seed is None else float(dropout_p), seed,
     )  # fmt: skip

@@ -116,11 +116,12 @@ def judge(case: Case, backend_name: str, dtype: torch.dtype, device="cpu") -> Ve
     with backend(backend_name):
         actual = run(case.call, tensors)
     same_dtype = run(case.expression, tensors)
-    oracle = run(case.expression, case.tensors(dtype, wide, device) | _doubled(tensors))
+    oracle = run(case.expression, case.tensors(dtype, wide, device) | doubled(tensors))
     return compare(actual, same_dtype, oracle, dtype)
 
 
-def _doubled(tensors: Tensors) -> Tensors:
+def doubled(tensors: Tensors) -> Tensors:
+    """The floating tensors in fp64, leaves again."""
     return {
         name: value.detach().double().requires_grad_(value.requires_grad)
         for name, value in tensors.items()
@@ -235,9 +236,12 @@ def _ffn(m: int, k: int, n: int, r: int, p: float, gated: bool) -> Case:
         parts = [t["gate_weight"]] if gated else []
         parts += [t["in_weight"], t["down_weight"].detach().to(t["x"].dtype)]
         packed = torch.cat([*parts, parts[0].new_zeros(11, k)])
+        up = 2.0 * t["up_weight"].detach().to(t["x"].dtype)
+        packed_out = torch.cat([t["out_weight"], up, up.new_zeros(n, 5)], 1)
         return functional.ffn_parallel_adapter(
-            **t, packed=packed, scale=2.0, dropout_p=p, activation_dropout_p=p, output_dropout_p=p
-        )
+            **t, packed=packed, packed_out=packed_out, scale=2.0, dropout_p=p,
+            activation_dropout_p=p, output_dropout_p=p,
+        )  # fmt: skip
 
     def expression(t):
         x, seeds = t["x"], _seeds(t["x"], p, 3)

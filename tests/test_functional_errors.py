@@ -61,6 +61,8 @@ BAD = [
      "in_weight requires a gradient"),
     (ffn, dict(ffn_activation="celu"), ValueError, "ffn_activation must be one of"),
     (ffn, dict(packed=torch.randn(8, K)), ValueError, "packed must have at least 9 rows"),
+    (ffn, dict(packed_out=torch.randn(N, 8)), ValueError, "packed_out must have at least 9 columns"),
+    (ffn, dict(packed_out=torch.randn(N + 1, 9)), ValueError, "packed_out"),
     (ffn, dict(output_dropout_p=2.0), ValueError, "output_dropout_p must be in"),
     (prefix, dict(k=torch.randn(2, 2, 5, 9)), ValueError, "k must have shape"),
     (prefix, dict(k=torch.randn(2, 3, 5, 8), v=torch.randn(2, 3, 5, 8),

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from benchmarks.common import table
 from pelt_fast import functional
 from pelt_fast.kernels import config
+from pelt_fast.modules.packing import Packing
 
 from .measure import milliseconds
 from .record import Record
@@ -90,14 +91,15 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
         w1, w2 = randn(inner, k) / k**0.5, randn(k, inner) / inner**0.5
         b1, b2 = randn(inner), randn(k)
         small = trained(r, k), trained(1, r), trained(k, r), trained(1, k)
-        packed = torch.cat([w1, randn(r + -r % 16, k)])
+        frozen_weights = [torch.nn.Parameter(w, requires_grad=False) for w in (w1, w2)]
+        packings = Packing(0, r), Packing(1, r)
 
-        def widened(x, w=(w1, b1, w2, b2), small=small, packed=packed, p=0.0):
+        def widened(x, w=frozen_weights, b=(b1, b2), small=small, packings=packings):
             down, d, up, u = small
-            packed.data[w[0].shape[0] : w[0].shape[0] + down.shape[0]].copy_(down.detach())
             return functional.ffn_parallel_adapter(
-                x, *w, down, d.view(-1), up, u.view(-1), packed=packed, scale=4.0,
-                output_dropout_p=p,
+                x, w[0], b[0], w[1], b[1], down, d.view(-1), up, u.view(-1), scale=4.0,
+                packed=packings[0].filled(w[:1], down.detach()),
+                packed_out=packings[1].filled(w[1:], up.detach(), 4.0),
             )  # fmt: skip
 
         def frozen(x, w=(w1, b1, w2, b2)):

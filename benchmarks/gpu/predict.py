@@ -72,9 +72,9 @@ def lora(p: float, tail: bool, target: float, M=8192, K=4096, N=4096, R=16) -> P
 
 
 def widened_ffn(K: int, F: int, M=8192, R=512) -> Prediction:
-    """Three GEMMs of R more each way; activations of F + R; y once more for the rank update."""
+    """Three GEMMs of R more each way; activations of F + R; both projections packed."""
     frozen = computed(8 * M * K * F) + moved(2 * M * F + 3 * M * F)
-    added = computed(12 * M * K * R) + moved(2 * M * R + 3 * M * R + 2 * M * K)
+    added = computed(12 * M * K * R) + moved(2 * M * R + 3 * M * R)
     ratio = 1 + 1.5 * R / F
     return Prediction(f"widened FFN {K}/{F} R={R}", frozen, added, 0.0, 1.05 * ratio)
 

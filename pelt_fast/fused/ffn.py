@@ -1,11 +1,11 @@
 """Widened FFN: two library GEMMs and one two-segment kernel each way (identity I3).
 
 Shapes and maths are those of ``reference.ffn``; P = one M x N pass, Q = one M x F pass.
-Traffic  forward    [W1; D] is one GEMM that reads x once; one pass 2 Q makes A and H; W2; the rank
-                    update rides on the pass over y that the output dropout is (2 P), or on the
-                    library GEMM's accumulation.
-         backward   output dropout of dy 2 P; dA and dH into the columns of d_pre; one pass 3 Q in
-                    place; one GEMM [dZ | dT] [W1; D] for dx.
+Traffic  forward    [W1; D] is one GEMM that reads x once; one pass 2 Q makes A and H, at inference
+                    in place; [W2 | s U] is one GEMM. With an output dropout: W2, then the rank
+                    update rides on the pass over y that the dropout is (2 P).
+         backward   output dropout of dy 2 P; dA and dH into the columns of d_pre (packed: one
+                    GEMM); one pass 3 Q in place; one GEMM [dZ | dT] [W1; D] for dx.
 Flops    (F + R) / F of the frozen FFN's, plus 2MR(K + N) for the two weight gradients.
 """
 
@@ -20,7 +20,13 @@ from pelt_fast.kernels.mask import dropout
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
 from pelt_fast.plans.blocks import weight_gradient
-from pelt_fast.plans.ffn import pre_activations, seed_row
+from pelt_fast.plans.ffn import (
+    activation_buffer,
+    packed_product,
+    pre_activations,
+    seed_row,
+    summed_bias,
+)
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 PADDING = 16  # columns of the activation buffer: rows stay aligned for the tensor cores
@@ -39,6 +45,7 @@ def ffn_forward(
     up_weight,
     up_bias,
     packed,
+    packed_out,
     ffn_activation,
     activation,
     scale,
@@ -46,24 +53,26 @@ def ffn_forward(
     activation_dropout_p,
     output_dropout_p,
     seed,
+    keep_pre,
 ):
     pre = pre_activations(
         x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
     )
-    inner, rank, low = in_weight.shape[0], down_weight.shape[0], x.dtype
-    act = x.new_empty(x.shape[0], inner + -(-rank // PADDING) * PADDING)
+    inner, rank, gated = in_weight.shape[0], down_weight.shape[0], gate_weight is not None
+    act = activation_buffer(pre, inner, rank + -rank % PADDING, gated, keep_pre)
     widened_act(
-        pre, act, inner, rank, gated=gate_weight is not None, ffn_activation=ffn_activation,
+        pre, act, inner, rank, gated=gated, ffn_activation=ffn_activation,
         activation=activation, dropout_p=dropout_p, activation_dropout_p=activation_dropout_p,
         seed_h=seed_row(seed, 0, dropout_p), seed_a=seed_row(seed, 1, activation_dropout_p),
     )  # fmt: skip
-    a, h = act[:, :inner], act[:, inner : inner + rank]
     output_seed = seed_row(seed, 2, output_dropout_p)
+    pre = pre if keep_pre else empty_like_nothing(pre)
+    if output_seed is None and packed_out is not None:
+        return packed_product(act, packed_out, summed_bias(out_bias, up_bias, scale, x.dtype)), pre
+    a, h = act[:, :inner], act[:, inner : inner + rank]
     if output_seed is None and rank > FUSED_RANK["rank_up"]:
-        bias = out_bias
-        if up_bias is not None:
-            bias = up_bias.to(low) * scale if bias is None else bias + up_bias.to(low) * scale
-        return F.linear(a, out_weight, bias).addmm_(h, up_weight.to(low).t(), alpha=scale), pre
+        y = F.linear(a, out_weight, summed_bias(out_bias, up_bias, scale, x.dtype))
+        return y.addmm_(h, up_weight.to(y.dtype).t(), alpha=scale), pre
     y = F.linear(a, out_weight, out_bias)
     rank_up(
         h, up_weight, y, scale=scale, bias=up_bias, out=y,
@@ -82,6 +91,7 @@ def ffn_backward(
     down_weight: Tensor,
     up_weight: Tensor,
     packed: Tensor | None,
+    packed_out: Tensor | None,
     ffn_activation: str,
     activation: str,
     scale: float,
@@ -101,17 +111,23 @@ def ffn_backward(
     need_dt = any(needs[:3])
     d_pre = pre.new_empty(pre.shape) if need_dt else None
     t, dt = pre[:, first : first + rank], d_pre[:, first : first + rank] if need_dt else None
-    seed_h = seed_row(seed, 0, dropout_p)
-    bottleneck = dict(activation=activation, scale=scale, dropout_p=dropout_p)
+    seed_h, output_seed = seed_row(seed, 0, dropout_p), seed_row(seed, 2, output_dropout_p)
+    by_kernel = rank <= FUSED_RANK["rank_up_bwd"]
+    # dA and s dH from one GEMM
+    in_one = needs[0] and packed_out is not None and output_seed is None and not by_kernel
+    bottleneck = dict(activation=activation, scale=1.0 if in_one else scale, dropout_p=dropout_p)
     segments = dict(
         gated=gated and needs[0], ffn_activation=ffn_activation, seed_h=seed_h,
         activation_dropout_p=activation_dropout_p,
         seed_a=seed_row(seed, 1, activation_dropout_p) if needs[0] else None, **bottleneck,
     )  # fmt: skip
-    if needs[0]:
-        d_out = dropout(dy, output_dropout_p, seed_row(seed, 2, output_dropout_p))
+    if in_one:
+        columns = d_pre[:, first - inner : first + rank]
+        torch.mm(dy, packed_out[:, : inner + rank], out=columns)
+    elif needs[0]:
+        d_out = dropout(dy, output_dropout_p, output_seed)
         torch.mm(d_out, out_weight, out=d_pre[:, first - inner : first])
-    if rank <= FUSED_RANK["rank_up_bwd"]:
+    if by_kernel:
         # one read of dy gives dT, dU and du; the bottleneck's columns are then done
         done = (
             rank_up_bwd(dy, t, up_weight, seed=seed_h, need_dt=need_dt, need_db=needs[3],
@@ -123,7 +139,7 @@ def ffn_backward(
             widened_act_bwd(d_pre, pre, None, inner, rank, bottleneck_done=True, **segments)
     else:
         h = dy.new_empty(dy.shape[0], rank) if needs[3] else None
-        if need_dt:
+        if need_dt and not in_one:
             torch.mm(dy, up_weight.to(low), out=dt)
         if need_dt or needs[3]:
             widened_act_bwd(d_pre, pre, h, inner, rank, **segments)

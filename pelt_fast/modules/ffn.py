@@ -11,9 +11,8 @@ from pelt_fast.config import Modification
 from pelt_fast.ops import support
 
 from .adapter import Bottleneck
+from .packing import Packing
 from .slot import Slot
-
-RANK_PADDING = 16  # rows of the packed buffer: a multiple of the tensor core's tile
 
 
 class FrozenFFN:
@@ -90,14 +89,15 @@ class SequentialFFNAdapter(_FFNAdapter):
 class ParallelFFNAdapter(_FFNAdapter):
     """Runs in the place of the block: one wider FFN (design note I3).
 
-    The frozen in-projection (and gate) lives in ``packed``, above the rows the trainable down
-    projection is copied to before each call; ``state_dict`` shows the base's own weights. A move
-    to another device or dtype unpacks, the next call packs again.
+    The frozen in-projection (and gate) lives above the rows of the trainable down projection, which
+    are copied there before each call; the out-projection likewise beside the columns of the up
+    projection, where no output dropout stands between the two.
     """
 
     def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
         super().__init__(ffn, modification, dtype)
-        self.packed: Tensor | None = None
+        self.packed_in = Packing(0, modification.size)
+        self.packed_out = Packing(1, modification.size) if ffn.output_dropout_p == 0 else None
 
     def why_not_fused(self) -> str | None:
         """The reason this runs as the model's own FFN and an adapter beside it, or None."""
@@ -119,62 +119,43 @@ class ParallelFFNAdapter(_FFNAdapter):
             gate_weight=None if gate is None else gate.weight,
             gate_bias=None if gate is None else gate.bias,
             ffn_activation=ffn.activation, activation_dropout_p=ffn.activation_dropout_p,
-            output_dropout_p=ffn.output_dropout_p, packed=self._packed_now(), **self.settings,
+            output_dropout_p=ffn.output_dropout_p, **self._packed_now(), **self.settings,
         )  # fmt: skip
 
     @property
-    def _stacked(self) -> list[nn.Parameter]:
-        """The frozen weights of the packed buffer, top to bottom."""
-        return [slot.module.weight for slot in self.ffn.projections[:-1]]
+    def _packings(self) -> list[tuple[Packing, list[nn.Parameter]]]:
+        """Each packing with the frozen weights it holds."""
+        *stacked, out = [slot.module.weight for slot in self.ffn.projections]
+        own = [(self.packed_in, stacked), (self.packed_out, [out])]
+        return [(packing, frozen) for packing, frozen in own if packing is not None]
 
-    def _packed_now(self) -> Tensor | None:
-        """The packed buffer with the trainable rows of this moment; None while tracing."""
+    def _packed_now(self) -> dict[str, Tensor]:
+        """The packed buffers with the trainable weights of this moment; none while tracing."""
         if torch.compiler.is_compiling():
-            return None  # a buffer written on every call would be one more graph input
-        if not self.is_packed:
-            self.pack()
-        rows = sum(weight.shape[0] for weight in self._stacked)
-        # .data: backward reads these rows only through down_weight's own version check
-        self.packed.data[rows : rows + self.down_weight.shape[0]].copy_(self.down_weight.detach())
-        return self.packed
+            return {}  # a buffer written on every call would be one more graph input
+        blocks = dict(packed=(self.down_weight, 1), packed_out=(self.up_weight, self.scale))
+        return {
+            name: packing.filled(frozen, block.detach(), scale)
+            for (name, (block, scale)), (packing, frozen) in zip(blocks.items(), self._packings)
+        }
 
     @property
     def is_packed(self) -> bool:
-        """Whether the frozen weights live in the packed buffer."""
-        if self.packed is None:
-            return False
-        first = 0
-        for weight in self._stacked:
-            if weight.data_ptr() != self.packed[first:].data_ptr():
-                return False
-            first += weight.shape[0]
-        return True
+        """Whether the frozen weights live in the packed buffers."""
+        return all(packing.holds(frozen) for packing, frozen in self._packings)
 
-    @torch.no_grad()
     def pack(self) -> None:
-        """Move the frozen weights into one buffer with room for the trainable rows."""
-        frozen = self._stacked
-        rank = self.down_weight.shape[0]
-        padding = -rank % RANK_PADDING
-        spare = frozen[0].new_zeros(rank + padding, frozen[0].shape[1])
-        self.packed = torch.cat([*(weight.data for weight in frozen), spare])
-        first = 0
-        for weight in frozen:
-            weight.data = self.packed[first : first + weight.shape[0]]
-            first += weight.shape[0]
+        """Move the frozen weights into buffers with room for the trainable blocks."""
+        for packing, frozen in self._packings:
+            packing.pack(frozen)
 
-    @torch.no_grad()
     def unpack(self) -> None:
         """Give the frozen weights storage of their own again, bit for bit."""
-        if self.is_packed:
-            for weight in self._stacked:
-                weight.data = weight.data.clone()
-        self.packed = None
-
-    def __getstate__(self):
-        return {**self.__dict__, "packed": None}  # a copy's weights have storage of their own
+        for packing, frozen in self._packings:
+            packing.unpack(frozen)
 
     def _apply(self, fn, recurse=True):
         # the weights above this module move after it: pack again on the next call
-        self.packed = None
+        for packing, _ in self._packings:
+            packing.forget()
         return super()._apply(fn, recurse)

@@ -1,6 +1,5 @@
 """Ops ``ffn_*``, the widened FFN: schemas, fakes, autograd Function."""
 
-import torch
 from torch.autograd.function import once_differentiable
 
 from pelt_fast.plans import ffn as plans
@@ -8,6 +7,7 @@ from pelt_fast.reference import ffn as reference
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .backends import active_backend
+from .function import OpFunction
 from .fused import fused_or_plan
 from .library import Op
 from .low_rank import keep_needed
@@ -22,15 +22,16 @@ def _width(in_weight, gate_weight, down_weight, packed):
 
 def _ffn_fwd_fake(
     x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight, down_bias,
-    up_weight, up_bias, packed, ffn_activation, activation, scale, dropout_p, activation_dropout_p,
-    output_dropout_p, seed,
+    up_weight, up_bias, packed, packed_out, ffn_activation, activation, scale, dropout_p,
+    activation_dropout_p, output_dropout_p, seed, keep_pre,
 ):  # fmt: skip
     width = _width(in_weight, gate_weight, down_weight, packed)
-    return x.new_empty(x.shape[0], out_weight.shape[0]), x.new_empty(x.shape[0], width)
+    pre = x.new_empty(x.shape[0], width) if keep_pre else empty_like_nothing(x)
+    return x.new_empty(x.shape[0], out_weight.shape[0]), pre
 
 
 def _ffn_bwd_fake(
-    dy, x, pre, in_weight, gate_weight, out_weight, down_weight, up_weight, packed,
+    dy, x, pre, in_weight, gate_weight, out_weight, down_weight, up_weight, packed, packed_out,
     ffn_activation, activation, scale, dropout_p, activation_dropout_p, output_dropout_p, seed,
     needs,
 ):  # fmt: skip
@@ -49,18 +50,19 @@ ffn_fwd = Op(
     "ffn_fwd",
     "(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor? gate_weight, Tensor? gate_bias,"
     " Tensor out_weight, Tensor? out_bias, Tensor down_weight, Tensor? down_bias,"
-    " Tensor up_weight, Tensor? up_bias, Tensor? packed, str ffn_activation, str activation,"
-    " float scale, float dropout_p, float activation_dropout_p, float output_dropout_p,"
-    " Tensor? seed) -> (Tensor, Tensor)",
+    " Tensor up_weight, Tensor? up_bias, Tensor? packed, Tensor? packed_out, str ffn_activation,"
+    " str activation, float scale, float dropout_p, float activation_dropout_p,"
+    " float output_dropout_p, Tensor? seed, bool keep_pre) -> (Tensor, Tensor)",
     reference.ffn_forward,
     _ffn_fwd_fake,
 )
 ffn_bwd = Op(
     "ffn_bwd",
     "(Tensor dy, Tensor x, Tensor pre, Tensor in_weight, Tensor? gate_weight, Tensor out_weight,"
-    " Tensor down_weight, Tensor up_weight, Tensor? packed, str ffn_activation, str activation,"
-    " float scale, float dropout_p, float activation_dropout_p, float output_dropout_p,"
-    " Tensor? seed, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor down_weight, Tensor up_weight, Tensor? packed, Tensor? packed_out, str ffn_activation,"
+    " str activation, float scale, float dropout_p, float activation_dropout_p,"
+    " float output_dropout_p, Tensor? seed, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.ffn_backward,
     _ffn_bwd_fake,
 )
@@ -74,7 +76,7 @@ ffn_bwd.register(
 )
 
 
-class WidenedFFNFunction(torch.autograd.Function):
+class WidenedFFNFunction(OpFunction):
     """A frozen FFN with a parallel adapter, one function of x (M, K).
 
     Saves x and the pre-activations (M, F + R); x and T (M, R) alone when dx is not needed.
@@ -83,13 +85,14 @@ class WidenedFFNFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
-        down_bias, up_weight, up_bias, packed, *settings_and_seed,
+        down_bias, up_weight, up_bias, packed, packed_out, *settings_and_seed,
     ):  # fmt: skip
         backend = active_backend()
         *settings, seed = settings_and_seed
         y, pre = ffn_fwd(
             x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
-            down_bias, up_weight, up_bias, packed, *settings, seed, backend=backend,
+            down_bias, up_weight, up_bias, packed, packed_out, *settings, seed, True,
+            backend=backend,
         )  # fmt: skip
         rank = down_weight.shape[0]
         if not ctx.needs_input_grad[0]:
@@ -97,7 +100,7 @@ class WidenedFFNFunction(torch.autograd.Function):
             pre = pre[:, first : first + rank].contiguous()
         ctx.save_for_backward(
             x if ctx.needs_input_grad[7] else None, pre, in_weight, gate_weight, out_weight,
-            down_weight, up_weight, packed, seed,
+            down_weight, up_weight, packed, packed_out, seed,
         )  # fmt: skip
         ctx.settings = (*settings, backend)
         return y
@@ -105,15 +108,16 @@ class WidenedFFNFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, pre, in_weight, gate_weight, out_weight, down_weight, up_weight, packed, seed = (
-            ctx.saved_tensors
-        )
+        x, pre, *weights, seed = ctx.saved_tensors
         *settings, backend = ctx.settings
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7:11]]
         grads = ffn_bwd(
-            dy.contiguous(), empty_like_nothing(dy) if x is None else x, pre, in_weight,
-            gate_weight, out_weight, down_weight, up_weight, packed, *settings, seed, needs,
-            backend=backend,
+            dy.contiguous(), empty_like_nothing(dy) if x is None else x, pre, *weights, *settings,
+            seed, needs, backend=backend,
         )  # fmt: skip
         dx, *small = keep_needed(grads, needs)
-        return dx, *[None] * 6, *small, *[None] * 9
+        return dx, *[None] * 6, *small, *[None] * 10
+
+    @staticmethod
+    def infer(*args):
+        return ffn_fwd(*args, False, backend=active_backend())[0]

@@ -2,22 +2,22 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
-def activate(name: str, t: Tensor) -> Tensor:
-    """f(t) as a new contiguous tensor."""
-    if name == "identity":
-        return t.clone(memory_format=torch.contiguous_format)
+def activate(name: str, t: Tensor, out: Tensor | None = None) -> Tensor:
+    """f(t), in ``out`` where given (t itself: in place), else as a new contiguous tensor."""
+    aten = torch.ops.aten
+    if out is None:
+        out = torch.empty_like(t, memory_format=torch.contiguous_format)
     if name == "relu":
-        return F.relu(t)
-    if name == "gelu":
-        return F.gelu(t)
-    if name == "gelu_tanh":
-        return F.gelu(t, approximate="tanh")
+        return torch.clamp_min(t, 0, out=out)
+    if name in ("gelu", "gelu_tanh"):
+        return aten.gelu.out(t, approximate="tanh" if name == "gelu_tanh" else "none", out=out)
     if name == "silu":
-        return F.silu(t)
-    return torch.tanh(t)
+        return aten.silu.out(t, out=out)
+    if name == "tanh":
+        return torch.tanh(t, out=out)
+    return out.copy_(t)
 
 
 def activation_backward(name: str, grad: Tensor, t: Tensor) -> Tensor:

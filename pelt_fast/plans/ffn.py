@@ -1,8 +1,9 @@
 """Widened FFN on library GEMMs (identity I3): packed when the stacked weights are at hand.
 
 Shapes and maths are those of ``reference.ffn``; P = one M x N pass, Q = one M x F pass.
-Traffic  forward    [W1; D] is one GEMM that reads x once; φ, its dropout; W2; then one pass over y
-                    does the output dropout (the model's own) and adds s H Uᵀ + s u in row blocks.
+Traffic  forward    [W1; D] is one GEMM that reads x once; φ, its dropout; [W2 | s U] is one GEMM.
+                    With an output dropout (the model's own): W2, then one pass over y drops and
+                    adds s H Uᵀ + s u in row blocks.
          backward   dy for dT, dU and du, one GEMM [dZ | dT] [W1; D] for dx. dZ is made in
                     place of dA.
 Flops    (F + R) / F of the frozen FFN's, plus 2MR(K + N) for the two weight gradients.
@@ -75,6 +76,7 @@ def ffn_forward(
     up_weight,
     up_bias,
     packed,
+    packed_out,
     ffn_activation,
     activation,
     scale,
@@ -82,34 +84,70 @@ def ffn_forward(
     activation_dropout_p,
     output_dropout_p,
     seed,
+    keep_pre,
 ):
     pre = pre_activations(
         x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
     )
-    inner, rank, low = in_weight.shape[0], down_weight.shape[0], x.dtype
-    first = inner if gate_weight is not None else 0
-    a = activate(ffn_activation, pre[:, :inner])
-    if gate_weight is not None:
-        a.mul_(pre[:, inner : 2 * inner])
+    inner, rank = in_weight.shape[0], down_weight.shape[0]
+    act = activation_buffer(pre, inner, rank, gate_weight is not None, keep_pre)
+    first = 0 if gate_weight is None else inner
+    a, h = act[:, :inner], act[:, inner : inner + rank]
+    if gate_weight is None:
+        activate(ffn_activation, pre[:, :inner], out=a)
+    else:
+        torch.mul(activate(ffn_activation, pre[:, :inner]), pre[:, inner : 2 * inner], out=a)
     drop_(a, activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
-    t = pre[:, first + inner : first + inner + rank]
-    h = drop_(activate(activation, t), dropout_p, seed_row(seed, 0, dropout_p))
+    activate(activation, pre[:, first + inner : first + inner + rank], out=h)
+    drop_(h, dropout_p, seed_row(seed, 0, dropout_p))
+    output_drop = (output_dropout_p, seed_row(seed, 2, output_dropout_p))
+    y = out_projection(
+        act, inner, out_weight, out_bias, up_weight, up_bias, packed_out, scale, *output_drop
+    )
+    return y, pre if keep_pre else empty_like_nothing(pre)
 
-    up = up_weight.to(low).t()
-    bias = None if up_bias is None else up_bias.to(low) * scale
-    output_seed = seed_row(seed, 2, output_dropout_p)
-    if output_seed is None:
-        if bias is not None:
-            bias = bias if out_bias is None else bias + out_bias
-        y = F.linear(a, out_weight, out_bias if bias is None else bias)
-        return y.addmm_(h, up, alpha=scale), pre
+
+def activation_buffer(pre: Tensor, inner: int, rank: int, gated: bool, keep_pre: bool) -> Tensor:
+    """Where [A | H | padding] goes: over the pre-activations where nobody else will read them."""
+    if not keep_pre:
+        return pre[:, inner:] if gated else pre
+    return pre.new_empty(pre.shape[0], inner + rank)
+
+
+def summed_bias(out_bias: Tensor | None, up_bias: Tensor | None, scale: float, low: torch.dtype):
+    """b2 + s u in ``low``; None when both are missing."""
+    if up_bias is None:
+        return out_bias
+    bias = up_bias.to(low) * scale
+    return bias if out_bias is None else bias + out_bias
+
+
+def packed_product(act: Tensor, packed_out: Tensor, bias: Tensor | None) -> Tensor:
+    """[A | H] [W2 | s U]ᵀ + bias; what either holds past F + R is zeros."""
+    width = min(act.shape[1], packed_out.shape[1])
+    return F.linear(act[:, :width], packed_out[:, :width], bias)
+
+
+def out_projection(
+    act, inner, out_weight, out_bias, up_weight, up_bias, packed_out, scale, p, seed
+) -> Tensor:
+    """drop(A W2ᵀ + b2) + s (H Uᵀ + u)."""
+    low, rank = act.dtype, up_weight.shape[1]
+    if seed is None and packed_out is not None:
+        bias = summed_bias(out_bias, up_bias, scale, low)
+        return packed_product(act[:, : inner + rank], packed_out, bias)
+    a, h, up = act[:, :inner], act[:, inner : inner + rank], up_weight.to(low).t()
+    if seed is None:
+        y = F.linear(a, out_weight, summed_bias(out_bias, up_bias, scale, low))
+        return y.addmm_(h, up, alpha=scale)
     y = F.linear(a, out_weight, out_bias)
+    bias = None if up_bias is None else up_bias.to(low) * scale
     for rows in row_blocks(y):
-        block = y[rows].mul_(drop_factor(rows, y.shape[1], output_dropout_p, output_seed, low))
+        block = y[rows].mul_(drop_factor(rows, y.shape[1], p, seed, low))
         if bias is not None:
             block.add_(bias)
         block.addmm_(h[rows], up, alpha=scale)
-    return y, pre
+    return y
 
 
 def ffn_backward(
@@ -122,6 +160,7 @@ def ffn_backward(
     down_weight: Tensor,
     up_weight: Tensor,
     packed: Tensor | None,
+    packed_out: Tensor | None,
     ffn_activation: str,
     activation: str,
     scale: float,
@@ -147,16 +186,24 @@ def ffn_backward(
     d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
     d_pre[:, first + rank :] = 0  # the padding of the packed rows
     dt = d_pre[:, first : first + rank]
-    torch.mm(dy, up_weight.to(low), out=dt).mul_(scale)
+    output_seed = seed_row(seed, 2, output_dropout_p)
+    in_one = needs[0] and packed_out is not None and output_seed is None
+    if in_one:
+        start, width = first - in_weight.shape[0], in_weight.shape[0] + rank
+        torch.mm(dy, packed_out[:, :width], out=d_pre[:, start : start + width])
+    else:
+        torch.mm(dy, up_weight.to(low), out=dt).mul_(scale)
     activation_backward(activation, scaled_by_(dt, factor), t)
     if needs[1]:
         grads[1] = weight_gradient(dt, x, down_weight.dtype)
     if needs[2]:
         grads[2] = dt.sum(0, dtype=down_weight.dtype)
     if needs[0]:
-        d_out = drop(dy, output_dropout_p, seed_row(seed, 2, output_dropout_p))
-        drop_a = (activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
-        _inner_backward(d_pre, d_out, pre, out_weight, gate_weight, ffn_activation, drop_a)
+        da = d_pre[:, inner - in_weight.shape[0] : inner]
+        if not in_one:
+            torch.mm(drop(dy, output_dropout_p, output_seed), out_weight, out=da)
+        drop_(da, activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
+        _inner_backward(d_pre, da, pre, gate_weight, ffn_activation)
         if packed is not None:
             grads[0] = d_pre @ packed
         else:
@@ -167,15 +214,13 @@ def ffn_backward(
     return tuple(grads)
 
 
-def _inner_backward(d_pre, d_out, pre, out_weight, gate_weight, ffn_activation, drop_a) -> None:
-    """Write dZ (and dG, gated) into the first columns of ``d_pre``."""
-    inner = out_weight.shape[1]
+def _inner_backward(d_pre, da, pre, gate_weight, ffn_activation) -> None:
+    """Turn dA, where ``d_pre`` holds it, into dZ (and dG, gated)."""
+    inner = da.shape[1]
     first = d_pre[:, :inner]
     if gate_weight is None:
-        drop_(torch.mm(d_out, out_weight, out=first), *drop_a)
         activation_backward(ffn_activation, first, pre[:, :inner])
         return
     gate, z = pre[:, :inner], pre[:, inner : 2 * inner]
-    da = drop_(d_out @ out_weight, *drop_a)
-    torch.mul(activate(ffn_activation, gate), da, out=d_pre[:, inner : 2 * inner])
     activation_backward(ffn_activation, torch.mul(da, z, out=first), gate)
+    da.mul_(activate(ffn_activation, gate))

@@ -47,6 +47,7 @@ def ffn_forward(
     up_weight: Tensor,
     up_bias: Tensor | None,
     packed: Tensor | None,
+    packed_out: Tensor | None,
     ffn_activation: str,
     activation: str,
     scale: float,
@@ -54,9 +55,13 @@ def ffn_forward(
     activation_dropout_p: float,
     output_dropout_p: float,
     seed: Tensor | None,
+    keep_pre: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and pre. ``packed`` holds the same weights stacked, perhaps with rows of
-    zeros below; here it only says how wide ``pre`` is."""
+    """Return y (M, N) and pre, without ``keep_pre`` an empty tensor in its place.
+
+    ``packed`` holds the same weights stacked, perhaps with rows of zeros below, ``packed_out``
+    [W2 | s U | zeros]: for plans. Here ``packed`` only says how wide ``pre`` is.
+    """
     low = x.dtype
     parts = [F.linear(x, in_weight, in_bias)]
     if gate_weight is not None:
@@ -70,7 +75,8 @@ def ffn_forward(
     a = _drop(a, activation_dropout_p, seed, 1)
     h = _drop(activate(activation, t), dropout_p, seed, 0)
     update = scale * F.linear(h, up_weight.to(low), None if up_bias is None else up_bias.to(low))
-    return _drop(F.linear(a, out_weight, out_bias), output_dropout_p, seed, 2) + update, pre
+    y = _drop(F.linear(a, out_weight, out_bias), output_dropout_p, seed, 2) + update
+    return y, pre if keep_pre else empty_like_nothing(pre)
 
 
 def ffn_backward(
@@ -83,6 +89,7 @@ def ffn_backward(
     down_weight: Tensor,
     up_weight: Tensor,
     packed: Tensor | None,
+    packed_out: Tensor | None,
     ffn_activation: str,
     activation: str,
     scale: float,

@@ -137,6 +137,42 @@ def test_copies_and_pickles_are_models_of_their_own(architecture, method):
         assert torch.equal(model(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_out_projection_is_packed_where_no_dropout_follows_it(learned, tmp_path):
+    model, config = MODELS["llama"](), small_method("scaled_parallel_adapter")
+    if learned:
+        config = config.replace(composition="learned_channel_scale")
+    before, batch = snapshot(model), inputs(model)
+    randomise(pelt_fast.inject(model, config)).train()
+    site = model.model.layers[0].pelt_ffn_adapter
+    torch.manual_seed(3)
+    fused = model(**batch)
+    fused.loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    out = model.model.layers[0].mlp.down_proj.weight
+    assert site.is_packed and out.data_ptr() == site.packed_out.buffer.data_ptr()
+    model.zero_grad()
+    with pelt_fast.backend("reference"):
+        torch.manual_seed(3)
+        plain = model(**batch)
+        plain.loss.backward()
+    assert torch.allclose(fused.logits, plain.logits, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(parameter.grad, grads[name], atol=1e-5), name
+    # a strided weight is still a weight to save
+    assert same({n: v for n, v in model.state_dict().items() if n in before}, before)
+    model.save_pretrained(tmp_path)
+    pelt_fast.eject(model)
+    assert same(snapshot(model), before) and out.is_contiguous()
+
+
+def test_a_block_with_output_dropout_packs_only_what_it_reads():
+    model = pelt_fast.inject(MODELS["bart"](), small_method("mam"))
+    site = model.model.encoder.layers[0].pelt_ffn_adapter
+    assert site.packed_out is None and site.is_packed
+
+
 def test_a_move_to_another_dtype_packs_again():
     model = randomise(pelt_fast.inject(MODELS["bart"](), small_method("mam"))).eval()
     batch = inputs(model)
@@ -148,14 +184,17 @@ def test_a_move_to_another_dtype_packs_again():
                if site.op == "ffn")  # fmt: skip
 
 
-def test_packed_rows_follow_the_optimizer():
-    model = pelt_fast.inject(MODELS["bart"](), small_method("scaled_parallel_adapter")).eval()
+@pytest.mark.parametrize("architecture", ["bart", "llama"])
+def test_packed_blocks_follow_the_optimizer(architecture):
+    model = MODELS[architecture]()
+    model = pelt_fast.inject(model, small_method("scaled_parallel_adapter")).eval()
     randomise(model)
     batch = inputs(model)
     model(**batch)
     for module in model.modules():
         if hasattr(module, "down_weight"):
-            module.down_weight.data = module.down_weight.data * 2  # not even a version counter
+            for weight in (module.down_weight, module.up_weight):
+                weight.data = weight.data * 2  # not even a version counter
     fused = model(**batch).logits
     with pelt_fast.backend("reference"):
         assert torch.allclose(model(**batch).logits, fused, atol=1e-5)

@@ -41,9 +41,11 @@ def adapter_arguments(p, transposed):
         width = K if layer_norm == "in" else N
         norm = (None, None) if layer_norm == "none" else (randn(width), randn(width))
         settings = (*norm, layer_norm, "relu", 2.0, p, seed)
-        yield adapter_fwd, (x, randn(M, N), down, randn(R), up, randn(N), *settings)
+        for keep in (True, False):
+            yield adapter_fwd, (x, randn(M, N), down, randn(R), up, randn(N), *settings, keep)
         needs = [True] * 5 + [layer_norm != "none"] * 2
-        arguments = (randn(M, N), x, randn(M, R), down, up, randn(N), *settings, False, needs)
+        small = (down, randn(R), up, randn(N))
+        arguments = (randn(M, N), x, randn(M, R), *small, *settings, False, needs)
         yield adapter_bwd, arguments
 
 
@@ -52,13 +54,15 @@ def ffn_arguments(p, transposed):
     x, in_weight, out_weight = randn(M, K, transposed=transposed), randn(F, K), randn(N, F)
     down, up, settings = randn(R, K), randn(N, R), ("gelu", "relu", 2.0, p, p, p, seed)
     for gate in (None, randn(F, K)):
-        for packed in (None, randn(F * (1 if gate is None else 2) + 16, K)):
+        rows = F * (1 if gate is None else 2) + 16
+        for packed in ((None, None), (randn(rows, K), randn(N, F + 16))):
             bias = None if gate is None else randn(F)
             inner = (in_weight, randn(F), gate, bias, out_weight, randn(N))
-            arguments = (x, *inner, down, randn(R), up, randn(N), packed, *settings)
-            yield ffn_fwd, arguments
-            pre = ffn_fwd(*arguments, backend="auto")[1]
-            weights = (in_weight, gate, out_weight, down, up, packed)
+            arguments = (x, *inner, down, randn(R), up, randn(N), *packed, *settings)
+            yield ffn_fwd, (*arguments, True)
+            yield ffn_fwd, (*arguments, False)
+            pre = ffn_fwd(*arguments, True, backend="auto")[1]
+            weights = (in_weight, gate, out_weight, down, up, *packed)
             yield ffn_bwd, (randn(M, N), x, pre, *weights, *settings, [True] * 5)
 
 

@@ -50,6 +50,18 @@ def test_op_is_deterministic(case):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("case", CASES, ids=identity)
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_inference_gives_the_same_bits_and_keeps_nothing(case, name):
+    tensors = case.tensors(torch.float32, torch.float32)
+    with backend(name):
+        expected = run(case.call, tensors)["y"]
+        torch.manual_seed(2)
+        with torch.no_grad():
+            y = case.call(tensors)
+    assert torch.equal(y, expected) and not y.requires_grad
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 def test_flash_and_merge_is_the_reference_in_fp64(causal, mask):

@@ -156,14 +156,22 @@ def test_packed_ffn_plan_allocates_what_the_frozen_block_needs(p):
     with Allocations() as forward:
         _, pre = ffn.ffn_forward(
             x, packed[:inner], bias[0], None, None, out_weight, bias[1], packed[inner:], bias[2],
-            up, bias[3], packed, *settings,
+            up, bias[3], packed, None, *settings, True,
         )  # fmt: skip
     big = sorted(n for n, kind in forward.sizes if n >= m * k // 2 and kind.is_floating_point)
-    assert big == sorted([m * (inner + rank), m * inner, m * k])
+    assert big == sorted([m * (inner + rank)] * 2 + [m * k])
+    with Allocations() as inference:  # A and H are made over the pre-activations
+        ffn.ffn_forward(
+            x, packed[:inner], bias[0], None, None, out_weight, bias[1], packed[inner:], bias[2],
+            up, bias[3], packed, torch.cat([out_weight, 4.0 * up], 1), "gelu", "relu", 4.0, p, p,
+            0.0, seed, False,
+        )  # fmt: skip
+    big = sorted(n for n, kind in inference.sizes if n >= m * k // 2 and kind.is_floating_point)
+    assert big == sorted([m * (inner + rank), m * k])
     with Allocations() as backward:
         ffn.ffn_backward(
             torch.randn(m, k), x, pre, packed[:inner], None, out_weight, packed[inner:], up, packed,
-            *settings, [True] * 5,
+            None, *settings, [True] * 5,
         )  # fmt: skip
     big = sorted(n for n, kind in backward.sizes if n >= m * k // 2 and kind.is_floating_point)
     # the output gradient handed in, dropped dy where there is dropout, [dZ | dT], dx

@@ -125,7 +125,7 @@ def ffn_arguments(m, k, inner, n, r, gated, bias, p, needs=(True,) * 5):
         small[1] = small[3] = None
     return (
         leaf(m, k, needs=needs[0]), frozen(inner, k), frozen(inner) if bias else None, *gate,
-        frozen(n, inner), frozen(n) if bias else None, *small, None, "gelu", "silu", 1.4, p, p, p,
+        frozen(n, inner), frozen(n) if bias else None, *small, None, None, "gelu", "silu", 1.4, p, p, p,
         draw_seed(CPU, 3) if p else None,
     )  # fmt: skip
 
