@@ -11,40 +11,83 @@ from dataclasses import dataclass, field
 
 from pelt_fast.reference.activations import ACTIVATIONS
 
-FORMS = ("low_rank", "bottleneck", "prefix", "full")
+FORMS = ("low_rank", "bottleneck", "prefix", "prompt", "bias", "full")
 TARGETS = (
     "attention", "attention.q", "attention.k", "attention.v", "attention.o", "heads", "ffn",
-    "ffn.in", "ffn.out", "model",
+    "ffn.in", "ffn.out", "embeddings", "model",
 )  # fmt: skip
 INSERTIONS = ("parallel", "sequential")
 COMPOSITIONS = ("add", "scaled", "learned_scale", "learned_channel_scale", "gated")
 KINDS = ("encoder", "decoder", "cross")
+READS = ("default", "input", "residual", "query")
+PLACEMENTS = (
+    "default", "before_output", "after_output", "before_dropout", "after_dropout", "after_norm",
+)  # fmt: skip
 
 # form, target -> (insertion, compositions) pairs that can be built
 _LINEARS = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.in", "ffn.out")
 _SCALED = ("add", "scaled", "learned_scale", "learned_channel_scale")
-_GRID = {
+GRID = {
     **{("low_rank", target): {"parallel": ("add", "scaled")} for target in _LINEARS},
-    ("bottleneck", "attention"): {"sequential": _SCALED},
+    ("bottleneck", "attention"): {"sequential": _SCALED, "parallel": _SCALED},
     ("bottleneck", "ffn"): {"sequential": _SCALED, "parallel": _SCALED},
+    ("bottleneck", "heads"): {"parallel": ("add", "scaled")},
     ("prefix", "heads"): {"parallel": ("gated", "add")},
+    ("prompt", "embeddings"): {"parallel": ("gated",)},
+    ("bias", "model"): {"parallel": ("add",)},
     ("full", "model"): {"parallel": ("add",)},
 }
+# where an update may be read and added, the paper's place first
+_PLACES = {
+    ("attention", "parallel"): ("before_output", "after_output"),
+    ("attention", "sequential"): ("after_output",),
+    ("heads", "parallel"): ("before_output",),
+    ("ffn", "parallel"): ("after_dropout", "before_dropout"),
+    ("ffn", "sequential"): ("after_dropout", "after_norm"),
+}
+_READS = {
+    ("heads", "parallel"): ("input", "query"),
+    ("ffn", "parallel"): ("input", "residual"),
+}
+# why a point has no meaning, the first that applies
+_REASONS = (
+    (lambda m: m.composition == "gated", "a gate is the softmax mass of a prefix's own keys"),
+    (lambda m: m.form == "low_rank" and m.insertion == "sequential",
+     "a low-rank update is one of a weight and reads what the weight reads"),
+    (lambda m: m.form == "low_rank" and m.composition.startswith("learned"),
+     "its second factor trains without a bound and is scale enough"),
+    (lambda m: m.form == "low_rank", "a low-rank update is one of a weight matrix"),
+    (lambda m: m.form == "prefix", "a prefix is keys and values of an attention's heads"),
+    (lambda m: m.form == "prompt", "a prompt is vectors in front of the input embeddings"),
+    (lambda m: m.form in ("bias", "full"), "what trains is the model's own"),
+    (lambda m: m.target == "heads", "heads take an update beside what they attend to"),
+    (lambda m: "." in m.target, "a bottleneck reads and writes a whole sub-layer"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Modification:
     """One modification of the frozen model.
 
-    form: "low_rank" (LoRA), "bottleneck" (adapter), "prefix", "full" (every weight trains).
+    form: "low_rank" (LoRA), "bottleneck" (adapter; on "heads" one for each head), "prefix",
+    "prompt" (vectors in front of the input), "bias" (BitFit: the model's own biases), "full".
     target: what is modified. insertion: "parallel" reads the target's input, "sequential" its
     output. composition: "add" h + Δh; "scaled" h + s Δh; "learned_scale" with s trained from
     ``scale`` (scalar) or "learned_channel_scale" (per channel); "gated" (1 - λ) h + λ Δh.
-    size: rank R, bottleneck R or prefix length P. dropout: on a LoRA's input or an adapter's
-    bottleneck. layer_norm: of an adapter, "none", "in" or "out". init: "lora" (Kaiming down, zero
-    up) or "bert" (normal 0.02). where: which attention / stacks ("encoder", "decoder", "cross").
-    reparameterization: of a prefix, "mlp" (embedding, Linear, Tanh, Linear) or "none";
-    mlp_dim its hidden width.
+    size: rank R, bottleneck R, prefix or prompt length P. dropout: on a LoRA's input or an
+    adapter's bottleneck. layer_norm: of an adapter, "none", "in" or "out". init: "lora" (Kaiming
+    down, zero up) or "bert" (normal 0.02). where: which attention / stacks ("encoder", "decoder",
+    "cross"; a prompt goes to the first stack there is). reparameterization: of a prefix, "mlp"
+    (embedding, Linear, Tanh, Linear) or "none"; mlp_dim its hidden width.
+
+    Where libraries differ, "default" is what the paper's code does:
+    reads: of a parallel FFN adapter "input" (the block's) or "residual" (the stream before a
+    pre-norm; mBART's default); of a bottleneck on heads "input" (the attention's, split by head,
+    with a down projection of its own) or "query" (the frozen query projection is reused).
+    placement: of a parallel attention adapter "before_output" (added to the heads, default) or
+    "after_output" (to the projected output); of an FFN adapter "after_dropout" (default),
+    "before_dropout" (parallel) or "after_norm" (sequential: on the layer's output, Pfeiffer).
+    residual: whether a sequential adapter adds its input to its update.
     """
 
     form: str
@@ -60,6 +103,9 @@ class Modification:
     where: tuple[str, ...] = KINDS
     reparameterization: str = "mlp"
     mlp_dim: int = 800
+    reads: str = "default"
+    placement: str = "default"
+    residual: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "where", tuple(self.where))
@@ -67,6 +113,7 @@ class Modification:
             ("form", FORMS), ("target", TARGETS), ("insertion", INSERTIONS),
             ("composition", COMPOSITIONS), ("activation", ACTIVATIONS), ("init", ("lora", "bert")),
             ("layer_norm", ("none", "in", "out")), ("reparameterization", ("mlp", "none")),
+            ("reads", READS), ("placement", PLACEMENTS), ("residual", (True, False)),
         ):  # fmt: skip
             _one_of(name, getattr(self, name), options)
         for kind in self.where:
@@ -75,23 +122,52 @@ class Modification:
         self._check_numbers()
 
     def _check_point(self):
-        """Refuse a point of the grid that cannot be built, with the nearest one that can."""
-        point = f"{self.insertion} {self.form} on {self.target}, composition {self.composition!r}"
-        insertions = _GRID.get((self.form, self.target))
-        if insertions is None:
-            targets = ", ".join(target for form, target in _GRID if form == self.form)
-            raise ValueError(f"{point}: {self.form} can target {targets}")
-        if self.insertion not in insertions:
-            raise ValueError(f"{point}: insertion can be {', '.join(insertions)} there")
-        if self.composition not in insertions[self.insertion]:
-            raise ValueError(
-                f"{point}: composition can be {', '.join(insertions[self.insertion])} there"
-            )
+        """Refuse a point of the grid without meaning, with the nearest one that has one."""
+        point = _described(self.insertion, self.form, self.target, self.composition)
+        if self.composition not in GRID.get((self.form, self.target), {}).get(self.insertion, ()):
+            reasons = [reason for applies, reason in _REASONS if applies(self)]
+            why = reasons[0] if reasons else "no module is built there"
+            raise ValueError(f"{point} has no meaning: {why}. The nearest is {self._nearest()}")
         if self.composition == "add" and self.scale != 1:
             raise ValueError(f"{point}: scale must be 1, got {self.scale}; use 'scaled'")
+        key = (self.target, self.insertion) if self.form == "bottleneck" else None
+        for name, value, allowed in (
+            ("placement", self.placement, _PLACES.get(key, ())),
+            ("reads", self.reads, _READS.get(key, ())),
+        ):
+            if value not in ("default", *allowed):
+                choice = ", ".join(("default", *allowed))
+                raise ValueError(f"{point}: {name} can be {choice} there, got {value!r}")
+        plain = self.layer_norm == "none" and self.activation == "relu"
+        if (self.form, self.target) == ("bottleneck", "heads") and not plain:
+            raise ValueError(
+                f"{point} is ReLU without a LayerNorm: got activation {self.activation!r},"
+                f" layer_norm {self.layer_norm!r}"
+            )
+        if not self.residual and self.insertion != "sequential":
+            raise ValueError(f"{point}: residual=False is for sequential insertion")
+
+    def _nearest(self) -> str:
+        """The point of the grid that differs in the fewest dimensions, form the last to change."""
+
+        def distance(other: tuple) -> int:
+            insertion, form, target, composition = other
+            family = target.split(".")[0] == self.target.split(".")[0]
+            return (
+                8 * (form != self.form) + 3 * (target != self.target) - family
+                + 2 * (insertion != self.insertion) + (composition != self.composition)
+            )  # fmt: skip
+
+        points = (
+            (insertion, form, target, composition)
+            for (form, target), insertions in GRID.items()
+            for insertion, compositions in insertions.items()
+            for composition in compositions
+        )
+        return _described(*min(points, key=distance))
 
     def _check_numbers(self):
-        if self.form != "full" and (not isinstance(self.size, int) or self.size < 1):
+        if self.form not in ("full", "bias") and (not isinstance(self.size, int) or self.size < 1):
             raise ValueError(f"size (rank, bottleneck or prefix length) must be an integer >= 1,"
                              f" got {self.size!r}")  # fmt: skip
         if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
@@ -100,6 +176,10 @@ class Modification:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if not isinstance(self.mlp_dim, int) or self.mlp_dim < 1:
             raise ValueError(f"mlp_dim must be an integer >= 1, got {self.mlp_dim!r}")
+
+
+def _described(insertion: str, form: str, target: str, composition: str) -> str:
+    return f"{insertion} {form} on {target}, composition {composition!r}"
 
 
 def _one_of(name: str, value, options: tuple[str, ...]) -> None:
@@ -136,6 +216,10 @@ class PeltConfig:
                 if (m.form, m.target, kind) in seen:
                     raise ValueError(f"two {m.form} modifications of {m.target} in {kind!r}")
                 seen.add((m.form, m.target, kind))
+                on_heads = [(form, "heads", kind) in seen for form in ("prefix", "bottleneck")]
+                if all(on_heads) and any(n.reads == "query" for n in self.modifications):
+                    raise ValueError(f"a prefix and a bottleneck that reads the query in {kind!r}:"
+                                     " one attention carries one of them")  # fmt: skip
 
     @property
     def is_full(self) -> bool:

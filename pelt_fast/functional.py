@@ -96,6 +96,8 @@ def _adapter(
     training: bool,
 ) -> Tensor:
     checks.activation_tensor("x", x, 1)
+    if base is not None and torch.is_autocast_enabled(x.device.type):
+        x = x.to(base.dtype)  # a residual stream stays wide, what a linear returned does not
     channels = x.shape[-1] if base is None else base.shape[-1]
     _check_adapter(x, channels, down_weight, down_bias, up_weight, up_bias, scale, activation)
     if base is not None:

@@ -16,8 +16,8 @@ def _adapter(target: str, size: int, insertion: str, scale: float = 1.0, **detai
     )
 
 
-def _prefix(size: int) -> Modification:
-    return Modification("prefix", "heads", composition="gated", size=size)
+def _prefix(size: int, composition: str = "gated", **details) -> Modification:
+    return Modification("prefix", "heads", composition=composition, size=size, **details)
 
 
 def _mam(name: str, prefix: int, bottleneck: int, scale: float) -> PeltConfig:
@@ -26,21 +26,65 @@ def _mam(name: str, prefix: int, bottleneck: int, scale: float) -> PeltConfig:
 
 
 _SEQUENTIAL = dict(insertion="sequential", init="bert", layer_norm="in")
+_PARALLEL_ATTENTION = dict(insertion="parallel", init="bert", layer_norm="in")
+_PARALLEL = dict(insertion="parallel", init="bert")
+_LORA_FFN = (_lora("ffn.in", 102, 4.0), _lora("ffn.out", 102, 4.0))
 
 _PRESETS = (
     PeltConfig("full", (Modification("full", "model"),)),
     PeltConfig("linear_probe"),
-    PeltConfig("lora", (_lora("attention.q", 16, 2.0), _lora("attention.v", 16, 2.0))),
-    PeltConfig("lora_ffn", (_lora("ffn.in", 102, 4.0), _lora("ffn.out", 102, 4.0))),
+    PeltConfig("bitfit", (Modification("bias", "model"),)),
+    PeltConfig("prompt", (Modification("prompt", "embeddings", composition="gated", size=200),)),
     PeltConfig("prefix", (_prefix(200),)),
+    PeltConfig("prefix_ungated", (_prefix(30, "add"),)),
+    PeltConfig("prefix_nomlp", (_prefix(200, reparameterization="none"),)),
+    PeltConfig("lora", (_lora("attention.q", 16, 2.0), _lora("attention.v", 16, 2.0))),
+    PeltConfig("lora_ffn", _LORA_FFN),
     PeltConfig(
         "houlsby",
         (_adapter("attention", 200, **_SEQUENTIAL), _adapter("ffn", 200, **_SEQUENTIAL)),
     ),
+    PeltConfig(
+        "pfeiffer",
+        (_adapter("ffn", 600, "sequential", init="bert", placement="after_norm"),),
+    ),
+    PeltConfig("parallel_adapter_attn", (_adapter("attention", 200, **_PARALLEL_ATTENTION),)),
+    PeltConfig("parallel_adapter_ffn", (_adapter("ffn", 1024, **_PARALLEL),)),
+    PeltConfig("multi_head_parallel_adapter", (_adapter("heads", 200, **_PARALLEL),)),
     PeltConfig("scaled_parallel_adapter", (_adapter("ffn", 512, "parallel", 4.0),)),
+    PeltConfig(
+        "learned_scale_parallel_adapter",
+        (Modification("bottleneck", "ffn", "parallel", "learned_scale", 512, dropout=0.1),),
+    ),
+    PeltConfig(
+        "parallel_attn_parallel_ffn",
+        (_adapter("attention", 30, **_PARALLEL_ATTENTION), _adapter("ffn", 512, **_PARALLEL)),
+    ),
+    PeltConfig("prefix_lora_ffn", (_prefix(30), *_LORA_FFN)),
     _mam("mam", 30, 512, 4.0),
     _mam("mam_glue", 16, 16, 2.0),
 )
+
+# parameters of a modification in one sub-layer: r or l its size, d the model's width, dm the FFN's
+_FORMULAS = {
+    ("low_rank", "attention"): "2 r d",
+    ("low_rank", "ffn"): "r (d + dm)",
+    ("bottleneck", "attention"): "2 r d",
+    ("bottleneck", "ffn"): "2 r d",
+    ("bottleneck", "heads"): "2 r d",
+    ("prefix", "heads"): "2 l d",
+}
+
+
+def formula(modification: Modification) -> str:
+    """Its parameters as the paper counts them (appendix B): matrices, by sub-layer."""
+    if modification.form == "prompt":
+        return "l d, once"
+    if modification.form in ("bias", "full"):
+        return "the model's biases" if modification.form == "bias" else "the model"
+    group = modification.target.split(".")[0]
+    sublayer = "FFN" if group == "ffn" else "attention"
+    return f"{_FORMULAS[modification.form, group]} an {sublayer}"
 
 
 def methods() -> dict[str, PeltConfig]:

@@ -8,22 +8,31 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+
+# a method that a model has nothing for: Llama has no biases
+MEANINGLESS = {("llama", "bitfit")}
 
 VOCABULARY = 61
 PAD = 1
 
 
-def bart(kind=BartForConditionalGeneration, dropout=0.1, **changes):
+def bart(kind=BartForConditionalGeneration, dropout=0.1, config_class=BartConfig, **changes):
     config = dict(
         vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2,
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
         decoder_ffn_dim=48, max_position_embeddings=64, dropout=dropout,
         attention_dropout=dropout, activation_dropout=dropout, pad_token_id=PAD,
     )  # fmt: skip
-    return kind(BartConfig(**(config | changes)))
+    return kind(config_class(**(config | changes)))
+
+
+def mbart(kind=MBartForConditionalGeneration, dropout=0.1, **changes):
+    return bart(kind, dropout, MBartConfig, **changes)
 
 
 def _encoder(config_class, kind, dropout, **changes):
@@ -52,7 +61,12 @@ def llama(kind=LlamaForCausalLM, dropout=0.0, **changes):
     return kind(LlamaConfig(**(config | changes)))
 
 
-MODELS = {"bart": bart, "roberta": roberta, "bert": bert, "llama": llama}
+MODELS = {"bart": bart, "mbart": mbart, "roberta": roberta, "bert": bert, "llama": llama}
+
+
+def pairs(methods) -> list[tuple[str, str]]:
+    """(architecture, method) of every pair that has meaning."""
+    return [(a, m) for a in MODELS for m in methods if (a, m) not in MEANINGLESS]
 
 
 def inputs(model, batch=3, length=9, padding=None) -> dict:

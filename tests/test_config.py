@@ -35,17 +35,66 @@ def test_presets_are_the_papers():
 
 BAD = [
     (dict(form="lowrank", target="ffn.in", size=1), "form must be one of"),
-    (dict(form="low_rank", target="ffn", size=1, composition="scaled"), "low_rank can target"),
+    (
+        dict(form="low_rank", target="ffn", size=1, composition="scaled"),
+        "one of a weight matrix. The nearest is parallel low_rank on ffn.in",
+    ),
     (dict(form="low_rank", target="ffn.in", size=0), "size .* must be an integer >= 1, got 0"),
     (dict(form="low_rank", target="ffn.in", size=1.5), "must be an integer >= 1, got 1.5"),
     (
         dict(form="low_rank", target="ffn.in", size=1, insertion="sequential"),
-        "insertion can be parallel",
+        "reads what the weight reads. The nearest is parallel low_rank on ffn.in",
     ),
-    (dict(form="bottleneck", target="attention", size=1), "insertion can be sequential"),
-    (dict(form="bottleneck", target="ffn", size=1, composition="gated"), "composition can be add"),
-    (dict(form="prefix", target="heads", size=1, composition="scaled"), "composition can be gated"),
-    (dict(form="prefix", target="ffn", size=1), "prefix can target heads"),
+    (
+        dict(form="bottleneck", target="ffn", size=1, composition="gated"),
+        "a gate is the softmax mass .* The nearest is parallel bottleneck on ffn",
+    ),
+    (
+        dict(form="bottleneck", target="attention.q", size=1),
+        "a whole sub-layer. The nearest is parallel bottleneck on attention",
+    ),
+    (
+        dict(form="bottleneck", target="heads", size=1, insertion="sequential"),
+        "beside what they attend to. The nearest is parallel bottleneck on heads",
+    ),
+    (
+        dict(form="prefix", target="heads", size=1, composition="scaled"),
+        "keys and values .* The nearest is parallel prefix on heads, composition 'gated'",
+    ),
+    (
+        dict(form="prefix", target="ffn", size=1),
+        "keys and values .* The nearest is parallel prefix on heads",
+    ),
+    (
+        dict(form="low_rank", target="ffn.in", size=1, composition="learned_scale"),
+        "scale enough. The nearest is parallel low_rank on ffn.in, composition 'add'",
+    ),
+    (
+        dict(form="prompt", target="ffn", size=1),
+        "in front of the input embeddings. The nearest is parallel prompt on embeddings",
+    ),
+    (dict(form="bias", target="ffn"), "the model's own. The nearest is parallel bias on model"),
+    (
+        dict(form="bottleneck", target="ffn", size=1, placement="before_output"),
+        "placement can be default, after_dropout, before_dropout there, got 'before_output'",
+    ),
+    (
+        dict(form="low_rank", target="ffn.in", size=1, placement="after_norm"),
+        "placement can be default there",
+    ),
+    (
+        dict(form="bottleneck", target="attention", size=1, reads="residual"),
+        "reads can be default there, got 'residual'",
+    ),
+    (
+        dict(form="bottleneck", target="ffn", size=1, residual=False),
+        "residual=False is for sequential",
+    ),
+    (
+        dict(form="bottleneck", target="heads", size=1, activation="gelu"),
+        "ReLU without a LayerNorm: got activation 'gelu'",
+    ),
+    (dict(form="bottleneck", target="ffn", size=1, reads="nothing"), "reads must be one of"),
     (
         dict(form="bottleneck", target="ffn", size=1, scale=2.0),
         "scale must be 1, got 2.0; use 'scaled'",

@@ -1,8 +1,10 @@
-"""The presets, each a point of the paper's design space."""
+"""The presets, each a point of the paper's design space, and the grid they are points of."""
 
 import argparse
+import itertools
 
-from pelt_fast.methods import method, methods
+from pelt_fast.config import GRID, Modification
+from pelt_fast.methods import formula, method, methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,15 +13,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a line for each modification of each preset."""
+    """Print a line for each modification of each preset, then every point that has meaning."""
     if options.json is not None:
         print(method(options.json).to_json())
         return 0
+    print("presets (r, l: size; d: model width; dm: FFN width)")
     for name, config in methods().items():
-        print(name)
+        print(f"  {name}")
         for m in config.modifications:
             scale = f" s={m.scale:g}" if m.composition == "scaled" else ""
-            print(f"  {m.insertion} {m.form} on {m.target}, {m.composition}{scale}, size {m.size}")
+            size = f", size {m.size}" if m.size else ""
+            what = f"{m.insertion} {m.form} on {m.target}, {m.composition}{scale}{size}"
+            print(f"    {what:<62}{formula(m)}")
         if not config.modifications:
-            print("  the task head alone")
+            print("    the task head alone")
+    print("\nthe grid: form on target, insertion: compositions")
+    for (form, target), insertions in GRID.items():
+        for insertion, compositions in insertions.items():
+            size = 0 if form in ("bias", "full") else 1
+            m = Modification(form, target, insertion, compositions[0], size)
+            line = f"{form:<11}on {target:<12}{insertion:<11}{', '.join(compositions)}"
+            print(f"  {line:<88}{formula(m)}")
+    count = sum(len(c) for c in itertools.chain(*(i.values() for i in GRID.values())))
+    print(f"{count} points; --json NAME prints a preset whole")
     return 0

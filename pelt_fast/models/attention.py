@@ -2,9 +2,10 @@
 
 For each attention a user may have chosen and that can carry a prefix, a function of the name
 ``pelt_fast_<choice>`` is registered beside the matching mask function. An attention module with a
-:class:`~pelt_fast.modules.PrefixSlice` runs ``prefix_attention``; any other runs the user's
-choice as it is. Nothing goes through ``past_key_values``, so any cache and any decoding work; the
-prefix has no positions, and those of the tokens stay what they were.
+:class:`~pelt_fast.modules.PrefixSlice` or :class:`~pelt_fast.modules.QuerySlice` runs
+``prefix_attention``; any other runs the user's choice as it is. Nothing goes through a cache, so
+any cache and any decoding work; a prefix has no positions, and those of the tokens stay what they
+were.
 """
 
 import sys
@@ -15,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelt_fast import functional
-from pelt_fast.modules import PrefixSlice
+from pelt_fast.modules import PrefixSlice, QuerySlice
 from pelt_fast.ops.backends import backend
 from pelt_fast.reference.heads import context_scores, expand_heads
 
@@ -54,15 +55,15 @@ def _refuse(kwargs: dict) -> None:
             raise ValueError(f"prefix attention cannot carry {name} of this model's attention")
 
 
-def _prefixed(module: nn.Module) -> PrefixSlice | None:
+def _prefixed(module: nn.Module) -> PrefixSlice | QuerySlice | None:
     return module.__dict__.get(SLICE)
 
 
 def _attend(module, site, q, k, v, mask, causal, dropout, scaling) -> Tensor:
-    prefix_k, prefix_v = site()
+    prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
     out = functional.prefix_attention(
         q, k, v, prefix_k, prefix_v, attn_mask=mask, is_causal=causal, scale=scaling,
-        composition=site.composition, dropout_p=dropout, training=module.training,
+        form=site.form, composition=site.composition, dropout_p=dropout, training=module.training,
     )  # fmt: skip
     return out.transpose(1, 2)  # (B, T, H, D), contiguous
 
@@ -110,7 +111,7 @@ def _weights(site, query, key, mask, scaling) -> Tensor:
     heads = query.shape[1]
     scores = context_scores(query.float(), expand_heads(key.float(), heads), mask, False, scaling)
     if site.composition == "gated":
-        prefix = expand_heads(site()[0].float(), heads)
+        prefix = expand_heads(site(scaling)[0].float(), heads)
         both = torch.cat([scaling * query.float() @ prefix.transpose(-1, -2), scores], -1)
         return torch.softmax(both, -1)[..., prefix.shape[-2] :].to(query.dtype)
     return torch.softmax(scores, -1).to(query.dtype)

@@ -49,7 +49,7 @@ def method_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {f"{name}.prefix": bank().detach() for name, bank in banks.items()}
     for name, parameter in model.named_parameters():
         in_bank = any(name.startswith(f"{bank}.") for bank in banks)
-        if name in takeover.head or (is_method(name) and not in_bank):
+        if name in takeover.own_trained or (is_method(name) and not in_bank):
             tensors[name] = parameter.detach()
     return tensors
 

@@ -8,7 +8,7 @@ from pelt_fast.modules import PrefixBank
 
 from .takeover import takeover_of
 
-_MATRICES = ("lora_a", "lora_b", "down_weight", "up_weight")
+_MATRICES = ("lora_a", "lora_b", "down_weight", "up_weight", "embedding")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     head = sum(named[name].numel() for name in takeover.head)
     if takeover.config.is_full:
         return ParameterCount(base, base, trainable, head, base)
-    paper = kept = 0
+    paper = kept = sum(named[name].numel() for name in takeover.biases)
     for module in method_modules(model):
         if isinstance(module, PrefixBank):
             layers, two, heads, size, head_dim = module.shape

@@ -5,7 +5,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from pelt_fast.modules import ParallelFFNAdapter, PrefixBank
+from pelt_fast.modules import (
+    MultiHeadAdapter,
+    ParallelFFNAdapter,
+    PrefixBank,
+    Prompt,
+    QueryHeads,
+)
 from pelt_fast.ops import support
 
 from .count import ParameterCount, count_parameters
@@ -87,42 +93,41 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _report(site: Site, trainable: int) -> SiteReport:
-    parameter = next(site.module.parameters())
-    plan, note = support.plan(site.op, parameter.device, **_dtype_and_size(site.module)), ""
-    if isinstance(site.module, PrefixBank):
+    module, device, note = site.module, next(site.module.parameters()).device, ""
+    if isinstance(module, Prompt):
+        plan, saved = support.Plan("concatenation"), 0
+    elif isinstance(module, (PrefixBank, QueryHeads)):
         attention = site.details["attention"]
-        plan, note = _prefix_plan(site.module, attention, parameter.device)
-        saved = _prefix_bytes(site.module, attention)
-    elif isinstance(site.module, ParallelFFNAdapter):
-        note = site.module.why_not_fused() or ""
+        plan, note = _prefix_plan(module, attention, device)
+        saved = _prefix_bytes(module, attention)
+    else:
+        op = "prefix" if isinstance(module, MultiHeadAdapter) else site.op
+        plan = support.plan(op, device, **_dtype_and_size(module))
+        saved = _low_rank_bytes(module)
+    if isinstance(module, ParallelFFNAdapter):
+        note = module.why_not_fused() or ""
         if note:
             plan = support.Plan("own FFN + adapter", note)
-        elif site.module.is_packed and plan.reason is None:
+        elif module.is_packed and plan.reason is None:
             plan = support.Plan(f"packed, {plan.name}")
-        saved = _ffn_bytes(site.module, fused=not note)
-    else:
-        saved = _low_rank_bytes(site.module)
+        saved = _ffn_bytes(module, fused=not note)
     return SiteReport(
-        site.name,
-        site.op,
-        plan.name,
-        plan.reason is not None,
-        plan.reason or note,
-        saved,
+        site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved,
         trainable,
-    )
+    )  # fmt: skip
 
 
-def _prefix_plan(bank: PrefixBank, attention: nn.Module, device) -> tuple[support.Plan, str]:
+def _prefix_plan(module: nn.Module, attention: nn.Module, device) -> tuple[support.Plan, str]:
     if attention.config._attn_implementation == "pelt_fast_eager":
         return support.Plan("reference", "the model was told to use eager attention"), ""
     value = getattr(attention, "dropout", getattr(attention, "attention_dropout", 0.0))
     p = float(getattr(value, "p", value)) if attention.training else 0.0
-    plan = support.plan("prefix", device, p, **_dtype_and_size(bank))
+    plan = support.plan("prefix", device, p, **_dtype_and_size(module))
     if plan.name == "blocked":
         return plan, "attention dropout: torch's CPU flash kernel has none"
     weight = next(q for name, q in attention.named_parameters() if "pelt_" not in name)
-    grouped = bank.shape[2] * bank.shape[4] != _query_width(attention)
+    heads, _, dim = _heads_shape(module)
+    grouped = heads * dim != _query_width(attention)
     if plan.name == "triton" and grouped:
         when = "always (fp32)" if weight.dtype == torch.float32 else "under a mask"
         return plan, f"grouped heads: K and V are expanded {when}"
@@ -137,7 +142,7 @@ def _dtype_and_size(module: nn.Module) -> dict:
     """What decides about the kernels: the base's dtype, and the rank or prefix length."""
     if isinstance(module, PrefixBank):
         return dict(dtype=next(module.parameters()).dtype, size=module.shape[3])
-    return dict(dtype=_frozen_weight(module).dtype, size=_down(module).shape[0])
+    return dict(dtype=_frozen_weight(module).dtype, size=_down(module).shape[-2])
 
 
 def _down(module: nn.Module) -> nn.Parameter:
@@ -145,16 +150,21 @@ def _down(module: nn.Module) -> nn.Parameter:
 
 
 def _frozen_weight(module: nn.Module) -> nn.Parameter:
-    slot = module.slot if hasattr(module, "slot") else module.ffn.out_proj
+    slot = module.ffn.out_proj if hasattr(module, "ffn") else module.slot
     return slot.module.weight
 
 
-def _prefix_bytes(bank: PrefixBank, attention: nn.Module) -> int:
+def _prefix_bytes(module: nn.Module, attention: nn.Module) -> int:
     """q, k, v, o in the base's dtype and the fp32 lse, of one token in one attention."""
     weight = next(p for name, p in attention.named_parameters() if "pelt_" not in name)
-    _, _, kv_heads, _, head_dim = bank.shape
+    kv_heads, _, head_dim = _heads_shape(module)
     queries = _query_width(attention)
     return (2 * queries + 2 * kv_heads * head_dim) * weight.element_size() + 4 * queries // head_dim
+
+
+def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
+    """Heads, size and head dim of a prefix or of bottlenecks by head."""
+    return tuple(module.shape[2:] if isinstance(module, PrefixBank) else module.down_weight.shape)
 
 
 def _ffn_bytes(module: ParallelFFNAdapter, fused: bool) -> int:
@@ -167,5 +177,9 @@ def _ffn_bytes(module: ParallelFFNAdapter, fused: bool) -> int:
 
 
 def _low_rank_bytes(module: nn.Module) -> int:
-    """x and the M x R intermediate."""
-    return sum(_down(module).shape) * _frozen_weight(module).element_size()
+    """x and the M x R intermediate; of bottlenecks by head x, o and its lse."""
+    element = _frozen_weight(module).element_size()
+    if isinstance(module, MultiHeadAdapter):
+        heads, _, dim = _heads_shape(module)
+        return 3 * heads * dim * element + 4 * heads
+    return sum(_down(module).shape) * element

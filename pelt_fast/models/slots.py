@@ -30,7 +30,9 @@ class FFNSlot:
     ``entry`` is the module whose call is taken over: the block's own module, or ``in_proj`` where
     the layer spells the block out. ``activation`` is the module or attribute of the activation
     and ``config_activation`` the config's name for it. A dropout is a module or a float attribute;
-    ``output_dropout_also`` names the attentions whose output the same float drops.
+    ``output_dropout_also`` names the attentions whose output the same float drops. ``norm`` is the
+    norm in front of a pre-norm block, whose input is the residual stream; ``adapter_reads`` what a
+    parallel adapter reads there in the paper's code, "input" or "residual".
     """
 
     entry: str
@@ -42,11 +44,28 @@ class FFNSlot:
     activation_dropout: str | None = None
     output_dropout: str | None = None
     output_dropout_also: tuple[str, ...] = ()
+    norm: str | None = None
+    adapter_reads: str = "input"
 
     @property
     def is_container(self) -> bool:
         """Whether ``entry`` runs the whole block, so that nothing of it is called elsewhere."""
         return self.entry != self.in_proj
+
+
+@dataclass(frozen=True)
+class PromptSlot:
+    """How a prompt gets in front of a stack's tokens; every path from the base model.
+
+    ``norm``: the LayerNorm of the summed embeddings, in front of which the prompt is put;
+    ``strip``: the module whose output is without it again. Else it is put in front of the token
+    embeddings of ``owner``, and ``positions`` is the module that gives learned positions, of which
+    the prompt gets none (None: rotary, where it takes the first).
+    """
+
+    norm: str | None = None
+    strip: str | None = None
+    positions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class StackSlot:
     layers: str
     attentions: tuple[AttentionSlot, ...]
     ffn: FFNSlot
+    prompt: PromptSlot | None = None
 
 
 def _bert_row() -> tuple[StackSlot, ...]:
@@ -69,7 +89,8 @@ def _bert_row() -> tuple[StackSlot, ...]:
         "intermediate.dense", "intermediate.dense", "output.dense",
         "intermediate.intermediate_act_fn", "hidden_act", output_dropout="output.dropout",
     )  # fmt: skip
-    return (StackSlot("encoder", "encoder", "encoder.layer", (attention,), ffn),)
+    prompt = PromptSlot(norm="embeddings.LayerNorm", strip="encoder")
+    return (StackSlot("encoder", "encoder", "encoder.layer", (attention,), ffn, prompt),)
 
 
 def _bart_attention(kind: str, module: str) -> AttentionSlot:
@@ -77,21 +98,23 @@ def _bart_attention(kind: str, module: str) -> AttentionSlot:
     return AttentionSlot(kind, module, *names)
 
 
-def _bart_ffn(*attentions: str) -> FFNSlot:
+def _bart_ffn(*attentions: str, **pre_norm: str) -> FFNSlot:
     return FFNSlot(
         "fc1", "fc1", "fc2", "activation_fn", "activation_function",
         activation_dropout="activation_dropout", output_dropout="dropout",
-        output_dropout_also=attentions,
+        output_dropout_also=attentions, **pre_norm,
     )  # fmt: skip
 
 
-def _bart_row() -> tuple[StackSlot, ...]:
+def _bart_row(**pre_norm: str) -> tuple[StackSlot, ...]:
     own, cross = "self_attn", "encoder_attn"
     encoder = (_bart_attention("encoder", own),)
     decoder = (_bart_attention("decoder", own), _bart_attention("cross", cross))
+    prompt = PromptSlot(positions="encoder.embed_positions")
+    ffns = _bart_ffn(own, **pre_norm), _bart_ffn(own, cross, **pre_norm)
     return (
-        StackSlot("encoder", "encoder", "encoder.layers", encoder, _bart_ffn(own)),
-        StackSlot("decoder", "decoder", "decoder.layers", decoder, _bart_ffn(own, cross)),
+        StackSlot("encoder", "encoder", "encoder.layers", encoder, ffns[0], prompt),
+        StackSlot("decoder", "decoder", "decoder.layers", decoder, ffns[1]),
     )
 
 
@@ -102,15 +125,16 @@ def _llama_row() -> tuple[StackSlot, ...]:
     )  # fmt: skip
     ffn = FFNSlot(
         "mlp", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", "hidden_act",
-        gate_proj="mlp.gate_proj",
+        gate_proj="mlp.gate_proj", norm="post_attention_layernorm",
     )  # fmt: skip
-    return (StackSlot("decoder", "", "layers", (attention,), ffn),)
+    return (StackSlot("decoder", "", "layers", (attention,), ffn, PromptSlot()),)
 
 
 ARCHITECTURES: dict[str, tuple[StackSlot, ...]] = {
     "bart": _bart_row(),
     "bert": _bert_row(),
     "llama": _llama_row(),
+    "mbart": _bart_row(norm="final_layer_norm", adapter_reads="residual"),
     "roberta": _bert_row(),
 }
 
@@ -164,7 +188,7 @@ def _missing_paths(base: nn.Module, stack: StackSlot) -> Iterator[str]:
     layer = find(base, stack.layers)[0]
     ffn = stack.ffn
     paths = [ffn.entry, ffn.in_proj, ffn.out_proj, ffn.gate_proj, ffn.activation,
-             ffn.activation_dropout, ffn.output_dropout]  # fmt: skip
+             ffn.activation_dropout, ffn.output_dropout, ffn.norm]  # fmt: skip
     for attention in stack.attentions:
         paths += [attention.module, attention.q, attention.k, attention.v, attention.out]
     return (f"{stack.layers}.0.{path}" for path in paths if path and not has(layer, path))

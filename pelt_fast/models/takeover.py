@@ -29,9 +29,15 @@ class Takeover:
         self.config = config
         self.sites: list[Site] = []
         self.head: list[str] = []  # names of the task head's parameters
+        self.biases: list[str] = []  # and of the base's biases that are the method
         self.trainable_before: dict[str, bool] = {}
-        self.head_before: dict[str, torch.Tensor] = {}
+        self.values_before: dict[str, torch.Tensor] = {}
         self._undo: list[tuple] = []
+
+    @property
+    def own_trained(self) -> set[str]:
+        """Names of the model's own parameters that train."""
+        return {*self.head, *self.biases}
 
     def call(self, module: nn.Module, forward) -> None:
         """Let ``module`` run ``forward`` when called."""

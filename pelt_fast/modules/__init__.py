@@ -1,16 +1,31 @@
 """The trainable sites: each holds its tensors and the frozen slot it modifies, and no maths."""
 
-from .adapter import SequentialAdapter
-from .ffn import FrozenFFN, ParallelFFNAdapter, SequentialFFNAdapter
+from .adapter import ParallelAttentionAdapter, SequentialAdapter
+from .ffn import (
+    FrozenFFN,
+    LayerAdapter,
+    ParallelFFNAdapter,
+    ResidualFFNAdapter,
+    SequentialFFNAdapter,
+)
+from .heads import MultiHeadAdapter, QueryHeads, QuerySlice
 from .lora import LoRALinear
 from .prefix import PrefixBank, PrefixSlice
+from .prompt import Prompt
 
 __all__ = [
     "FrozenFFN",
+    "LayerAdapter",
     "LoRALinear",
+    "MultiHeadAdapter",
+    "ParallelAttentionAdapter",
     "ParallelFFNAdapter",
     "PrefixBank",
     "PrefixSlice",
+    "Prompt",
+    "QueryHeads",
+    "QuerySlice",
+    "ResidualFFNAdapter",
     "SequentialAdapter",
     "SequentialFFNAdapter",
 ]

@@ -1,4 +1,4 @@
-"""The bottleneck's tensors, and the sequential adapter on a linear layer's output."""
+"""The bottleneck's tensors, and the adapters at an attention's output projection."""
 
 import math
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pelt_fast import functional
 from pelt_fast.config import Modification
 
+from .caught import Caught
 from .slot import Slot
 
 
@@ -44,6 +45,7 @@ class Bottleneck(nn.Module):
             self.scale = nn.Parameter(torch.full((size,), float(modification.scale), **place))
         self.activation = modification.activation
         self.layer_norm = modification.layer_norm
+        self.residual = modification.residual
         self.dropout_p = modification.dropout
 
     @property
@@ -63,6 +65,16 @@ class Bottleneck(nn.Module):
         return dict(layer_norm=self.layer_norm, norm_weight=self.norm_weight,
                     norm_bias=self.norm_bias)  # fmt: skip
 
+    def sequential(self, h: Tensor) -> Tensor:
+        """h + Δ(h), or Δ(h) alone without its residual."""
+        if self.residual:
+            return functional.sequential_adapter(h, *self.weights, **self.settings, **self.norm)
+        return self.parallel(torch.zeros_like(h), h)
+
+    def parallel(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + Δ(x)."""
+        return functional.parallel_adapter(base, x, *self.weights, **self.settings, **self.norm)
+
     def extra_repr(self) -> str:
         rank, inputs = self.down_weight.shape
         shape = f"{inputs} -> {rank} -> {self.up_weight.shape[0]}"
@@ -81,6 +93,22 @@ class SequentialAdapter(Bottleneck):
         self.slot = Slot(linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.sequential_adapter(
-            self.slot(x), *self.weights, **self.settings, **self.norm
-        )
+        return self.sequential(self.slot(x))
+
+
+class ParallelAttentionAdapter(Bottleneck):
+    """Runs in the place of an output projection beside an adapter of the attention's own input:
+    linear(heads + Δ(x)), as the paper's code has it, or linear(heads) + Δ(x)."""
+
+    def __init__(self, linear: nn.Linear, width: int, modification: Modification, dtype):
+        before_output = modification.placement != "after_output"
+        outputs = linear.weight.shape[1 if before_output else 0]
+        super().__init__(width, outputs, modification, linear.weight.device, dtype)
+        self.before_output = before_output
+        self.slot, self.caught = Slot(linear), Caught()
+
+    def forward(self, heads: Tensor) -> Tensor:
+        x = self.caught.take()
+        if self.before_output:
+            return self.slot(self.parallel(heads, x))
+        return self.parallel(self.slot(heads), x)

@@ -1,4 +1,4 @@
-"""Adapters on a whole feed-forward block: parallel (a wider FFN) and sequential."""
+"""Adapters on a whole feed-forward block: parallel (a wider FFN, or beside it) and sequential."""
 
 from collections.abc import Callable
 
@@ -11,6 +11,7 @@ from pelt_fast.config import Modification
 from pelt_fast.ops import support
 
 from .adapter import Bottleneck
+from .caught import Caught
 from .packing import Packing
 from .slot import Slot
 
@@ -52,8 +53,8 @@ class FrozenFFN:
             return "a projection is not a plain frozen nn.Linear (LoRA on it, trained or replaced)"
         return None
 
-    def __call__(self, x: Tensor, training: bool) -> Tensor:
-        """The block as the model itself runs it, output dropout included."""
+    def __call__(self, x: Tensor, training: bool, output_dropout: bool = True) -> Tensor:
+        """The block as the model itself runs it, output dropout included unless told."""
         if isinstance(self.activate, nn.Module):
             activate = type(self.activate).forward.__get__(self.activate)  # past the takeover
         else:
@@ -63,7 +64,8 @@ class FrozenFFN:
         else:
             h = activate(self.gate_proj(x)) * self.in_proj(x)
         h = F.dropout(h, self.activation_dropout_p, training)
-        return F.dropout(self.out_proj(h), self.output_dropout_p, training)
+        y = self.out_proj(h)
+        return F.dropout(y, self.output_dropout_p, training) if output_dropout else y
 
 
 class _FFNAdapter(Bottleneck):
@@ -81,9 +83,39 @@ class SequentialFFNAdapter(_FFNAdapter):
     """Runs in the place of the block: adapter(ffn(x)), after the output dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.sequential_adapter(
-            self.ffn(x, self.training), *self.weights, **self.settings, **self.norm
-        )
+        return self.sequential(self.ffn(x, self.training))
+
+
+class LayerAdapter(_FFNAdapter):
+    """Runs in the place of a whole layer: adapter(layer(..)), after its last add and norm
+    (Pfeiffer)."""
+
+    def __init__(self, layer: nn.Module, ffn: FrozenFFN, modification: Modification, dtype):
+        super().__init__(ffn, modification, dtype)
+        self.slot = Slot(layer)
+
+    def forward(self, *args, **kwargs):
+        out = type(self.slot.module).forward(self.slot.module, *args, **kwargs)
+        if isinstance(out, tuple):
+            return self.sequential(out[0]), *out[1:]
+        return self.sequential(out)
+
+
+class ResidualFFNAdapter(_FFNAdapter):
+    """Runs in the place of the block: ffn(norm(x)) + Δ(x), x the residual stream that the block's
+    own norm reads (the paper's mBART). x is read once more: nothing to widen."""
+
+    def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
+        super().__init__(ffn, modification, dtype)
+        self.caught = Caught()
+        self.before_dropout = modification.placement == "before_dropout"
+
+    def forward(self, normed: Tensor) -> Tensor:
+        x = self.caught.take()
+        if not self.before_dropout:
+            return self.parallel(self.ffn(normed, self.training), x)
+        y = self.parallel(self.ffn(normed, self.training, output_dropout=False), x)
+        return F.dropout(y, self.ffn.output_dropout_p, self.training)
 
 
 class ParallelFFNAdapter(_FFNAdapter):
@@ -96,8 +128,11 @@ class ParallelFFNAdapter(_FFNAdapter):
 
     def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
         super().__init__(ffn, modification, dtype)
+        # before the output dropout the update is part of what it drops: the op then has none
+        self.before_dropout = modification.placement == "before_dropout"
+        self.output_dropout_p = 0.0 if self.before_dropout else ffn.output_dropout_p
         self.packed_in = Packing(0, modification.size)
-        self.packed_out = Packing(1, modification.size) if ffn.output_dropout_p == 0 else None
+        self.packed_out = Packing(1, modification.size) if self.output_dropout_p == 0 else None
 
     def why_not_fused(self) -> str | None:
         """The reason this runs as the model's own FFN and an adapter beside it, or None."""
@@ -109,8 +144,12 @@ class ParallelFFNAdapter(_FFNAdapter):
         reason = self.why_not_fused()
         if reason is not None:
             support.fall_back(f"parallel adapter beside the model's own FFN, because {reason}")
-            base = self.ffn(x, self.training)
-            return functional.parallel_adapter(base, x, *self.weights, **self.settings, **self.norm)
+            y = self.parallel(self.ffn(x, self.training, not self.before_dropout), x)
+        else:
+            y = self._widened(x)
+        return F.dropout(y, self.ffn.output_dropout_p, self.training) if self.before_dropout else y
+
+    def _widened(self, x: Tensor) -> Tensor:
         ffn = self.ffn
         gate = None if ffn.gate_proj is None else ffn.gate_proj.module
         in_proj, out_proj = ffn.in_proj.module, ffn.out_proj.module
@@ -119,7 +158,7 @@ class ParallelFFNAdapter(_FFNAdapter):
             gate_weight=None if gate is None else gate.weight,
             gate_bias=None if gate is None else gate.bias,
             ffn_activation=ffn.activation, activation_dropout_p=ffn.activation_dropout_p,
-            output_dropout_p=ffn.output_dropout_p, **self._packed_now(), **self.settings,
+            output_dropout_p=self.output_dropout_p, **self._packed_now(), **self.settings,
         )  # fmt: skip
 
     @property

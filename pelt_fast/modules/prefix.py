@@ -94,9 +94,11 @@ class PrefixBank(nn.Module):
 class PrefixSlice:
     """One attention's place in a bank; the attention function finds it on the module."""
 
+    form = "softmax"
+
     def __init__(self, bank: PrefixBank, index: int, composition: str):
         self.bank, self.index, self.composition = bank, index, composition
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """prefix_k and prefix_v (Hkv, P, D)."""
+    def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """prefix_k and prefix_v (Hkv, P, D), whatever the scale of their scores."""
         return self.bank.layer(self.index)

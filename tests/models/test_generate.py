@@ -16,9 +16,15 @@ def tokens(model, batch, **options):
                           pad_token_id=PAD, **options)  # fmt: skip
 
 
+METHODS = [
+    "lora", "houlsby", "pfeiffer", "prefix", "prefix_ungated", "parallel_attn_parallel_ffn",
+    "multi_head_parallel_adapter", "mam",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("choice", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("method", ["lora", "houlsby", "prefix", "mam"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", ["bart", "llama"])
 def test_greedy_with_and_without_cache_gives_the_same_tokens(architecture, method, padding, choice):
     model = MODELS[architecture](dropout=0.1)

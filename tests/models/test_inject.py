@@ -11,7 +11,7 @@ from transformers import BartForConditionalGeneration, GPT2Config, GPT2LMHeadMod
 import pelt_fast
 from pelt_fast.models.inject import inject
 from tests.models.test_parity import small_method
-from tests.small import MODELS, bart, inputs, llama, randomise, roberta
+from tests.small import MODELS, bart, inputs, llama, pairs, randomise, roberta
 
 METHODS = [name for name in pelt_fast.methods() if name not in ("linear_probe", "full")]
 
@@ -35,8 +35,7 @@ def train_a_little(model, steps=2):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture, method", pairs(METHODS))
 def test_eject_gives_the_base_back_bit_for_bit(architecture, method):
     model = MODELS[architecture]()
     model.lm_marker = nn.Parameter(torch.ones(1), requires_grad=False)
@@ -44,6 +43,7 @@ def test_eject_gives_the_base_back_bit_for_bit(architecture, method):
     attention, batch = model.config._attn_implementation, inputs(model, padding="right")
     logits = model.eval()(**batch).logits
     attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     pelt_fast.inject(model, small_method(method))
     train_a_little(model)
     assert pelt_fast.eject(model) is model
@@ -51,14 +51,15 @@ def test_eject_gives_the_base_back_bit_for_bit(architecture, method):
     assert [p.requires_grad for p in model.parameters()] == flags
     assert model.config._attn_implementation == attention
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
+    after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert after == hooks
     for parameter in model.parameters():  # no weight still looks into a packed buffer
         assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
     assert torch.equal(model.eval()(**batch).logits, logits)
     pelt_fast.inject(model, small_method(method))  # and again
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture, method", pairs(METHODS))
 def test_state_dict_shows_the_bases_names_beside_the_methods(architecture, method):
     model = MODELS[architecture]()
     before = snapshot(model)
@@ -66,11 +67,10 @@ def test_state_dict_shows_the_bases_names_beside_the_methods(architecture, metho
     after = model.state_dict()
     assert same({name: after[name] for name in before}, before)
     assert all("pelt_" in name for name in after.keys() - before.keys())
-    assert len(after) > len(before)
+    assert len(after) > len(before) or method == "bitfit"
 
 
-@pytest.mark.parametrize("method", [*METHODS, "full"])
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture, method", pairs([*METHODS, "full"]))
 def test_no_trainable_parameter_is_dead_and_the_base_is_frozen(architecture, method):
     """jxhe/unify: 304k dead adapter parameters a RoBERTa, two of three prefix MLPs unused."""
     model = MODELS[architecture]()
@@ -81,6 +81,8 @@ def test_no_trainable_parameter_is_dead_and_the_base_is_frozen(architecture, met
         if parameter.requires_grad:
             if method == "full" and ("pooler" in name or "decoder.layer_norm" in name):
                 continue
+            if method == "bitfit" and name.split(".")[-2] in ("k_proj", "key"):
+                continue  # the same for every key: softmax does not see it
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         else:
             assert name in base and parameter.grad is None
@@ -291,7 +293,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no memory")
 
-    monkeypatch.setitem(module._BUILDERS, "bottleneck", fail)
+    monkeypatch.setitem(module.BUILDERS, "bottleneck", fail)
     refused(bart(), small_method("mam"), RuntimeError, "no memory")
 
 
@@ -309,7 +311,7 @@ def test_bart_large_trains_without_a_fallback():
         attention_dropout=0.1, activation_dropout=0.1
     )
     for method in pelt_fast.methods():
-        if method in ("full", "linear_probe"):
+        if method in ("full", "linear_probe", "bitfit"):  # no sites
             continue
         with torch.device("meta"):
             model = BartForConditionalGeneration(config).train()

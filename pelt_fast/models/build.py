@@ -1,0 +1,229 @@
+"""How each form gets into a model: its sites are made, registered, and called."""
+
+import torch
+from torch import nn
+
+from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.modules import (
+    FrozenFFN,
+    LayerAdapter,
+    LoRALinear,
+    MultiHeadAdapter,
+    ParallelAttentionAdapter,
+    ParallelFFNAdapter,
+    PrefixBank,
+    PrefixSlice,
+    Prompt,
+    QueryHeads,
+    QuerySlice,
+    ResidualFFNAdapter,
+    SequentialAdapter,
+    SequentialFFNAdapter,
+)
+from pelt_fast.modules.caught import Caught
+from pelt_fast.modules.slot import LORA, Slot
+
+from . import attention
+from .places import attention_slots, ffns, linears, prompted
+from .prompt import attach_prompt
+from .slots import FFNSlot, base_of, find
+from .takeover import MovedDropout, Site, Takeover
+
+# the config's activation names the ops know
+_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+    "silu": "silu", "swish": "silu", "tanh": "tanh",
+}  # fmt: skip
+
+
+def _dtype(config: PeltConfig, weight: torch.Tensor) -> torch.dtype:
+    """The trainable tensors' dtype beside ``weight``: never narrower than it."""
+    wanted = getattr(torch, config.dtype)
+    return wanted if wanted.itemsize >= weight.dtype.itemsize else weight.dtype
+
+
+def _inject_lora(model, modification, config, stacks, takeover) -> None:
+    for name, linear in linears(base_of(model), modification, stacks):
+        site = LoRALinear(linear, modification.size, modification.scale, modification.dropout,
+                          modification.init, _dtype(config, linear.weight))  # fmt: skip
+        takeover.add(linear, LORA, site)
+        takeover.call(linear, site.forward)
+        takeover.sites.append(Site(name, "lora", "low_rank", site))
+
+
+def _inject_prefix(model, modification, config, stacks, takeover) -> None:
+    base = base_of(model)
+    banks: dict[str, PrefixBank] = {}
+    for place, slot in attention_slots(base, modification, stacks):
+        module = find(place.layer, slot.module)
+        if slot.kind not in banks:
+            owner = find(base, place.stack.owner)
+            bank = _bank(
+                place, slot, module, modification, config, len(find(base, place.stack.layers))
+            )
+            banks[slot.kind] = bank
+            takeover.add(owner, f"pelt_{slot.kind}_prefix", bank)
+            takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
+            takeover.hook(owner.register_forward_pre_hook(bank.before_stack))
+        bank = banks[slot.kind]
+        takeover.set(
+            module, attention.SLICE, PrefixSlice(bank, place.index, modification.composition)
+        )
+        takeover.sites.append(
+            Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank, attention=module)
+        )
+        _wrap_attention(module, takeover)
+
+
+def _wrap_attention(module: nn.Module, takeover: Takeover) -> None:
+    choice = attention.wrapping(module.config._attn_implementation)
+    if module.config._attn_implementation != choice:
+        takeover.set_attention(module.config, choice)
+
+
+def head_dim_of(module: nn.Module) -> int:
+    """D of an attention module."""
+    return getattr(module, "head_dim", None) or module.attention_head_size
+
+
+def reads_residual(modification: Modification, slot: FFNSlot) -> bool:
+    """Whether a parallel adapter reads the stream before the block's norm. In a post-norm model
+    that stream is the block's own input: there is nothing else to read."""
+    reads = slot.adapter_reads if modification.reads == "default" else modification.reads
+    return reads == "residual" and slot.norm is not None
+
+
+def _bank(place, slot, module, modification, config, layers: int) -> PrefixBank:
+    key, head_dim = find(place.layer, slot.k), head_dim_of(module)
+    out_features, width = key.weight.shape
+    return PrefixBank(layers, out_features // head_dim, head_dim, width, modification,
+                      key.weight.device, _dtype(config, key.weight))  # fmt: skip
+
+
+def _inject_bottleneck(model, modification, config, stacks, takeover) -> None:
+    if modification.target == "ffn":
+        _inject_ffn(model, modification, config, stacks, takeover)
+    elif modification.reads == "query":
+        _inject_query_heads(model, modification, config, stacks, takeover)
+    else:
+        _inject_at_output(model, modification, config, stacks, takeover)
+
+
+def _inject_at_output(model, modification, config, stacks, takeover) -> None:
+    """Adapters that run where an attention's output projection is called."""
+    for place, slot in attention_slots(base_of(model), modification, stacks):
+        linear, module = find(place.layer, slot.out), find(place.layer, slot.module)
+        dtype = _dtype(config, linear.weight)
+        if modification.insertion == "sequential":
+            site = SequentialAdapter(linear, modification, dtype)
+        elif modification.target == "heads":
+            heads = linear.weight.shape[1] // head_dim_of(module)
+            site = MultiHeadAdapter(linear, heads, modification, dtype)
+        else:
+            width = find(place.layer, slot.q).weight.shape[1]
+            site = ParallelAttentionAdapter(linear, width, modification, dtype)
+        if modification.insertion == "parallel":
+            takeover.hook(module.register_forward_pre_hook(site.caught, with_kwargs=True))
+        op = "heads" if modification.target == "heads" else "adapter"
+        takeover.add(linear, "pelt_heads" if op == "heads" else "pelt_adapter", site)
+        takeover.call(linear, site.forward)
+        takeover.sites.append(Site(f"{place.name}.{slot.out}", op, "bottleneck", site))
+
+
+def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
+    for place, slot in attention_slots(base_of(model), modification, stacks):
+        module, key = find(place.layer, slot.module), find(place.layer, slot.k)
+        head_dim = head_dim_of(module)
+        heads, dtype = key.weight.shape[0] // head_dim, _dtype(config, key.weight)
+        site = QueryHeads(heads, head_dim, modification, key.weight.device, dtype)
+        site.slot = Slot(key)
+        takeover.add(module, "pelt_heads", site)
+        takeover.set(module, attention.SLICE, QuerySlice(site))
+        name = f"{place.name}.{slot.module}"
+        takeover.sites.append(Site(name, "heads", "bottleneck", site, attention=module))
+        _wrap_attention(module, takeover)
+    for stack in stacks:
+        owner = find(base_of(model), stack.owner)
+        takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
+
+
+def _inject_ffn(model, modification, config, stacks, takeover) -> None:
+    for place, slot in ffns(base_of(model), modification, stacks):
+        after_norm = modification.placement == "after_norm"
+        ffn = _take_ffn(model, place.layer, slot, None if after_norm else takeover)
+        dtype = _dtype(config, ffn.in_proj.module.weight)
+        entry, op = slot.entry, "adapter"
+        if after_norm:
+            site, entry = LayerAdapter(place.layer, ffn, modification, dtype), ""
+        elif modification.insertion == "sequential":
+            site = SequentialFFNAdapter(ffn, modification, dtype)
+        elif reads_residual(modification, slot):
+            site = ResidualFFNAdapter(ffn, modification, dtype)
+            norm = find(place.layer, slot.norm)
+            catch = Caught("input" if isinstance(norm, nn.LayerNorm) else "hidden_states")
+            site.caught = catch
+            takeover.hook(norm.register_forward_pre_hook(catch, with_kwargs=True))
+        else:
+            site, op = ParallelFFNAdapter(ffn, modification, dtype), "ffn"
+        takeover.add(place.layer, "pelt_ffn_adapter", site)
+        takeover.call(find(place.layer, entry), site.forward)
+        name = f"{place.name}.{entry}".removesuffix(".")
+        takeover.sites.append(Site(name, op, "bottleneck", site))
+        if op == "ffn" and site.why_not_fused() is None:
+            site.pack()
+
+
+def _inject_prompt(model, modification, config, stacks, takeover) -> None:
+    base = base_of(model)
+    for stack in prompted(modification, stacks):
+        embeddings = base.get_input_embeddings().weight
+        owner, dtype = find(base, stack.owner), _dtype(config, embeddings)
+        prompt = Prompt(modification, embeddings.shape[1], embeddings.device, dtype)
+        takeover.add(owner, "pelt_prompt", prompt)
+        attach_prompt(base, stack, prompt, takeover)
+        name = f"{stack.owner}.embeddings".removeprefix(".")
+        takeover.sites.append(Site(name, "prompt", "prompt", prompt))
+
+
+def _probability(layer: nn.Module, path: str | None) -> float:
+    value = 0.0 if path is None else find(layer, path)
+    return float(value.p if isinstance(value, nn.Dropout) else value)
+
+
+def _take_ffn(
+    model: nn.Module, layer: nn.Module, slot: FFNSlot, takeover: Takeover | None
+) -> FrozenFFN:
+    """Describe the block and, where the layer spells it out, silence what the site will run
+    (without a takeover: nothing)."""
+    ffn = FrozenFFN(
+        find(layer, slot.in_proj), find(layer, slot.out_proj),
+        None if slot.gate_proj is None else find(layer, slot.gate_proj),
+        find(layer, slot.activation),
+        _ACTIVATIONS.get(getattr(base_of(model).config, slot.config_activation)),
+        _probability(layer, slot.activation_dropout), _probability(layer, slot.output_dropout),
+    )  # fmt: skip
+    if slot.is_container or takeover is None:
+        return ffn
+    for path in (slot.activation, slot.out_proj):
+        parent, _, name = path.rpartition(".")
+        takeover.bypass(find(layer, parent), name)
+    for path in filter(None, (slot.activation_dropout, slot.output_dropout)):
+        parent, _, name = path.rpartition(".")
+        owner = find(layer, parent)
+        if isinstance(getattr(owner, name), nn.Module):
+            takeover.bypass(owner, name)
+        else:
+            takeover.set(owner, name, 0.0)
+    for path in slot.output_dropout_also:
+        hook = MovedDropout(ffn.output_dropout_p)
+        takeover.hook(find(layer, path).register_forward_hook(hook))
+    return ffn
+
+
+# in this order: an adapter wraps a projection with its LoRA
+BUILDERS = {
+    "low_rank": _inject_lora,
+    "prefix": _inject_prefix,
+    "bottleneck": _inject_bottleneck,
+    "prompt": _inject_prompt,
+}

@@ -1,0 +1,73 @@
+"""The multi-head adapter: a bottleneck for each head, on its slice of the input or its query."""
+
+import torch
+from torch import Tensor, nn
+
+from pelt_fast import functional
+from pelt_fast.config import Modification
+
+from .caught import Caught
+from .slot import Slot
+
+
+class _Heads(nn.Module):
+    """down_weight and up_weight (H, R, D); no biases. Init as a bottleneck's."""
+
+    def __init__(self, heads: int, head_dim: int, modification: Modification, device, dtype):
+        super().__init__()
+        shape = (heads, modification.size, head_dim)
+        self.down_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.up_weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        if modification.init == "lora":
+            nn.init.uniform_(self.down_weight, -(head_dim**-0.5), head_dim**-0.5)
+        else:
+            nn.init.normal_(self.down_weight, std=0.02)
+            nn.init.normal_(self.up_weight, std=0.02)
+        self.scale, self.dropout_p = modification.scale, modification.dropout
+
+    def extra_repr(self) -> str:
+        heads, rank, dim = self.down_weight.shape
+        return f"{heads} heads, {dim} -> {rank} -> {dim}, scale={self.scale}, p={self.dropout_p}"
+
+
+class MultiHeadAdapter(_Heads):
+    """Runs in the place of an output projection: linear(heads + s ReLU(x_h Dᵀ) U by head), x_h the
+    head's slice of the attention's own input (paper section 3.3, multi-head)."""
+
+    def __init__(self, linear: nn.Linear, heads: int, modification: Modification, dtype):
+        weight = linear.weight
+        super().__init__(heads, weight.shape[1] // heads, modification, weight.device, dtype)
+        self.slot, self.caught = Slot(linear), Caught()
+
+    def forward(self, heads: Tensor) -> Tensor:
+        x = self.caught.take()
+        count, _, dim = self.down_weight.shape
+        q = x.unflatten(-1, (count, dim)).transpose(1, 2)  # (B, H, T, D)
+        nothing = q.new_empty(q.shape[0], count, 0, dim)
+        update = functional.prefix_attention(
+            q, nothing, nothing, self.down_weight, self.scale * self.up_weight, scale=1.0,
+            form="relu", composition="add", dropout_p=self.dropout_p, training=self.training,
+        )  # fmt: skip
+        return self.slot(heads + update.transpose(1, 2).flatten(2).view_as(heads))
+
+
+class QueryHeads(_Heads):
+    """The same on the frozen query projection: the attention function adds s ReLU(q Dᵀ) U. The
+    query is not scaled: the attention's scale is taken off the keys, as ReLU lets it through."""
+
+    def forward(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """prefix_k and prefix_v of the op, whose scores are multiplied by ``scaling``."""
+        return self.down_weight / scaling, self.scale * self.up_weight
+
+
+class QuerySlice:
+    """What the attention function finds on the module, as a prefix's slice."""
+
+    form, composition = "relu", "add"
+
+    def __init__(self, heads: QueryHeads):
+        self.heads = heads
+
+    def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """prefix_k and prefix_v (Hkv, R, D)."""
+        return self.heads(scaling)
