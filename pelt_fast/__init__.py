@@ -8,6 +8,7 @@ from pelt_fast.models.checkpoint import load, save
 from pelt_fast.models.count import count_parameters
 from pelt_fast.models.explain import explain
 from pelt_fast.models.inject import eject, inject
+from pelt_fast.models.merge import merge, unmerge
 from pelt_fast.ops.backends import backend
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "functional",
     "inject",
     "load",
+    "merge",
     "methods",
     "save",
+    "unmerge",
 ]

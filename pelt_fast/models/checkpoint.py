@@ -57,10 +57,12 @@ def method_tensors(model: nn.Module) -> dict[str, Tensor]:
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the injected method to ``folder`` (made if missing).
 
-    Raises ValueError when nothing is injected and OSError when the disk refuses; a checkpoint
-    that was there before is then still whole.
+    Raises ValueError when nothing is injected or it is merged, and OSError when the disk refuses; a
+    checkpoint that was there before is then still whole.
     """
     takeover = takeover_of(model)
+    if takeover.merged:
+        raise ValueError("this model is merged into its base: unmerge it before save")
     tensors = {name: t.contiguous().cpu() for name, t in method_tensors(model).items()}
     about = {
         "format_version": FORMAT_VERSION,

@@ -94,6 +94,8 @@ def explain(model: nn.Module) -> Explanation:
 
 def _report(site: Site, trainable: int) -> SiteReport:
     module, device, note = site.module, next(site.module.parameters()).device, ""
+    if getattr(module, "merged", False):
+        return SiteReport(site.name, site.op, "merged", False, "", 0, trainable)
     if isinstance(module, Prompt):
         plan, saved = support.Plan("concatenation"), 0
     elif isinstance(module, (PrefixBank, QueryHeads)):

@@ -11,6 +11,7 @@ from pelt_fast.modules import ParallelFFNAdapter
 
 from . import attention
 from .build import BUILDERS, head_dim_of
+from .merge import unmerge
 from .places import attention_slots, attentions, linears, targets
 from .slots import StackSlot, base_of, find, stacks_of, task_head
 from .takeover import Takeover, takeover_of
@@ -53,11 +54,13 @@ def eject(model: nn.Module) -> nn.Module:
     """Take the method out again: the base as it was before inject, bit for bit; returns it.
 
     The task head gets its weights of before back. Raises ValueError when nothing was injected, or
-    when full fine-tuning has made the base itself the method.
+    when full fine-tuning, or a merge that kept no copy, has made the base itself the method.
     """
     takeover = takeover_of(model)
     if takeover.config.is_full:
         raise ValueError("full fine-tuning trains the base itself: there is nothing to eject")
+    if takeover.merged:
+        unmerge(model)
     _restore(model, takeover)
     del model._pelt
     return model

@@ -32,6 +32,8 @@ class Takeover:
         self.biases: list[str] = []  # and of the base's biases that are the method
         self.trainable_before: dict[str, bool] = {}
         self.values_before: dict[str, torch.Tensor] = {}
+        self.merged: list[str] = []  # names of the sites folded into the base
+        self.base_before: list[tuple] = []  # what gives the base back
         self._undo: list[tuple] = []
 
     @property

@@ -9,10 +9,10 @@ from pelt_fast import functional
 from pelt_fast.config import Modification
 
 from .caught import Caught
-from .slot import Slot
+from .slot import Foldable, Slot
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Foldable):
     """down_weight (R, K), down_bias (R), up_weight (N, R), up_bias (N), and what the modification
     asks for: norm_weight, norm_bias (adapter LayerNorm), scale (learned).
 
@@ -93,7 +93,8 @@ class SequentialAdapter(Bottleneck):
         self.slot = Slot(linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sequential(self.slot(x))
+        y = self.slot(x)
+        return y if self.is_folded() else self.sequential(y)
 
 
 class ParallelAttentionAdapter(Bottleneck):

@@ -141,6 +141,8 @@ class ParallelFFNAdapter(_FFNAdapter):
         return self.ffn.why_not_fused()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_folded():
+            return self.ffn(x, self.training)
         reason = self.why_not_fused()
         if reason is not None:
             support.fall_back(f"parallel adapter beside the model's own FFN, because {reason}")

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 
-from .slot import Slot
+from .slot import Foldable, Slot
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Foldable):
     """Runs in the place of ``linear``: x Wᵀ + b + s drop(x) Aᵀ Bᵀ.
 
     lora_a (R, K): Kaiming uniform with a = sqrt(5); lora_b (N, R): zero ("lora"), or both normal
@@ -34,6 +34,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.slot.module
+        if self.is_folded():
+            return type(linear).forward(linear, x)
         return functional.lora_linear(
             x, linear.weight, linear.bias, self.lora_a, self.lora_b, scale=self.scale,
             dropout_p=self.dropout_p, training=self.training,

@@ -1,0 +1,168 @@
+"""merge and unmerge: fold what is linear into the base's own weights.
+
+LoRA         W <- W + s B A                                        (paper equation 6)
+adapter      of no activation behind a projection: W <- W + s U D W, b <- b + s (U (D b + d) + u)
+parallel FFN adapter whose activation is the block's: [W1; D], [W2 | s U], on request
+
+A folded site stays where it is and lets its projection run alone; what the projection held is kept
+beside it, so that unmerge gives it back bit for bit.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pelt_fast.modules import LoRALinear, ParallelFFNAdapter, SequentialAdapter
+
+from .takeover import Site, Takeover, takeover_of
+
+
+def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) -> nn.Module:
+    """Fold every site that can be folded, in evaluation the same function; returns the model.
+
+    ``widen_ffn`` also folds parallel adapters whose activation is the block's own into a wider
+    block. The products are made in fp32 (at least) and rounded once. ``keep_base=False`` keeps no
+    copy of what was overwritten: unmerge then refuses, and when every site was folded the model is
+    a plain one again. Raises ValueError, before anything is changed, when nothing can be folded or
+    the model is merged already.
+    """
+    takeover = takeover_of(model)
+    if takeover.merged:
+        raise ValueError(f"this {type(model).__name__} is merged already: unmerge it first")
+    reasons = {site.name: why_not(site, widen_ffn) for site in takeover.sites}
+    folded = [site for site in takeover.sites if reasons[site.name] is None]
+    if not folded:
+        found = sorted({reason for reason in reasons.values() if reason})
+        raise ValueError(
+            f"nothing of {takeover.config.name!r} can be merged:"
+            f" {'; '.join(found) or 'it has no sites'}"
+        )
+    whole = len(folded) == len(takeover.sites) and not keep_base
+    with torch.no_grad():
+        values = [value for site in folded for value in _folded(site)]
+    if whole:
+        _remove(model, takeover)
+    before = [_set(module, name, value) for module, name, value in values]
+    if not whole:
+        for site in folded:
+            site.module.merged = True
+        takeover.merged = [site.name for site in folded]
+        takeover.base_before = before if keep_base else []
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Take :func:`merge` back: the base's weights bit for bit, the sites at work; returns the
+    model. Raises ValueError when nothing is merged or no copy was kept."""
+    takeover = takeover_of(model)
+    if not takeover.merged:
+        raise ValueError(f"this {type(model).__name__} is not merged")
+    if not takeover.base_before:
+        raise ValueError("it was merged with keep_base=False: no copy of the base is left")
+    for module, name, value in reversed(takeover.base_before):
+        _set(module, name, value)
+    for site in takeover.sites:
+        if site.name in takeover.merged:
+            site.module.merged = False
+    takeover.merged, takeover.base_before = [], []
+    return model
+
+
+def why_not(site: Site, widen_ffn: bool) -> str | None:
+    """The reason a site cannot be folded, or None."""
+    module = site.module
+    if isinstance(module, LoRALinear):
+        return (
+            None if _is_own(module.slot.module) else "LoRA on a weight that is computed or shared"
+        )
+    if isinstance(module, SequentialAdapter):
+        if module.activation != "identity" or module.layer_norm != "none":
+            return "an adapter with an activation or a LayerNorm is not linear"
+        return None if _is_own(module.slot.module) else "a projection whose weight is computed"
+    if isinstance(module, ParallelFFNAdapter):
+        if not widen_ffn:
+            return "a parallel FFN adapter is folded on request (widen_ffn=True)"
+        if module.ffn.gate_proj is not None:
+            return "a gated block multiplies, an adapter does not: it cannot be widened by one"
+        if module.activation != module.ffn.activation or module.layer_norm != "none":
+            return (
+                f"the block's activation is {module.ffn.activation}, the adapter's"
+                f" {module.activation}"
+            )
+        return module.ffn.why_not_fused()
+    return f"{site.form} on this place is not linear"
+
+
+def _is_own(linear: nn.Module) -> bool:
+    return isinstance(linear, nn.Linear) and "weight" in linear._parameters
+
+
+def _folded(site: Site) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, parameter, value) of a folded site."""
+    module = site.module
+    if isinstance(module, LoRALinear):
+        linear = module.slot.module
+        update = module.scale * _wide(module.lora_b) @ _wide(module.lora_a)
+        return [(linear, "weight", _rounded(_wide(linear.weight) + update, linear.weight))]
+    if isinstance(module, SequentialAdapter):
+        return _linear_adapter(module)
+    module.unpack()
+    scale = module.scale.reshape(-1, 1) if isinstance(module.scale, Tensor) else module.scale
+    first, last = module.ffn.in_proj.module, module.ffn.out_proj.module
+    up = _rounded(_wide(module.up_weight) * scale, last.weight)
+    down_bias, up_bias = module.down_bias, _wide(module.up_bias).view(-1, 1) * scale
+    out_bias = up_bias.view(-1) if last.bias is None else _wide(last.bias) + up_bias.view(-1)
+    in_bias = first.weight.new_zeros(first.weight.shape[0]) if first.bias is None else first.bias
+    down = module.down_weight.to(first.weight.dtype)
+    return [
+        (first, "weight", torch.cat([first.weight, down])),
+        (first, "bias", torch.cat([in_bias, down_bias.to(in_bias.dtype)])),
+        (last, "weight", torch.cat([last.weight, up], 1)),
+        (last, "bias", _rounded(out_bias, last.weight)),
+    ]
+
+
+def _linear_adapter(module: SequentialAdapter) -> list[tuple[nn.Module, str, Tensor]]:
+    linear = module.slot.module
+    down, d, up, u = map(_wide, module.weights)
+    scale = module.scale.reshape(-1, 1) if isinstance(module.scale, Tensor) else module.scale
+    up, u = up * scale, (u.view(-1, 1) * scale).view(-1)
+    weight = _wide(linear.weight)
+    bias = weight.new_zeros(weight.shape[0]) if linear.bias is None else _wide(linear.bias)
+    keep = 1.0 if module.residual else 0.0
+    return [
+        (linear, "weight", _rounded(keep * weight + up @ (down @ weight), linear.weight)),
+        (linear, "bias", _rounded(keep * bias + up @ (down @ bias + d) + u, linear.weight)),
+    ]
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _rounded(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.dtype)
+
+
+def _set(
+    linear: nn.Module, name: str, value: Tensor | None
+) -> tuple[nn.Module, str, Tensor | None]:
+    """Give a linear layer's parameter another value; return what gives the old one back."""
+    parameter = getattr(linear, name)
+    before = (linear, name, None if parameter is None else parameter.data)
+    if value is None or parameter is None:
+        grad = linear.weight.requires_grad
+        parameter = None if value is None else nn.Parameter(value, requires_grad=grad)
+        linear.register_parameter(name, parameter)
+    else:
+        parameter.data = value
+    if name == "weight":
+        linear.out_features, linear.in_features = value.shape
+    return before
+
+
+def _remove(model: nn.Module, takeover: Takeover) -> None:
+    """Take the sites out; the task head stays as it was trained."""
+    takeover.undo()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(takeover.trainable_before[name])
+    del model._pelt
