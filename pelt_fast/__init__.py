@@ -9,12 +9,14 @@ from pelt_fast.models.count import count_parameters
 from pelt_fast.models.explain import explain
 from pelt_fast.models.inject import eject, inject
 from pelt_fast.models.merge import merge, unmerge
+from pelt_fast.models.peft import accelerate_peft, restore_peft
 from pelt_fast.ops.backends import backend
 
 __all__ = [
     "Modification",
     "PeltConfig",
     "__version__",
+    "accelerate_peft",
     "backend",
     "count_parameters",
     "eject",
@@ -24,6 +26,7 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "restore_peft",
     "save",
     "unmerge",
 ]

@@ -56,7 +56,8 @@ def _refuse(kwargs: dict) -> None:
 
 
 def _prefixed(module: nn.Module) -> PrefixSlice | QuerySlice | None:
-    return module.__dict__.get(SLICE)
+    site = module.__dict__.get(SLICE)
+    return site if site is not None and site.on else None
 
 
 def _attend(module, site, q, k, v, mask, causal, dropout, scaling) -> Tensor:

@@ -71,9 +71,7 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
     """The reason a site cannot be folded, or None."""
     module = site.module
     if isinstance(module, LoRALinear):
-        return (
-            None if _is_own(module.slot.module) else "LoRA on a weight that is computed or shared"
-        )
+        return None if _is_own(module.slot.module) else "LoRA on a weight that is computed"
     if isinstance(module, SequentialAdapter):
         if module.activation != "identity" or module.layer_norm != "none":
             return "an adapter with an activation or a LayerNorm is not linear"

@@ -63,7 +63,7 @@ class QueryHeads(_Heads):
 class QuerySlice:
     """What the attention function finds on the module, as a prefix's slice."""
 
-    form, composition = "relu", "add"
+    form, composition, on = "relu", "add", True
 
     def __init__(self, heads: QueryHeads):
         self.heads = heads

@@ -94,7 +94,7 @@ class PrefixBank(nn.Module):
 class PrefixSlice:
     """One attention's place in a bank; the attention function finds it on the module."""
 
-    form = "softmax"
+    form, on = "softmax", True
 
     def __init__(self, bank: PrefixBank, index: int, composition: str):
         self.bank, self.index, self.composition = bank, index, composition
