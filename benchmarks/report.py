@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from benchmarks import demo, lora_linear
+from benchmarks import decode, demo, lora_linear
 from benchmarks.common import REPOSITORY, newest
 from pelt_fast.methods import methods
 
@@ -40,6 +40,11 @@ def _lora() -> str:
     return _measured(result, lora_linear.report(result["seconds"]))
 
 
+def _decode() -> str:
+    result = newest("decode")
+    return _measured(result, decode.report(result["seconds"]))
+
+
 def _methods() -> str:
     lines = ["| method | modifications (form, insertion, target, composition, size) |", "|---|---|"]
     for name, config in methods().items():
@@ -53,7 +58,9 @@ def _methods() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"methods": _methods, "demo": _demo, "lora": _lora}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "methods": _methods, "demo": _demo, "lora": _lora, "decode": _decode,
+}  # fmt: skip
 
 
 def render(text: str) -> str:

@@ -21,10 +21,9 @@ def tensor(
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
+    if value.dim() != len(shape) or any(
+        want != have and not isinstance(want, str) for want, have in zip(shape, value.shape)
+    ):
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
     if value.device != like.device:

@@ -8,6 +8,7 @@ from torch import nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import method as preset
 from pelt_fast.modules import ParallelFFNAdapter
+from pelt_fast.modules.slot import foreign_forward
 
 from . import attention
 from .build import BUILDERS, head_dim_of
@@ -143,6 +144,13 @@ def _check_linears(linears: dict[str, nn.Module], modification: Modification) ->
     for name, linear in linears.items():
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs an nn.Linear")
+        foreign = foreign_forward(linear)
+        if foreign is not None:
+            what = getattr(foreign, "__qualname__", type(foreign).__name__)
+            raise ValueError(
+                f"the forward of {name} was replaced by another library ({what}): LoRA would run"
+                " the layer's weights past it. Inject before that library patches the model"
+            )
     smallest = min(min(linear.weight.shape) for linear in linears.values())
     if modification.size > smallest:
         logger.warning(

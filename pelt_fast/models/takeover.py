@@ -42,8 +42,8 @@ class Takeover:
         return {*self.head, *self.biases}
 
     def call(self, module: nn.Module, forward) -> None:
-        """Let ``module`` run ``forward`` when called."""
-        self._undo.append(("forward", module))
+        """Let ``module`` run ``forward`` when called; what another library put there comes back."""
+        self._undo.append(("attribute", module, "forward", module.__dict__.get("forward", _Absent)))
         module.forward = forward
 
     def bypass(self, owner: nn.Module, name: str) -> None:
@@ -77,9 +77,7 @@ class Takeover:
         """Take every change back, the last first."""
         while self._undo:
             kind, *what = self._undo.pop()
-            if kind == "forward":
-                what[0].__dict__.pop("forward", None)
-            elif kind == "child":
+            if kind == "child":
                 delattr(*what)
             elif kind == "hook":
                 what[0].remove()

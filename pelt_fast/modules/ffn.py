@@ -50,7 +50,7 @@ class FrozenFFN:
         if self.activation is None:
             return "the ops do not know its activation"
         if not all(slot.is_plain for slot in self.projections):
-            return "a projection is not a plain frozen nn.Linear (LoRA on it, trained or replaced)"
+            return "a projection is not a plain frozen nn.Linear (LoRA on it, trained or patched)"
         return None
 
     def __call__(self, x: Tensor, training: bool, output_dropout: bool = True) -> Tensor:
@@ -95,7 +95,7 @@ class LayerAdapter(_FFNAdapter):
         self.slot = Slot(layer)
 
     def forward(self, *args, **kwargs):
-        out = type(self.slot.module).forward(self.slot.module, *args, **kwargs)
+        out = self.slot(*args, **kwargs)
         if isinstance(out, tuple):
             return self.sequential(out[0]), *out[1:]
         return self.sequential(out)

@@ -1,9 +1,20 @@
 """How a site refers to the frozen modules it modifies, without owning them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 LORA = "pelt_lora"  # the child a LoRA site is registered as, on the linear it modifies
+
+
+def foreign_forward(module: nn.Module) -> Callable | None:
+    """The forward that somebody else (Liger, accelerate's hooks) put on this very module, or None.
+    What pelt_fast puts there is a site's own forward or :func:`passthrough`."""
+    found = module.__dict__.get("forward")
+    owner = type(getattr(found, "__self__", found))
+    ours = found is passthrough or owner.__module__.startswith("pelt_fast.")
+    return None if found is None or ours else found
 
 
 class Slot:
@@ -11,18 +22,24 @@ class Slot:
 
     def __init__(self, module: nn.Module):
         self.module = module
+        self.foreign = foreign_forward(module)
 
     @property
     def is_plain(self) -> bool:
         """Whether this is an ordinary frozen ``nn.Linear`` that nothing else modifies."""
         module = self.module
         frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
-        return type(module) is nn.Linear and LORA not in module._modules and frozen
+        own = LORA not in module._modules and self.foreign is None
+        return type(module) is nn.Linear and own and frozen
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The module's own forward, with the LoRA it may carry, past any takeover."""
+    def __call__(self, *args, **kwargs):
+        """The module's own forward, with the LoRA it may carry, past any takeover of ours."""
         lora = self.module._modules.get(LORA)
-        return type(self.module).forward(self.module, x) if lora is None else lora(x)
+        if lora is not None:
+            return lora(*args, **kwargs)
+        if self.foreign is not None:
+            return self.foreign(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 class Foldable(nn.Module):

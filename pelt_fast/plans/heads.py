@@ -3,7 +3,8 @@
 Shapes and maths are those of ``reference.heads``.
 The context runs on torch's own flash kernel, untouched: no concatenation, no widened mask, no
 copy of the prefix for each batch row. Its backward kernel, given the merged o and the joint lse,
-returns exact dq, dk, dv; the prefix part adds its few keys in blocks of the batch.
+returns exact dq, dk, dv; the prefix part, which no batch row is told from another by, takes the
+queries of all of them as the rows of one matrix a head, in blocks that stay in cache.
 Traffic  beside attention without a prefix: q, o read and o written forward; q, o, do, dq read and
          dq written backward. Flops (S + P) / S of the attention's.
 
@@ -33,16 +34,28 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-# scores of the prefix part worked on at a time, against a whole block's: with one batch row in a
-# block torch's batched GEMM takes the heads of (B, T, H, D) tensors where they lie, without a copy
+# scores of the prefix part worked on at a time, against a whole block's
 PREFIX_SHARE = 8
 
 
-def _batch_blocks(q: Tensor, width: int, share: int = 1) -> Iterator[slice]:
-    """Slices of the batch, each a ``share``-th of a block of scores, ``width`` for each query."""
+def _batch_blocks(q: Tensor, width: int) -> Iterator[slice]:
+    """Slices of the batch, each a block of scores, ``width`` for each query."""
     batch, heads, queries, _ = q.shape
-    step = max(1, block_elements(q.device) // max(share * heads * queries * width, 1))
+    step = max(1, block_elements(q.device) // max(heads * queries * width, 1))
     return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """(B, H, T, D) as (H, B T, D): a view where x lies in memory as models hold it."""
+    return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)
+
+
+def _prefix_blocks(q: Tensor, length: int) -> Iterator[slice]:
+    """Slices of the B T queries of every head."""
+    batch, heads, queries, _ = q.shape
+    step = max(16, block_elements(q.device) // max(PREFIX_SHARE * heads * length, 1))
+    rows = batch * queries
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def uses_flash(q: Tensor, k: Tensor, dropout_p: float) -> bool:
@@ -79,7 +92,7 @@ def additive_mask(
 
 
 def _prefix_weights(form: str, scores: Tensor, lse: Tensor) -> Tensor:
-    """f of the scores (B, H, P, T): queries last, so that reductions over the few prefix keys run
+    """f of the scores (H, P, rows): queries last, so that reductions over the few prefix keys run
     along whole vectors. A prefix is always visible: lse is finite."""
     return scores.clamp_min(0) if form == "relu" else torch.exp(scores - lse.unsqueeze(-2))
 
@@ -107,20 +120,42 @@ def prefix_attention_forward(
     if hidden is not None:
         lse.masked_fill_(hidden, float("-inf"))
     context_o = empty_like_nothing(q) if composition == "gated" else o.clone()
-    pk, pv = (expand_heads(p.to(lse.dtype), q.shape[1]) for p in (prefix_k, prefix_v))
-    pk = scale * pk
-    for batch in _batch_blocks(q, prefix_k.shape[1], PREFIX_SHARE):
-        scores = pk @ q[batch].to(lse.dtype).transpose(-1, -2)
-        prefix_lse = torch.logsumexp(scores, -2)
-        context = o[batch].to(lse.dtype)
-        if composition == "gated":
-            joint = torch.logaddexp(lse[batch], prefix_lse)
-            context *= torch.exp(lse[batch] - joint).unsqueeze(-1)
-            lse[batch] = prefix_lse = joint
-        context += _prefix_weights(form, scores, prefix_lse).transpose(-1, -2) @ pv
-        if context.dtype != o.dtype:
-            o[batch] = context
+    own = _by_head(lse.unsqueeze(-1)).squeeze(-1)
+    merge = _merge_scores if form == "relu" or o.dtype != lse.dtype else _merge_outputs
+    pk, pv = (p.to(lse.dtype) for p in (prefix_k, prefix_v))
+    for rows in _prefix_blocks(q, prefix_k.shape[1]):
+        block = _by_head(q)[:, rows], _by_head(o)[:, rows], own[:, rows]
+        merge(*block, pk, pv, scale, form, composition)
+    lse = own.view(lse.shape[1], lse.shape[0], lse.shape[2]).transpose(0, 1).contiguous()
     return o, lse, context_o, no_rng(q, seed)
+
+
+def _merge_outputs(q, out, lse, pk, pv, scale, form, composition) -> None:
+    """Merge a block of rows as the paper writes it, (1 - λ) h + λ Δh: Δh by the flash kernel, too,
+    λ = sigmoid(l_p - l_c)."""
+    update, prefix_lse = _flash(q[None], pk[None], pv[None], 0.0, False, scale=scale)
+    if composition == "add":
+        out += update[0]
+        return
+    out.lerp_(update[0], torch.sigmoid(prefix_lse[0] - lse).unsqueeze(-1))
+    lse.copy_(torch.logaddexp(lse, prefix_lse[0]))
+
+
+def _merge_scores(q, out, lse, pk, pv, scale, form, composition) -> None:
+    """Merge a block of rows by its scores, in fp32 beside a lower precision: Δh is not rounded
+    before it is added."""
+    pk, pv = (expand_heads(p, q.shape[0]) for p in (pk, pv))
+    scores = (scale * pk) @ q.to(lse.dtype).transpose(-1, -2)  # (H, P, rows)
+    prefix_lse = torch.logsumexp(scores, -2)
+    context = out.to(lse.dtype)
+    if composition == "gated":
+        joint = torch.logaddexp(lse, prefix_lse)
+        context *= torch.exp(lse - joint).unsqueeze(-1)
+        prefix_lse = joint
+        lse.copy_(joint)
+    context.baddbmm_(_prefix_weights(form, scores, prefix_lse).transpose(-1, -2), pv)
+    if context.dtype != out.dtype:
+        out.copy_(context)
 
 
 def prefix_attention_backward(
@@ -157,7 +192,7 @@ def prefix_attention_backward(
         parts = _flash_backward(do, q, k, v, own, own_lse, 0.0, causal, attn_mask=mask, scale=scale)
         for i in range(3):
             if needs[i]:
-                grads[i] = parts[i]
+                grads[i] = heads_last(parts[i])
     prefix_grads = _prefix_backward(tensors, settings, grads[0] if needs[0] else None)
     for i in (3, 4):
         if needs[i]:
@@ -174,24 +209,29 @@ def _prefix_backward(tensors, settings, dq: Tensor | None) -> tuple[Tensor, Tens
     pk, pv = (expand_heads(p.to(wide), heads) for p in (prefix_k, prefix_v))
     pk = scale * pk
     dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)
-    for batch in _batch_blocks(q, prefix_k.shape[1], PREFIX_SHARE):
-        qb, dob = q[batch].to(wide), do[batch].to(wide)
-        scores = pk @ qb.transpose(-1, -2)
-        own_lse = lse[batch] if composition == "gated" else torch.logsumexp(scores, -2)
+    queries, outer, merged = (_by_head(t) for t in (q, do, o))
+    own = _by_head(lse.unsqueeze(-1)).squeeze(-1)
+    grads = None if dq is None else _by_head(dq)
+    for rows in _prefix_blocks(q, prefix_k.shape[1]):
+        qb, dob = queries[:, rows].to(wide), outer[:, rows].to(wide)
+        scores = pk @ qb.transpose(-1, -2)  # (H, P, rows)
+        own_lse = own[:, rows] if composition == "gated" else torch.logsumexp(scores, -2)
         weights = _prefix_weights(form, scores, own_lse)
-        dpv += (weights @ dob).sum(0)
+        dpv.baddbmm_(weights, dob)
         d_weights = pv @ dob.transpose(-1, -2)
         if form == "relu":
             d_scores = d_weights.mul_(scores > 0)
         elif composition == "gated":
-            delta = (dob * o[batch].to(wide)).sum(-1)
+            delta = (dob * merged[:, rows].to(wide)).sum(-1)
             d_scores = d_weights.sub_(delta.unsqueeze(-2)).mul_(weights)
         else:
             delta = (d_weights * weights).sum(-2, keepdim=True)
             d_scores = d_weights.sub_(delta).mul_(weights)
-        dpk += (d_scores @ qb).sum(0)
-        if dq is not None:
-            dq[batch] += d_scores.transpose(-1, -2) @ pk
+        dpk.baddbmm_(d_scores, qb)
+        if grads is not None and grads.dtype == wide:
+            grads[:, rows].baddbmm_(d_scores.transpose(-1, -2), pk)
+        elif grads is not None:
+            grads[:, rows] += d_scores.transpose(-1, -2) @ pk
     return dpk.mul_(scale), dpv
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelt_fast.reference import low_rank as reference
-from pelt_fast.reference.low_rank import empty_like_nothing
+from pelt_fast.reference.low_rank import LAYER_NORM_EPS, empty_like_nothing
 
 from .activations import activate, activation_backward
 from .blocks import (
@@ -109,7 +109,7 @@ def adapter_forward(
     keep_t,
 ):
     residual = x if base is None else base
-    if layer_norm != "none":
+    if layer_norm == "out" or (layer_norm == "in" and x.dtype != norm_weight.dtype):
         out = torch.empty_like(residual, memory_format=torch.contiguous_format)
         t = x.new_empty(x.shape[0], down_weight.shape[0]) if keep_t else empty_like_nothing(x)
         for rows in row_blocks(x):
@@ -121,7 +121,14 @@ def adapter_forward(
                 t[rows] = kept
         return out, t
     low = x.dtype
-    t = F.linear(x, down_weight.to(low), None if down_bias is None else down_bias.to(low))
+    small = down_weight.to(low), None if down_bias is None else down_bias.to(low)
+    if layer_norm == "in":
+        t = x.new_empty(x.shape[0], down_weight.shape[0])
+        for rows in row_blocks(x):  # what the norm gives is read while it is in cache
+            u = F.layer_norm(x[rows], x.shape[1:], norm_weight, norm_bias, LAYER_NORM_EPS)
+            t[rows] = F.linear(u, *small)
+    else:
+        t = F.linear(x, *small)
     h = drop_(activate(activation, t), dropout_p, seed)
     t = t if keep_t else empty_like_nothing(t)
     up = up_weight.to(low).t()

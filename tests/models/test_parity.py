@@ -1,6 +1,7 @@
 """Injected models against independent formulations: hooks, concatenation, PEFT."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pelt_fast.models import attention
 from pelt_fast.models.attention import SLICE
 from pelt_fast.models.slots import base_of, find, stacks_of
 from pelt_fast.ops import support
+from pelt_fast.testing import compare
 from tests.small import MODELS, gradients, inputs, pairs, randomise
 
 METHODS = [name for name in pelt_fast.methods() if name != "linear_probe"]
@@ -57,6 +59,58 @@ def test_fused_equals_reference_with_every_dropout_on(architecture, method, padd
         expected, expected_grads = outputs_and_gradients(model, batch)
     assert torch.allclose(logits, expected, atol=1e-5)
     assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("architecture, method", pairs(METHODS))
+def test_fused_equals_reference_in_evaluation(architecture, method):
+    model = injected(architecture, method).eval()
+    for padding in PADDINGS:
+        batch = inputs(model, padding=padding)
+        logits, grads = outputs_and_gradients(model, batch)
+        with torch.no_grad():
+            assert torch.allclose(model(**batch).logits, logits, atol=1e-6)
+        with pelt_fast.backend("reference"):
+            expected, expected_grads = outputs_and_gradients(model, batch)
+        assert torch.allclose(logits, expected, atol=1e-5)
+        assert_close(grads, expected_grads)
+
+
+def without_kinks(config):
+    """No dropout, and GELU for ReLU: a unit that two roundings put on either side of 0 is a
+    difference of its whole gradient."""
+    modifications = [
+        dataclasses.replace(
+            m, dropout=0.0, activation="relu" if m.target == "heads" else "gelu"
+        ) if m.form in ("bottleneck", "low_rank") else m
+        for m in config.modifications
+    ]  # fmt: skip
+    return dataclasses.replace(config, modifications=tuple(modifications))
+
+
+@pytest.mark.parametrize("architecture, method", pairs(METHODS))
+def test_fused_bf16_is_as_near_to_fp64_as_the_reference(architecture, method):
+    """Output and every gradient: at most twice the reference's own error, and a rounding band."""
+    model = MODELS[architecture](dropout=0.0).bfloat16()
+    config = without_kinks(small_method(method))
+    randomise(pelt_fast.inject(model, config), 0.1)
+    exact = copy.deepcopy(model).double()
+    for padding in PADDINGS:
+        batch = inputs(model, padding=padding)
+        results = []
+        for twin, name in ((model, "auto"), (model, "reference"), (exact, "reference")):
+            with pelt_fast.backend(name):
+                logits, grads = outputs_and_gradients(twin.train(), batch)
+            # of a single number the two errors are two draws: a learned scale's gradient is the sum
+            # of its up_weight's, which is judged
+            grads = {n: g for n, g in grads.items() if g.numel() > 1}
+            results.append({"logits": logits, **grads})
+        verdict = compare(*results, torch.bfloat16)
+        assert verdict.ok, verdict
+        with torch.no_grad():  # in evaluation the same function
+            logits = model.eval()(**batch).logits
+        verdict = compare({"logits": logits}, *({"logits": r["logits"]} for r in results[1:]),
+                          torch.bfloat16)  # fmt: skip
+        assert verdict.ok, verdict
 
 
 @pytest.mark.parametrize("method", ["lora", "houlsby", "mam"])

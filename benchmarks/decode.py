@@ -1,0 +1,100 @@
+"""Decoding with unmerged methods, time per token against the frozen model, in one run.
+
+    python -m benchmarks.decode            prints the table
+    python -m benchmarks.decode --record   also writes benchmarks/results/
+
+BART-base shapes, random weights, a source of 64 tokens. One step: the decoder on one token a row
+with a cache of 32, so M = 1, 8 and 32 tokens through each linear layer. A method's rank parts read
+(K + N) R of weights beside the K N of a projection: what a step of few rows is made of.
+"""
+
+import argparse
+import copy
+
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
+
+import pelt_fast
+from benchmarks.common import interleaved, table, write
+
+BATCHES, SOURCE, PAST, STEPS = (1, 8, 32), 64, 32, 8
+# sizes near half a percent to one percent of BART-base, as for an adapted model that is served
+METHODS = {
+    "lora": dict(), "prefix": dict(size=30), "scaled_parallel_adapter": dict(size=32),
+    "houlsby": dict(size=32), "mam_glue": dict(),
+}  # fmt: skip
+
+
+def models() -> dict[str, torch.nn.Module]:
+    """The frozen model, each method unmerged, and LoRA merged."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
+        decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072,
+    )  # fmt: skip
+    frozen = BartForConditionalGeneration(config).eval().requires_grad_(False)
+    found = {"frozen": frozen}
+    for name, changes in METHODS.items():
+        method = pelt_fast.methods()[name].replace(**changes)
+        found[name] = pelt_fast.inject(copy.deepcopy(frozen), method).eval()
+    found["lora merged"] = pelt_fast.merge(copy.deepcopy(found["lora"]))
+    return found
+
+
+def decoding(model: BartForConditionalGeneration, batch: int):
+    """A function that decodes STEPS tokens from a cache of PAST."""
+    source, past = (torch.randint(4, 1000, (batch, n)) for n in (SOURCE, PAST))
+    decoder, cache = model.get_decoder(), EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with torch.inference_mode():
+        encoded = model.get_encoder()(source).last_hidden_state
+        decoder(past, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True)
+
+    @torch.inference_mode()
+    def steps():
+        for _ in range(STEPS):
+            hidden = decoder(past[:, :1], encoder_hidden_states=encoded, past_key_values=cache,
+                             use_cache=True).last_hidden_state  # fmt: skip
+            model.lm_head(hidden)
+        cache.self_attention_cache.crop(-STEPS)
+
+    return steps
+
+
+def measure(repeats: int) -> dict[str, dict[str, float]]:
+    """Batch -> provider -> median seconds of a token."""
+    found = models()
+    result = {}
+    for batch in BATCHES:
+        steps = {name: decoding(model, batch) for name, model in found.items()}
+        seconds = interleaved(steps, repeats)
+        result[str(batch)] = {name: s / STEPS for name, s in seconds.items()}
+    return result
+
+
+def report(seconds: dict[str, dict[str, float]]) -> str:
+    """The table."""
+    header = ["BART-base, one token", *(f"ms, batch {b}" for b in seconds), "ratio to frozen"]
+    names = next(iter(seconds.values()))
+    rows = []
+    for name in names:
+        ratios = [found[name] / found["frozen"] for found in seconds.values()]
+        times = [f"{1e3 * found[name]:.1f}" for found in seconds.values()]
+        rows.append([name, *times, " / ".join(f"{ratio:.2f}" for ratio in ratios)])
+    return table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    seconds = measure(options.repeats)
+    print(report(seconds))
+    if options.record:
+        shape = dict(source=SOURCE, past=PAST, steps=STEPS, methods=METHODS)
+        print(f"wrote {write('decode', {'shape': shape, 'seconds': seconds}).name}")
+
+
+if __name__ == "__main__":
+    main()
