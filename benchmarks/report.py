@@ -9,9 +9,13 @@ import re
 import sys
 from collections.abc import Callable
 
+import torch
+
 from benchmarks import decode, demo, lora_linear
 from benchmarks.common import REPOSITORY, newest
-from pelt_fast.methods import methods
+from pelt_fast import PeltConfig, inject
+from pelt_fast.methods import formula, methods
+from tests.small import MODELS
 
 README = REPOSITORY / "README.md"
 
@@ -46,7 +50,7 @@ def _decode() -> str:
 
 
 def _methods() -> str:
-    lines = ["| method | modifications (form, insertion, target, composition, size) |", "|---|---|"]
+    rows = []
     for name, config in methods().items():
         parts = [
             f"{m.insertion} {m.form} on {m.target}, {m.composition}"
@@ -54,8 +58,27 @@ def _methods() -> str:
             + (f", {m.size}" if m.size else "")
             for m in config.modifications
         ]
-        lines.append(f"| `{name}` | {'; '.join(parts) or 'the task head alone'} |")
-    return "\n".join(lines)
+        formulas = " + ".join(dict.fromkeys(formula(m) for m in config.modifications))
+        rows.append(
+            [f"`{name}`", "; ".join(parts) or "the task head alone", formulas, _where(config)]
+        )
+    header = ["method", "modifications", "parameters", "not on"]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _where(config: PeltConfig) -> str:
+    """The architectures of the parity suite that a method is refused on, and why."""
+    reasons: dict[str, list[str]] = {}
+    for architecture, make in MODELS.items():
+        with torch.device("meta"):
+            model = make()
+        try:
+            inject(model, config if config.is_full else config.replace(size=4))
+        except ValueError as error:
+            reason = str(error).replace(type(model).__name__, "it")
+            reasons.setdefault(reason, []).append(architecture)
+    return "; ".join(f"{', '.join(found)} ({reason})" for reason, found in reasons.items())
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

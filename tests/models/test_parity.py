@@ -403,6 +403,32 @@ BESIDE_THE_PRESETS = {
         "ko",
         tuple(pelt_fast.Modification("low_rank", f"attention.{t}", size=3) for t in "ko"),
     ),
+    "a prompt before MAM and LoRA": pelt_fast.PeltConfig(
+        "all",
+        (
+            pelt_fast.Modification("prompt", "embeddings", composition="gated", size=3),
+            pelt_fast.Modification("prefix", "heads", composition="gated", size=3),
+            pelt_fast.Modification("low_rank", "attention.q", size=3),
+            pelt_fast.Modification("bottleneck", "ffn", size=3, activation="tanh"),
+        ),
+    ),
+    "adapters by head beside a prefix": pelt_fast.PeltConfig(
+        "heads",
+        (
+            pelt_fast.Modification("prefix", "heads", composition="gated", size=3),
+            pelt_fast.Modification("bottleneck", "heads", size=3),
+        ),
+    ),
+    "adapters by head of the query": point("bottleneck", "heads", size=3, reads="query"),
+    "parallel on attention after its output": point(
+        "bottleneck", "attention", size=3, activation="silu", placement="after_output"
+    ),
+    "before the dropout": point(
+        "bottleneck", "ffn", size=3, activation="tanh", placement="before_dropout"
+    ),
+    "of the residual stream": point(
+        "bottleneck", "ffn", size=3, activation="tanh", reads="residual"
+    ),
     "LoRA under an adapter": pelt_fast.PeltConfig(
         "both",
         (
@@ -413,6 +439,22 @@ BESIDE_THE_PRESETS = {
         ),
     ),
 }
+
+
+@pytest.mark.parametrize("architecture", [a for a in MODELS if a != "llama"])
+def test_bitfit_stands_beside_lora_and_adapters(architecture):
+    """A bias trains under the LoRA of its own layer; a block that trains is not taken over."""
+    names = ("bitfit", "lora", "scaled_parallel_adapter")
+    parts = [m for name in names for m in small_method(name, dropout=0.0).modifications]
+    config = pelt_fast.PeltConfig("all", tuple(parts))
+    model = randomise(pelt_fast.inject(MODELS[architecture](), config)).train()
+    batch = inputs(model, padding="right")
+    logits, grads = outputs_and_gradients(model, batch)
+    with pelt_fast.backend("reference"):
+        expected, expected_grads = outputs_and_gradients(model, batch)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert_close(grads, expected_grads)
+    assert any(n.endswith("query.bias") or n.endswith("q_proj.bias") for n in grads)
 
 
 @pytest.mark.parametrize("name", BESIDE_THE_PRESETS)
