@@ -102,9 +102,12 @@ def _report(site: Site, trainable: int) -> SiteReport:
         attention = site.details["attention"]
         plan, note = _prefix_plan(module, attention, device)
         saved = _prefix_bytes(module, attention)
+    elif isinstance(module, MultiHeadAdapter):
+        p = module.dropout_p if module.training else 0.0
+        plan, note = _noted(support.plan("prefix", device, p, **_dtype_and_size(module)))
+        saved = _low_rank_bytes(module)
     else:
-        op = "prefix" if isinstance(module, MultiHeadAdapter) else site.op
-        plan = support.plan(op, device, **_dtype_and_size(module))
+        plan = support.plan(site.op, device, **_dtype_and_size(module))
         saved = _low_rank_bytes(module)
     if isinstance(module, ParallelFFNAdapter):
         note = module.why_not_fused() or ""
@@ -125,8 +128,9 @@ def _prefix_plan(module: nn.Module, attention: nn.Module, device) -> tuple[suppo
     value = getattr(attention, "dropout", getattr(attention, "attention_dropout", 0.0))
     p = float(getattr(value, "p", value)) if attention.training else 0.0
     plan = support.plan("prefix", device, p, **_dtype_and_size(module))
-    if plan.name == "blocked":
-        return plan, "attention dropout: torch's CPU flash kernel has none"
+    plan, note = _noted(plan)
+    if note:
+        return plan, note
     weight = next(q for name, q in attention.named_parameters() if "pelt_" not in name)
     heads, _, dim = _heads_shape(module)
     grouped = heads * dim != _query_width(attention)
@@ -134,6 +138,12 @@ def _prefix_plan(module: nn.Module, attention: nn.Module, device) -> tuple[suppo
         when = "always (fp32)" if weight.dtype == torch.float32 else "under a mask"
         return plan, f"grouped heads: K and V are expanded {when}"
     return plan, ""
+
+
+def _noted(plan: support.Plan) -> tuple[support.Plan, str]:
+    """The plan, and what is worth knowing about it."""
+    blocked = "dropout: torch's CPU flash kernel has none"
+    return plan, blocked if plan.name == "blocked" else ""
 
 
 def _query_width(attention: nn.Module) -> int:

@@ -8,8 +8,9 @@ queries of all of them as the rows of one matrix a head, in blocks that stay in 
 Traffic  beside attention without a prefix: q, o read and o written forward; q, o, do, dq read and
          dq written backward. Flops (S + P) / S of the attention's.
 
-Where the flash kernel cannot go (attention dropout, an empty context) the reference runs on one
-block of the batch at a time: scores never take more than a block, however large the batch.
+Where the flash kernel cannot go (attention dropout) the reference runs on one block of the batch at
+a time: scores never take more than a block, however large the batch. Without a context the prefix
+part is all there is.
 """
 
 from collections.abc import Iterator
@@ -59,8 +60,8 @@ def _prefix_blocks(q: Tensor, length: int) -> Iterator[slice]:
 
 
 def uses_flash(q: Tensor, k: Tensor, dropout_p: float) -> bool:
-    """Whether the context can run on torch's CPU flash kernel."""
-    return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0 and k.numel() > 0
+    """Whether the context, where there is one, can run on torch's CPU flash kernel."""
+    return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0
 
 
 def additive_mask(
@@ -97,6 +98,19 @@ def _prefix_weights(form: str, scores: Tensor, lse: Tensor) -> Tensor:
     return scores.clamp_min(0) if form == "relu" else torch.exp(scores - lse.unsqueeze(-2))
 
 
+def _context(q, k, v, attn_mask, is_causal, scale) -> tuple[Tensor, Tensor]:
+    """o, laid out (B, T, H, D), and lse of the context, -inf for rows that see nothing."""
+    if not k.numel():
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return heads_last_empty(q).zero_(), q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
+    mask, causal, hidden = additive_mask(q, k, attn_mask, is_causal)
+    o, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    o, lse = heads_last(o), lse.contiguous()
+    if hidden is not None:
+        lse.masked_fill_(hidden, float("-inf"))
+    return o, lse
+
+
 def prefix_attention_forward(
     q,
     k,
@@ -114,11 +128,7 @@ def prefix_attention_forward(
     settings = (is_causal, scale, form, composition, dropout_p, seed)
     if not uses_flash(q, k, dropout_p):
         return _blocked_forward(q, k, v, prefix_k, prefix_v, attn_mask, settings)
-    mask, causal, hidden = additive_mask(q, k, attn_mask, is_causal)
-    o, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    o, lse = heads_last(o), lse.contiguous()
-    if hidden is not None:
-        lse.masked_fill_(hidden, float("-inf"))
+    o, lse = _context(q, k, v, attn_mask, is_causal, scale)
     context_o = empty_like_nothing(q) if composition == "gated" else o.clone()
     own = _by_head(lse.unsqueeze(-1)).squeeze(-1)
     merge = _merge_scores if form == "relu" or o.dtype != lse.dtype else _merge_outputs
@@ -183,7 +193,10 @@ def prefix_attention_backward(
     if not uses_flash(q, k, dropout_p):
         return _blocked_backward(tensors, attn_mask, settings, needs)
     grads = [empty_like_nothing(do) for _ in range(5)]
-    if any(needs[:3]):
+    if any(needs[:3]) and not k.numel():
+        for i, like in enumerate((q, k, v)):
+            grads[i] = heads_last_empty(like).zero_() if needs[i] else grads[i]
+    elif any(needs[:3]):
         mask, causal, hidden = additive_mask(q, k, attn_mask, is_causal)
         own_lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
         if composition == "add" and hidden is not None:
