@@ -2,7 +2,8 @@
 
 Activations may have any leading dims; below, M is their product. Trainable weights may be fp32
 beside bf16 or fp16 activations: they are cast, never the activation, and their gradients come
-back in fp32. Frozen weights have the activation's dtype. Under autocast all of them follow it.
+back in fp32. Frozen weights have the activation's dtype. Under autocast the activations and frozen
+weights of a layer follow it, as ``F.linear``'s do; inside an op it is off.
 """
 
 import torch

@@ -33,6 +33,14 @@ class Op:
         _LIBRARY.impl(self.name, triton, "CUDA")
 
     def __call__(self, *args, backend: str):
+        kind = args[0].device.type
+        if torch.is_autocast_enabled(kind):
+            # what an op computes in is its own: autocast has acted on what it was given
+            with torch.autocast(kind, enabled=False):
+                return self._run(args, backend)
+        return self._run(args, backend)
+
+    def _run(self, args: tuple, backend: str):
         if backend == "reference":
             return self.reference(*args)
         if backend == "triton" and env.interpret():
