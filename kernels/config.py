@@ -219,6 +219,10 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         ),
     },
     "rank_down_bwd_norm": {
+        "gfx942": (
+            Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
+                "16 bytes a lane of 256; unmeasured"),
+        ),
         "any": (
             Row(HALF, 128, Tile(64, block_k=128, block_r=64, num_warps=4, num_stages=2),
                 "as rank_down_bwd; unmeasured"),

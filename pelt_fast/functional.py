@@ -14,6 +14,7 @@ from pelt_fast.ops import support
 from pelt_fast.ops.ffn import WidenedFFNFunction
 from pelt_fast.ops.function import run
 from pelt_fast.ops.heads import PrefixAttentionFunction
+from pelt_fast.ops.library import autocasts
 from pelt_fast.ops.low_rank import AdapterFunction, LoRALinearFunction
 from pelt_fast.reference.activations import ACTIVATIONS
 from pelt_fast.reference.low_rank import fold_scale
@@ -24,10 +25,9 @@ LAYER_NORMS = ("none", "in", "out")
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What ``F.linear`` would do to its arguments under ``torch.autocast``."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
@@ -97,7 +97,7 @@ def _adapter(
     training: bool,
 ) -> Tensor:
     checks.activation_tensor("x", x, 1)
-    if base is not None and torch.is_autocast_enabled(x.device.type):
+    if base is not None and autocasts(x):
         x = x.to(base.dtype)  # a residual stream stays wide, what a linear returned does not
     channels = x.shape[-1] if base is None else base.shape[-1]
     _check_adapter(x, channels, down_weight, down_bias, up_weight, up_bias, scale, activation)

@@ -8,10 +8,17 @@ under CUDA. Ops are opaque to autograd and torch.compile; the Functions beside t
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from pelt_fast import env
 
 _LIBRARY = torch.library.Library("pelt_fast", "DEF")
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of ``tensor`` (meta tensors know none)."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class Op:
@@ -23,20 +30,20 @@ class Op:
         torch.library.register_fake(f"pelt_fast::{name}", fake, lib=_LIBRARY)
         self.name = name
         self.reference = reference
+        self.plan: Callable | None = None
         self.triton: Callable | None = None
         self.dispatched = getattr(torch.ops.pelt_fast, name).default
 
     def register(self, plan: Callable, triton: Callable) -> None:
         """Register the plan of the CPU, and what runs the Triton kernels on CUDA."""
-        self.triton = triton
+        self.plan, self.triton = plan, triton
         _LIBRARY.impl(self.name, plan, "CPU")
         _LIBRARY.impl(self.name, triton, "CUDA")
 
     def __call__(self, *args, backend: str):
-        kind = args[0].device.type
-        if torch.is_autocast_enabled(kind):
+        if autocasts(args[0]):
             # what an op computes in is its own: autocast has acted on what it was given
-            with torch.autocast(kind, enabled=False):
+            with torch.autocast(args[0].device.type, enabled=False):
                 return self._run(args, backend)
         return self._run(args, backend)
 

@@ -1,0 +1,125 @@
+"""Counts the bytes that a piece of work reads and writes, operation by operation.
+
+A library operation reads its inputs and writes its outputs; a view is free, and so is memory that
+is only reserved. A Triton kernel touches each of its tensor arguments once (``TWICE`` names those
+it reads and writes through one pointer): it is not run, its arguments are counted, which is what
+the traffic in its file's head is. Weights are left out, and integers, which stand for masks that
+kernels make in registers. What stays in a cache between two operations counts all the same.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TWICE = {"dq_ptr", "d_pre_ptr"}
+_RESERVES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+_WRITTEN = ("out", "grad_input")  # what an operation is told to write to
+_OVERWRITES = ("copy_", "zero_", "fill_")  # in place, but nothing old is read
+
+
+def storage(tensor: Tensor) -> int:
+    """What tells one memory from another, on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+def elements(tensor: Tensor) -> int:
+    """Elements in memory: an expanded dimension counts once."""
+    sizes = (n for n, stride in zip(tensor.shape, tensor.stride()) if stride)
+    return 0 if tensor.numel() == 0 else int(torch.Size(sizes).numel())
+
+
+class Counter(TorchDispatchMode):
+    """Inside, ``bytes`` grows by what is moved, storages of ``weights`` left out."""
+
+    def __init__(self, weights: Iterable[Tensor]):
+        super().__init__()
+        self.bytes = 0
+        self.known = {storage(w): w for w in weights}  # kept alive: no address is used twice
+        self.rows: list[tuple[str, int]] = []
+
+    def size(self, tensor: Tensor) -> int:
+        """Bytes of a tensor that counts."""
+        if not tensor.is_floating_point() and tensor.dtype not in (torch.bool, torch.uint8):
+            return 0
+        if storage(tensor) in self.known:
+            return 0
+        return elements(tensor) * tensor.element_size()
+
+    def add(self, name: str, moved: int) -> None:
+        """Count one operation."""
+        if moved:
+            self.bytes += moved
+            self.rows.append((name, moved))
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        if function.namespace == "pelt_fast":
+            return self._opened(function, arguments)
+        result = function(*arguments, **keywords)
+        name = function._schema.name.removeprefix("aten::")
+        read = {key: value for key, value in keywords.items() if key not in _WRITTEN}
+        given = [t for t in tree_leaves((arguments, read)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        # what a cast or a transpose makes of a weight is a weight
+        if given and all(self._is_weight(t) for t in given):
+            self.known.update((storage(t), t) for t in made)
+            return result
+        storages = set(map(storage, given))
+        mutates = function._schema.is_mutable
+        is_view = not mutates and all(storage(t) in storages for t in made)
+        if (is_view and made) or name in _RESERVES:
+            return result
+        if name in _OVERWRITES:
+            given = given[1:]
+        elif name.startswith("new_") or name.endswith("_like"):
+            given = []
+        self.add(name, sum(map(self.size, given)) + sum(map(self.size, made)))
+        return result
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return storage(tensor) in self.known
+
+    def _opened(self, function, arguments):
+        """Run one of our ops by what it is made of, where this mode sees it."""
+        from pelt_fast.ops import ffn, heads, low_rank
+
+        name = function._schema.name.removeprefix("pelt_fast::")
+        op = next(getattr(m, name) for m in (ffn, heads, low_rank) if hasattr(m, name))
+        with self:
+            return op.plan(*arguments)
+
+
+@contextlib.contextmanager
+def counted_kernels(counter: Counter) -> Iterator[None]:
+    """Inside, Triton kernels are not launched: their arguments are counted."""
+    from triton.runtime import interpreter, jit
+
+    def launch(kernel, *arguments, grid, warmup, **keywords):
+        names = list(kernel.arg_names)
+        moved = 0
+        for name, value in zip(names, arguments):
+            if isinstance(value, Tensor):
+                moved += counter.size(value) * (2 if name in TWICE else 1)
+        counter.add(kernel.__name__, moved)
+
+    kinds = (jit.JITFunction, interpreter.InterpretedFunction)
+    kept = [kind.run for kind in kinds]
+    for kind in kinds:
+        kind.run = launch
+    try:
+        yield
+    finally:
+        for kind, run in zip(kinds, kept):
+            kind.run = run
+
+
+def bytes_moved(work: Callable[[], object], weights: Iterable[Tensor]) -> Counter:
+    """What ``work()`` moves."""
+    counter = Counter(weights)
+    with counter:
+        work()
+    return counter
