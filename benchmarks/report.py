@@ -1,7 +1,7 @@
-"""Write the tables of README.md from the newest committed result files.
+"""Write the tables of README.md and docs/ from the newest committed result files.
 
 python -m benchmarks.report            rewrites what stands between the markers
-python -m benchmarks.report --check    exit 1 when README.md is not what the results say
+python -m benchmarks.report --check    exit 1 when a page is not what the results say
 """
 
 import argparse
@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import decode, demo, lora_linear
+from benchmarks import decode, demo, lora_linear, traffic
 from benchmarks.common import REPOSITORY, newest
 from pelt_fast import PeltConfig, inject
 from pelt_fast.methods import formula, methods
 from tests.small import MODELS
 
 README = REPOSITORY / "README.md"
+PAGES = (README, REPOSITORY / "docs" / "traffic.md")
 
 
 def _measured(result: dict, text: str) -> str:
@@ -67,6 +68,13 @@ def _methods() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _traffic() -> str:
+    result = newest("traffic")
+    rows = [traffic.Passes(r["subject"], r["provider"], r["forward"], r["backward"])
+            for r in result["rows"]]  # fmt: skip
+    return _measured(result, traffic.report(rows))
+
+
 def _where(config: PeltConfig) -> str:
     """The architectures of the parity suite that a method is refused on, and why."""
     reasons: dict[str, list[str]] = {}
@@ -82,7 +90,7 @@ def _where(config: PeltConfig) -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "methods": _methods, "demo": _demo, "lora": _lora, "decode": _decode,
+    "methods": _methods, "demo": _demo, "lora": _lora, "decode": _decode, "traffic": _traffic,
 }  # fmt: skip
 
 
@@ -91,6 +99,8 @@ def render(text: str) -> str:
     for name, section in SECTIONS.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            continue
         body = f"{begin}\n{section()}\n{end}"
         text = pattern.sub(lambda match, body=body: body, text)
     return text
@@ -100,11 +110,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    before = README.read_text()
-    after = render(before)
+    pages = {page: page.read_text() for page in PAGES}
+    after = {page: render(text) for page, text in pages.items()}
     if options.check:
-        return int(before != after)
-    README.write_text(after)
+        return int(pages != after)
+    for page, text in after.items():
+        page.write_text(text)
     return 0
 
 
