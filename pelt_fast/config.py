@@ -184,7 +184,7 @@ def _described(insertion: str, form: str, target: str, composition: str) -> str:
 
 def _one_of(name: str, value, options: tuple[str, ...]) -> None:
     if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, options))}; got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,10 @@ BAD = [
     ),
     (dict(form="bottleneck", target="ffn", size=1, reads="nothing"), "reads must be one of"),
     (
+        dict(form="bottleneck", target="ffn", size=1, insertion="sequential", residual="yes"),
+        "residual must be one of True, False; got 'yes'",
+    ),
+    (
         dict(form="bottleneck", target="ffn", size=1, scale=2.0),
         "scale must be 1, got 2.0; use 'scaled'",
     ),

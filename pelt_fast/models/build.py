@@ -142,9 +142,9 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
         name = f"{place.name}.{slot.module}"
         takeover.sites.append(Site(name, "heads", "bottleneck", site, attention=module))
         _wrap_attention(module, takeover)
-    for stack in stacks:
-        owner = find(base_of(model), stack.owner)
-        takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
+        if place.index == 0:
+            owner = find(base_of(model), place.stack.owner)
+            takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
 
 
 def _inject_ffn(model, modification, config, stacks, takeover) -> None:
