@@ -65,10 +65,10 @@ def adapter(p: float) -> tuple:
     )
 
 
-def prefix(causal: bool) -> tuple:
-    """B8 H12 S256 D64, P=30: attention without a prefix first."""
-    batch, heads, length, dim, size = 8, 12, 256, 64, 30
-    q, k, v = (torch.randn(batch, length, heads, dim).transpose(1, 2) for _ in range(3))
+def prefix(causal: bool, batch: int = 8, queries: int = 256, length: int = 256) -> tuple:
+    """H12 D64, P=30: attention without a prefix first. One query: decoding, forward alone."""
+    heads, dim, size = 12, 64, 30
+    q, k, v = (torch.randn(batch, n, heads, dim).transpose(1, 2) for n in (queries, length, length))
     pk, pv = parameter(heads, size, dim), parameter(heads, size, dim)
     attend = F.scaled_dot_product_attention
     mask = F.pad(torch.ones(length, length, dtype=torch.bool).tril(), (size, 0), value=True)
@@ -84,6 +84,9 @@ def prefix(causal: bool) -> tuple:
         "concatenation": concatenated,
         "pelt_fast": lambda *t: functional.prefix_attention(*t, pk, pv, is_causal=causal),
     }
+    if queries == 1:
+        decoding = {n: torch.inference_mode()(f) for n, f in providers.items()}
+        return decoding, (q, k, v), None
     return providers, (q, k, v), q.shape
 
 
@@ -101,6 +104,8 @@ SUBJECTS = {
     "parallel adapter, p=0.1": lambda: adapter(0.1),
     "prefix attention": lambda: prefix(False),
     "prefix attention, causal": lambda: prefix(True),
+    "prefix attention, one query": lambda: prefix(False, 1, 1, 32),
+    "prefix attention, 32 x one query": lambda: prefix(False, 32, 1, 32),
     "dropout, forward": mask,
 }
 
@@ -129,7 +134,7 @@ def main() -> None:
     torch.manual_seed(0)
     seconds = measure(options.repeats)
     rows = [
-        [subject, name, f"{1e3 * s:.1f}", f"{s / next(iter(found.values())):.2f}"]
+        [subject, name, f"{1e3 * s:.2f}", f"{s / next(iter(found.values())):.2f}"]
         for subject, found in seconds.items()
         for name, s in found.items()
     ]

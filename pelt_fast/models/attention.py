@@ -20,6 +20,8 @@ from pelt_fast.modules import PrefixSlice, QuerySlice
 from pelt_fast.ops.backends import backend
 from pelt_fast.reference.heads import context_scores, expand_heads
 
+from .takeover import Takeover
+
 SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
 WRAPPED = ("sdpa", "eager")
 _NAME = "pelt_fast_{}"
@@ -36,6 +38,13 @@ def wrapping(choice: str | None) -> str:
         " log-sum-exp, which transformers' wrapper does not pass on. Choose"
         " model.set_attn_implementation('sdpa') or 'eager' before inject"
     )
+
+
+def wrap(module: nn.Module, takeover: Takeover) -> None:
+    """Let the config of an attention module choose the function that wraps the user's choice."""
+    choice = wrapping(module.config._attn_implementation)
+    if module.config._attn_implementation != choice:
+        takeover.set_attention(module.config, choice)
 
 
 def still_wrapped(stack: nn.Module, *_) -> None:

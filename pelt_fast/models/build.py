@@ -72,13 +72,7 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
         takeover.sites.append(
             Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank, attention=module)
         )
-        _wrap_attention(module, takeover)
-
-
-def _wrap_attention(module: nn.Module, takeover: Takeover) -> None:
-    choice = attention.wrapping(module.config._attn_implementation)
-    if module.config._attn_implementation != choice:
-        takeover.set_attention(module.config, choice)
+        attention.wrap(module, takeover)
 
 
 def head_dim_of(module: nn.Module) -> int:
@@ -141,7 +135,7 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
         takeover.set(module, attention.SLICE, QuerySlice(site))
         name = f"{place.name}.{slot.module}"
         takeover.sites.append(Site(name, "heads", "bottleneck", site, attention=module))
-        _wrap_attention(module, takeover)
+        attention.wrap(module, takeover)
         if place.index == 0:
             owner = find(base_of(model), place.stack.owner)
             takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))

@@ -45,11 +45,12 @@ def method_tensors(model: nn.Module) -> dict[str, Tensor]:
     takeover = takeover_of(model)
     if takeover.config.is_full:
         return {name: p.detach() for name, p in model.named_parameters()}
+    own = takeover.own_trained
     banks = {name: m for name, m in model.named_modules() if isinstance(m, PrefixBank)}
     tensors = {f"{name}.prefix": bank().detach() for name, bank in banks.items()}
     for name, parameter in model.named_parameters():
         in_bank = any(name.startswith(f"{bank}.") for bank in banks)
-        if name in takeover.own_trained or (is_method(name) and not in_bank):
+        if name in own or (is_method(name) and not in_bank):
             tensors[name] = parameter.detach()
     return tensors
 

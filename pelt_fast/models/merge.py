@@ -104,7 +104,7 @@ def _folded(site: Site) -> list[tuple[nn.Module, str, Tensor]]:
     if isinstance(module, SequentialAdapter):
         return _linear_adapter(module)
     module.unpack()
-    scale = module.scale.reshape(-1, 1) if isinstance(module.scale, Tensor) else module.scale
+    scale = _column(module.scale)
     first, last = module.ffn.in_proj.module, module.ffn.out_proj.module
     up = _rounded(_wide(module.up_weight) * scale, last.weight)
     down_bias, up_bias = module.down_bias, _wide(module.up_bias).view(-1, 1) * scale
@@ -122,7 +122,7 @@ def _folded(site: Site) -> list[tuple[nn.Module, str, Tensor]]:
 def _linear_adapter(module: SequentialAdapter) -> list[tuple[nn.Module, str, Tensor]]:
     linear = module.slot.module
     down, d, up, u = map(_wide, module.weights)
-    scale = module.scale.reshape(-1, 1) if isinstance(module.scale, Tensor) else module.scale
+    scale = _column(module.scale)
     up, u = up * scale, (u.view(-1, 1) * scale).view(-1)
     weight = _wide(linear.weight)
     bias = weight.new_zeros(weight.shape[0]) if linear.bias is None else _wide(linear.bias)
@@ -131,6 +131,11 @@ def _linear_adapter(module: SequentialAdapter) -> list[tuple[nn.Module, str, Ten
         (linear, "weight", _rounded(keep * weight + up @ (down @ weight), linear.weight)),
         (linear, "bias", _rounded(keep * bias + up @ (down @ bias + d) + u, linear.weight)),
     ]
+
+
+def _column(scale: float | Tensor) -> float | Tensor:
+    """A scale that multiplies rows: a number, or learned, scalar or per channel."""
+    return scale.detach().reshape(-1, 1) if isinstance(scale, Tensor) else scale
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -127,9 +127,7 @@ def _accelerate_prefix(peft_model: nn.Module, takeover: Takeover) -> None:
     for place, slot in slots:
         module = find(place.layer, slot.module)
         takeover.set(module, attention.SLICE, PeftSlice(bank, place.index))
-        choice = attention.wrapping(module.config._attn_implementation)
-        if module.config._attn_implementation != choice:
-            takeover.set_attention(module.config, choice)
+        attention.wrap(module, takeover)
     owner = find(base, stacks[0].owner)
     takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
     takeover.hook(owner.register_forward_pre_hook(bank.before_decoder, with_kwargs=True))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from pelt_fast.modules import Prompt
+from pelt_fast.modules.slot import Slot
 
 from .slots import StackSlot, find
 from .takeover import Takeover
@@ -30,7 +31,7 @@ def attach_prompt(base: nn.Module, stack: StackSlot, prompt: Prompt, takeover: T
     elif slot.positions is not None:
         front = EncoderFront(prompt, owner, find(base, slot.positions))
         takeover.hook(owner.register_forward_pre_hook(front.before_encoder, with_kwargs=True))
-        takeover.call(front.positions, front.learned_positions)
+        takeover.call(front.positions.module, front.learned_positions)
         if hasattr(base, "decoder"):
             decoder = base.decoder
             hook = decoder.register_forward_pre_hook(front.before_decoder, with_kwargs=True)
@@ -101,7 +102,7 @@ class EncoderFront:
     """In front of an encoder's token embeddings, whose decoder attends to the prompt too (BART)."""
 
     def __init__(self, prompt: Prompt, encoder: nn.Module, positions: nn.Module):
-        self.prompt, self.encoder, self.positions = prompt, encoder, positions
+        self.prompt, self.encoder, self.positions = prompt, encoder, Slot(positions)
 
     def before_encoder(self, module, args, kwargs):
         """Before the encoder: embeddings with the prompt in front, a mask that covers it."""
@@ -116,8 +117,8 @@ class EncoderFront:
 
     def learned_positions(self, ids: Tensor, *args, **kwargs) -> Tensor:
         """The positions module: the tokens', and none for the prompt."""
-        kind, length = type(self.positions), self.prompt.length
-        found = kind.forward(self.positions, ids[:, length:], *args, **kwargs)
+        length = self.prompt.length
+        found = self.positions(ids[:, length:], *args, **kwargs)
         return torch.cat([found.new_zeros(*found.shape[:-2], length, found.shape[-1]), found], -2)
 
     def before_decoder(self, module, args, kwargs):

@@ -31,9 +31,10 @@ class Packing:
             first += weight.shape[self.dim]
         return True
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def pack(self, frozen: list[nn.Parameter]) -> None:
-        """Move the weights into the buffer."""
+        """Move the weights into the buffer: an ordinary tensor, whoever calls first."""
         shape = list(frozen[0].shape)
         shape[self.dim] = self.room + -self.room % ALIGNMENT
         parts = [*(weight.data for weight in frozen), frozen[0].new_zeros(shape)]

@@ -96,7 +96,9 @@ def ffn_forward(
     if gate_weight is None:
         activate(ffn_activation, pre[:, :inner], out=a)
     else:
-        torch.mul(activate(ffn_activation, pre[:, :inner]), pre[:, inner : 2 * inner], out=a)
+        gate, z = pre[:, :inner], pre[:, inner : 2 * inner]
+        # φ(G) goes where A will be, or, where A lies over Z, over G
+        torch.mul(activate(ffn_activation, gate, out=a if keep_pre else gate), z, out=a)
     drop_(a, activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
     activate(activation, pre[:, first + inner : first + inner + rank], out=h)
     drop_(h, dropout_p, seed_row(seed, 0, dropout_p))

@@ -130,17 +130,22 @@ def prefix_attention_forward(
         return _blocked_forward(q, k, v, prefix_k, prefix_v, attn_mask, settings)
     o, lse = _context(q, k, v, attn_mask, is_causal, scale)
     context_o = empty_like_nothing(q) if composition == "gated" else o.clone()
-    own = _by_head(lse.unsqueeze(-1)).squeeze(-1)
-    merge = _merge_scores if form == "relu" or o.dtype != lse.dtype else _merge_outputs
+    queries, out, own = _by_head(q), _by_head(o), _by_head(lse.unsqueeze(-1)).squeeze(-1)
     pk, pv = (p.to(lse.dtype) for p in (prefix_k, prefix_v))
+    by_scores = form == "relu" or o.dtype != lse.dtype
+    if by_scores:
+        pk, pv = scale * expand_heads(pk, q.shape[1]), expand_heads(pv, q.shape[1])
     for rows in _prefix_blocks(q, prefix_k.shape[1]):
-        block = _by_head(q)[:, rows], _by_head(o)[:, rows], own[:, rows]
-        merge(*block, pk, pv, scale, form, composition)
+        block = queries[:, rows], out[:, rows], own[:, rows]
+        if by_scores:
+            _merge_scores(*block, pk, pv, form, composition)
+        else:
+            _merge_outputs(*block, pk, pv, scale, composition)
     lse = own.view(lse.shape[1], lse.shape[0], lse.shape[2]).transpose(0, 1).contiguous()
     return o, lse, context_o, no_rng(q, seed)
 
 
-def _merge_outputs(q, out, lse, pk, pv, scale, form, composition) -> None:
+def _merge_outputs(q, out, lse, pk, pv, scale, composition) -> None:
     """Merge a block of rows as the paper writes it, (1 - λ) h + λ Δh: Δh by the flash kernel, too,
     λ = sigmoid(l_p - l_c)."""
     update, prefix_lse = _flash(q[None], pk[None], pv[None], 0.0, False, scale=scale)
@@ -151,11 +156,10 @@ def _merge_outputs(q, out, lse, pk, pv, scale, form, composition) -> None:
     lse.copy_(torch.logaddexp(lse, prefix_lse[0]))
 
 
-def _merge_scores(q, out, lse, pk, pv, scale, form, composition) -> None:
+def _merge_scores(q, out, lse, pk, pv, form, composition) -> None:
     """Merge a block of rows by its scores, in fp32 beside a lower precision: Δh is not rounded
-    before it is added."""
-    pk, pv = (expand_heads(p, q.shape[0]) for p in (pk, pv))
-    scores = (scale * pk) @ q.to(lse.dtype).transpose(-1, -2)  # (H, P, rows)
+    before it is added. pk is scaled, both have a head for each of q's."""
+    scores = pk @ q.to(lse.dtype).transpose(-1, -2)  # (H, P, rows)
     prefix_lse = torch.logsumexp(scores, -2)
     context = out.to(lse.dtype)
     if composition == "gated":

@@ -169,6 +169,18 @@ def test_the_out_projection_is_packed_where_no_dropout_follows_it(learned, tmp_p
     assert same(snapshot(model), before) and out.is_contiguous()
 
 
+@pytest.mark.parametrize("architecture", ["bart", "llama"])
+def test_a_model_moved_and_evaluated_first_still_trains(architecture):
+    """The move unpacks; what packs again may run in inference mode."""
+    model = pelt_fast.inject(MODELS[architecture](), small_method("scaled_parallel_adapter"))
+    batch = inputs(model)
+    model.double().eval()
+    with torch.inference_mode():
+        model(**batch)
+    model.train()(**batch).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_a_block_with_output_dropout_packs_only_what_it_reads():
     model = pelt_fast.inject(MODELS["bart"](), small_method("mam"))
     site = model.model.encoder.layers[0].pelt_ffn_adapter

@@ -168,6 +168,17 @@ def test_packed_ffn_plan_allocates_what_the_frozen_block_needs(p):
         )  # fmt: skip
     big = sorted(n for n, kind in inference.sizes if n >= m * k // 2 and kind.is_floating_point)
     assert big == sorted([m * (inner + rank), m * k])
+    gate = torch.randn(inner, k)
+    for keep_pre in (True, False):
+        with Allocations() as gated:  # φ(G) has no place of its own
+            ffn.ffn_forward(
+                x, packed[:inner], bias[0], gate, None, out_weight, bias[1], packed[inner:],
+                bias[2], up, bias[3], torch.cat([gate, packed]), None, "silu", "relu", 4.0, p, p, p,
+                seed, keep_pre,
+            )  # fmt: skip
+        big = sorted(n for n, kind in gated.sizes if n >= m * k // 2 and kind.is_floating_point)
+        kept = [m * (inner + rank)] if keep_pre else []
+        assert big == sorted([m * (2 * inner + rank), m * k, *kept])
     with Allocations() as backward:
         ffn.ffn_backward(
             torch.randn(m, k), x, pre, packed[:inner], None, out_weight, packed[inner:], up, packed,
