@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import pelt_fast
+from tests.models.judge import assert_fused_is_the_reference, assert_near, exactly
 from tests.models.test_inject import refused, same, snapshot
 from tests.models.test_parity import assert_close, outputs_and_gradients, small_method
 from tests.small import MODELS, inputs, llama, randomise
@@ -50,18 +51,22 @@ def test_a_block_liger_patched_runs_our_op_and_is_ligers_again_after_eject(metho
 def test_a_linear_layer_whose_forward_was_replaced():
     """LoRA would not see what the replacement does; adapters beside it run it as it is."""
     model = MODELS["roberta"]()
-    layer = model.roberta.encoder.layer[0]
+    layer, twin = model.roberta.encoder.layer[0], copy.deepcopy(model).double().eval()
+    other = twin.roberta.encoder.layer[0]
+    for linear in (other.attention.self.query, other.output.dense):
+        for parameter in linear.parameters():
+            parameter.data *= 2
     for linear in (layer.attention.self.query, layer.output.dense):
         linear.forward = functools.partial(lambda x, own: 2 * own(x), own=linear.forward)
     refused(model, small_method("lora"), ValueError, r"query was replaced by another library")
     batch = inputs(model)
-    before = model.eval()(**batch).logits
+    before, exact = model.eval()(**batch).logits, twin(**batch).logits
     pelt_fast.inject(model, small_method("scaled_parallel_adapter"))
-    assert torch.allclose(model.eval()(**batch).logits, before, atol=1e-6)  # starts at the base
+    assert_near(model.eval()(**batch).logits, before, exact)  # starts at the base
     (site,) = pelt_fast.explain(model).fallbacks
     assert site.name == "encoder.layer.0.intermediate.dense" and "patched" in site.reason
     pelt_fast.eject(model)
-    assert torch.allclose(model.eval()(**batch).logits, before, atol=1e-6)
+    assert torch.equal(model.eval()(**batch).logits, before)
 
 
 class Halved(nn.Module):
@@ -81,7 +86,7 @@ def test_a_parametrized_model_is_the_model_of_its_computed_weights(architecture,
                 parametrize.register_parametrization(linear, "weight", Halved())
             else:
                 linear.weight.data /= 2
-    results = []
+    results, exact = [], None
     for twin in (plain, model):
         torch.manual_seed(5)
         pelt_fast.inject(twin, small_method(method, dropout=0.0))
@@ -90,9 +95,11 @@ def test_a_parametrized_model_is_the_model_of_its_computed_weights(architecture,
             torch.manual_seed(i)
             parameter.data.add_(0.2 * torch.randn_like(parameter))
         torch.manual_seed(6)
-        results.append(outputs_and_gradients(twin.train(), inputs(twin)))
+        batch = inputs(twin)
+        results.append(outputs_and_gradients(twin.train(), batch))
+        exact = exactly(twin, batch) if exact is None else exact
     (expected, wanted), (logits, grads) = results
-    assert torch.allclose(logits, expected, atol=1e-5)
+    assert_near(logits, expected, exact["logits"])
     assert_close({n: g for n, g in grads.items() if "pelt_" in n},
                  {n: g for n, g in wanted.items() if "pelt_" in n})  # fmt: skip
     pelt_fast.eject(model)
@@ -107,9 +114,9 @@ def test_lora_on_a_computed_weight_is_not_merged():
     parametrize.register_parametrization(query, "weight", Halved())
     randomise(pelt_fast.inject(model, small_method("lora"))).eval()
     batch = inputs(model)
-    expected = model(**batch).logits
+    expected, exact = model(**batch).logits, exactly(model, batch)["logits"]
     pelt_fast.merge(model)
-    assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
+    assert_near(model(**batch).logits, expected, exact)
     plans = {s.name: s.plan for s in pelt_fast.explain(model).sites}
     assert plans["encoder.layer.0.attention.self.query"] != "merged"
     assert plans["encoder.layer.1.attention.self.query"] == "merged"
@@ -124,11 +131,7 @@ def test_biases_where_llama_has_none_by_default(method):
     before = snapshot(model)
     randomise(pelt_fast.inject(model, small_method(method))).train()
     batch = inputs(model, padding="left")
-    logits, grads = outputs_and_gradients(model, batch)
-    with pelt_fast.backend("reference"):
-        expected, wanted = outputs_and_gradients(model, batch)
-    assert torch.allclose(logits, expected, atol=1e-5)
-    assert_close(grads, wanted)
+    assert_fused_is_the_reference(model, batch)
     assert same(snapshot(pelt_fast.eject(model)), before)
 
 

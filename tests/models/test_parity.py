@@ -1,7 +1,6 @@
 """Injected models against independent formulations: hooks, concatenation, PEFT."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from pelt_fast.models import attention
 from pelt_fast.models.attention import SLICE
 from pelt_fast.models.slots import base_of, find, stacks_of
 from pelt_fast.ops import support
-from pelt_fast.testing import compare
 from tests.small import MODELS, gradients, inputs, pairs, randomise
 
 METHODS = [name for name in pelt_fast.methods() if name != "linear_probe"]
@@ -73,58 +71,6 @@ def test_fused_equals_reference_in_evaluation(architecture, method):
             expected, expected_grads = outputs_and_gradients(model, batch)
         assert torch.allclose(logits, expected, atol=1e-5)
         assert_close(grads, expected_grads)
-
-
-def without_kinks(config):
-    """No dropout, and GELU for ReLU: a unit that two roundings put on either side of 0 is a
-    difference of its whole gradient."""
-    modifications = [
-        dataclasses.replace(
-            m, dropout=0.0, activation="relu" if m.target == "heads" else "gelu"
-        ) if m.form in ("bottleneck", "low_rank") else m
-        for m in config.modifications
-    ]  # fmt: skip
-    return dataclasses.replace(config, modifications=tuple(modifications))
-
-
-@pytest.mark.parametrize("architecture, method", pairs(METHODS))
-def test_fused_bf16_is_as_near_to_fp64_as_the_reference(architecture, method):
-    """Output and every gradient: at most twice the reference's own error, and a rounding band."""
-    model = MODELS[architecture](dropout=0.0).bfloat16()
-    config = without_kinks(small_method(method))
-    randomise(pelt_fast.inject(model, config), 0.1)
-    exact = copy.deepcopy(model).double()
-    for padding in PADDINGS:
-        batch = inputs(model, padding=padding)
-        results = []
-        for twin, name in ((model, "auto"), (model, "reference"), (exact, "reference")):
-            with pelt_fast.backend(name):
-                logits, grads = outputs_and_gradients(twin.train(), batch)
-            # of a single number the two errors are two draws: a learned scale's gradient is the sum
-            # of its up_weight's, which is judged
-            grads = {n: g for n, g in grads.items() if g.numel() > 1}
-            results.append({"logits": logits, **grads})
-        verdict = compare(*results, torch.bfloat16)
-        assert verdict.ok, verdict
-        with torch.no_grad():  # in evaluation the same function
-            logits = model.eval()(**batch).logits
-        verdict = compare({"logits": logits}, *({"logits": r["logits"]} for r in results[1:]),
-                          torch.bfloat16)  # fmt: skip
-        assert verdict.ok, verdict
-
-
-@pytest.mark.parametrize("method", ["lora", "houlsby", "mam"])
-@pytest.mark.parametrize("architecture", MODELS)
-def test_bf16_base_trains_fp32_factors(architecture, method):
-    model = MODELS[architecture]().bfloat16()
-    pelt_fast.inject(model, small_method(method))
-    method_tensors = {n: p for n, p in model.named_parameters() if "pelt_" in n}
-    assert all(p.dtype == torch.float32 for p in method_tensors.values())
-    randomise(model.train())
-    _, grads = outputs_and_gradients(model, inputs(model, padding="right"))
-    for name in method_tensors:
-        assert torch.isfinite(grads[name]).all()
-        assert not torch.equal(grads[name], grads[name].bfloat16().float()), name
 
 
 def naive_ffn_adapters(model, twin):
@@ -375,103 +321,3 @@ def test_every_dropout_of_the_model_still_acts_exactly_once(architecture, method
         assert abs(share - 0.5) < 0.03, share
     model.eval()(**batch)
     assert (seen["into_second"] == seen["middle"]).double().mean() < 0.01
-
-
-def point(*arguments, **fields):
-    return pelt_fast.PeltConfig("point", (pelt_fast.Modification(*arguments, **fields),))
-
-
-BESIDE_THE_PRESETS = {
-    "prefix added": point("prefix", "heads", composition="add", size=3),
-    "prefix without MLP": point(
-        "prefix", "heads", composition="gated", size=3, reparameterization="none"
-    ),
-    "learned scale": point("bottleneck", "ffn", "parallel", "learned_scale", 3, 2.0, "tanh"),
-    "learned channel scale": point(
-        "bottleneck", "ffn", "parallel", "learned_channel_scale", 3, activation="tanh"
-    ),
-    "sequential, scaled, norm out": point(
-        "bottleneck", "ffn", "sequential", "scaled", 3, 2.0, "gelu", layer_norm="out", dropout=0.1
-    ),
-    "parallel, norm in": point(
-        "bottleneck", "ffn", "parallel", size=3, layer_norm="in", activation="silu"
-    ),
-    "attention, learned scale": point(
-        "bottleneck", "attention", "sequential", "learned_scale", 3, activation="gelu"
-    ),
-    "LoRA on k and o": pelt_fast.PeltConfig(
-        "ko",
-        tuple(pelt_fast.Modification("low_rank", f"attention.{t}", size=3) for t in "ko"),
-    ),
-    "a prompt before MAM and LoRA": pelt_fast.PeltConfig(
-        "all",
-        (
-            pelt_fast.Modification("prompt", "embeddings", composition="gated", size=3),
-            pelt_fast.Modification("prefix", "heads", composition="gated", size=3),
-            pelt_fast.Modification("low_rank", "attention.q", size=3),
-            pelt_fast.Modification("bottleneck", "ffn", size=3, activation="tanh"),
-        ),
-    ),
-    "adapters by head beside a prefix": pelt_fast.PeltConfig(
-        "heads",
-        (
-            pelt_fast.Modification("prefix", "heads", composition="gated", size=3),
-            pelt_fast.Modification("bottleneck", "heads", size=3),
-        ),
-    ),
-    "adapters by head of the query": point("bottleneck", "heads", size=3, reads="query"),
-    "parallel on attention after its output": point(
-        "bottleneck", "attention", size=3, activation="silu", placement="after_output"
-    ),
-    "before the dropout": point(
-        "bottleneck", "ffn", size=3, activation="tanh", placement="before_dropout"
-    ),
-    "of the residual stream": point(
-        "bottleneck", "ffn", size=3, activation="tanh", reads="residual"
-    ),
-    "LoRA under an adapter": pelt_fast.PeltConfig(
-        "both",
-        (
-            pelt_fast.Modification(
-                "bottleneck", "attention", "sequential", size=3, activation="silu"
-            ),
-            pelt_fast.Modification("low_rank", "attention.o", size=3),
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("architecture", [a for a in MODELS if a != "llama"])
-def test_bitfit_stands_beside_lora_and_adapters(architecture):
-    """A bias trains under the LoRA of its own layer; a block that trains is not taken over."""
-    names = ("bitfit", "lora", "scaled_parallel_adapter")
-    parts = [m for name in names for m in small_method(name, dropout=0.0).modifications]
-    config = pelt_fast.PeltConfig("all", tuple(parts))
-    model = randomise(pelt_fast.inject(MODELS[architecture](), config)).train()
-    batch = inputs(model, padding="right")
-    logits, grads = outputs_and_gradients(model, batch)
-    with pelt_fast.backend("reference"):
-        expected, expected_grads = outputs_and_gradients(model, batch)
-    assert torch.allclose(logits, expected, atol=1e-5)
-    assert_close(grads, expected_grads)
-    assert any(n.endswith("query.bias") or n.endswith("q_proj.bias") for n in grads)
-
-
-@pytest.mark.parametrize("name", BESIDE_THE_PRESETS)
-@pytest.mark.parametrize("architecture", MODELS)
-def test_points_beside_the_presets_run_fused_as_in_the_reference(architecture, name, tmp_path):
-    base = MODELS[architecture]()
-    model = randomise(pelt_fast.inject(copy.deepcopy(base), BESIDE_THE_PRESETS[name])).train()
-    batch = inputs(model, padding="left")
-    logits, grads = outputs_and_gradients(model, batch)
-    assert all(grads[n].abs().sum() > 0 for n, p in model.named_parameters() if p.requires_grad)
-    with pelt_fast.backend("reference"):
-        expected, expected_grads = outputs_and_gradients(model, batch)
-    assert torch.allclose(logits, expected, atol=1e-5)
-    assert_close(grads, expected_grads)
-    pelt_fast.save(model, tmp_path)
-    twin = pelt_fast.load(copy.deepcopy(base), tmp_path)
-    assert torch.equal(twin.eval()(**batch).logits, model.eval()(**batch).logits)
-    before = base.state_dict()
-    after = pelt_fast.eject(twin).state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,34 @@
+"""Whole models by the budget: at most twice as far from fp64 as PyTorch or the reference is."""
+
+import copy
+
+from torch import Tensor
+
+import pelt_fast
+from pelt_fast.testing import Tensors, compare
+from tests.models.test_parity import outputs_and_gradients
+
+
+def assert_near(actual: Tensor, same: Tensor, exact: Tensor) -> None:
+    """``actual`` within the budget that ``same``, of the same dtype, sets around ``exact``."""
+    found = ({"y": t.detach()} for t in (actual, same, exact))
+    verdict = compare(*found, actual.dtype)
+    assert verdict.ok, verdict
+
+
+def exactly(model, batch: dict) -> Tensors:
+    """Logits and gradients of the reference in fp64, of the same dropout masks."""
+    with pelt_fast.backend("reference"):
+        logits, grads = outputs_and_gradients(copy.deepcopy(model).double(), batch)
+    return {"logits": logits, **grads}
+
+
+def assert_fused_is_the_reference(model, batch: dict) -> None:
+    """Output and every gradient of a model without dropouts of its own."""
+    logits, grads = outputs_and_gradients(model, batch)
+    with pelt_fast.backend("reference"):
+        same, same_grads = outputs_and_gradients(model, batch)
+    exact = exactly(model, batch)
+    verdict = compare({"logits": logits, **grads}, {"logits": same, **same_grads}, exact,
+                      logits.dtype)  # fmt: skip
+    assert verdict.ok, verdict
