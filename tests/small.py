@@ -12,6 +12,8 @@ from transformers import (
     MBartForConditionalGeneration,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 # a method that a model has nothing for: Llama has no biases
@@ -59,6 +61,14 @@ def llama(kind=LlamaForCausalLM, dropout=0.0, **changes):
         attention_dropout=dropout, pad_token_id=PAD,
     )  # fmt: skip
     return kind(LlamaConfig(**(config | changes)))
+
+
+def t5(kind=T5ForConditionalGeneration, dropout=0.1, **changes):
+    config = dict(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        dropout_rate=dropout, pad_token_id=PAD, decoder_start_token_id=0,
+    )  # fmt: skip
+    return kind(T5Config(**(config | changes)))
 
 
 MODELS = {"bart": bart, "mbart": mbart, "roberta": roberta, "bert": bert, "llama": llama}

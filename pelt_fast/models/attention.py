@@ -59,9 +59,24 @@ def still_wrapped(stack: nn.Module, *_) -> None:
 
 
 def _refuse(kwargs: dict) -> None:
-    for name in ("softcap", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"prefix attention cannot carry {name} of this model's attention")
+    if kwargs.get("softcap") is not None:
+        raise ValueError("prefix attention cannot carry softcap of this model's attention")
+
+
+def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) -> Tensor | None:
+    """The mask with a position bias in it (T5); a prefix has no position, so none is on its
+    keys."""
+    if bias is None:
+        return mask
+    if causal:
+        shape = query.shape[2], key.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
+    bias = bias[..., : key.shape[2]]
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
 
 
 def _prefixed(module: nn.Module) -> PrefixSlice | QuerySlice | None:
@@ -94,8 +109,10 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, i
     if causal and key.shape[2] > queries:
         # a static cache at prefill: what lies past the queries is not written yet
         key, value = key[:, :, :queries], value[:, :, :queries]
-    out = _attend(module, site, query, key, value, attention_mask, causal, dropout, scaling)
-    return out, None
+    bias = kwargs.get("position_bias")
+    mask = _biased(attention_mask, bias, causal, query, key)
+    causal = causal and bias is None
+    return _attend(module, site, query, key, value, mask, causal, dropout, scaling), None
 
 
 def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -107,10 +124,11 @@ def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
         return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                    **kwargs)  # fmt: skip
     _refuse(kwargs)
+    mask = _biased(attention_mask, kwargs.get("position_bias"), False, query, key)
     with backend("reference"):
-        out = _attend(module, site, query, key, value, attention_mask, False, dropout, scaling)
+        out = _attend(module, site, query, key, value, mask, False, dropout, scaling)
     wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
-    weights = _weights(site, query, key, attention_mask, scaling) if wanted else None
+    weights = _weights(site, query, key, mask, scaling) if wanted else None
     return out, weights
 
 

@@ -77,7 +77,8 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
 
 def head_dim_of(module: nn.Module) -> int:
     """D of an attention module."""
-    return getattr(module, "head_dim", None) or module.attention_head_size
+    names = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    return next(getattr(module, name) for name in names if getattr(module, name, None))
 
 
 def reads_residual(modification: Modification, slot: FFNSlot) -> bool:

@@ -147,7 +147,8 @@ def _noted(plan: support.Plan) -> tuple[support.Plan, str]:
 
 
 def _query_width(attention: nn.Module) -> int:
-    return getattr(attention, "q_proj", getattr(attention, "query", None)).weight.shape[0]
+    names = ("q_proj", "query", "q")
+    return next(getattr(attention, n).weight.shape[0] for n in names if hasattr(attention, n))
 
 
 def _dtype_and_size(module: nn.Module) -> dict:

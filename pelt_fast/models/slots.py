@@ -130,12 +130,34 @@ def _llama_row() -> tuple[StackSlot, ...]:
     return (StackSlot("decoder", "", "layers", (attention,), ffn, PromptSlot()),)
 
 
+def _t5_row() -> tuple[StackSlot, ...]:
+    """T5 with a plain FFN (v1.0, t5-small to t5-11b); a gated one has no row yet."""
+
+    def attention(kind: str, module: str) -> AttentionSlot:
+        return AttentionSlot(kind, module, *(f"{module}.{name}" for name in "qkvo"))
+
+    def ffn(index: int) -> FFNSlot:
+        block = f"layer.{index}.DenseReluDense"
+        return FFNSlot(
+            block, f"{block}.wi", f"{block}.wo", f"{block}.act", "dense_act_fn",
+            activation_dropout=f"{block}.dropout", norm=f"layer.{index}.layer_norm",
+        )  # fmt: skip
+
+    own, cross = "layer.0.SelfAttention", "layer.1.EncDecAttention"
+    decoder = (attention("decoder", own), attention("cross", cross))
+    return (
+        StackSlot("encoder", "encoder", "encoder.block", (attention("encoder", own),), ffn(1)),
+        StackSlot("decoder", "decoder", "decoder.block", decoder, ffn(2)),
+    )
+
+
 ARCHITECTURES: dict[str, tuple[StackSlot, ...]] = {
     "bart": _bart_row(),
     "bert": _bert_row(),
     "llama": _llama_row(),
     "mbart": _bart_row(norm="final_layer_norm", adapter_reads="residual"),
     "roberta": _bert_row(),
+    "t5": _t5_row(),
 }
 
 

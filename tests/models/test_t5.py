@@ -1,0 +1,70 @@
+"""T5: a position bias under the prefix, a block whose output dropout is the layer's."""
+
+import pytest
+import torch
+
+import pelt_fast
+from pelt_fast.methods import methods
+from tests.models.judge import assert_near
+from tests.models.test_parity import assert_close, outputs_and_gradients
+from tests.small import inputs, randomise, t5
+
+MEANINGLESS = {"full", "linear_probe", "bitfit", "prompt"}
+METHODS = [name for name in methods() if name not in MEANINGLESS]
+
+
+def injected(method, **changes):
+    torch.manual_seed(0)
+    model = t5(dropout=0.0)
+    pelt_fast.inject(model, methods()[method].replace(size=5, **changes))
+    return randomise(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_is_the_reference(method, padding, training):
+    model = injected(method).train(training)
+    batch = inputs(model, padding=padding)
+    logits, grads = outputs_and_gradients(model, batch)
+    with pelt_fast.backend("reference"):
+        expected, expected_grads = outputs_and_gradients(model, batch)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_a_prefix_that_adds_nothing_leaves_mask_and_bias_as_they_were(padding, attention):
+    torch.manual_seed(0)
+    model = t5(dropout=0.0).eval()
+    model.set_attn_implementation(attention)
+    batch = inputs(model, padding=padding)
+    plain, exact = model(**batch).logits, model.double()(**batch).logits
+    model.float()
+    pelt_fast.inject(model, methods()["prefix_ungated"].replace(reparameterization="none", size=5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prefix" in name:  # (layers, keys and values, heads, size, head dim)
+                parameter.normal_()[:, 1].zero_()
+    assert_near(model(**batch).logits, plain, exact)
+
+
+def test_a_prefix_decodes_with_a_cache_as_without():
+    model = injected("mam").eval()
+    ids = inputs(model)["input_ids"]
+    settings = dict(max_new_tokens=6, do_sample=False, num_beams=2)
+    cached = model.generate(ids, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
+def test_explain_names_every_site_as_fused():
+    model = injected("mam").train()
+    explanation = pelt_fast.explain(model)
+    assert len(explanation.sites) == 10
+    assert not explanation.fallbacks
+
+
+def test_a_gated_t5_is_refused_with_the_slots_looked_for():
+    with pytest.raises(ValueError, match=r"does not fit the table row 't5'.*DenseReluDense.wi"):
+        pelt_fast.inject(t5(feed_forward_proj="gated-gelu"), "lora")
