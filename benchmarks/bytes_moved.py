@@ -5,20 +5,49 @@ is only reserved. A Triton kernel touches each of its tensor arguments once (``T
 it reads and writes through one pointer): it is not run, its arguments are counted, which is what
 the traffic in its file's head is. Weights are left out, and integers, which stand for masks that
 kernels make in registers. What stays in a cache between two operations counts all the same.
+Beside the bytes of activations each operation has its flops, the bytes of weights it reads and the
+dropout masks it draws: what ``predict.py`` turns into times.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 TWICE = {"dq_ptr", "d_pre_ptr"}
 _RESERVES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 _WRITTEN = ("out", "grad_input")  # what an operation is told to write to
 _OVERWRITES = ("copy_", "zero_", "fill_")  # in place, but nothing old is read
+_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+# flops of our kernels from their arguments; those that are not here move bytes
+KERNEL_FLOPS: dict[str, Callable[[dict], float]] = {
+    "tail_gemm_kernel": lambda a: 2 * a["M"] * a["N"] * (a["K"] + a["R"]),
+    "tail_gemm_descriptor_kernel": lambda a: 2 * a["M"] * a["N"] * (a["K"] + a["R"]),
+    "rank_down_fwd_kernel": lambda a: 2 * a["M"] * a["K"] * a["R"],
+    "rank_down_bwd_kernel_da": lambda a: 2 * a["M"] * a["K"] * a["R"],
+    "rank_up_fwd_kernel": lambda a: 2 * a["M"] * a["N"] * a["R"],
+    "rank_up_bwd_kernel": lambda a: 4 * a["M"] * a["N"] * a["R"],
+    "adapter_fwd_kernel": lambda a: 2 * a["M"] * a["R"] * (a["K"] + a["N"]),
+    "prefix_fwd_kernel": lambda a: 4 * a["q_ptr"].numel() * a["P"],
+    "prefix_bwd_kernel_dq": lambda a: 6 * a["q_ptr"].numel() * a["P"],
+    "prefix_bwd_kernel": lambda a: 8 * a["q_ptr"].numel() * a["P"],
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Bytes of activations moved and of weights read, flops, and elements of masks drawn."""
+
+    name: str
+    moved: int
+    weights: int = 0
+    flops: float = 0
+    drawn: int = 0
 
 
 def storage(tensor: Tensor) -> int:
@@ -39,7 +68,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
         self.known = {storage(w): w for w in weights}  # kept alive: no address is used twice
-        self.rows: list[tuple[str, int]] = []
+        self.rows: list[Operation] = []
 
     def size(self, tensor: Tensor) -> int:
         """Bytes of a tensor that counts."""
@@ -49,11 +78,15 @@ class Counter(TorchDispatchMode):
             return 0
         return elements(tensor) * tensor.element_size()
 
-    def add(self, name: str, moved: int) -> None:
+    def weight(self, tensor: Tensor) -> int:
+        """Bytes of a tensor that is a weight."""
+        return tensor.nbytes if storage(tensor) in self.known else 0
+
+    def add(self, name: str, moved: int, **more) -> None:
         """Count one operation."""
         if moved:
             self.bytes += moved
-            self.rows.append((name, moved))
+            self.rows.append(Operation(name, moved, **more))
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -77,7 +110,10 @@ class Counter(TorchDispatchMode):
             given = given[1:]
         elif name.startswith("new_") or name.endswith("_like"):
             given = []
-        self.add(name, sum(map(self.size, given)) + sum(map(self.size, made)))
+        self.add(
+            name, sum(map(self.size, given)) + sum(map(self.size, made)),
+            weights=sum(map(self.weight, given)), flops=_flops(function, arguments, read, result),
+        )  # fmt: skip
         return result
 
     def _is_weight(self, tensor: Tensor) -> bool:
@@ -93,18 +129,36 @@ class Counter(TorchDispatchMode):
             return op.plan(*arguments)
 
 
+def _flops(function, arguments, keywords: dict, result) -> float:
+    """Of a library operation."""
+    name = function._schema.name.removeprefix("aten::")
+    if name.startswith(_ATTENTION):
+        backward = name.endswith("backward")
+        q, k = arguments[1:3] if backward else arguments[:2]
+        place = 7 if backward else 4
+        causal = keywords.get("is_causal") or arguments[place : place + 1] == (True,)
+        seen = 0.5 if causal else 1.0
+        return seen * (10 if backward else 4) * q.numel() * k.shape[-2]
+    formula = flop_registry.get(function.overloadpacket)
+    return 0 if formula is None else formula(*arguments, **keywords, out_val=result)
+
+
 @contextlib.contextmanager
 def counted_kernels(counter: Counter) -> Iterator[None]:
     """Inside, Triton kernels are not launched: their arguments are counted."""
     from triton.runtime import interpreter, jit
 
     def launch(kernel, *arguments, grid, warmup, **keywords):
-        names = list(kernel.arg_names)
-        moved = 0
-        for name, value in zip(names, arguments):
-            if isinstance(value, Tensor):
-                moved += counter.size(value) * (2 if name in TWICE else 1)
-        counter.add(kernel.__name__, moved)
+        given = dict(zip(kernel.arg_names, arguments)) | keywords
+        tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
+        formula = KERNEL_FLOPS.get(kernel.__name__)
+        counter.add(
+            kernel.__name__,
+            sum(counter.size(t) * (2 if n in TWICE else 1) for n, t in tensors.items()),
+            weights=sum(map(counter.weight, tensors.values())),
+            flops=0 if formula is None else formula(given),
+            drawn=_drawn(kernel.__name__, tensors),
+        )
 
     kinds = (jit.JITFunction, interpreter.InterpretedFunction)
     kept = [kind.run for kind in kinds]
@@ -115,6 +169,15 @@ def counted_kernels(counter: Counter) -> Iterator[None]:
     finally:
         for kind, run in zip(kinds, kept):
             kind.run = run
+
+
+def _drawn(kernel: str, tensors: dict[str, Tensor]) -> int:
+    """Elements of the dropout masks that a kernel makes: of its largest tensor, where it has a
+    seed and is not given the bits."""
+    if kernel == "mask_bits_kernel":
+        return 8 * tensors["bits_ptr"].numel()
+    seeded = any("seed" in name for name in tensors) and "bits_ptr" not in tensors
+    return max(t.numel() for t in tensors.values()) if seeded else 0
 
 
 def bytes_moved(work: Callable[[], object], weights: Iterable[Tensor]) -> Counter:

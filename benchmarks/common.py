@@ -1,18 +1,21 @@
 """Timing, saved bytes, tables and result files."""
 
-import gc
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
-import time
+import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from .timing import rounds
 
 RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).parent.parent
@@ -22,15 +25,8 @@ def interleaved(
     steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 2
 ) -> dict[str, float]:
     """Median seconds of each step; one of each in turn, so that drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    gc.collect()
-    for i in range(warmup + repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    turns = {name: lambda _, step=step: step() for name, step in steps.items()}
+    return {n: statistics.median(t) for n, t in rounds(turns, repeats, warmup).items()}
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
@@ -60,6 +56,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def cell(value: float | None, form: str, scale: float = 1.0) -> str:
+    """A number of a table; nothing where it is not known."""
+    return "" if value is None or value != value else format(value * scale, form)
+
+
 def machine() -> dict:
     """What a result depends on: versions, device, threads, commit."""
     names = ("torch", "transformers", "peft", "triton")
@@ -70,7 +71,15 @@ def machine() -> dict:
         "versions": {name: _version(name) for name in names},
         "device": _device(),
         "threads": torch.get_num_threads(),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """What was typed, without the folders of this machine."""
+    given = sys.orig_argv
+    words = ["python", *given[given.index("-m") :]] if "-m" in given else sys.argv
+    return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
 
 
 def _version(name: str) -> str | None:
@@ -94,28 +103,63 @@ def _device() -> str:
     return f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def write(name: str, result: dict, folder: Path | None = None) -> Path:
-    """Write ``result`` and the machine as ``<device>-<date>-<commit>-<name>.json``; never over
-    another result."""
-    about = machine()
+def result_path(name: str, about: dict, folder: Path | None = None) -> Path:
+    """``<device>-<date>-<commit>-<name>.json``, numbered where there is one: results are never
+    written over."""
     kind = "cpu" if about["device"].startswith("CPU") else about["device"].split()[-1].lower()
     folder = RESULTS if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{kind}-{about['time'][:10]}-{about['commit']}-{name}"
-    path = folder / f"{stem}.json"
-    count = 1
+    path, count = folder / f"{stem}.json", 1
     while path.exists():
         count += 1
         path = folder / f"{stem}-{count}.json"
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({"machine": about, **result}, indent=2) + "\n")
-    os.replace(part, path)
     return path
+
+
+def dump(path: Path, data: dict) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def write(name: str, result: dict, folder: Path | None = None) -> Path:
+    """Write ``result`` and the machine under :func:`result_path`."""
+    about = machine()
+    path = result_path(name, about, folder)
+    dump(path, {"machine": about, **result})
+    return path
+
+
+def load(path: Path) -> dict:
+    """A result file; ValueError names one that is not."""
+    try:
+        result = json.loads(path.read_text())
+        result["machine"]["time"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result file: {error!r}") from None
+    return result
 
 
 def newest(name: str) -> dict:
     """The newest committed result called ``name``."""
-    results = [json.loads(path.read_text()) for path in RESULTS.glob(f"*-{name}*.json")]
-    if not results:
+    return load(newest_path(name))
+
+
+def newest_path(name: str) -> Path:
+    """Its file; FileNotFoundError when there is none."""
+    paths = [path for path in RESULTS.glob("*.json") if _part(path) == name]
+    if not paths:
         raise FileNotFoundError(f"no result {name!r} in {RESULTS}")
-    return max(results, key=lambda result: result["machine"]["time"])
+    return max(paths, key=lambda path: load(path)["machine"]["time"])
+
+
+def parts(start: str) -> list[str]:
+    """The parts with a committed result whose names start so."""
+    return sorted({part for part in map(_part, RESULTS.glob("*.json")) if part.startswith(start)})
+
+
+def _part(path: Path) -> str:
+    """What comes after device, date and commit, without a number."""
+    return re.sub(r"^.*?-\d{4}-\d\d-\d\d-[0-9a-z]+-|-\d$", "", path.stem)

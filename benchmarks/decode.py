@@ -10,13 +10,15 @@ with a cache of 32, so M = 1, 8 and 32 tokens through each linear layer. A metho
 
 import argparse
 import copy
+from statistics import median
 
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, EncoderDecoderCache
 from transformers.cache_utils import DynamicCache
 
 import pelt_fast
-from benchmarks.common import interleaved, table, write
+from benchmarks.common import table, write
+from benchmarks.timing import rounds
 
 BATCHES, SOURCE, PAST, STEPS = (1, 8, 32), 64, 32, 8
 # sizes near half a percent to one percent of BART-base, as for an adapted model that is served
@@ -44,14 +46,14 @@ def models() -> dict[str, torch.nn.Module]:
 
 def decoding(model: BartForConditionalGeneration, batch: int):
     """A function that decodes STEPS tokens from a cache of PAST."""
-    source, past = (torch.randint(4, 1000, (batch, n)) for n in (SOURCE, PAST))
+    source, past = (torch.randint(4, 1000, (batch, n)).to(model.device) for n in (SOURCE, PAST))
     decoder, cache = model.get_decoder(), EncoderDecoderCache(DynamicCache(), DynamicCache())
     with torch.inference_mode():
         encoded = model.get_encoder()(source).last_hidden_state
         decoder(past, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True)
 
     @torch.inference_mode()
-    def steps():
+    def steps(_):
         for _ in range(STEPS):
             hidden = decoder(past[:, :1], encoder_hidden_states=encoded, past_key_values=cache,
                              use_cache=True).last_hidden_state  # fmt: skip
@@ -61,15 +63,23 @@ def decoding(model: BartForConditionalGeneration, batch: int):
     return steps
 
 
-def measure(repeats: int) -> dict[str, dict[str, float]]:
-    """Batch -> provider -> median seconds of a token."""
-    found = models()
+def measure(
+    repeats: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, list[float]]]:
+    """Batch -> provider -> seconds of a token, every repeat."""
+    device = device or torch.device("cpu")
+    found = {name: model.to(device, dtype) for name, model in models().items()}
     result = {}
     for batch in BATCHES:
         steps = {name: decoding(model, batch) for name, model in found.items()}
-        seconds = interleaved(steps, repeats)
-        result[str(batch)] = {name: s / STEPS for name, s in seconds.items()}
+        seconds = rounds(steps, repeats, device=device)
+        result[str(batch)] = {name: [s / STEPS for s in times] for name, times in seconds.items()}
     return result
+
+
+def medians(repeats: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """What the table shows."""
+    return {b: {n: median(times) for n, times in found.items()} for b, found in repeats.items()}
 
 
 def report(seconds: dict[str, dict[str, float]]) -> str:
@@ -89,11 +99,14 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    seconds = measure(options.repeats)
+    repeats = measure(options.repeats)
+    seconds = medians(repeats)
     print(report(seconds))
     if options.record:
         shape = dict(source=SOURCE, past=PAST, steps=STEPS, methods=METHODS)
-        print(f"wrote {write('decode', {'shape': shape, 'seconds': seconds}).name}")
+        result = dict(shape=shape, seconds=seconds, repeats=repeats)
+        path = write("decode", result)
+        print(f"wrote {path.name}")
 
 
 if __name__ == "__main__":

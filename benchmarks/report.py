@@ -1,6 +1,6 @@
-"""Write the tables of README.md and docs/ from the newest committed result files.
+"""Write tables and figures of README.md and docs/ from the newest committed result files.
 
-python -m benchmarks.report            rewrites what stands between the markers
+python -m benchmarks.report            rewrites what stands between the markers, draws the figures
 python -m benchmarks.report --check    exit 1 when a page is not what the results say
 """
 
@@ -11,14 +11,17 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import decode, demo, lora_linear, traffic
-from benchmarks.common import REPOSITORY, newest
+from benchmarks import decode, demo, figures, layer, model, predict, profile, targets, traffic
+from benchmarks.common import REPOSITORY, newest, newest_path, parts, table
 from pelt_fast import PeltConfig, inject
 from pelt_fast.methods import formula, methods
 from tests.small import MODELS
 
+DOCS = REPOSITORY / "docs"
 README = REPOSITORY / "README.md"
-PAGES = (README, REPOSITORY / "docs" / "traffic.md")
+PAGES = (README, DOCS / "traffic.md", DOCS / "performance.md")
+HEADLINE = "model-bart-768"
+FIGURES = ("layer", HEADLINE, "equal", "traffic", "predict-h200")
 
 
 def _measured(result: dict, text: str) -> str:
@@ -40,9 +43,67 @@ def _demo() -> str:
     )
 
 
-def _lora() -> str:
-    result = newest("lora-linear")
-    return _measured(result, lora_linear.report(result["seconds"]))
+def _layers() -> str:
+    result = newest("layer")
+    return _measured(result, layer.report(result["entries"]))
+
+
+def _cost() -> str:
+    """README's: a step of each method, ours and the peers', to the frozen model and to full
+    fine-tuning."""
+    result = newest(HEADLINE)
+    peers = ("pelt_fast", "plain PyTorch", "PEFT")
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in model.rows(result["entries"]):
+        rows.setdefault((row["model"], row["method"]), {})[row["provider"]] = row
+    lines = []
+    for (shape, method), found in rows.items():
+        ours = found.get("pelt_fast")
+        if ours is None:
+            continue
+        times = [f"{found[p]['to_frozen'][1]:.2f}" if p in found else "" for p in peers]
+        saved = [f"{found[p]['saved_bytes'] / 1e6:.0f}" if p in found else "" for p in peers]
+        lines.append([
+            f"{shape}, `{method}`", f"{ours['flops_to_frozen']:.2f}", *times,
+            f"{ours['to_full'][1]:.2f}", f"{ours['peak_to_full']:.2f}", " / ".join(saved),
+        ])  # fmt: skip
+    header = ["model, method", "flops / frozen", *(f"{p}, step / frozen" for p in peers),
+              "step / full", "peak / full", "saved MB: ours / plain / PEFT"]  # fmt: skip
+    return _measured(result, table(header, lines))
+
+
+def _models() -> str:
+    results = [newest(part) for part in parts("model-")]
+    return "\n\n".join(_measured(found, model.report(found["entries"])) for found in results)
+
+
+def _equal() -> str:
+    result = newest("equal")
+    return _measured(result, model.report(result["entries"]))
+
+
+def _profile() -> str:
+    result = newest("profile")
+    return _measured(result, profile.report(result["entries"]))
+
+
+def _predicted() -> str:
+    result = newest("predict-h200")
+    return _measured(result, predict.report(result["entries"]))
+
+
+def _targets() -> str:
+    found = targets.all_targets()
+    lines = [[t.what, t.wanted, t.found, "met" if t.met else "MISSED"] for t in found]
+    return table(["target", "wanted", "found", ""], lines)
+
+
+def _commands() -> str:
+    """Where each table on the page is from."""
+    names = (*parts("model-"), "equal", "layer", "profile", "predict-h200", "traffic", "decode")
+    rows = [[part, f"`{newest(part)['machine'].get('command', '')}`", f"`{newest_path(part).name}`"]
+            for part in names]  # fmt: skip
+    return table(["part", "command", "file in benchmarks/results/"], rows)
 
 
 def _decode() -> str:
@@ -70,9 +131,7 @@ def _methods() -> str:
 
 def _traffic() -> str:
     result = newest("traffic")
-    rows = [traffic.Passes(r["subject"], r["provider"], r["forward"], r["backward"])
-            for r in result["rows"]]  # fmt: skip
-    return _measured(result, traffic.report(rows))
+    return _measured(result, traffic.report(result["entries"]))
 
 
 def _where(config: PeltConfig) -> str:
@@ -90,7 +149,9 @@ def _where(config: PeltConfig) -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "methods": _methods, "demo": _demo, "lora": _lora, "decode": _decode, "traffic": _traffic,
+    "methods": _methods, "demo": _demo, "cost": _cost, "decode": _decode, "traffic": _traffic,
+    "targets": _targets, "layers": _layers, "models": _models, "equal": _equal,
+    "profile": _profile, "predicted": _predicted, "commands": _commands,
 }  # fmt: skip
 
 
@@ -116,6 +177,8 @@ def main() -> int:
         return int(pages != after)
     for page, text in after.items():
         page.write_text(text)
+    for part in FIGURES:
+        figures.draw(newest_path(part), DOCS / "figures")
     return 0
 
 

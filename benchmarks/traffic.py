@@ -1,7 +1,6 @@
 """Bytes moved by each op, forward and backward, ours and its peers, in passes P.
 
-    TRITON_INTERPRET=1 python -m benchmarks.traffic            prints the tables
-    TRITON_INTERPRET=1 python -m benchmarks.traffic --record   also writes benchmarks/results/
+    pelt-fast bench traffic [--record] [--method lora adapter ffn prefix]
 
 P is one read or write of the layer's input, M x K (attention: of the queries, B H T D). Counted at
 the dispatcher, our Triton kernels by their arguments (``bytes_moved``): the same on any machine,
@@ -10,7 +9,6 @@ a weight gradient in fp32 is made of casts, block by block, that stay in cache b
 frozen layer's own passes are in every row.
 """
 
-import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.bytes_moved import Counter, counted_kernels
-from benchmarks.common import table, write
+from benchmarks.common import table
+from benchmarks.record import Record
 from pelt_fast import backend, functional
 from pelt_fast.fused import ffn as fused_ffn
 from pelt_fast.fused import low_rank
@@ -123,7 +122,7 @@ def lora(p: float) -> Case:
         layer = _peft_lora(p, dtype)
         if layer is not None:
             providers[name] = (x, layer)
-    return Case(f"LoRA linear R={R} p={p}", M * K, providers)
+    return Case(f"LoRA linear {K} R={R} p={p}", M * K, providers)
 
 
 def _peft_lora(p: float, dtype: torch.dtype) -> Callable | None:
@@ -141,12 +140,12 @@ def _peft_lora(p: float, dtype: torch.dtype) -> Callable | None:
     return layer
 
 
-def ffn(p: float) -> Case:
+def ffn(p: float, width: int = K, inner: int = INNER) -> Case:
     """The feed-forward block with a parallel adapter; p is the model's own output dropout."""
-    w1, b1, w2, b2 = low(INNER, K), low(INNER), low(K, INNER), low(K)
-    small = trained(RANK, K), trained(RANK), trained(K, RANK), trained(K)
-    packed = torch.cat([w1, low(RANK, K)])
-    packed_out = torch.cat([w2, low(K, RANK)], 1) if p == 0 else None
+    w1, b1, w2, b2 = low(inner, width), low(inner), low(width, inner), low(width)
+    small = trained(RANK, width), trained(RANK), trained(width, RANK), trained(width)
+    packed = torch.cat([w1, low(RANK, width)])
+    packed_out = torch.cat([w2, low(width, RANK)], 1) if p == 0 else None
 
     def frozen(x):
         return F.dropout(F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2), p)
@@ -161,12 +160,12 @@ def ffn(p: float) -> Case:
         down, d, up, u = (t.to(x.dtype) for t in small)
         return frozen(x) + 4.0 * F.linear(F.relu(F.linear(x, down, d)), up, u)
 
-    x = (low(M, K),)
+    x = (low(M, width),)
     providers = {"frozen": (x, frozen), "kernels": (x, Ours(fused, "kernels"))}
     if p == 0:
         providers["plan"] = (x, Ours(fused, "plan"))
     providers["plain PyTorch"] = (x, plain)
-    return Case(f"FFN {K}/{INNER}, parallel adapter R={RANK}, p={p}", M * K, providers)
+    return Case(f"widened FFN {width}/{inner} R={RANK} p={p}", M * width, providers)
 
 
 def adapter(sequential: bool) -> Case:
@@ -190,9 +189,9 @@ def adapter(sequential: bool) -> Case:
     return Case(f"{kind} adapter R=64", M * K, providers)
 
 
-def prefix(causal: bool) -> Case:
+def prefix(causal: bool, **changes: int) -> Case:
     """Attention with a prefix against concatenation; the frozen attention beside them."""
-    sizes = ATTENTION
+    sizes = ATTENTION | changes
     shape = sizes["batch"], sizes["queries"], sizes["heads"], sizes["dim"]
     qkv = tuple(low(*shape, device="cpu").transpose(1, 2) for _ in range(3))  # flash is not on meta
     prefix_shape = sizes["heads"], sizes["prefix"], sizes["dim"]
@@ -218,16 +217,30 @@ def prefix(causal: bool) -> Case:
 
     providers = {"frozen": (qkv, frozen), "kernels": (qkv, Ours(fused, "kernels")),
                  "concatenation": (qkv, concatenated)}  # fmt: skip
-    name = f"prefix attention P={sizes['prefix']}{' causal' if causal else ''}"
+    name = (f"prefix attention B{sizes['batch']} H{sizes['heads']} S{sizes['queries']}"
+            f" D{sizes['dim']} P={sizes['prefix']}{' causal' if causal else ''}")  # fmt: skip
     return Case(name, qkv[0].numel(), providers)
 
 
-def cases() -> list[Case]:
-    """Every subject."""
-    return [
-        lora(0.0), lora(0.1), adapter(False), adapter(True), ffn(0.0), ffn(0.1), prefix(False),
-        prefix(True),
-    ]  # fmt: skip
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "lora": lambda: [lora(0.0), lora(0.1)],
+    "adapter": lambda: [adapter(False), adapter(True)],
+    "ffn": lambda: [ffn(0.0), ffn(0.1)],
+    "prefix": lambda: [prefix(False), prefix(True)],
+}
+
+
+def cases(methods: list[str] | None = None, known=CASES) -> list[Case]:
+    """The subjects of ``methods``, all by default."""
+    return [case for name in chosen(methods, known) for case in known[name]()]
+
+
+def chosen(methods: list[str] | None = None, known=CASES) -> list[str]:
+    """The methods asked for; ValueError lists those there are."""
+    for name in methods or ():
+        if name not in known:
+            raise ValueError(f"unknown method {name!r}: choose {', '.join(known)}")
+    return list(methods or known)
 
 
 def parameters_of(function: Callable) -> list[Tensor]:
@@ -250,44 +263,49 @@ def parameters_of(function: Callable) -> list[Tensor]:
     return found
 
 
+def count(
+    inputs: tuple[Tensor, ...], function: Callable, parameters: list[Tensor]
+) -> tuple[Counter, Counter]:
+    """The operations of forward and of backward."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    forward, backward = (Counter(parameters) for _ in range(2))
+    with function.context() if isinstance(function, Ours) else contextlib.nullcontext():
+        with counted_kernels(forward), forward:
+            y = function(*leaves)
+        backward.known = forward.known
+        dy = torch.randn_like(y)
+        with counted_kernels(backward), backward:
+            y.backward(dy)
+    return forward, backward
+
+
 def measure(case: Case) -> list[Passes]:
     """The passes of each provider of a case."""
     rows = []
     for name, (inputs, function) in case.providers.items():
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        forward, backward = (Counter(parameters_of(function)) for _ in range(2))
-        with function.context() if isinstance(function, Ours) else contextlib.nullcontext():
-            with counted_kernels(forward), forward:
-                y = function(*leaves)
-            backward.known = forward.known
-            dy = torch.randn_like(y)
-            with counted_kernels(backward), backward:
-                y.backward(dy)
+        forward, backward = count(inputs, function, parameters_of(function))
         unit = case.pass_elements * inputs[0].element_size()
         rows.append(Passes(case.subject, name, forward.bytes / unit, backward.bytes / unit))
     return rows
 
 
-def report(rows: list[Passes]) -> str:
+def run(record: Record, methods: list[str] | None = None) -> list[dict]:
+    """Count everything; the entries."""
+    for case in cases(methods):
+        for row in measure(case):
+            record.add(**vars(row), both=row.both)
+    record.finish()
+    return record.entries
+
+
+def report(entries: list[dict]) -> str:
     """The table."""
     lines = [
-        [r.subject, r.provider, f"{r.forward:.1f}", f"{r.backward:.1f}", f"{r.both:.1f}"]
-        for r in rows
+        [
+            e["subject"],
+            e["provider"],
+            *(f"{e[part]:.1f}" for part in ("forward", "backward", "both")),
+        ]
+        for e in entries
     ]
     return table(["subject", "provider", "forward, P", "backward, P", "both, P"], lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    rows = [row for case in cases() for row in measure(case)]
-    print(report(rows))
-    if options.record:
-        result = [dict(vars(row), both=row.both) for row in rows]
-        print(f"wrote {write('traffic', {'rows': result}).name}")
-
-
-if __name__ == "__main__":
-    main()

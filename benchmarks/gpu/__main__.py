@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from . import kernels, layers, numerics, sanitizer, tune
+from . import counters, decoding, kernels, layers, models, numerics, peers, sanitizer, tune
 from .record import Record
 
 PARTS = {
@@ -21,6 +21,10 @@ PARTS = {
     "2": ("sanitizer", sanitizer.run, "compute-sanitizer memcheck and racecheck on small shapes"),
     "3": ("kernels", kernels.run, "each kernel: time, bandwidth, ratio to floor, eager, compile"),
     "4": ("layers", layers.run, "whole layers against the frozen layer and peers: the targets"),
+    "5": ("models", models.run, "training steps of whole models: the headline, BART-large MAM"),
+    "6": ("peers", peers.run, "layers beside every peer, torch.compile and FlexAttention too"),
+    "7": ("decoding", decoding.run, "a token of decoding, methods unmerged, batch 1 to 32"),
+    "8": ("counters", counters.run, "DRAM bytes by ncu beside the counted ones"),
     "tune": ("tune", tune.run, "measure candidates of every table, write the rows that win"),
 }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from benchmarks.common import table
+from benchmarks.common import newest, table
 from pelt_fast import functional
 from pelt_fast.kernels import config
 from pelt_fast.modules.packing import Packing
@@ -170,9 +170,37 @@ def step(layer: Layer, function: Callable | Forced, x, dy) -> Callable[[], None]
     return run
 
 
+# names of the prediction for the names of a row
+PREDICTED = {
+    "pelt_fast": ("kernels", "kernels, accumulate"),
+    "plan accumulate": ("kernels, accumulate",),
+    "plan tail": ("kernels, tail",),
+    "PEFT": ("PEFT",),
+    "plain adapter": ("plain PyTorch",),
+    "concatenation": ("concatenation",),
+}
+
+
+def predictions() -> dict[tuple[str, str], float]:
+    """(layer, provider) -> ratio, from the newest committed prediction."""
+    try:
+        entries = newest("predict-h200")["entries"]
+    except FileNotFoundError:
+        return {}
+    return {(e["layer"], e["provider"]): e["ratio"] for e in entries}
+
+
+def predicted(known: dict[tuple[str, str], float], layer: str, provider: str) -> float | None:
+    """The ratio that was predicted for a row, or None."""
+    layer = layer.partition(", flop ratio")[0]
+    names = PREDICTED.get(provider, ())
+    places = [(name, each) for name in (layer, f"{layer} p=0.0") for each in names]
+    return next((known[place] for place in places if place in known), None)
+
+
 def run(record: Record, device: torch.device, sizes: Layers | None = None) -> int:
     """Measure every layer; a provider that fails is a row that says so."""
-    rows, missed = [], 0
+    rows, missed, known = [], 0, predictions()
     for layer in layers(device, sizes or Layers()):
         if not record.in_time:
             record.leave(layer.name)
@@ -181,14 +209,14 @@ def run(record: Record, device: torch.device, sizes: Layers | None = None) -> in
         dy = torch.randn_like(layer.floor(x))
         floor, *_ = milliseconds(step(layer, layer.floor, x, dy), device)
         record.add(layer=layer.name, provider="frozen", milliseconds=floor)
-        rows.append([layer.name, "frozen", f"{floor:.3f}", "1.00", ""])
+        rows.append([layer.name, "frozen", f"{floor:.3f}", "1.00", "", ""])
         for name, provider in layer.providers.items():
             try:
                 taken, low, high = milliseconds(step(layer, provider, x, dy), device)
             except Exception as error:  # a provider that fails is a result
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
                 record.add(layer=layer.name, provider=name, failed=reason)
-                rows.append([layer.name, name, "-", "-", reason])
+                rows.append([layer.name, name, "-", "-", "", reason])
                 continue
             ratio, verdict = taken / floor, ""
             if name == "pelt_fast":
@@ -199,7 +227,9 @@ def run(record: Record, device: torch.device, sizes: Layers | None = None) -> in
                 layer=layer.name, provider=name, milliseconds=taken, low=low, high=high,
                 ratio=ratio, target=layer.target,
             )  # fmt: skip
-            rows.append([layer.name, name, f"{taken:.3f}", f"{ratio:.2f}", verdict])
+            guess = predicted(known, layer.name, name)
+            wanted = "" if guess is None else f"{guess:.2f}"
+            rows.append([layer.name, name, f"{taken:.3f}", f"{ratio:.2f}", wanted, verdict])
     record.finish(missed=missed)
-    print(table(["layer", "provider", "ms", "to frozen", ""], rows))
+    print(table(["layer", "provider", "ms", "to frozen", "predicted (h200)", ""], rows))
     return 0

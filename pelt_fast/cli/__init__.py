@@ -3,9 +3,12 @@
 import argparse
 import sys
 
-from . import check, explain, info, methods, train
+from . import bench, check, explain, info, methods, train
 
-COMMANDS = {"info": info, "check": check, "explain": explain, "methods": methods, "train": train}
+COMMANDS = {
+    "info": info, "check": check, "explain": explain, "methods": methods, "train": train,
+    "bench": bench,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

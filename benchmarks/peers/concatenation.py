@@ -1,0 +1,20 @@
+"""Prefix tuning by concatenation: [prefix; K] and [prefix; V] are copied together and go through
+SDPA under a mask, which is what PEFT's prefix tuning makes of a layer."""
+
+from collections.abc import Iterator
+
+from benchmarks.problems import Problem, Provider
+from benchmarks.subjects import concatenated, prefix_mask
+
+NAME = "concatenation + SDPA"
+
+
+def layer(problem: Problem) -> Iterator[Provider]:
+    """The mask is built once, outside, as transformers does for a whole model."""
+    if not problem.subject.startswith("prefix"):
+        return
+    mask = prefix_mask(problem, problem.frozen)
+    yield Provider(
+        NAME, lambda q, k, v: concatenated(q, k, v, *problem.trained.values(), mask),
+        problem.trained,
+    )  # fmt: skip

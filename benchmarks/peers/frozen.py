@@ -1,0 +1,19 @@
+"""The frozen layer: the cost nobody goes below."""
+
+from collections.abc import Iterator
+
+from benchmarks.problems import Problem, Provider
+from benchmarks.whole import Trained
+
+NAME = "frozen"
+
+
+def layer(problem: Problem) -> Iterator[Provider]:
+    """The layer without the method."""
+    yield Provider(NAME, lambda *inputs: problem.floor(inputs, problem.frozen), {})
+
+
+def model(base, config, injected) -> Iterator[Trained]:
+    """The model with nothing on it, forward and backward to the embeddings: what a method that
+    trains the first layer cannot go below."""
+    yield Trained(NAME, base, None, to_embeddings=True)

@@ -1,0 +1,58 @@
+"""What a run writes as it goes, and the time it has."""
+
+import time
+from pathlib import Path
+
+from benchmarks.common import dump, machine, result_path
+
+
+class Record:
+    """The result file of one run, written whole after every entry: a run cut short leaves what it
+    found. ``left`` lists what the time did not allow.
+
+    ``path`` is a file of the user's choice, which must not exist; else the name is made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path | None = None,
+        seconds: float | None = None,
+        path: Path | None = None,
+    ):
+        if path is not None and path.exists():
+            raise ValueError(f"{path} exists, and results are never written over: choose another")
+        self.started = time.monotonic()
+        self.seconds = seconds
+        self.result: dict = {"part": name, "finished": False, "entries": [], "left": []}
+        self.machine = machine()
+        self.path = path or result_path(name, self.machine, folder)
+        self._write()
+
+    @property
+    def entries(self) -> list[dict]:
+        """What was found."""
+        return self.result["entries"]
+
+    @property
+    def in_time(self) -> bool:
+        """Whether there is time for one more entry."""
+        return self.seconds is None or time.monotonic() - self.started < self.seconds
+
+    def add(self, **entry) -> None:
+        """Add an entry."""
+        self.result["entries"].append(entry)
+        self._write()
+
+    def leave(self, name: str) -> None:
+        """Say that ``name`` did not fit."""
+        self.result["left"].append(name)
+        self._write()
+
+    def finish(self, **totals) -> None:
+        """Close the file with what concerns the whole run."""
+        self.result.update(totals, finished=True, seconds=round(time.monotonic() - self.started, 1))
+        self._write()
+
+    def _write(self) -> None:
+        dump(self.path, {"machine": self.machine, **self.result})
