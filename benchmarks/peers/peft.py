@@ -96,7 +96,7 @@ def model(base, config, injected) -> Iterator[Trained | Absent]:
     if forms == {"low_rank"}:
         yield Trained(NAME, wrapped, _factors(wrapped, injected), wrapped.save_pretrained)
     else:
-        note = "its own virtual tokens, on a decoder's side of an encoder-decoder"
+        note = "its own tokens; decoder side alone"
         yield Trained(NAME, wrapped, None, wrapped.save_pretrained, note=note)
 
 
