@@ -83,10 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         results = [load(path) for path in (options.a, options.b)]
+        if results[0].get("part") != results[1].get("part"):
+            raise ValueError(f"{options.a} is of part {results[0].get('part')!r}, {options.b} of"
+                             f" {results[1].get('part')!r}")  # fmt: skip
         rows = [keyed(r, p) for r, p in zip(results, (options.a, options.b))]
-        if results[0]["part"] != results[1]["part"]:
-            raise ValueError(f"{options.a} is of part {results[0]['part']!r}, {options.b} of"
-                             f" {results[1]['part']!r}")  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2

@@ -220,6 +220,10 @@ def report(entries: list[dict]) -> str:
     for entry in entries:
         why = [f"{k}: {entry[k]}" for k in ("absent", "refused", "failed", "skipped") if k in entry]
         if why:
-            name = entry.get("layer", f"{entry['method']}, {entry['model']} {entry['size']}")
+            name = entry["layer"] if "layer" in entry else _label(entry)
             lines.append([name, entry.get("provider", "all"), *[""] * 4, why[0], ""])
     return table(HEADER, lines)
+
+
+def _label(entry: dict) -> str:
+    return f"{entry['method']}, {entry['model']}, {entry['size']}"

@@ -48,6 +48,10 @@ def _traffic() -> Iterator[Target]:
             passes = found[f"{lora}{p}", f"kernels, {plan}"]["both"]
             yield Target(f"passes of LoRA, {plan} plan, p={p}", bound, passes)
     for (subject, provider), entry in found.items():
+        if subject.endswith("residual stream") and provider == "kernels":
+            frozen = found[subject, "frozen"]
+            beyond = entry["forward"] - frozen["forward"]
+            yield Target(f"passes beyond the frozen layer, {subject}, forward", 2, beyond)
         if subject.startswith("prefix") and provider == "kernels":
             frozen = found[subject, "frozen"]
             for part, bound in (("forward", 4), ("backward", 6)):

@@ -168,6 +168,28 @@ def ffn(p: float, width: int = K, inner: int = INNER) -> Case:
     return Case(f"widened FFN {width}/{inner} R={RANK} p={p}", M * width, providers)
 
 
+def ffn_beside() -> Case:
+    """The feed-forward block on a normed input, its adapter on the residual stream (mBART): there
+    is nothing to widen."""
+    w1, b1, w2, b2 = low(INNER, K), low(INNER), low(K, INNER), low(K)
+    small = trained(RANK, K), trained(RANK), trained(K, RANK), trained(K)
+
+    def frozen(n, x):
+        return F.linear(F.gelu(F.linear(n, w1, b1)), w2, b2)
+
+    def fused(n, x):
+        return functional.parallel_adapter(frozen(n, x), x, *small, scale=4.0)
+
+    def plain(n, x):
+        down, d, up, u = (t.to(x.dtype) for t in small)
+        return frozen(n, x) + 4.0 * F.linear(F.relu(F.linear(x, down, d)), up, u)
+
+    inputs = (low(M, K), low(M, K))
+    providers = {"frozen": (inputs, frozen), "kernels": (inputs, Ours(fused, "kernels")),
+                 "plain PyTorch": (inputs, plain)}  # fmt: skip
+    return Case(f"FFN {K}/{INNER}, adapter R={RANK} on the residual stream", M * K, providers)
+
+
 def adapter(sequential: bool) -> Case:
     """The adapter alone."""
     small = trained(64, K), trained(64), trained(K, 64), trained(K)
@@ -225,7 +247,7 @@ def prefix(causal: bool, **changes: int) -> Case:
 CASES: dict[str, Callable[[], list[Case]]] = {
     "lora": lambda: [lora(0.0), lora(0.1)],
     "adapter": lambda: [adapter(False), adapter(True)],
-    "ffn": lambda: [ffn(0.0), ffn(0.1)],
+    "ffn": lambda: [ffn(0.0), ffn(0.1), ffn_beside()],
     "prefix": lambda: [prefix(False), prefix(True)],
 }
 

@@ -8,9 +8,12 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu import kernels, layers, numerics, tune
+from benchmarks import decode, layer, model, traffic
+from benchmarks.gpu import counters, decoding, kernels, layers, models, numerics, peers, tune
 from benchmarks.gpu.kernel_cases import Sizes, cases
 from benchmarks.gpu.record import Record
+
+from .tiny import bf16, tiny_shapes  # noqa: F401
 
 CPU = torch.device("cpu")
 TINY = Sizes(m=24, k=32, inner=40, batch=1, heads=2, queries=12, dim=16, ranks=(8,), prefixes=(5,))
@@ -25,7 +28,7 @@ def command(*arguments):
 
 def test_without_a_part_it_lists_them():
     ran = command()
-    assert ran.returncode == 0 and ran.stdout.count("make gpu PART=") == 5
+    assert ran.returncode == 0 and ran.stdout.count("make gpu PART=") == 9
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing():
@@ -35,7 +38,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing():
 
 def test_an_unknown_part_names_those_there_are():
     ran = command("9")
-    assert ran.returncode == 2 and "1, 2, 3, 4, tune" in ran.stderr
+    assert ran.returncode == 2 and "1, 2, 3, 4, 5, 6, 7, 8, tune" in ran.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")
@@ -100,3 +103,75 @@ def test_numerics_collects_the_suite():
 def test_cases_count_bytes_of_what_they_touch():
     for case in cases(CPU, TINY, torch.float16):
         assert case.bytes > 0, case
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")
+def test_models_say_how_far_the_headline_is(tmp_path, capsys, tiny_shapes):  # noqa: F811
+    plan = model.Plan(models=("tiny-bart",), methods=("mam",), rows=2, source=32, target=8,
+                      dtype=torch.bfloat16, peers=("full", "pelt_fast", "plain"), repeats=1)  # fmt: skip
+    assert models.run(Record("models", tmp_path), CPU, (plan,)) == 0
+    assert "tiny-bart MAM: step" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")
+def test_peers_run_in_bf16(tmp_path, tiny_shapes):  # noqa: F811
+    plan = layer.Plan(("lora", "prefix-causal"), ("tiny-llama",), (4,), (0.0,), repeats=1,
+                      peers=("pelt_fast", "plain", "peft", "concatenation", "flex", "unsloth"),
+                      setting=bf16())  # fmt: skip
+    record = Record("peers", tmp_path)
+    assert peers.run(record, CPU, (plan,)) == 0
+    timed = {e["provider"] for e in record.entries if "seconds" in e}
+    assert {"PEFT", "PEFT, bf16 factors", "plain PyTorch", "concatenation + SDPA"} <= timed
+    assert not [e for e in record.entries if "failed" in e or "refused" in e]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")
+def test_decoding_runs_in_bf16(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "BATCHES", (1,))
+    monkeypatch.setattr(decode, "METHODS", {"lora": dict()})
+    measure = decode.measure
+    monkeypatch.setattr(decode, "measure", lambda repeats, *rest: measure(1, *rest))
+    record = Record("decoding", tmp_path)
+    assert decoding.run(record, CPU) == 0
+    assert record.entries[0]["seconds"]["1"].keys() == {"frozen", "lora", "lora merged"}
+
+
+def test_counters_run_what_is_counted(monkeypatch):
+    for name, value in dict(M=32, K=48, N=48, INNER=64, RANK=16).items():
+        monkeypatch.setattr(traffic, name, value)
+    found = 0
+    for i, case in enumerate(traffic.cases(counters.CASES)):
+        for name in case.providers.keys() & set(counters.PROVIDERS):
+            if case.subject.startswith("widened") and name == "kernels":
+                continue  # its sizes are defaults, bound before
+            counters.materialised(i, name, CPU)()
+            found += 1
+    assert found >= 8
+
+
+def test_counters_read_what_ncu_prints():
+    printed = """==PROF== Connected
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","k","dram__bytes_read.sum","byte","1,000"
+"0","k","dram__bytes_write.sum","byte","24"
+"""
+    assert counters.total(printed) == 1024
+    with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
+        counters.total("==ERROR== ERR_NVGPUCTRPERM")
+
+
+def test_without_ncu_nothing_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    record = Record("counters", tmp_path)
+    assert counters.run(record, CPU) == 0 and "ncu" in record.result["absent"]
+
+
+def test_layers_have_their_predictions():
+    known = layers.predictions()
+    assert known, "pelt-fast bench predict --record"
+    assert layers.predicted(known, "LoRA linear 4096 R=16 p=0.1", "plan tail") > 1
+    assert (
+        layers.predicted(known, "widened FFN 4096/14336 R=512, flop ratio 1.054", "pelt_fast") > 1
+    )
+    assert layers.predicted(known, "prefix attention B16 H16 S1024 D64 P=30", "concatenation") > 1
+    assert layers.predicted(known, "unheard of", "pelt_fast") is None

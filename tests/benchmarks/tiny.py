@@ -1,0 +1,31 @@
+"""Shapes small enough for a test."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import shapes
+from benchmarks.subjects import Setting
+
+WIDTHS = {"bart": ("bart-large", 64), "llama": ("llama-3-8b", 64), "t5": ("t5-base", 64),
+          "roberta": ("roberta-base", 64)}  # fmt: skip
+SETTING = Setting(rows=2, length=24)
+
+
+def shape(family: str) -> shapes.Shape:
+    """One layer, 64 wide."""
+    name, width = WIDTHS[family]
+    return replace(shapes.shrunk(name, 1, width), name=f"tiny-{family}")
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch) -> None:
+    """``tiny-bart`` and the others are shapes by name."""
+    for family in WIDTHS:
+        monkeypatch.setitem(shapes.SHAPES, f"tiny-{family}", shape(family))
+
+
+def bf16() -> Setting:
+    """As on a GPU."""
+    return replace(SETTING, dtype=torch.bfloat16)
