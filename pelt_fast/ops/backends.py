@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 from pelt_fast import env
 
+from . import native
+
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _active = "auto"
 
@@ -18,7 +20,7 @@ def why_missing(name: str) -> str | None:
             return "there is no GPU (TRITON_INTERPRET=1 interprets the kernels, slowly)"
         return None
     if name == "cpp":
-        return "the C++ ops are not part of this version"
+        return native.why_missing()
     if name == "cuda":
         return "the CUDA C++ kernels are not part of this version"
     return None

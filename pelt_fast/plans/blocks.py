@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pelt_fast.reference.philox import keep_mask, keep_scale
+from pelt_fast.ops import native
+from pelt_fast.reference.philox import keep_mask, keep_scale, threshold
 
 # elements of a block: on a CPU one chunk of the dropout mask (2^17 draws of 8), 4 MiB of fp32;
 # elsewhere launches cost, and a block only bounds the workspace
@@ -28,6 +29,9 @@ def row_blocks(x: Tensor, width: int | None = None) -> Iterator[slice]:
 
 def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """What a block of rows is multiplied by: 0 or 1 / (1 - p)."""
+    if seed.device.type == "cpu" and native.why_missing() is None:
+        out = torch.empty(rows.stop - rows.start, width, dtype=dtype)
+        return native.dropout_factor(out, threshold(p), keep_scale(p), seed, rows.start * width)
     keep = keep_mask(rows.start * width, rows.stop * width, p, seed)
     return keep.view(-1, width).to(dtype).mul_(keep_scale(p))
 

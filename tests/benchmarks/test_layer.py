@@ -1,6 +1,7 @@
 """Layers: everybody is right before anybody is timed, and what is not timed says why."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -143,7 +144,8 @@ def test_pytest_benchmark_runs_the_same_layers(tmp_path):
     file = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-k",
                "prefix-cross and not reference", "-p", "no:xdist", f"--benchmark-json={file}"]  # fmt: skip
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # no worker's
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = json.loads(file.read_text())["benchmarks"]
     assert len(found) == 6 and all(b["extra_info"]["to_frozen"] > 0 for b in found)

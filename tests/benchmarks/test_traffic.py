@@ -63,10 +63,9 @@ def test_an_adapter_on_another_tensor_reads_it_and_adds_to_the_output():
     """Above R = 64 on library GEMMs: forward x once, y read and written for the bias, then for the
     accumulating GEMM. Two passes are what docs/performance.md misses."""
     found = passes(traffic.ffn_beside())
-    frozen, ours, plain = found["frozen"], found["kernels"], found["plain PyTorch"]
+    frozen, ours = found["frozen"], found["kernels"]
     assert ours.forward - frozen.forward <= 5.6
     assert ours.backward - frozen.backward <= 16.6
-    assert ours.both < plain.both
 
 
 @pytest.mark.parametrize("causal", [False, True])

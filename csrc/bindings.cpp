@@ -1,0 +1,27 @@
+// The module pelt_fast._C: importing it registers the CPU ops; its functions are facts of the build.
+
+#include <pybind11/pybind11.h>
+
+#define PELT_FAST_STRING_(x) #x
+#define PELT_FAST_STRING(x) PELT_FAST_STRING_(x)
+
+namespace {
+
+const char* compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU ops of pelt_fast, and how they were built.";
+  m.def("compiler", &compiler, "Name and version of the compiler.");
+  m.def("torch_target", [] { return PELT_FAST_STRING(TORCH_TARGET_VERSION); },
+        "The oldest LibTorch the ops run with.");
+}
