@@ -28,8 +28,11 @@ def run(options: argparse.Namespace) -> int:
     else:
         quiet()
         plan, act = _model(options), model
-    (layer.wanted(plan, options.quick) if act is layer else model.wanted(plan))  # names, first
-    peers.chosen(options.peer)
+    peers.chosen(options.peer)  # names first: a wrong one leaves nothing behind
+    if act is layer:
+        layer.wanted(plan, options.quick)
+    else:
+        model.wanted(plan)
     torch.manual_seed(0)
     record = _record(options)
     show = sys.stderr.isatty()
@@ -48,8 +51,8 @@ def _record(options: argparse.Namespace, name: str | None = None) -> Record:
     folder = None if options.record else RUNS
     if name is None:
         name = "equal" if options.share is not None else options.level
-        if name == "model" and options.model and len(options.model) == 1:
-            name = f"model-{options.model[0]}"
+        if name != "equal" and options.model and len(options.model) == 1:
+            name = f"{name}-{options.model[0]}"
     return Record(name, folder, seconds, options.json)
 
 

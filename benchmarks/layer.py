@@ -101,8 +101,12 @@ def run(plan: Plan, record: Record, quick: bool = False, progress: bool = True) 
         if reason is not None:
             record.add(**about, skipped=reason)
             continue
-        for entry in measure(name, one, size, p, plan.setting, names, plan.repeats):
-            record.add(**about, **entry)
+        try:
+            for entry in measure(name, one, size, p, plan.setting, names, plan.repeats):
+                record.add(**about, **entry)
+        except torch.OutOfMemoryError as error:
+            record.add(**about, skipped=str(error).splitlines()[0])
+        torch.compiler.reset()  # it holds on to everything it compiled
     record.finish()
     return record.entries
 

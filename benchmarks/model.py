@@ -98,8 +98,12 @@ def run(plan: Plan, record: Record, progress: bool = True) -> list[dict]:
         if not record.in_time:
             record.leave(f"{model_shape.name} {name}")
             continue
-        for entry in measure(model_shape, name, plan, names, texts):
-            record.add(**about, **entry)
+        try:
+            for entry in measure(model_shape, name, plan, names, texts):
+                record.add(**about, **entry)
+        except torch.OutOfMemoryError as error:
+            record.add(**about, skipped=str(error).splitlines()[0])
+        torch.compiler.reset()  # it holds on to every model it compiled
         gc.collect()
     record.finish()
     return record.entries
@@ -284,7 +288,7 @@ def rows(entries: list[dict]) -> list[dict]:
             if floor is not None:
                 row[key] = quartiles(ratios(entry["seconds"], floor["seconds"]))
                 row[f"flops_{key}"] = (entry["flops"] or nan) / floor["flops"]
-                row[f"peak_{key}"] = (entry["peak_bytes"] or 0) / (floor["peak_bytes"] or 1)
+                row[f"peak_{key}"] = (entry["peak_bytes"] or nan) / (floor["peak_bytes"] or nan)
         found.append(row)
     return found
 

@@ -22,7 +22,7 @@ README = REPOSITORY / "README.md"
 PAGES = (README, DOCS / "traffic.md", DOCS / "performance.md")
 HEADLINE = "model-bart-768"
 SHOWN = ("mam", "lora_qv_ffn", "scaled_parallel_adapter", "houlsby", "prefix", "prompt", "bitfit")
-FIGURES = ("layer", HEADLINE, "equal", "traffic", "predict-h200")
+FIGURES = ("layer-bart-large", HEADLINE, "equal", "traffic", "predict-h200")
 
 
 def _measured(result: dict, text: str) -> str:
@@ -45,8 +45,13 @@ def _demo() -> str:
 
 
 def _layers() -> str:
-    result = newest("layer")
-    return _measured(result, layer.report(result["entries"]))
+    return _each("layer-", layer.report)
+
+
+def _each(start: str, table_of: Callable[[list[dict]], str]) -> str:
+    """The tables of all parts whose names start so."""
+    results = [newest(part) for part in parts(start)]
+    return "\n\n".join(_measured(found, table_of(found["entries"])) for found in results)
 
 
 def _cost() -> str:
@@ -74,8 +79,7 @@ def _cost() -> str:
 
 
 def _models() -> str:
-    results = [newest(part) for part in parts("model-")]
-    return "\n\n".join(_measured(found, model.report(found["entries"])) for found in results)
+    return _each("model-", model.report)
 
 
 def _equal() -> str:
@@ -101,7 +105,15 @@ def _targets() -> str:
 
 def _commands() -> str:
     """Where each table on the page is from."""
-    names = (*parts("model-"), "equal", "layer", "profile", "predict-h200", "traffic", "decode")
+    names = (
+        *parts("model-"),
+        "equal",
+        *parts("layer-"),
+        "profile",
+        "predict-h200",
+        "traffic",
+        "decode",
+    )
     rows = [[part, f"`{newest(part)['machine'].get('command', '')}`", f"`{newest_path(part).name}`"]
             for part in names]  # fmt: skip
     return table(["part", "command", "file in benchmarks/results/"], rows)

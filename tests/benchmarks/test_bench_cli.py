@@ -25,7 +25,7 @@ def test_layer_prints_a_table_writes_json_and_draws(tmp_path, capsys, tiny_shape
     out = capsys.readouterr().out
     assert "| pelt_fast " in out and "| frozen " in out and str(file) in out
     assert json.loads(file.read_text())["finished"]
-    figure = (folder / "layer-time.svg").read_text()
+    figure = (folder / "layer-tiny-bart-time.svg").read_text()
     assert figure.startswith("<?xml") and "plain PyTorch" in figure
 
 
