@@ -149,10 +149,33 @@ def newest(name: str) -> dict:
 
 def newest_path(name: str) -> Path:
     """Its file; FileNotFoundError when there is none."""
+    return paths_of(name)[0]
+
+
+def paths_of(name: str) -> list[Path]:
+    """Its committed results, newest first; FileNotFoundError when there is none."""
     paths = [path for path in RESULTS.glob("*.json") if _part(path) == name]
     if not paths:
         raise FileNotFoundError(f"no result {name!r} in {RESULTS}")
-    return max(paths, key=lambda path: load(path)["machine"]["time"])
+    return sorted(paths, key=lambda path: load(path)["machine"]["time"], reverse=True)
+
+
+def not_superseded(name: str) -> list[dict]:
+    """The results called ``name``, newest first, each with the methods that no newer one has."""
+    found: list[dict] = []
+    seen: set[str | None] = set()
+    for path in paths_of(name):
+        result = load(path)
+        entries = [e for e in result.get("entries", []) if e.get("method") not in seen]
+        seen |= {entry.get("method") for entry in entries}
+        if entries:
+            found.append(result | {"entries": entries})
+    return found
+
+
+def merged(name: str) -> list[dict]:
+    """The entries of :func:`not_superseded`."""
+    return [entry for result in not_superseded(name) for entry in result["entries"]]
 
 
 def parts(start: str) -> list[str]:

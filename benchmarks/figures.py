@@ -16,12 +16,16 @@ def draw(result: Path, folder: Path) -> list[Path]:
     """The figures of one result file, written to ``folder``; ValueError for a part without any."""
     found = load(result)
     part = str(found.get("part"))
-    name = part.split("-")[0]
-    if name not in FIGURES:
+    if part.split("-")[0] not in FIGURES:
         raise ValueError(f"{result}: no figures for part {part!r}, only for {', '.join(FIGURES)}")
+    return draw_entries(part, found["entries"], folder)
+
+
+def draw_entries(part: str, entries: list[dict], folder: Path) -> list[Path]:
+    """The figures of the entries of a part."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for title, bars, unit, line in FIGURES[name](found["entries"]):
+    for title, bars, unit, line in FIGURES[part.split("-")[0]](entries):
         if bars:
             path = folder / f"{part}-{title.split(',')[0].replace(' ', '-')}.svg"
             _bars(title, bars, unit, line, path)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import decode, demo, figures, layer, model, predict, profile, targets, traffic
-from benchmarks.common import REPOSITORY, newest, newest_path, parts, table
+from benchmarks.common import REPOSITORY, merged, newest, newest_path, not_superseded, parts, table
 from pelt_fast import PeltConfig, inject
 from pelt_fast.methods import formula, methods
 from tests.small import MODELS
@@ -50,8 +50,8 @@ def _layers() -> str:
 
 def _each(start: str, table_of: Callable[[list[dict]], str]) -> str:
     """The tables of all parts whose names start so."""
-    results = [newest(part) for part in parts(start)]
-    return "\n\n".join(_measured(found, table_of(found["entries"])) for found in results)
+    found = [result for part in parts(start) for result in not_superseded(part)]
+    return "\n\n".join(_measured(result, table_of(result["entries"])) for result in found)
 
 
 def _cost() -> str:
@@ -60,7 +60,7 @@ def _cost() -> str:
     result = newest(HEADLINE)
     peers = ("pelt_fast", "plain PyTorch", "PEFT")
     rows: dict[tuple[str, str], dict[str, dict]] = {}
-    for row in model.rows(result["entries"]):
+    for row in model.rows(merged(HEADLINE)):
         if row["method"] not in SHOWN:
             continue
         rows.setdefault((row["model"], row["method"]), {})[row["provider"]] = row
@@ -191,7 +191,7 @@ def main() -> int:
     for page, text in after.items():
         page.write_text(text)
     for part in FIGURES:
-        figures.draw(newest_path(part), DOCS / "figures")
+        figures.draw_entries(part, merged(part), DOCS / "figures")
     return 0
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import model
-from .common import newest
+from .common import merged, newest
 from .timing import quartiles, ratios
 
 MODEL = "bart-768"
@@ -63,7 +63,7 @@ def _traffic() -> Iterator[Target]:
 
 
 def _cpu() -> Iterator[Target]:
-    rows = {(r["method"], r["provider"]): r for r in model.rows(newest(f"model-{MODEL}")["entries"])
+    rows = {(r["method"], r["provider"]): r for r in model.rows(merged(f"model-{MODEL}"))
             if r["model"] == MODEL}  # fmt: skip
     mam, lora, peft = (
         rows[key] for key in (("mam", "pelt_fast"), ("lora_qv_ffn", "pelt_fast"),
