@@ -30,7 +30,7 @@ bench: $(VENV)/test
 	$(BIN)/pelt-fast bench layer --quick --minutes 3 $(BENCH)
 	$(BIN)/pelt-fast bench model --quick --minutes 4 $(BENCH)
 
-# no .venv: the machine's own torch and triton; PART=1 to 4 or tune, without it the list
+# no .venv: the machine's own torch and triton; PART=1 to 8 or tune, without it the list
 gpu:
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(PART)
 

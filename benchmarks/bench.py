@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import layer, model, peers
+from . import layer, model, peers, text
 from .record import Record
 from .subjects import Setting
 
@@ -23,37 +23,31 @@ def run(options: argparse.Namespace) -> int:
         return _predict(options)
     if options.level == "traffic":
         return _traffic(options)
-    if options.level == "layer":
-        plan, act = _layer(options), layer
-    else:
+    act = layer if options.level == "layer" else model
+    if act is model:
         quiet()
-        plan, act = _model(options), model
-    peers.chosen(options.peer)  # names first: a wrong one leaves nothing behind
-    if act is layer:
-        layer.wanted(plan, options.quick)
-    else:
-        model.wanted(plan)
+    plan = _layer(options) if act is layer else _model(options)
+    act.wanted(plan)  # names first: a wrong one leaves nothing behind
+    peers.chosen(options.peer)
     torch.manual_seed(0)
-    record = _record(options)
-    show = sys.stderr.isatty()
+    record = _record(options, _part(options, plan.models))
     try:
-        if act is layer:
-            layer.run(plan, record, options.quick, show)
-        else:
-            model.run(plan, record, show)
+        act.run(plan, record, progress=sys.stderr.isatty())
     finally:  # an interrupted run keeps, and shows, what it measured
         _finish(options, record, act.report)
     return 0
 
 
-def _record(options: argparse.Namespace, name: str | None = None) -> Record:
+def _part(options: argparse.Namespace, models: tuple[str, ...]) -> str:
+    """The name of the result: the level, and the model where it is one."""
+    if options.share is not None:
+        return "equal"
+    return options.level if len(models) > 1 else f"{options.level}-{models[0]}"
+
+
+def _record(options: argparse.Namespace, part: str) -> Record:
     seconds = None if options.minutes is None else 60 * options.minutes
-    folder = None if options.record else RUNS
-    if name is None:
-        name = "equal" if options.share is not None else options.level
-        if name != "equal" and options.model and len(options.model) == 1:
-            name = f"{name}-{options.model[0]}"
-    return Record(name, folder, seconds, options.json)
+    return Record(part, None if options.record else RUNS, seconds, options.json)
 
 
 def _finish(options: argparse.Namespace, record: Record, report: Callable) -> None:
@@ -105,6 +99,8 @@ def _layer(options: argparse.Namespace) -> layer.Plan:
 
 def _model(options: argparse.Namespace) -> model.Plan:
     device = _device(options)
+    if options.text is not None:
+        text.lengths(options.text)  # a file that is none is said before anything is written
     return dataclasses.replace(
         model.QUICK if options.quick else model.Plan(), device=device,
         dtype=_dtype(options, device), target=options.target,
@@ -134,7 +130,7 @@ def _traffic(options: argparse.Namespace) -> int:
     from . import traffic
 
     traffic.chosen(options.method)
-    record = _record(options)
+    record = _record(options, "traffic")
     try:
         traffic.run(record, options.method)
     finally:

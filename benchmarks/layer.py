@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from . import peers
-from .common import saved_bytes, table
-from .problems import Absent, Judge, Problem, Provider, as_tuple
+from .common import cell, saved_bytes, table
+from .problems import Absent, Judge, Problem, Provider, as_tuple, failure, why_not_timed
 from .record import Record
 from .shapes import Shape, shape
 from .subjects import SUBJECTS, Setting, is_prefix, subject
@@ -31,7 +31,8 @@ ORACLE = 6  # bytes that a judged problem takes beside its own, in units of them
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. None: everything there is."""
+    """What is run. None: everything there is. ``quick``: one size a subject, dropout where it
+    matters most."""
 
     methods: tuple[str, ...] = tuple(SUBJECTS)
     models: tuple[str, ...] = MODELS
@@ -40,15 +41,16 @@ class Plan:
     peers: tuple[str, ...] | None = None
     setting: Setting = field(default_factory=Setting)
     repeats: int = 9
+    quick: bool = False
 
 
-QUICK = Plan(models=("bart-large",), peers=peers.QUICK, repeats=5)
+QUICK = Plan(models=("bart-large",), peers=peers.QUICK, repeats=5, quick=True)
 QUICK_SIZES = {"lora": (16,), "qkv": (16,), "ffn": (512,)}
 QUICK_ADAPTER, QUICK_PREFIX = (64,), (30,)
 QUICK_WITHOUT_DROPOUT = ("qkv", "sequential", "parallel", "scaled")
 
 
-def wanted(plan: Plan, quick: bool) -> list[tuple[str, Shape, int, float]]:
+def wanted(plan: Plan) -> list[tuple[str, Shape, int, float]]:
     """(subject, shape, size, p) of every problem. ValueError for a name that does not exist."""
     found = []
     shapes = [shape(name) for name in plan.models]
@@ -56,9 +58,9 @@ def wanted(plan: Plan, quick: bool) -> list[tuple[str, Shape, int, float]]:
         subject(name)
         sizes = plan.sizes or (PREFIXES if is_prefix(name) else RANKS)
         dropouts = (0.0,) if is_prefix(name) else plan.dropouts
-        if quick and plan.sizes is None:
+        if plan.quick and plan.sizes is None:
             sizes = QUICK_SIZES.get(name, QUICK_PREFIX if is_prefix(name) else QUICK_ADAPTER)
-        if quick and name in QUICK_WITHOUT_DROPOUT:
+        if plan.quick and name in QUICK_WITHOUT_DROPOUT:
             dropouts = dropouts[:1]
         found += [(name, one, size, p) for one in shapes for size in sizes for p in dropouts]
     return found
@@ -85,10 +87,10 @@ def free_bytes(device: torch.device) -> int:
         return 8 << 30
 
 
-def run(plan: Plan, record: Record, quick: bool = False, progress: bool = True) -> list[dict]:
+def run(plan: Plan, record: Record, progress: bool = True) -> list[dict]:
     """Measure everything; the entries. A run that is interrupted keeps what it found."""
     names = peers.chosen(None if plan.peers is None else list(plan.peers))
-    todo = wanted(plan, quick)
+    todo = wanted(plan)
     bar = tqdm(todo, disable=not progress, leave=False)
     for name, one, size, p in bar:
         about = dict(method=name, model=one.name, size=size, p=p)
@@ -139,22 +141,21 @@ def judged(
     name: str, problem: Problem, setting: Setting, names: list[str]
 ) -> Iterator[tuple[Provider | Absent, dict | None]]:
     """Every provider with None where it is right, else with the reason it is not timed."""
-    judge = Judge(problem)
-    twin = problem if problem.p == 0 else subject(name)(problem.shape, problem.size, 0.0, setting)
-    judge_of_twin = judge if problem.p == 0 else Judge(twin)
-    twins = {q.name: q for q in peers.providers(twin, names)}
+    judge, twins = Judge(problem), {}
+    if problem.p:
+        twin = subject(name)(problem.shape, problem.size, 0.0, setting)
+        judge_of_twin, twins = Judge(twin), {q.name: q for q in peers.providers(twin, names)}
     for provider in peers.providers(problem, names):
         if isinstance(provider, Absent):
             yield provider, dict(absent=provider.reason)
         elif provider.name == "frozen":
             yield provider, None
         else:
-            known = provider.philox or problem.p == 0
+            known = provider.philox or not problem.p
             try:
                 found = judge(provider) if known else judge_of_twin(twins[provider.name])
-            except Exception as error:  # a provider that fails is a result
-                reason = (str(error).splitlines() or [""])[0][:160]
-                yield provider, dict(failed=f"{type(error).__name__}: {reason}")
+            except Exception as error:
+                yield provider, failure(error)
                 continue
             wrong = f"{found.tensor} is off by {found.error:.1e}, allowed {found.budget:.1e}"
             yield provider, None if found.ok else dict(refused=wrong)
@@ -219,13 +220,13 @@ def report(entries: list[dict]) -> str:
             layer, provider, f"{1e3 * forward['median']:.2f}", f"{forward['ratio'][1]:.2f}",
             f"{1e3 * both['median']:.2f}", f"{both['ratio'][1]:.2f}",
             f"{both['ratio'][0]:.2f} to {both['ratio'][2]:.2f}",
-            "" if both["saved_bytes"] is None else f"{both['saved_bytes'] / 1e6:.1f}",
+            cell(both["saved_bytes"], ".1f", 1e-6),
         ])  # fmt: skip
     for entry in entries:
-        why = [f"{k}: {entry[k]}" for k in ("absent", "refused", "failed", "skipped") if k in entry]
-        if why:
+        why = why_not_timed(entry)
+        if why is not None:
             name = entry["layer"] if "layer" in entry else _label(entry)
-            lines.append([name, entry.get("provider", "all"), *[""] * 4, why[0], ""])
+            lines.append([name, entry.get("provider", "all"), *[""] * 4, why, ""])
     return table(HEADER, lines)
 
 

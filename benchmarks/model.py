@@ -29,7 +29,7 @@ from .common import cell, saved_bytes, table
 from .layer import free_bytes
 from .memory import peak_growth, standing
 from .peers.plain_ops import as_plain
-from .problems import Absent
+from .problems import Absent, failure, why_not_timed
 from .record import Record
 from .shapes import Shape, build, shape
 from .timing import quartiles, ratios, rounds
@@ -200,13 +200,12 @@ def judged(
         if isinstance(provider, Absent) or provider.trained is None:
             continue
         try:
-            name, error = _error(whole.outcome(provider, batch), oracle)
-        except Exception as problem:  # a provider that fails is a result
-            reason = (str(problem).splitlines() or [""])[0][:160]
-            yield provider.name, dict(failed=f"{type(problem).__name__}: {reason}")
+            name, off = _error(whole.outcome(provider, batch), oracle)
+        except Exception as error:
+            yield provider.name, failure(error)
             continue
-        wrong = f"{name} is off by {error:.1e}, allowed {budget:.1e}"
-        yield provider.name, None if error <= budget else dict(refused=wrong)
+        wrong = f"{name} is off by {off:.1e}, allowed {budget:.1e}"
+        yield provider.name, None if off <= budget else dict(refused=wrong)
 
 
 def _error(found: dict, oracle: dict) -> tuple[str, float]:
@@ -311,8 +310,8 @@ def report(entries: list[dict]) -> str:
             cell(row["trainable"], ".2f", 1e-6), cell(row["checkpoint_bytes"], ".1f", 1e-6),
         ])  # fmt: skip
     for entry in entries:
-        why = [f"{k}: {entry[k]}" for k in ("absent", "refused", "failed", "skipped") if k in entry]
-        if why:
+        why = why_not_timed(entry)
+        if why is not None:
             where = f"{entry['model']}, {entry['layers']} layers"
-            lines.append([where, entry["method"], entry.get("provider", "all"), why[0], *[""] * 8])
+            lines.append([where, entry["method"], entry.get("provider", "all"), why, *[""] * 8])
     return table(HEADER, lines)

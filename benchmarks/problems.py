@@ -1,6 +1,7 @@
 """What the layer benchmark times: a problem, and those who solve it."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -81,6 +82,18 @@ class Absent:
     reason: str
 
 
+def failure(error: Exception) -> dict:
+    """The entry of a provider that fails: a result too."""
+    reason = (str(error).splitlines() or [""])[0][:160]
+    return dict(failed=f"{type(error).__name__}: {reason}")
+
+
+def why_not_timed(entry: dict) -> str | None:
+    """What an entry without a time says, or None."""
+    kinds = ("absent", "refused", "failed", "skipped")
+    return next((f"{kind}: {entry[kind]}" for kind in kinds if kind in entry), None)
+
+
 def no_dropout(count: int) -> Callable:
     """Masks that keep everything."""
     return lambda tensor, row: tensor
@@ -133,7 +146,6 @@ class Judge:
 
     def __init__(self, problem: Problem):
         self.problem = problem
-        self.known: dict[bool, tuple[dict, dict]] = {}
 
     def __call__(self, provider: Provider) -> Verdict:
         """How far a provider is from the oracle. Its masks must be known: dropout off, or
@@ -141,13 +153,13 @@ class Judge:
         problem = self.problem
         if problem.p and not provider.philox:
             raise ValueError(f"{provider.name} drops by masks of its own: judge it with p = 0")
-        if provider.philox not in self.known:
-            self.known[provider.philox] = self._oracle()
-        same, oracle = self.known[provider.philox]
+        same, oracle = self.oracle
         actual = outcome(provider.call, problem.inputs, provider.trained, provider.around)
         return compare(actual, same, oracle, problem.dtype)
 
-    def _oracle(self) -> tuple[dict, dict]:
+    @functools.cached_property
+    def oracle(self) -> tuple[dict, dict]:
+        """PyTorch's outcome in the problem's dtype, and in fp64."""
         problem = self.problem
         masks = philox_dropout(problem.p, problem.device)
 

@@ -42,6 +42,7 @@ class Record:
     def add(self, **entry) -> None:
         """Add an entry."""
         self.result["entries"].append(entry)
+        self.result["finished"] = False
         self._write()
 
     def leave(self, name: str) -> None:

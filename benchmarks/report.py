@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import decode, demo, figures, layer, model, predict, profile, targets, traffic
-from benchmarks.common import REPOSITORY, merged, newest, newest_path, not_superseded, parts, table
+from benchmarks.common import REPOSITORY, merged, newest, not_superseded, parts, table
 from pelt_fast import PeltConfig, inject
 from pelt_fast.methods import formula, methods
 from tests.small import MODELS
@@ -27,14 +27,17 @@ FIGURES = ("layer-bart-large", HEADLINE, "equal", "traffic", "predict-h200")
 
 def _measured(result: dict, text: str) -> str:
     """A table and where its numbers are from."""
+    return f"{text}\n\n{_source(result)}"
+
+
+def _source(result: dict) -> str:
     machine = result["machine"]
     versions = machine["versions"]
-    source = (
-        f"{machine['device']}; torch {versions['torch']}, transformers"
+    return (
+        f"*{machine['device']}; torch {versions['torch']}, transformers"
         f" {versions['transformers']}, PEFT {versions['peft']}; commit {machine['commit']},"
-        f" {machine['time'][:10]}"
+        f" {machine['time'][:10]}*"
     )
-    return f"{text}\n\n*{source}*"
 
 
 def _demo() -> str:
@@ -57,12 +60,11 @@ def _each(start: str, table_of: Callable[[list[dict]], str]) -> str:
 def _cost() -> str:
     """README's: a step of each method, ours and the peers', to the frozen model and to full
     fine-tuning."""
-    result = newest(HEADLINE)
+    shown = [(r, [e for e in r["entries"] if e["method"] in SHOWN])
+             for r in not_superseded(HEADLINE)]  # fmt: skip
     peers = ("pelt_fast", "plain PyTorch", "PEFT")
     rows: dict[tuple[str, str], dict[str, dict]] = {}
-    for row in model.rows(merged(HEADLINE)):
-        if row["method"] not in SHOWN:
-            continue
+    for row in model.rows([entry for _, entries in shown for entry in entries]):
         rows.setdefault((row["model"], row["method"]), {})[row["provider"]] = row
     lines = []
     for (shape, method), found in sorted(rows.items(), key=lambda item: SHOWN.index(item[0][1])):
@@ -75,7 +77,7 @@ def _cost() -> str:
         ])  # fmt: skip
     header = ["model, method", "flops / frozen", *(f"{p}, step / frozen" for p in peers),
               "step / full", "peak / full", "saved MB: ours / plain / PEFT"]  # fmt: skip
-    return _measured(result, table(header, lines))
+    return "\n\n".join([table(header, lines), *(_source(r) for r, entries in shown if entries)])
 
 
 def _models() -> str:
@@ -105,18 +107,10 @@ def _targets() -> str:
 
 def _commands() -> str:
     """Where each table on the page is from."""
-    names = (
-        *parts("model-"),
-        "equal",
-        *parts("layer-"),
-        "profile",
-        "predict-h200",
-        "traffic",
-        "decode",
-    )
-    rows = [[part, f"`{newest(part)['machine'].get('command', '')}`", f"`{newest_path(part).name}`"]
-            for part in names]  # fmt: skip
-    return table(["part", "command", "file in benchmarks/results/"], rows)
+    names = (*parts("model-"), *parts("layer-"), "equal", "profile", "predict-h200", "traffic")
+    rows = [[part, f"`{result['machine']['command']}`", result["machine"]["commit"]]
+            for part in names for result in not_superseded(part)]  # fmt: skip
+    return table(["part", "command", "commit in the file's name"], rows)
 
 
 def _decode() -> str:

@@ -46,7 +46,7 @@ def label(case: tuple) -> str:
 
 @pytest.mark.parametrize("mode", layer.MODES)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", layer.wanted(layer.QUICK, quick=True), ids=label)
+@pytest.mark.parametrize("case", layer.wanted(layer.QUICK), ids=label)
 def test_layer(case, name, mode, benchmark):
     problem, sets, dys, providers = judged(case)
     if name not in providers:

@@ -54,6 +54,16 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+    for name in ("share", "minutes"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} must be above 0, got {value}")
+    for size in options.size or ():
+        if size < 1:
+            raise ValueError(f"--size must be at least 1, got {size}")
+    for p in options.dropout or ():
+        if not 0 <= p < 1:
+            raise ValueError(f"--dropout must be in [0, 1), got {p}")
     runner = importlib.import_module("benchmarks.bench")
     return runner.run(options)
 

@@ -8,6 +8,7 @@ any cache and any decoding work; a prefix has no positions, and those of the tok
 were.
 """
 
+import inspect
 import sys
 
 import torch
@@ -42,9 +43,20 @@ def wrapping(choice: str | None) -> str:
 
 def wrap(module: nn.Module, takeover: Takeover) -> None:
     """Let the config of an attention module choose the function that wraps the user's choice."""
+    if not _asks_the_interface(module):
+        raise ValueError(
+            f"{type(module).__name__} of this transformers computes its attention itself, so that a"
+            " prefix would be ignored: a newer transformers asks the attention interface"
+        )
     choice = wrapping(module.config._attn_implementation)
     if module.config._attn_implementation != choice:
         takeover.set_attention(module.config, choice)
+
+
+def _asks_the_interface(module: nn.Module) -> bool:
+    """Whether an attention looks its function up, so that a prefix can ride on it."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is None or "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def still_wrapped(stack: nn.Module, *_) -> None:

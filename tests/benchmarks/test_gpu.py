@@ -13,7 +13,7 @@ from benchmarks.gpu import counters, decoding, kernels, layers, models, numerics
 from benchmarks.gpu.kernel_cases import Sizes, cases
 from benchmarks.gpu.record import Record
 
-from .tiny import bf16, tiny_shapes  # noqa: F401
+from .tiny import bf16
 
 CPU = torch.device("cpu")
 TINY = Sizes(m=24, k=32, inner=40, batch=1, heads=2, queries=12, dim=16, ranks=(8,), prefixes=(5,))
@@ -106,7 +106,7 @@ def test_cases_count_bytes_of_what_they_touch():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")
-def test_models_say_how_far_the_headline_is(tmp_path, capsys, tiny_shapes):  # noqa: F811
+def test_models_say_how_far_the_headline_is(tmp_path, capsys, tiny_shapes):
     plan = model.Plan(models=("tiny-bart",), methods=("mam",), rows=2, source=32, target=8,
                       dtype=torch.bfloat16, peers=("full", "pelt_fast", "plain"), repeats=1)  # fmt: skip
     assert models.run(Record("models", tmp_path), CPU, (plan,)) == 0
@@ -114,7 +114,7 @@ def test_models_say_how_far_the_headline_is(tmp_path, capsys, tiny_shapes):  # n
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")
-def test_peers_run_in_bf16(tmp_path, tiny_shapes):  # noqa: F811
+def test_peers_run_in_bf16(tmp_path, tiny_shapes):
     plan = layer.Plan(("lora", "prefix-causal"), ("tiny-llama",), (4,), (0.0,), repeats=1,
                       peers=("pelt_fast", "plain", "peft", "concatenation", "flex", "unsloth"),
                       setting=bf16())  # fmt: skip

@@ -15,7 +15,7 @@ from benchmarks.problems import Absent, Judge, Provider
 from benchmarks.record import Record
 from benchmarks.subjects import SUBJECTS, is_prefix, subject
 
-from .tiny import SETTING, bf16, shape, tiny_shapes  # noqa: F401
+from .tiny import SETTING, bf16, shape
 
 EAGER = [name for name in peers.PEERS if name != "compile"]
 
@@ -81,7 +81,7 @@ def test_ratios_are_taken_within_a_round():
     assert layer.rows(entries)[1]["ratio"] == (2.0, 2.0, 2.0)
 
 
-def test_a_run_is_written_as_it_goes(tmp_path, tiny_shapes):  # noqa: F811
+def test_a_run_is_written_as_it_goes(tmp_path, tiny_shapes):
     plan = layer.Plan(("lora", "prefix-causal"), ("tiny-llama",), (4,), (0.0,), EAGER,
                       SETTING, repeats=2)  # fmt: skip
     record = Record("layer", tmp_path)
@@ -94,7 +94,7 @@ def test_a_run_is_written_as_it_goes(tmp_path, tiny_shapes):  # noqa: F811
     assert any(e["provider"] == "PEFT" for e in timed)
 
 
-def test_an_interrupted_run_keeps_what_it_measured(tmp_path, tiny_shapes, monkeypatch):  # noqa: F811
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path, tiny_shapes, monkeypatch):
     plan = layer.Plan(("lora", "qkv"), ("tiny-bart",), (4,), (0.0,), ("pelt_fast",), SETTING,
                       repeats=1)  # fmt: skip
     measure = layer.measure
@@ -112,7 +112,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, tiny_shapes, monkey
     assert not written["finished"] and {e["method"] for e in written["entries"]} == {"lora"}
 
 
-def test_what_does_not_fit_in_memory_is_skipped_and_said(tmp_path, monkeypatch, tiny_shapes):  # noqa: F811
+def test_what_does_not_fit_in_memory_is_skipped_and_said(tmp_path, monkeypatch, tiny_shapes):
     monkeypatch.setattr(layer, "free_bytes", lambda device: 1000)
     plan = layer.Plan(("ffn",), ("tiny-bart",), (4,), (0.0,), ("pelt_fast",), SETTING)
     (entry,) = layer.run(plan, Record("layer", tmp_path), progress=False)
@@ -124,7 +124,7 @@ def test_a_shape_too_large_allocates_nothing():
     assert layer.too_large("ffn", shape("bart"), 4, 0.0, setting)
 
 
-def test_time_that_is_over_is_listed(tmp_path, tiny_shapes):  # noqa: F811
+def test_time_that_is_over_is_listed(tmp_path, tiny_shapes):
     plan = layer.Plan(("lora",), ("tiny-bart",), (4,), (0.0,), ("pelt_fast",), SETTING)
     record = Record("layer", tmp_path, seconds=0)
     assert layer.run(plan, record, progress=False) == []

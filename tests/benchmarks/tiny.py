@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from benchmarks import shapes
@@ -17,13 +16,6 @@ def shape(family: str) -> shapes.Shape:
     """One layer, 64 wide."""
     name, width = WIDTHS[family]
     return replace(shapes.shrunk(name, 1, width), name=f"tiny-{family}")
-
-
-@pytest.fixture
-def tiny_shapes(monkeypatch) -> None:
-    """``tiny-bart`` and the others are shapes by name."""
-    for family in WIDTHS:
-        monkeypatch.setitem(shapes.SHAPES, f"tiny-{family}", shape(family))
 
 
 def bf16() -> Setting:

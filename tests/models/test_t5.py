@@ -6,7 +6,7 @@ import torch
 import pelt_fast
 from pelt_fast.methods import methods
 from tests.models.judge import assert_near
-from tests.models.test_parity import assert_close, outputs_and_gradients
+from tests.models.test_parity import assert_fused_equals_reference
 from tests.small import inputs, randomise, t5
 
 MEANINGLESS = {"full", "linear_probe", "bitfit", "prompt"}
@@ -25,12 +25,7 @@ def injected(method, **changes):
 @pytest.mark.parametrize("method", METHODS)
 def test_fused_is_the_reference(method, padding, training):
     model = injected(method).train(training)
-    batch = inputs(model, padding=padding)
-    logits, grads = outputs_and_gradients(model, batch)
-    with pelt_fast.backend("reference"):
-        expected, expected_grads = outputs_and_gradients(model, batch)
-    assert torch.allclose(logits, expected, atol=1e-5)
-    assert_close(grads, expected_grads)
+    assert_fused_equals_reference(model, inputs(model, padding=padding))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -68,3 +63,15 @@ def test_explain_names_every_site_as_fused():
 def test_a_gated_t5_is_refused_with_the_slots_looked_for():
     with pytest.raises(ValueError, match=r"does not fit the table row 't5'.*DenseReluDense.wi"):
         pelt_fast.inject(t5(feed_forward_proj="gated-gelu"), "lora")
+
+
+def test_an_attention_that_computes_itself_is_refused(monkeypatch):
+    """As T5's does before transformers gave it the interface: a prefix would be ignored."""
+    model = t5()
+    attention = type(model.encoder.block[0].layer[0].SelfAttention)
+    monkeypatch.setattr(attention, "forward", lambda self, hidden_states, **_: (hidden_states,))
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"T5Attention .* a prefix would be ignored"):
+        pelt_fast.inject(model, methods()["mam"].replace(size=5))
+    assert model.config._attn_implementation == before
+    assert not any("pelt_" in name for name, _ in model.named_parameters())
