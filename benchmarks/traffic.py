@@ -169,16 +169,19 @@ def ffn(p: float, width: int = K, inner: int = INNER) -> Case:
 
 
 def ffn_beside() -> Case:
-    """The feed-forward block on a normed input, its adapter on the residual stream (mBART): there
-    is nothing to widen."""
+    """The feed-forward block on a normed input, its adapter on the residual stream (mBART): two
+    inputs, one output."""
     w1, b1, w2, b2 = low(INNER, K), low(INNER), low(K, INNER), low(K)
     small = trained(RANK, K), trained(RANK), trained(K, RANK), trained(K)
+    packed_out = torch.cat([w2, low(K, RANK)], 1)
 
     def frozen(n, x):
         return F.linear(F.gelu(F.linear(n, w1, b1)), w2, b2)
 
     def fused(n, x):
-        return functional.parallel_adapter(frozen(n, x), x, *small, scale=4.0)
+        return functional.ffn_parallel_adapter(
+            n, w1, b1, w2, b2, *small, adapter_x=x, scale=4.0, packed_out=packed_out
+        )
 
     def plain(n, x):
         down, d, up, u = (t.to(x.dtype) for t in small)

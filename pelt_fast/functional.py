@@ -210,6 +210,7 @@ def ffn_parallel_adapter(
     up_weight: Tensor,
     up_bias: Tensor | None,
     *,
+    adapter_x: Tensor | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     ffn_activation: str = "gelu",
@@ -224,22 +225,24 @@ def ffn_parallel_adapter(
 ) -> Tensor:
     """A frozen FFN and its parallel adapter as one wider FFN (design note I3).
 
-    ``drop_o(drop_a(φ(x W1ᵀ + b1)) W2ᵀ + b2) + scale * (drop(f(x Dᵀ + d)) Uᵀ + u)``; with
-    ``gate_weight`` the inner part is ``φ(x Wgᵀ + bg) * (x W1ᵀ + b1)``.
+    ``drop_o(drop_a(φ(x W1ᵀ + b1)) W2ᵀ + b2) + scale * (drop(f(x' Dᵀ + d)) Uᵀ + u)``; with
+    ``gate_weight`` the inner part is ``φ(x Wgᵀ + bg) * (x W1ᵀ + b1)``. x' is x, or ``adapter_x``
+    where the adapter reads another tensor than the block (the residual stream before a pre-norm).
 
-    x (..., K); in_weight, gate_weight (F, K); out_weight (N, F); down_weight (R, K);
+    x, adapter_x (..., K); in_weight, gate_weight (F, K); out_weight (N, F); down_weight (R, K);
     up_weight (N, R). ``dropout_p`` acts on the bottleneck, the other two are the model's own.
     ``packed`` (F + R or more, K) is [gate_weight; in_weight; down_weight; zeros] stacked: one GEMM
-    then reads x once. ``packed_out`` (N, F + R or more) is [out_weight | scale * up_weight | zeros]
-    side by side: without an output dropout, one GEMM then writes y once. The frozen weights get no
-    gradient: an error says so if one wants it.
-    Saved for backward: x and the pre-activations (M, F + R).
+    then reads x once (not with an ``adapter_x``: ValueError). ``packed_out`` (N, F + R or more) is
+    [out_weight | scale * up_weight | zeros] side by side: without an output dropout, one GEMM then
+    writes y once. The frozen weights get no gradient: an error says so if one wants it.
+    Saved for backward: x' and the pre-activations (M, F + R).
     """
     checks.activation_tensor("x", x, 1)
-    x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, *buffers = _autocast(
-        x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, packed, packed_out
-    )
-    packed, packed_out = buffers
+    x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, *others = _autocast(
+        x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, adapter_x, packed,
+        packed_out,
+    )  # fmt: skip
+    adapter_x, packed, packed_out = others
     inputs = x.shape[-1]
     checks.tensor("in_weight", in_weight, ("F", inputs), x)
     inner = in_weight.shape[0]
@@ -252,12 +255,15 @@ def ffn_parallel_adapter(
         in_weight=in_weight, in_bias=in_bias, gate_weight=gate_weight, gate_bias=gate_bias,
         out_weight=out_weight, out_bias=out_bias,
     )  # fmt: skip
-    checks.same_dtype("x", x, **base, packed=packed, packed_out=packed_out)
+    checks.tensor("adapter_x", adapter_x, x.shape, x, optional=True)
+    checks.same_dtype("x", x, adapter_x=adapter_x, **base, packed=packed, packed_out=packed_out)
     checks.frozen(**base)
     channels = out_weight.shape[0]
     _check_adapter(x, channels, down_weight, down_bias, up_weight, up_bias, scale, activation)
     rows = inner * (1 if gate_weight is None else 2) + down_weight.shape[0]
     checks.tensor("packed", packed, ("rows", inputs), x, optional=True)
+    if packed is not None and adapter_x is not None:
+        raise ValueError("packed is the weights of one input, got an adapter_x beside x: leave one")
     if packed is not None and packed.shape[0] < rows:
         raise ValueError(f"packed must have at least {rows} rows, got {packed.shape[0]}")
     columns = inner + down_weight.shape[0]
@@ -278,9 +284,9 @@ def ffn_parallel_adapter(
         probabilities = (0.0, 0.0, 0.0)
     y = run(
         WidenedFFNFunction,
-        _rows(x), in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
-        down_bias, up_weight, up_bias, packed, packed_out, ffn_activation, activation, float(scale),
-        *map(float, probabilities), seed,
+        _rows(x), None if adapter_x is None else _rows(adapter_x), in_weight, in_bias, gate_weight,
+        gate_bias, out_weight, out_bias, down_weight, down_bias, up_weight, up_bias, packed,
+        packed_out, ffn_activation, activation, float(scale), *map(float, probabilities), seed,
     )  # fmt: skip
     return y.view(*x.shape[:-1], channels)
 

@@ -138,6 +138,7 @@ def cases(sizes: tuple[int, int, int, int] = (37, 52, 44, 5)) -> Iterator[Case]:
                 yield _adapter(*sizes, p, layer_norm, base)
         for gated in (False, True):
             yield _ffn(*sizes, p, gated)
+        yield _ffn(*sizes, p, gated=False, separate=True)
         for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
             yield _prefix(p, form, composition, causal=form == "softmax", masked=p == 0)
         yield _prefix(p, "softmax", "gated", causal=False, masked=True)
@@ -220,7 +221,7 @@ def _adapter(m: int, k: int, n: int, r: int, p: float, layer_norm: str, parallel
     return Case("adapter", f"{kind} norm={layer_norm} p={p}", make, call, expression, _BOTTLENECK)
 
 
-def _ffn(m: int, k: int, n: int, r: int, p: float, gated: bool) -> Case:
+def _ffn(m: int, k: int, n: int, r: int, p: float, gated: bool, separate: bool = False) -> Case:
     inner = 2 * k + 3
     frozen = ("in_weight", "in_bias", "out_weight", "out_bias", "gate_weight", "gate_bias")
 
@@ -228,6 +229,8 @@ def _ffn(m: int, k: int, n: int, r: int, p: float, gated: bool) -> Case:
         t = dict(x=torch.randn(m, k), in_weight=torch.randn(inner, k) / k**0.5,
                  in_bias=torch.randn(inner), out_weight=torch.randn(n, inner) / inner**0.5,
                  out_bias=torch.randn(n), **_bottleneck(k, n, r))  # fmt: skip
+        if separate:
+            t |= dict(adapter_x=torch.randn(m, k))
         if gated:
             t |= dict(gate_weight=torch.randn(inner, k) / k**0.5, gate_bias=torch.randn(inner))
         return t
@@ -239,7 +242,7 @@ def _ffn(m: int, k: int, n: int, r: int, p: float, gated: bool) -> Case:
         up = 2.0 * t["up_weight"].detach().to(t["x"].dtype)
         packed_out = torch.cat([t["out_weight"], up, up.new_zeros(n, 5)], 1)
         return functional.ffn_parallel_adapter(
-            **t, packed=packed, packed_out=packed_out, scale=2.0, dropout_p=p,
+            **t, packed=None if separate else packed, packed_out=packed_out, scale=2.0, dropout_p=p,
             activation_dropout_p=p, output_dropout_p=p,
         )  # fmt: skip
 
@@ -248,9 +251,11 @@ def _ffn(m: int, k: int, n: int, r: int, p: float, gated: bool) -> Case:
         z = F.linear(x, t["in_weight"], t["in_bias"])
         h = F.gelu(F.linear(x, t["gate_weight"], t["gate_bias"])) * z if gated else F.gelu(z)
         y = F.linear(_dropped(h, p, seeds, 1), t["out_weight"], t["out_bias"])
-        return _dropped(y, p, seeds, 2) + 2.0 * _update(x, t, lambda h: _dropped(h, p, seeds, 0))
+        read = t.get("adapter_x", x)
+        update = 2.0 * _update(read, t, lambda h: _dropped(h, p, seeds, 0))
+        return _dropped(y, p, seeds, 2) + update
 
-    name = f"{'gated' if gated else 'plain'} p={p}"
+    name = f"{'gated' if gated else 'plain'}{' separate' if separate else ''} p={p}"
     return Case("ffn", name, make, call, expression, _BOTTLENECK, frozen)
 
 

@@ -47,9 +47,9 @@ def sequential_adapter(h, *weights, **settings):
 
 
 def ffn_parallel_adapter(
-    x, in_weight, in_bias, out_weight, out_bias, *weights, gate_weight=None, gate_bias=None,
-    ffn_activation="gelu", activation="relu", scale=1.0, dropout_p=0.0, activation_dropout_p=0.0,
-    output_dropout_p=0.0, packed=None, packed_out=None, training=True,
+    x, in_weight, in_bias, out_weight, out_bias, *weights, adapter_x=None, gate_weight=None,
+    gate_bias=None, ffn_activation="gelu", activation="relu", scale=1.0, dropout_p=0.0,
+    activation_dropout_p=0.0, output_dropout_p=0.0, packed=None, packed_out=None, training=True,
 ):  # fmt: skip
     """The block and the module beside it."""
     inner = F.linear(x, in_weight, in_bias)
@@ -58,8 +58,8 @@ def ffn_parallel_adapter(
     else:
         inner = activate(ffn_activation, F.linear(x, gate_weight, gate_bias)) * inner
     y = F.linear(F.dropout(inner, activation_dropout_p, training), out_weight, out_bias)
-    none = (None, None)
-    update = _update(x, weights, scale, activation, "none", none, dropout_p, training)
+    read, none = x if adapter_x is None else adapter_x, (None, None)
+    update = _update(read, weights, scale, activation, "none", none, dropout_p, training)
     return F.dropout(y, output_dropout_p, training) + update
 
 

@@ -6,6 +6,7 @@ Traffic  forward    [W1; D] is one GEMM that reads x once; one pass 2 Q makes A 
                     update rides on the pass over y that the dropout is (2 P).
          backward   output dropout of dy 2 P; dA and dH into the columns of d_pre (packed: one
                     GEMM); one pass 3 Q in place; one GEMM [dZ | dT] [W1; D] for dx.
+         An adapter that reads a tensor of its own: W1 and D are two GEMMs each way; the rest holds.
 Flops    (F + R) / F of the frozen FFN's, plus 2MR(K + N) for the two weight gradients.
 """
 
@@ -22,6 +23,7 @@ from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
 from pelt_fast.plans.blocks import weight_gradient
 from pelt_fast.plans.ffn import (
     activation_buffer,
+    input_gradient,
     packed_product,
     pre_activations,
     seed_row,
@@ -34,6 +36,7 @@ PADDING = 16  # columns of the activation buffer: rows stay aligned for the tens
 
 def ffn_forward(
     x,
+    adapter_x,
     in_weight,
     in_bias,
     gate_weight,
@@ -56,7 +59,7 @@ def ffn_forward(
     keep_pre,
 ):
     pre = pre_activations(
-        x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
+        x, adapter_x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
     )
     inner, rank, gated = in_weight.shape[0], down_weight.shape[0], gate_weight is not None
     act = activation_buffer(pre, inner, rank + -rank % PADDING, gated, keep_pre)
@@ -99,16 +102,17 @@ def ffn_backward(
     activation_dropout_p: float,
     output_dropout_p: float,
     seed: Tensor | None,
+    separate: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = [empty_like_nothing(dy) for _ in range(5)]
+) -> tuple[Tensor, ...]:
+    grads = [empty_like_nothing(dy) for _ in range(6)]
     rank, low, gated = down_weight.shape[0], dy.dtype, gate_weight is not None
     inner = in_weight.shape[0] if needs[0] else 0
     first = inner * (2 if gated else 1)
     if not needs[0] and pre.shape[1] != rank:
         start = in_weight.shape[0] * (2 if gated else 1)
         pre = pre[:, start : start + rank]
-    need_dt = any(needs[:3])
+    need_dt = any(needs[:3]) or needs[5]
     d_pre = pre.new_empty(pre.shape) if need_dt else None
     t, dt = pre[:, first : first + rank], d_pre[:, first : first + rank] if need_dt else None
     seed_h, output_seed = seed_row(seed, 0, dropout_p), seed_row(seed, 2, output_dropout_p)
@@ -151,19 +155,9 @@ def ffn_backward(
         grads[1] = weight_gradient(dt, x, down_weight.dtype)
     if needs[2]:
         grads[2] = dt.sum(0, dtype=down_weight.dtype)
+    if needs[5]:
+        grads[5] = dt @ down_weight.to(low)
     if needs[0]:
-        grads[0] = _input_gradient(d_pre, in_weight, gate_weight, down_weight, packed)
+        down = None if separate else down_weight
+        grads[0] = input_gradient(d_pre, in_weight, gate_weight, down, packed)
     return tuple(grads)
-
-
-def _input_gradient(d_pre, in_weight, gate_weight, down_weight, packed) -> Tensor:
-    """[dG | dZ | dT] times the stacked weights: one GEMM where they are packed."""
-    if packed is not None:
-        return d_pre @ packed
-    stack = [in_weight, down_weight.to(d_pre.dtype)]
-    stack = stack if gate_weight is None else [gate_weight, *stack]
-    parts = d_pre.split([weight.shape[0] for weight in stack], dim=1)
-    dx = parts[0] @ stack[0]
-    for part, weight in zip(parts[1:], stack[1:]):
-        dx.addmm_(part, weight)
-    return dx

@@ -147,7 +147,7 @@ def _inject_ffn(model, modification, config, stacks, takeover) -> None:
         after_norm = modification.placement == "after_norm"
         ffn = _take_ffn(model, place.layer, slot, None if after_norm else takeover)
         dtype = _dtype(config, ffn.in_proj.module.weight)
-        entry, op = slot.entry, "adapter"
+        entry, op = slot.entry, "ffn" if modification.insertion == "parallel" else "adapter"
         if after_norm:
             site, entry = LayerAdapter(place.layer, ffn, modification, dtype), ""
         elif modification.insertion == "sequential":
@@ -159,7 +159,7 @@ def _inject_ffn(model, modification, config, stacks, takeover) -> None:
             site.caught = catch
             takeover.hook(norm.register_forward_pre_hook(catch, with_kwargs=True))
         else:
-            site, op = ParallelFFNAdapter(ffn, modification, dtype), "ffn"
+            site = ParallelFFNAdapter(ffn, modification, dtype)
         takeover.add(place.layer, "pelt_ffn_adapter", site)
         takeover.call(find(place.layer, entry), site.forward)
         name = f"{place.name}.{entry}".removesuffix(".")

@@ -11,7 +11,12 @@ beside it, so that unmerge gives it back bit for bit.
 import torch
 from torch import Tensor, nn
 
-from pelt_fast.modules import LoRALinear, ParallelFFNAdapter, SequentialAdapter
+from pelt_fast.modules import (
+    LoRALinear,
+    ParallelFFNAdapter,
+    ResidualFFNAdapter,
+    SequentialAdapter,
+)
 
 from .takeover import Site, Takeover, takeover_of
 
@@ -76,6 +81,8 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
         if module.activation != "identity" or module.layer_norm != "none":
             return "an adapter with an activation or a LayerNorm is not linear"
         return None if _is_own(module.slot.module) else "a projection whose weight is computed"
+    if isinstance(module, ResidualFFNAdapter):
+        return "the adapter reads the residual stream, the block its norm"
     if isinstance(module, ParallelFFNAdapter):
         if not widen_ffn:
             return "a parallel FFN adapter is folded on request (widen_ffn=True)"

@@ -101,23 +101,6 @@ class LayerAdapter(_FFNAdapter):
         return self.sequential(out)
 
 
-class ResidualFFNAdapter(_FFNAdapter):
-    """Runs in the place of the block: ffn(norm(x)) + Δ(x), x the residual stream that the block's
-    own norm reads (the paper's mBART). x is read once more: nothing to widen."""
-
-    def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
-        super().__init__(ffn, modification, dtype)
-        self.caught = Caught()
-        self.before_dropout = modification.placement == "before_dropout"
-
-    def forward(self, normed: Tensor) -> Tensor:
-        x = self.caught.take()
-        if not self.before_dropout:
-            return self.parallel(self.ffn(normed, self.training), x)
-        y = self.parallel(self.ffn(normed, self.training, output_dropout=False), x)
-        return F.dropout(y, self.ffn.output_dropout_p, self.training)
-
-
 class ParallelFFNAdapter(_FFNAdapter):
     """Runs in the place of the block: one wider FFN (design note I3).
 
@@ -131,7 +114,7 @@ class ParallelFFNAdapter(_FFNAdapter):
         # before the output dropout the update is part of what it drops: the op then has none
         self.before_dropout = modification.placement == "before_dropout"
         self.output_dropout_p = 0.0 if self.before_dropout else ffn.output_dropout_p
-        self.packed_in = Packing(0, modification.size)
+        self.packed_in: Packing | None = Packing(0, modification.size)
         self.packed_out = Packing(1, modification.size) if self.output_dropout_p == 0 else None
 
     def why_not_fused(self) -> str | None:
@@ -140,35 +123,41 @@ class ParallelFFNAdapter(_FFNAdapter):
             return "the adapter has a LayerNorm of its own"
         return self.ffn.why_not_fused()
 
+    def adapter_input(self) -> Tensor | None:
+        """What the adapter reads; None is what the block reads."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
+        adapter_x = self.adapter_input()
         if self.is_folded():
             return self.ffn(x, self.training)
         reason = self.why_not_fused()
         if reason is not None:
             support.fall_back(f"parallel adapter beside the model's own FFN, because {reason}")
-            y = self.parallel(self.ffn(x, self.training, not self.before_dropout), x)
+            base = self.ffn(x, self.training, not self.before_dropout)
+            y = self.parallel(base, x if adapter_x is None else adapter_x)
         else:
-            y = self._widened(x)
+            y = self._widened(x, adapter_x)
         return F.dropout(y, self.ffn.output_dropout_p, self.training) if self.before_dropout else y
 
-    def _widened(self, x: Tensor) -> Tensor:
+    def _widened(self, x: Tensor, adapter_x: Tensor | None) -> Tensor:
         ffn = self.ffn
         gate = None if ffn.gate_proj is None else ffn.gate_proj.module
         in_proj, out_proj = ffn.in_proj.module, ffn.out_proj.module
         return functional.ffn_parallel_adapter(
             x, in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias, *self.weights,
-            gate_weight=None if gate is None else gate.weight,
+            adapter_x=adapter_x, gate_weight=None if gate is None else gate.weight,
             gate_bias=None if gate is None else gate.bias,
             ffn_activation=ffn.activation, activation_dropout_p=ffn.activation_dropout_p,
             output_dropout_p=self.output_dropout_p, **self._packed_now(), **self.settings,
         )  # fmt: skip
 
     @property
-    def _packings(self) -> list[tuple[Packing, list[nn.Parameter]]]:
-        """Each packing with the frozen weights it holds."""
+    def _packings(self) -> dict[str, tuple[Packing, list[nn.Parameter]]]:
+        """By the op's name for the buffer: each packing with the frozen weights it holds."""
         *stacked, out = [slot.module.weight for slot in self.ffn.projections]
-        own = [(self.packed_in, stacked), (self.packed_out, [out])]
-        return [(packing, frozen) for packing, frozen in own if packing is not None]
+        own = {"packed": (self.packed_in, stacked), "packed_out": (self.packed_out, [out])}
+        return {name: held for name, held in own.items() if held[0] is not None}
 
     def _packed_now(self) -> dict[str, Tensor]:
         """The packed buffers with the trainable weights of this moment; none while tracing."""
@@ -176,27 +165,40 @@ class ParallelFFNAdapter(_FFNAdapter):
             return {}  # a buffer written on every call would be one more graph input
         blocks = dict(packed=(self.down_weight, 1), packed_out=(self.up_weight, self.scale))
         return {
-            name: packing.filled(frozen, block.detach(), scale)
-            for (name, (block, scale)), (packing, frozen) in zip(blocks.items(), self._packings)
+            name: packing.filled(frozen, blocks[name][0].detach(), blocks[name][1])
+            for name, (packing, frozen) in self._packings.items()
         }
 
     @property
     def is_packed(self) -> bool:
         """Whether the frozen weights live in the packed buffers."""
-        return all(packing.holds(frozen) for packing, frozen in self._packings)
+        return all(packing.holds(frozen) for packing, frozen in self._packings.values())
 
     def pack(self) -> None:
         """Move the frozen weights into buffers with room for the trainable blocks."""
-        for packing, frozen in self._packings:
+        for packing, frozen in self._packings.values():
             packing.pack(frozen)
 
     def unpack(self) -> None:
         """Give the frozen weights storage of their own again, bit for bit."""
-        for packing, frozen in self._packings:
+        for packing, frozen in self._packings.values():
             packing.unpack(frozen)
 
     def _apply(self, fn, recurse=True):
         # the weights above this module move after it: pack again on the next call
-        for packing, _ in self._packings:
+        for packing, _ in self._packings.values():
             packing.forget()
         return super()._apply(fn, recurse)
+
+
+class ResidualFFNAdapter(ParallelFFNAdapter):
+    """Runs in the place of the block: ffn(norm(x)) + Δ(x), x the residual stream that the block's
+    own norm reads (the paper's mBART). x and norm(x) are two inputs: nothing to stack, but the
+    adapter's columns still stand beside the block's on the way out."""
+
+    def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
+        super().__init__(ffn, modification, dtype)
+        self.packed_in, self.caught = None, Caught()
+
+    def adapter_input(self) -> Tensor:
+        return self.caught.take()

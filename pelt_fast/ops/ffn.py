@@ -21,8 +21,8 @@ def _width(in_weight, gate_weight, down_weight, packed):
 
 
 def _ffn_fwd_fake(
-    x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight, down_bias,
-    up_weight, up_bias, packed, packed_out, ffn_activation, activation, scale, dropout_p,
+    x, adapter_x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
+    down_bias, up_weight, up_bias, packed, packed_out, ffn_activation, activation, scale, dropout_p,
     activation_dropout_p, output_dropout_p, seed, keep_pre,
 ):  # fmt: skip
     width = _width(in_weight, gate_weight, down_weight, packed)
@@ -33,13 +33,13 @@ def _ffn_fwd_fake(
 def _ffn_bwd_fake(
     dy, x, pre, in_weight, gate_weight, out_weight, down_weight, up_weight, packed, packed_out,
     ffn_activation, activation, scale, dropout_p, activation_dropout_p, output_dropout_p, seed,
-    needs,
+    separate, needs,
 ):  # fmt: skip
     shapes = (
         (dy.shape[0], in_weight.shape[1]), down_weight.shape, (down_weight.shape[0],),
-        up_weight.shape, (up_weight.shape[0],),
+        up_weight.shape, (up_weight.shape[0],), (dy.shape[0], down_weight.shape[1]),
     )  # fmt: skip
-    dtypes = (dy.dtype, *[down_weight.dtype] * 2, *[up_weight.dtype] * 2)
+    dtypes = (dy.dtype, *[down_weight.dtype] * 2, *[up_weight.dtype] * 2, dy.dtype)
     return tuple(
         dy.new_empty(shape, dtype=dtype) if need else empty_like_nothing(dy)
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
@@ -48,9 +48,10 @@ def _ffn_bwd_fake(
 
 ffn_fwd = Op(
     "ffn_fwd",
-    "(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor? gate_weight, Tensor? gate_bias,"
-    " Tensor out_weight, Tensor? out_bias, Tensor down_weight, Tensor? down_bias,"
-    " Tensor up_weight, Tensor? up_bias, Tensor? packed, Tensor? packed_out, str ffn_activation,"
+    "(Tensor x, Tensor? adapter_x, Tensor in_weight, Tensor? in_bias, Tensor? gate_weight,"
+    " Tensor? gate_bias, Tensor out_weight, Tensor? out_bias, Tensor down_weight,"
+    " Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? packed, Tensor? packed_out,"
+    " str ffn_activation,"
     " str activation, float scale, float dropout_p, float activation_dropout_p,"
     " float output_dropout_p, Tensor? seed, bool keep_pre) -> (Tensor, Tensor)",
     reference.ffn_forward,
@@ -61,14 +62,14 @@ ffn_bwd = Op(
     "(Tensor dy, Tensor x, Tensor pre, Tensor in_weight, Tensor? gate_weight, Tensor out_weight,"
     " Tensor down_weight, Tensor up_weight, Tensor? packed, Tensor? packed_out, str ffn_activation,"
     " str activation, float scale, float dropout_p, float activation_dropout_p,"
-    " float output_dropout_p, Tensor? seed, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float output_dropout_p, Tensor? seed, bool separate, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.ffn_backward,
     _ffn_bwd_fake,
 )
 ffn_fwd.register(
     plans.ffn_forward,
-    fused_or_plan("ffn", "ffn.ffn_forward", plans.ffn_forward, lambda a: a[7].shape[0]),
+    fused_or_plan("ffn", "ffn.ffn_forward", plans.ffn_forward, lambda a: a[8].shape[0]),
 )
 ffn_bwd.register(
     plans.ffn_backward,
@@ -79,30 +80,33 @@ ffn_bwd.register(
 class WidenedFFNFunction(OpFunction):
     """A frozen FFN with a parallel adapter, one function of x (M, K).
 
-    Saves x and the pre-activations (M, F + R); x and T (M, R) alone when dx is not needed.
+    Saves what the adapter read, x or adapter_x, and the pre-activations (M, F + R); T (M, R) alone
+    of these when dx is not needed.
     """
 
     @staticmethod
     def forward(
-        ctx, x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
-        down_bias, up_weight, up_bias, packed, packed_out, *settings_and_seed,
+        ctx, x, adapter_x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias,
+        down_weight, down_bias, up_weight, up_bias, packed, packed_out, *settings_and_seed,
     ):  # fmt: skip
         backend = active_backend()
         *settings, seed = settings_and_seed
         y, pre = ffn_fwd(
-            x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, down_weight,
-            down_bias, up_weight, up_bias, packed, packed_out, *settings, seed, True,
+            x, adapter_x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias,
+            down_weight, down_bias, up_weight, up_bias, packed, packed_out, *settings, seed, True,
             backend=backend,
         )  # fmt: skip
         rank = down_weight.shape[0]
         if not ctx.needs_input_grad[0]:
             first = in_weight.shape[0] * (1 if gate_weight is None else 2)
             pre = pre[:, first : first + rank].contiguous()
+        read = x if adapter_x is None else adapter_x
         ctx.save_for_backward(
-            x if ctx.needs_input_grad[7] else None, pre, in_weight, gate_weight, out_weight,
+            read if ctx.needs_input_grad[8] else None, pre, in_weight, gate_weight, out_weight,
             down_weight, up_weight, packed, packed_out, seed,
         )  # fmt: skip
         ctx.settings = (*settings, backend)
+        ctx.separate = adapter_x is not None
         return y
 
     @staticmethod
@@ -110,13 +114,13 @@ class WidenedFFNFunction(OpFunction):
     def backward(ctx, dy):
         x, pre, *weights, seed = ctx.saved_tensors
         *settings, backend = ctx.settings
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7:11]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[8:12], ctx.needs_input_grad[1]]
         grads = ffn_bwd(
             dy.contiguous(), empty_like_nothing(dy) if x is None else x, pre, *weights, *settings,
-            seed, needs, backend=backend,
+            seed, ctx.separate, needs, backend=backend,
         )  # fmt: skip
-        dx, *small = keep_needed(grads, needs)
-        return dx, *[None] * 6, *small, *[None] * 10
+        dx, *small, d_adapter_x = keep_needed(grads, needs)
+        return dx, d_adapter_x, *[None] * 6, *small, *[None] * 10
 
     @staticmethod
     def infer(*args):

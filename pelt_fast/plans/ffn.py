@@ -3,7 +3,8 @@
 Shapes and maths are those of ``reference.ffn``; P = one M x N pass, Q = one M x F pass.
 Traffic  forward    [W1; D] is one GEMM that reads x once; φ, its dropout; [W2 | s U] is one GEMM.
                     With an output dropout (the model's own): W2, then one pass over y drops and
-                    adds s H Uᵀ + s u in row blocks.
+                    adds s H Uᵀ + s u in row blocks. An adapter that reads a tensor of its own:
+                    W1 and D are two GEMMs each way, each reads and writes its own; the rest holds.
          backward   dy for dT, dU and du, one GEMM [dZ | dT] [W1; D] for dx. dZ is made in
                     place of dA.
 Flops    (F + R) / F of the frozen FFN's, plus 2MR(K + N) for the two weight gradients.
@@ -41,30 +42,32 @@ def _stacked_bias(parts: list[tuple[Tensor | None, int]], like: Tensor) -> Tenso
 
 
 def pre_activations(
-    x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
+    x, adapter_x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
 ) -> Tensor:
     inner, rank = in_weight.shape[0], down_weight.shape[0]
     stack = [(in_weight, in_bias), (down_weight, down_bias)]
     if gate_weight is not None:
         stack.insert(0, (gate_weight, gate_bias))
-    if packed is not None:
+    if packed is not None and adapter_x is None:
         padding = packed.shape[0] - sum(weight.shape[0] for weight, _ in stack)
         parts = [(bias, weight.shape[0]) for weight, bias in stack] + [(None, padding)]
         return F.linear(x, packed, _stacked_bias(parts, x))
     pre = x.new_empty(x.shape[0], inner * (len(stack) - 1) + rank)
+    inputs = [x] * (len(stack) - 1) + [x if adapter_x is None else adapter_x]
     first = 0
-    for weight, bias in stack:
+    for (weight, bias), source in zip(stack, inputs):
         part = pre[:, first : first + weight.shape[0]]
         if bias is None:
-            torch.mm(x, weight.to(x.dtype).t(), out=part)
+            torch.mm(source, weight.to(x.dtype).t(), out=part)
         else:
-            torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=part)
+            torch.addmm(bias.to(x.dtype), source, weight.to(x.dtype).t(), out=part)
         first += weight.shape[0]
     return pre
 
 
 def ffn_forward(
     x,
+    adapter_x,
     in_weight,
     in_bias,
     gate_weight,
@@ -87,7 +90,7 @@ def ffn_forward(
     keep_pre,
 ):
     pre = pre_activations(
-        x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
+        x, adapter_x, in_weight, in_bias, gate_weight, gate_bias, down_weight, down_bias, packed
     )
     inner, rank = in_weight.shape[0], down_weight.shape[0]
     act = activation_buffer(pre, inner, rank, gate_weight is not None, keep_pre)
@@ -170,9 +173,10 @@ def ffn_backward(
     activation_dropout_p: float,
     output_dropout_p: float,
     seed: Tensor | None,
+    separate: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = [empty_like_nothing(dy) for _ in range(5)]
+) -> tuple[Tensor, ...]:
+    grads = [empty_like_nothing(dy) for _ in range(6)]
     rank, low = down_weight.shape[0], dy.dtype
     inner = in_weight.shape[0] * (1 if gate_weight is None else 2)
     first = 0 if pre.shape[1] == rank else inner
@@ -183,7 +187,7 @@ def ffn_backward(
         grads[3] = weight_gradient(dy, h, up_weight.dtype).mul_(scale)
     if needs[4]:
         grads[4] = dy.sum(0, dtype=up_weight.dtype).mul_(scale)
-    if not any(needs[:3]):
+    if not (any(needs[:3]) or needs[5]):
         return tuple(grads)
     d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
     d_pre[:, first + rank :] = 0  # the padding of the packed rows
@@ -200,20 +204,32 @@ def ffn_backward(
         grads[1] = weight_gradient(dt, x, down_weight.dtype)
     if needs[2]:
         grads[2] = dt.sum(0, dtype=down_weight.dtype)
+    if needs[5]:
+        grads[5] = dt @ down_weight.to(low)
     if needs[0]:
         da = d_pre[:, inner - in_weight.shape[0] : inner]
         if not in_one:
             torch.mm(drop(dy, output_dropout_p, output_seed), out_weight, out=da)
         drop_(da, activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
         _inner_backward(d_pre, da, pre, gate_weight, ffn_activation)
-        if packed is not None:
-            grads[0] = d_pre @ packed
-        else:
-            dx = d_pre[:, inner - in_weight.shape[0] : inner] @ in_weight
-            if gate_weight is not None:
-                dx.addmm_(d_pre[:, : gate_weight.shape[0]], gate_weight)
-            grads[0] = dx.addmm_(dt, down_weight.to(low))
+        down = None if separate else down_weight
+        grads[0] = input_gradient(d_pre, in_weight, gate_weight, down, packed)
     return tuple(grads)
+
+
+def input_gradient(d_pre, in_weight, gate_weight, down_weight, packed) -> Tensor:
+    """[dG | dZ | dT] times the stacked weights: one GEMM where they are packed. Without
+    ``down_weight`` dT is no part of it."""
+    if packed is not None and down_weight is not None:
+        return d_pre @ packed
+    stack = [in_weight] if gate_weight is None else [gate_weight, in_weight]
+    stack = stack if down_weight is None else [*stack, down_weight.to(d_pre.dtype)]
+    first = stack[0].shape[0]
+    dx = d_pre[:, :first] @ stack[0]
+    for weight in stack[1:]:
+        dx.addmm_(d_pre[:, first : first + weight.shape[0]], weight)
+        first += weight.shape[0]
+    return dx
 
 
 def _inner_backward(d_pre, da, pre, gate_weight, ffn_activation) -> None:

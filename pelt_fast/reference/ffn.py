@@ -2,11 +2,12 @@
 
 Shapes   x (M, K); in_weight, gate_weight (F, K); out_weight (N, F); down_weight (R, K);
          up_weight (N, R); pre (M, F + R), gated (M, 2F + R): pre-activations [gate | in | down].
-Maths    Z = x W1ᵀ + b1;  G = x Wgᵀ + bg (gated);  T = x Dᵀ + d
+Maths    Z = x W1ᵀ + b1;  G = x Wgᵀ + bg (gated);  T = x' Dᵀ + d, x' = x or adapter_x (M, K)
          A = drop_a(φ(Z)) or drop_a(φ(G) Z);       H = drop(f(T))
          y = drop_o(A W2ᵀ + b2) + s (H Uᵀ + u)
          The adapter is added after the output dropout, as in the paper's models (section 3.4).
-Saved    x and pre; with a frozen in-projection and no dx, x and T alone.
+         With an ``adapter_x`` it reads another tensor than the block (mBART's residual stream).
+Saved    x' and pre; where no dx is asked for, x' and T alone.
 
 ``seed`` has three rows: bottleneck, activation and output dropout.
 """
@@ -36,6 +37,7 @@ def _split(pre: Tensor, inner: int, gated: bool, rank: int) -> tuple[Tensor | No
 
 def ffn_forward(
     x: Tensor,
+    adapter_x: Tensor | None,
     in_weight: Tensor,
     in_bias: Tensor | None,
     gate_weight: Tensor | None,
@@ -66,7 +68,8 @@ def ffn_forward(
     parts = [F.linear(x, in_weight, in_bias)]
     if gate_weight is not None:
         parts.insert(0, F.linear(x, gate_weight, gate_bias))
-    parts.append(F.linear(x, down_weight.to(low), None if down_bias is None else down_bias.to(low)))
+    small = down_weight.to(low), None if down_bias is None else down_bias.to(low)
+    parts.append(F.linear(x if adapter_x is None else adapter_x, *small))
     pre = torch.cat(parts, 1)
     if packed is not None:
         pre = F.pad(pre, (0, packed.shape[0] - pre.shape[1]))
@@ -97,16 +100,20 @@ def ffn_backward(
     activation_dropout_p: float,
     output_dropout_p: float,
     seed: Tensor | None,
+    separate: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dx and the gradients of down_weight, down_bias, up_weight, up_bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dx and the gradients of down_weight, down_bias, up_weight, up_bias, adapter_x.
+
+    ``x`` is what the adapter read: where that is ``separate`` from the block's input, dT D is the
+    last gradient and no part of dx.
 
     dA = drop_o(dy) W2;  dZ = drop_a(dA) φ'(Z) (times the gate);  dT = drop(s dy U) f'(T)
     dx = dZ W1 (+ dG Wg) + dT D;  dD = dTᵀ x;  dU = s dyᵀ H.
     Without ``needs[0]`` only T is read, and ``pre`` may be T alone.
     """
     low = dy.dtype
-    grads = [empty_like_nothing(dy) for _ in range(5)]
+    grads = [empty_like_nothing(dy) for _ in range(6)]
     rank, gated = down_weight.shape[0], gate_weight is not None
     t = pre if pre.shape[1] == rank else _split(pre, in_weight.shape[0], gated, rank)[2]
     h = _drop(activate(activation, t), dropout_p, seed, 0)
@@ -114,13 +121,12 @@ def ffn_backward(
     if needs[0]:
         gate, z, _ = _split(pre, in_weight.shape[0], gated, rank)
         da = _drop(_drop(dy, output_dropout_p, seed, 2) @ out_weight, activation_dropout_p, seed, 1)
-        dx = dt @ down_weight.to(low)
         if gate is None:
-            dz = da * derivative(ffn_activation, z)
+            dx = (da * derivative(ffn_activation, z)) @ in_weight
         else:
-            dz = da * activate(ffn_activation, gate)
+            dx = (da * activate(ffn_activation, gate)) @ in_weight
             dx = dx + (da * z * derivative(ffn_activation, gate)) @ gate_weight
-        grads[0] = dx + dz @ in_weight
+        grads[0] = dx if separate else dx + dt @ down_weight.to(low)
     if needs[1]:
         grads[1] = outer(dt, x, down_weight.dtype)
     if needs[2]:
@@ -129,4 +135,6 @@ def ffn_backward(
         grads[3] = scale * outer(dy, h, up_weight.dtype)
     if needs[4]:
         grads[4] = scale * dy.sum(0, dtype=up_weight.dtype)
+    if needs[5]:
+        grads[5] = dt @ down_weight.to(low)
     return tuple(grads)

@@ -60,12 +60,14 @@ def test_a_widened_ffn_makes_no_pass_more_than_the_frozen_block(p):
 
 
 def test_an_adapter_on_another_tensor_reads_it_and_adds_to_the_output():
-    """Above R = 64 on library GEMMs: forward x once, y read and written for the bias, then for the
-    accumulating GEMM. Two passes are what docs/performance.md misses."""
+    """Two passes more than a widened block: its own input forward, that input's gradient
+    backward."""
     found = passes(traffic.ffn_beside())
-    frozen, ours = found["frozen"], found["kernels"]
-    assert ours.forward - frozen.forward <= 5.6
-    assert ours.backward - frozen.backward <= 16.6
+    frozen, ours, plain = found["frozen"], found["kernels"], found["plain PyTorch"]
+    share = traffic.RANK / traffic.INNER
+    assert ours.forward <= frozen.forward * (1 + share) + 1
+    assert ours.backward <= frozen.backward * (1 + share) + 4.3 + 1
+    assert ours.both <= 0.85 * plain.both
 
 
 @pytest.mark.parametrize("causal", [False, True])

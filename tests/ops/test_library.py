@@ -58,12 +58,16 @@ def ffn_arguments(p, transposed):
         for packed in ((None, None), (randn(rows, K), randn(N, F + 16))):
             bias = None if gate is None else randn(F)
             inner = (in_weight, randn(F), gate, bias, out_weight, randn(N))
-            arguments = (x, *inner, down, randn(R), up, randn(N), *packed, *settings)
-            yield ffn_fwd, (*arguments, True)
-            yield ffn_fwd, (*arguments, False)
-            pre = ffn_fwd(*arguments, True, backend="auto")[1]
-            weights = (in_weight, gate, out_weight, down, up, *packed)
-            yield ffn_bwd, (randn(M, N), x, pre, *weights, *settings, [True] * 5)
+            for own in (None, randn(M, K)):
+                arguments = (x, own, *inner, down, randn(R), up, randn(N), *packed, *settings)
+                yield ffn_fwd, (*arguments, True)
+                yield ffn_fwd, (*arguments, False)
+                pre = ffn_fwd(*arguments, True, backend="auto")[1]
+                weights = (in_weight, gate, out_weight, down, up, *packed)
+                needs = [True] * 5 + [own is not None]
+                read = x if own is None else own
+                yield ffn_bwd, (randn(M, N), read, pre, *weights, *settings, own is not None, needs)
+                packed = (None, packed[1])  # the stacked weights are of one input
 
 
 def prefix_arguments(p, transposed):

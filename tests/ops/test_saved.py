@@ -71,15 +71,19 @@ def test_adapter_saves_x_and_t_also_with_a_learned_scale(p, layer_norm, learned)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("need_x", [True, False])
-def test_widened_ffn_saves_x_and_the_pre_activations(p, gated, need_x):
+@pytest.mark.parametrize("separate", [True, False])
+def test_widened_ffn_saves_what_the_adapter_read_and_the_pre_activations(
+    p, gated, need_x, separate
+):
     x = torch.randn(M, K, requires_grad=need_x)
+    own = torch.randn(M, K, requires_grad=True) if separate else None
     frozen = [parameter(*s, trainable=False) for s in ((F, K), (F,), (N, F), (N,))]
     gate = parameter(F, K, trainable=False) if gated else None
     parameters = bottleneck(K, N)
     known = [*frozen, *parameters] + ([gate] if gated else [])
     kept = saved_bytes(
         lambda: functional.ffn_parallel_adapter(
-            x, *frozen, *parameters, gate_weight=gate, scale=2.0, dropout_p=p,
+            x, *frozen, *parameters, adapter_x=own, gate_weight=gate, scale=2.0, dropout_p=p,
             activation_dropout_p=p, output_dropout_p=p,
         ), known,
     )  # fmt: skip
@@ -155,14 +159,14 @@ def test_packed_ffn_plan_allocates_what_the_frozen_block_needs(p):
     settings = ("gelu", "relu", 4.0, p, p, p, seed)
     with Allocations() as forward:
         _, pre = ffn.ffn_forward(
-            x, packed[:inner], bias[0], None, None, out_weight, bias[1], packed[inner:], bias[2],
+            x, None, packed[:inner], bias[0], None, None, out_weight, bias[1], packed[inner:], bias[2],
             up, bias[3], packed, None, *settings, True,
         )  # fmt: skip
     big = sorted(n for n, kind in forward.sizes if n >= m * k // 2 and kind.is_floating_point)
     assert big == sorted([m * (inner + rank)] * 2 + [m * k])
     with Allocations() as inference:  # A and H are made over the pre-activations
         ffn.ffn_forward(
-            x, packed[:inner], bias[0], None, None, out_weight, bias[1], packed[inner:], bias[2],
+            x, None, packed[:inner], bias[0], None, None, out_weight, bias[1], packed[inner:], bias[2],
             up, bias[3], packed, torch.cat([out_weight, 4.0 * up], 1), "gelu", "relu", 4.0, p, p,
             0.0, seed, False,
         )  # fmt: skip
@@ -172,7 +176,7 @@ def test_packed_ffn_plan_allocates_what_the_frozen_block_needs(p):
     for keep_pre in (True, False):
         with Allocations() as gated:  # φ(G) has no place of its own
             ffn.ffn_forward(
-                x, packed[:inner], bias[0], gate, None, out_weight, bias[1], packed[inner:],
+                x, None, packed[:inner], bias[0], gate, None, out_weight, bias[1], packed[inner:],
                 bias[2], up, bias[3], torch.cat([gate, packed]), None, "silu", "relu", 4.0, p, p, p,
                 seed, keep_pre,
             )  # fmt: skip
@@ -182,7 +186,7 @@ def test_packed_ffn_plan_allocates_what_the_frozen_block_needs(p):
     with Allocations() as backward:
         ffn.ffn_backward(
             torch.randn(m, k), x, pre, packed[:inner], None, out_weight, packed[inner:], up, packed,
-            None, *settings, [True] * 5,
+            None, *settings, False, [True] * 5 + [False],
         )  # fmt: skip
     big = sorted(n for n, kind in backward.sizes if n >= m * k // 2 and kind.is_floating_point)
     # the output gradient handed in, dropped dy where there is dropout, [dZ | dT], dx

@@ -114,7 +114,7 @@ def test_learned_scale_has_the_closed_form_gradient(shape, bias):
         assert torch.allclose(a, e, atol=1e-12)
 
 
-def ffn_arguments(m, k, inner, n, r, gated, bias, p, needs=(True,) * 5):
+def ffn_arguments(m, k, inner, n, r, gated, bias, p, needs=(True,) * 5, separate=False):
     def frozen(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
@@ -124,7 +124,7 @@ def ffn_arguments(m, k, inner, n, r, gated, bias, p, needs=(True,) * 5):
     if not bias:
         small[1] = small[3] = None
     return (
-        leaf(m, k, needs=needs[0]), frozen(inner, k), frozen(inner) if bias else None, *gate,
+        leaf(m, k, needs=needs[0]), leaf(m, k) if separate else None, frozen(inner, k), frozen(inner) if bias else None, *gate,
         frozen(n, inner), frozen(n) if bias else None, *small, None, None, "gelu", "silu", 1.4, p, p, p,
         draw_seed(CPU, 3) if p else None,
     )  # fmt: skip
@@ -137,9 +137,18 @@ def test_ffn_backward_matches_finite_differences(m, k, n, r, gated, p):
     check(WidenedFFNFunction.apply, ffn_arguments(m, k, 5, n, r, gated, bias=m != 1, p=p))
 
 
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("needs", NEEDS)
-def test_ffn_backward_gives_what_is_needed(needs):
-    check(WidenedFFNFunction.apply, ffn_arguments(3, 4, 5, 3, 2, False, True, 0.2, needs))
+def test_ffn_backward_gives_what_is_needed(needs, separate):
+    arguments = ffn_arguments(3, 4, 5, 3, 2, False, True, 0.2, needs, separate)
+    check(WidenedFFNFunction.apply, arguments)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("gated", [False, True])
+def test_ffn_backward_of_an_adapter_on_another_tensor(gated, p):
+    arguments = ffn_arguments(5, 4, 5, 3, 2, gated, True, p, separate=True)
+    check(WidenedFFNFunction.apply, arguments)
 
 
 HEADS = [  # B, H, Hkv, T, S, D, P
