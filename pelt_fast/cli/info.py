@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import pelt_fast
+from pelt_fast.ops import native
 from pelt_fast.ops.backends import backends
 
 PACKAGES = ("torch", "transformers", "triton", "datasets", "peft", "accelerate")
@@ -34,4 +35,6 @@ def run(options: argparse.Namespace) -> int:
     print(f"gpu           {gpu}")
     for name, missing in backends():
         print(f"backend       {name:<10} {'available' if missing is None else missing}")
+    for name, fact in native.facts().items():
+        print(f"C++ ops       {name}: {fact}")
     return 0

@@ -168,7 +168,7 @@ def adapter_backward(
     grads = [empty_like_nothing(dy) for _ in range(7)]
     need_dt = needs[0] or needs[1] or needs[2] or needs[5] or needs[6]
     bottleneck = dict(scale=scale, activation=activation, dropout_p=dropout_p, seed=seed)
-    up_gradients = rank_up_bwd if by_kernels else plans.up_gradients
+    up_gradients = rank_up_bwd if by_kernels else plans.bottleneck_gradients
     dt, *found = up_gradients(
         dy, t, up_weight, need_dt=need_dt, need_db=needs[3], need_bias=needs[4], **bottleneck
     )

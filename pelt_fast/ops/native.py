@@ -1,8 +1,13 @@
-"""The C++ ops: loaded once, with the reason where they are not here."""
+"""The C++ ops (csrc/): loaded once, with the reason where they are not here."""
 
 import functools
 
 import torch
+from torch import Tensor
+
+MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
+MAX_PREFIX, MAX_HEAD_DIM = 256, 128  # kMaxPrefix and kColumns
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -17,9 +22,37 @@ def why_missing() -> str | None:
     return None
 
 
-def dropout_factor(
-    out: torch.Tensor, threshold: int, scale: float, seed: torch.Tensor, start: int
-) -> torch.Tensor:
+def facts() -> dict[str, str]:
+    """How the ops were built and what they use here; empty where they are not."""
+    if why_missing() is not None:
+        return {}
+    from pelt_fast import _C
+
+    return {"compiler": _C.compiler(), "instruction set": _C.level()}
+
+
+def ops():
+    """``torch.ops.pelt_fast_cpp``. An op that is given a wrong argument raises RuntimeError that
+    names it, what came and what was wanted."""
+    return torch.ops.pelt_fast_cpp
+
+
+def covers(x: Tensor, rank: int) -> bool:
+    """Whether the rank ops take an activation x (M, K) and a rank."""
+    return _is_covered(x) and 1 <= rank <= MAX_RANK
+
+
+def covers_prefix(q: Tensor, length: int) -> bool:
+    """Whether the prefix ops take queries (B, H, T, D) and a prefix length."""
+    return _is_covered(q) and 1 <= length <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM
+
+
+def _is_covered(x: Tensor) -> bool:
+    ours = x.device.type == "cpu" and x.dtype in DTYPES and x.stride(-1) == 1 and x.numel() > 0
+    return ours and why_missing() is None
+
+
+def dropout_factor(out: Tensor, threshold: int, scale: float, seed: Tensor, start: int) -> Tensor:
     """Fill ``out`` (contiguous, CPU) with ``scale`` where the dropout mask keeps elements
-    ``start`` and on, else 0 (reference/philox.py). Raises RuntimeError that names the argument."""
-    return torch.ops.pelt_fast_cpp.dropout_factor_(out, threshold, scale, seed, start)
+    ``start`` and on, else 0 (reference/philox.py)."""
+    return ops().dropout_factor_(out, threshold, scale, seed, start)

@@ -1,6 +1,6 @@
 """Work in blocks: the pieces the plans share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,13 @@ def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     for rows in row_blocks(x):
         torch.mul(x[rows], drop_factor(rows, x.shape[1], p, seed, x.dtype), out=out[rows])
     return out
+
+
+def fill(grads: list[Tensor], places: Sequence[int], values: Iterable[Tensor | None]) -> None:
+    """Put the gradients that were computed in their places."""
+    for place, value in zip(places, values, strict=True):
+        if value is not None:
+            grads[place] = value
 
 
 def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

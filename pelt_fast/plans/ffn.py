@@ -19,15 +19,8 @@ from torch.nn import functional as F
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .activations import activate, activation_backward
-from .blocks import (
-    bottleneck_factor,
-    drop,
-    drop_,
-    drop_factor,
-    row_blocks,
-    scaled_by_,
-    weight_gradient,
-)
+from .blocks import bottleneck_factor, drop, drop_, fill, scaled_by_
+from .skinny import down_gradients, up, up_gradients
 
 
 def seed_row(seed: Tensor | None, row: int, p: float) -> Tensor | None:
@@ -141,18 +134,12 @@ def out_projection(
     if seed is None and packed_out is not None:
         bias = summed_bias(out_bias, up_bias, scale, low)
         return packed_product(act[:, : inner + rank], packed_out, bias)
-    a, h, up = act[:, :inner], act[:, inner : inner + rank], up_weight.to(low).t()
+    a, h = act[:, :inner], act[:, inner : inner + rank]
     if seed is None:
         y = F.linear(a, out_weight, summed_bias(out_bias, up_bias, scale, low))
-        return y.addmm_(h, up, alpha=scale)
+        return up(y, h, up_weight, scale=scale, in_place=True)
     y = F.linear(a, out_weight, out_bias)
-    bias = None if up_bias is None else up_bias.to(low) * scale
-    for rows in row_blocks(y):
-        block = y[rows].mul_(drop_factor(rows, y.shape[1], p, seed, low))
-        if bias is not None:
-            block.add_(bias)
-        block.addmm_(h[rows], up, alpha=scale)
-    return y
+    return up(y, h, up_weight, up_bias, scale, p=p, seed=seed, in_place=True)
 
 
 def ffn_backward(
@@ -177,35 +164,35 @@ def ffn_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     grads = [empty_like_nothing(dy) for _ in range(6)]
-    rank, low = down_weight.shape[0], dy.dtype
+    rank = down_weight.shape[0]
     inner = in_weight.shape[0] * (1 if gate_weight is None else 2)
     first = 0 if pre.shape[1] == rank else inner
     t = pre[:, first : first + rank]
     factor = bottleneck_factor(t, dropout_p, seed_row(seed, 0, dropout_p))
-    if needs[3]:
-        h = scaled_by_(activate(activation, t), factor)
-        grads[3] = weight_gradient(dy, h, up_weight.dtype).mul_(scale)
-    if needs[4]:
-        grads[4] = dy.sum(0, dtype=up_weight.dtype).mul_(scale)
-    if not (any(needs[:3]) or needs[5]):
-        return tuple(grads)
-    d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
-    d_pre[:, first + rank :] = 0  # the padding of the packed rows
-    dt = d_pre[:, first : first + rank]
+    h = scaled_by_(activate(activation, t), factor) if needs[3] else None
+    need_dt = any(needs[:3]) or needs[5]
     output_seed = seed_row(seed, 2, output_dropout_p)
     in_one = needs[0] and packed_out is not None and output_seed is None
+    d_pre = dt = None
+    if need_dt:
+        d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
+        d_pre[:, first + rank :] = 0  # the padding of the packed rows
+        dt = d_pre[:, first : first + rank]
+    _, *found = up_gradients(
+        dy, h, up_weight, scale, need_dh=need_dt and not in_one, need_bias=needs[4], dh=dt
+    )
+    fill(grads, [3, 4], found)
+    if not need_dt:
+        return tuple(grads)
     if in_one:
         start, width = first - in_weight.shape[0], in_weight.shape[0] + rank
         torch.mm(dy, packed_out[:, :width], out=d_pre[:, start : start + width])
-    else:
-        torch.mm(dy, up_weight.to(low), out=dt).mul_(scale)
     activation_backward(activation, scaled_by_(dt, factor), t)
-    if needs[1]:
-        grads[1] = weight_gradient(dt, x, down_weight.dtype)
     if needs[2]:
         grads[2] = dt.sum(0, dtype=down_weight.dtype)
-    if needs[5]:
-        grads[5] = dt @ down_weight.to(low)
+    if needs[1] or needs[5]:
+        found = down_gradients(dt, x, down_weight, need_dx=needs[5], need_da=needs[1])
+        fill(grads, [5, 1], found)
     if needs[0]:
         da = d_pre[:, inner - in_weight.shape[0] : inner]
         if not in_one:

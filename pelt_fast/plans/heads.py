@@ -3,8 +3,8 @@
 Shapes and maths are those of ``reference.heads``.
 The context runs on torch's own flash kernel, untouched: no concatenation, no widened mask, no
 copy of the prefix for each batch row. Its backward kernel, given the merged o and the joint lse,
-returns exact dq, dk, dv; the prefix part, which no batch row is told from another by, takes the
-queries of all of them as the rows of one matrix a head, in blocks that stay in cache.
+returns exact dq, dk, dv; the prefix part runs in C++ (csrc/cpu/prefix.cpp). Without it the queries
+of all batch rows are the rows of one matrix a head, in blocks that stay in cache.
 Traffic  beside attention without a prefix: q, o read and o written forward; q, o, do, dq read and
          dq written backward. Flops (S + P) / S of the attention's.
 
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pelt_fast.ops import native
 from pelt_fast.reference import heads as reference
 from pelt_fast.reference.heads import (
     causal_mask,
@@ -130,6 +131,11 @@ def prefix_attention_forward(
         return _blocked_forward(q, k, v, prefix_k, prefix_v, attn_mask, settings)
     o, lse = _context(q, k, v, attn_mask, is_causal, scale)
     context_o = empty_like_nothing(q) if composition == "gated" else o.clone()
+    if native.covers_prefix(q, prefix_k.shape[1]):
+        prefix = (p.detach().float() for p in (prefix_k, prefix_v))
+        kind = (form == "relu", composition == "gated")
+        native.ops().prefix_merge_(o, lse, q, *prefix, scale, *kind)
+        return o, lse, context_o, no_rng(q, seed)
     queries, out, own = _by_head(q), _by_head(o), _by_head(lse.unsqueeze(-1)).squeeze(-1)
     pk, pv = (p.to(lse.dtype) for p in (prefix_k, prefix_v))
     by_scores = form == "relu" or o.dtype != lse.dtype
@@ -223,6 +229,14 @@ def _prefix_backward(tensors, settings, dq: Tensor | None) -> tuple[Tensor, Tens
     do, q, _, _, prefix_k, prefix_v, o, lse, *_ = tensors
     _, scale, form, composition, _, _ = settings
     wide, heads = lse.dtype, q.shape[1]
+    if native.covers_prefix(q, prefix_k.shape[1]):
+        prefix = [p.detach().float() for p in (prefix_k, prefix_v)]
+        shape = (heads, *prefix_k.shape[1:])
+        dpk, dpv = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
+        do, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (do, o))
+        kind = (form == "relu", composition == "gated")
+        native.ops().prefix_backward_(dq, dpk, dpv, do, q, *prefix, o, lse, scale, *kind)
+        return dpk, dpv
     pk, pv = (expand_heads(p.to(wide), heads) for p in (prefix_k, prefix_v))
     pk = scale * pk
     dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)

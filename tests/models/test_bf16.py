@@ -66,4 +66,5 @@ def test_bf16_base_trains_fp32_factors(architecture, method):
     _, grads = outputs_and_gradients(model, inputs(model, padding="right"))
     for name in method_tensors:
         assert torch.isfinite(grads[name]).all()
-        assert not torch.equal(grads[name], grads[name].bfloat16().float()), name
+        if grads[name].numel() > 16:  # five sums over the few live tokens may be bf16 by chance
+            assert not torch.equal(grads[name], grads[name].bfloat16().float()), name

@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("start, count", [
     (0, 0), (0, 1), (0, 4096 * 33), (7, 1000), (12345, 255), (2**33 + 5, 513), (256, 256),
+    (2**35 - 700, 1500),  # where the draws pass 32 bits
 ])  # fmt: skip
 def test_the_mask_is_the_definitions_bit_for_bit(start, count, dtype, threads):
     before = torch.get_num_threads()

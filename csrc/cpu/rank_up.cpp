@@ -1,0 +1,220 @@
+// out = drop(base) + scale (h bᵀ + bias), and its backward in one pass over dy.
+//
+// Shapes   h, dh (M, R); b (N, R); bias, d_bias (N); base, out, dy (M, N); db (N, R). R <= kMaxRank.
+// Maths    out = mask * base + scale (h bᵀ + bias)
+//          dh = scale dy b;  db = scale dyᵀ h;  d_bias = scale Σ dy, parts of rows added in order
+// Traffic  forward base read and out written once (one tensor: in place); backward dy read once.
+
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+
+namespace pelt_fast {
+namespace {
+
+struct Up {
+  Rows<void> h, base, out;  // base may be missing
+  const float *b, *bias;    // (R, padded N), (padded N) times scale
+  float scale;
+  int64_t rows, width, rank;
+  ScalarType dtype;
+  bool has_bias, drop;
+  Mask mask;
+};
+
+template <int W, typename T>
+PELT_FAST_INLINE void up_blocks(const Up& g, int64_t first, int64_t last) {
+  alignas(64) Tile h, tile, factor;
+  const int64_t wide = padded(g.width);
+  for (int64_t row = first * kRows; row < std::min(last * kRows, g.rows); row += kRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kRows, g.rows - row));
+    load(h, static_cast<const T*>(g.h.data) + row * g.h.stride, g.h.stride, rows,
+         static_cast<int>(g.rank));
+    for (int i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < g.rank; ++j) h[i][j] *= g.scale;
+    for (int64_t column = 0; column < g.width; column += kColumns) {
+      const int columns = static_cast<int>(std::min<int64_t>(kColumns, g.width - column));
+      const int64_t whole = padded(columns);
+      const T* base = static_cast<const T*>(g.base.data);
+      if (base != nullptr) base += row * g.base.stride + column;
+      T* out = static_cast<T*>(g.out.data) + row * g.out.stride + column;
+      if (fits_in_place<T>(rows, columns) && !g.drop) {
+        auto* place = reinterpret_cast<float*>(out);
+        begin(place, g.out.stride, reinterpret_cast<const float*>(base), g.base.stride,
+              g.has_bias ? g.bias + column : nullptr, columns);
+        product<W>(place, g.out.stride, &h[0][0], kColumns, g.b + column, wide, kRows, whole,
+                   g.rank);
+        continue;
+      }
+      for (int i = 0; i < kRows; ++i) std::memcpy(tile[i], g.bias + column, whole * sizeof(float));
+      if (g.drop) {
+        draw(factor, g.mask, g.width, row, column, rows);
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < columns; ++j)
+            tile[i][j] += factor[i][j] * to_float(base[i * g.base.stride + j]);
+        base = nullptr;
+      }
+      product<W>(&tile[0][0], kColumns, &h[0][0], kColumns, g.b + column, wide, kRows, whole,
+                 g.rank);
+      store<T>(tile, base, g.base.stride, out, g.out.stride, rows, columns);
+    }
+  }
+}
+
+template <int W>
+PELT_FAST_INLINE void up(const Up& g, int64_t first, int64_t last) {
+  if (g.dtype == ScalarType::Float) return up_blocks<W, float>(g, first, last);
+  if (g.dtype == ScalarType::BFloat16) return up_blocks<W, BFloat16>(g, first, last);
+  up_blocks<W, Half>(g, first, last);
+}
+PELT_FAST_AT_LEVEL(up, Up)
+
+struct UpBackward {
+  Rows<void> dy, h, dh;       // h and dh may be missing
+  const float* b;             // (padded N, padded R)
+  float *parts, *bias_parts;  // (parts, padded N, padded R), (parts, padded N), or missing
+  float scale;
+  int64_t rows, width, rank, part_rows;
+  ScalarType dtype;
+};
+
+template <int W, typename T>
+PELT_FAST_INLINE void up_backward_block(const UpBackward& g, int64_t row, float* part, float* bias) {
+  alignas(64) Tile h, dh, tile;
+  const int64_t pad = padded(g.rank);
+  const int rows = static_cast<int>(std::min<int64_t>(kRows, g.rows - row));
+  clear(dh, pad);
+  if (part != nullptr)
+    load(h, static_cast<const T*>(g.h.data) + row * g.h.stride, g.h.stride, rows,
+         static_cast<int>(g.rank));
+  for (int64_t column = 0; column < g.width; column += kColumns) {
+    const int columns = static_cast<int>(std::min<int64_t>(kColumns, g.width - column));
+    load(tile, static_cast<const T*>(g.dy.data) + row * g.dy.stride + column, g.dy.stride, rows,
+         columns);
+    if (g.dh.data != nullptr)
+      product<W>(&dh[0][0], kColumns, &tile[0][0], kColumns, g.b + column * pad, pad, kRows, pad,
+                 columns);
+    if (part != nullptr)
+      product<W, true>(part + column * pad, pad, &tile[0][0], kColumns, &h[0][0], kColumns,
+                       padded(columns), pad, rows);
+    if (bias != nullptr) {
+      float sums[kColumns] = {};
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j) sums[j] += tile[i][j];
+      for (int j = 0; j < columns; ++j) bias[column + j] += sums[j];
+    }
+  }
+  if (g.dh.data == nullptr) return;
+  for (int i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < pad; ++j) dh[i][j] *= g.scale;
+  store<T>(dh, nullptr, 0, static_cast<T*>(g.dh.data) + row * g.dh.stride, g.dh.stride, rows,
+           static_cast<int>(g.rank));
+}
+
+template <int W>
+PELT_FAST_INLINE void up_backward(const UpBackward& g, int64_t first, int64_t last) {
+  const int64_t wide = padded(g.width), size = wide * padded(g.rank);
+  for (int64_t p = first; p < last; ++p) {
+    float* part = g.parts == nullptr ? nullptr : g.parts + p * size;
+    float* bias = g.bias_parts == nullptr ? nullptr : g.bias_parts + p * wide;
+    if (part != nullptr) std::fill_n(part, size, 0.0f);
+    if (bias != nullptr) std::fill_n(bias, wide, 0.0f);
+    const int64_t end = std::min((p + 1) * g.part_rows, g.rows);
+    for (int64_t row = p * g.part_rows; row < end; row += kRows) {
+      if (g.dtype == ScalarType::Float) {
+        up_backward_block<W, float>(g, row, part, bias);
+      } else if (g.dtype == ScalarType::BFloat16) {
+        up_backward_block<W, BFloat16>(g, row, part, bias);
+      } else {
+        up_backward_block<W, Half>(g, row, part, bias);
+      }
+    }
+  }
+}
+PELT_FAST_AT_LEVEL(up_backward, UpBackward)
+
+Tensor rank_up_(Tensor out, std::optional<Tensor> base, Tensor h, Tensor b,
+                std::optional<Tensor> bias, double scale, std::optional<Tensor> seed,
+                int64_t threshold, double keep_scale) {
+  const ScalarType dtype = check_activation("out", out);
+  check_rows("out", out, -1, -1, dtype);
+  const int64_t rows = out.size(0), width = out.size(1);
+  const int64_t rank = check_rank(h.dim() == 2 ? h.size(1) : 0);
+  check_rows("h", h, rows, rank, dtype);
+  check_weight("b", b, width, rank);
+  check_vector("bias", bias, width);
+  if (base.has_value()) check_rows("base", *base, rows, width, dtype);
+  const int64_t wide = padded(width);
+  const auto factor = static_cast<float>(scale);
+  const Buffer weight = packed(b, true, rank, wide), start = packed_vector(bias, wide, factor);
+  const Mask mask = mask_of(seed, threshold, keep_scale);
+  PELT_FAST_CHECK(mask.threshold == 0 || base.has_value(), "seed is of base's dropout: base is missing");
+  const Up g{rows_of<void>(h), base.has_value() ? rows_of<void>(*base) : Rows<void>{},
+             rows_of<void>(out), weight.get(), start.get(), factor, rows, width, rank, dtype,
+             bias.has_value(), mask.threshold > 0, mask};
+  level();
+  torch::stable::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
+    up_at_level(g, first, last);
+  });
+  return out;
+}
+
+void rank_up_backward_(Tensor dy, std::optional<Tensor> h, std::optional<Tensor> b, double scale,
+                       std::optional<Tensor> dh, std::optional<Tensor> db,
+                       std::optional<Tensor> d_bias) {
+  const ScalarType dtype = check_activation("dy", dy);
+  check_rows("dy", dy, -1, -1, dtype);
+  PELT_FAST_CHECK(dh.has_value() == b.has_value(), "b and dh must come together");
+  PELT_FAST_CHECK(db.has_value() == h.has_value(), "h and db must come together");
+  const int64_t rows = dy.size(0), width = dy.size(1);
+  const int64_t rank = dh.has_value() ? dh->size(1) : h.has_value() ? h->size(1) : 1;
+  const int64_t pad = padded(check_rank(rank)), wide = padded(width);
+  const int64_t part_rows = rows_of_part(rows, rank), count = (rows + part_rows - 1) / part_rows;
+  UpBackward g{rows_of<void>(dy), {}, {}, nullptr, nullptr, nullptr, static_cast<float>(scale),
+               rows, width, rank, part_rows, dtype};
+  Buffer weight, parts, bias_parts;
+  if (dh.has_value()) {
+    check_rows("dh", *dh, rows, rank, dtype);
+    check_weight("b", *b, width, rank);
+    weight = packed(*b, false, wide, pad);
+    g.b = weight.get();
+    g.dh = rows_of<void>(*dh);
+  }
+  if (db.has_value()) {
+    check_rows("h", *h, rows, rank, dtype);
+    check_weight("db", *db, width, rank);
+    PELT_FAST_CHECK(db->is_contiguous(), "db must be contiguous");
+    parts = buffer(count * wide * pad);
+    g.parts = parts.get();
+    g.h = rows_of<void>(*h);
+  }
+  if (d_bias.has_value()) {
+    check_vector("d_bias", d_bias, width);
+    PELT_FAST_CHECK(d_bias->is_contiguous(), "d_bias must be contiguous");
+    bias_parts = buffer(count * wide);
+    g.bias_parts = bias_parts.get();
+  }
+  level();
+  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    up_backward_at_level(g, first, last);
+  });
+  if (db.has_value()) add_parts(*db, parts.get(), count, wide * pad, pad, g.scale);
+  if (d_bias.has_value()) add_parts(*d_bias, bias_parts.get(), count, wide, wide, g.scale);
+}
+
+}  // namespace
+}  // namespace pelt_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pelt_fast_cpp, m) {
+  m.def(
+      "rank_up_(Tensor(a!) out, Tensor? base, Tensor h, Tensor b, Tensor? bias, float scale,"
+      " Tensor? seed, int threshold, float keep_scale) -> Tensor(a!)");
+  m.def(
+      "rank_up_backward_(Tensor dy, Tensor? h, Tensor? b, float scale, Tensor(a!)? dh,"
+      " Tensor(b!)? db, Tensor(c!)? d_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pelt_fast_cpp, CPU, m) {
+  m.impl("rank_up_", TORCH_BOX(&pelt_fast::rank_up_));
+  m.impl("rank_up_backward_", TORCH_BOX(&pelt_fast::rank_up_backward_));
+}
