@@ -30,6 +30,7 @@ lint: $(VENV)/lint
 bench: $(VENV)/test
 	$(BIN)/pelt-fast bench layer --quick --minutes 3 $(BENCH)
 	$(BIN)/pelt-fast bench model --quick --minutes 4 $(BENCH)
+	$(BIN)/python -m benchmarks.cpu --repeats 5
 
 # no .venv: the machine's own torch and triton; PART=1 to 8 or tune, without it the list
 gpu:

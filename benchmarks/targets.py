@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import model
+from . import cpu, layer, model
 from .common import merged, newest
 from .timing import quartiles, ratios
 
@@ -36,8 +36,8 @@ class Target:
 
 
 def all_targets() -> list[Target]:
-    """Traffic, then the CPU's."""
-    return [*_traffic(), *_cpu()]
+    """Traffic, then the CPU's: whole steps, then layers."""
+    return [*_traffic(), *_cpu(), *_layers()]
 
 
 def _traffic() -> Iterator[Target]:
@@ -78,3 +78,34 @@ def _cpu() -> Iterator[Target]:
     floor = quartiles(ratios(frozen["seconds"], peft["seconds"]))[1]
     yield Target(f"{MODEL}, a LoRA step (q, v, fc1, fc2) / PEFT", 0.80, to_peft,
                  f"the frozen model itself: {floor:.2f}")  # fmt: skip
+
+
+def _layers() -> Iterator[Target]:
+    """Of forward + backward; an adapter is what it adds to its projection."""
+    rows = [r for r in layer.rows(merged(cpu.PART)) if r["mode"] == layer.MODES[-1]]
+    found = {(r["method"], r["p"], r["dtype"], r["provider"]): r for r in rows}
+    for p, bound in ((0.0, 1.12), (0.1, 1.20)):
+        ours, peft = (found["lora", p, "float32", name] for name in ("pelt_fast", "PEFT"))
+        yield Target(f"CPU, LoRA linear fp32 p={p} / frozen", bound, ours["ratio"][1],
+                     f"PEFT {peft['ratio'][1]:.2f}")  # fmt: skip
+    for p in (0.0, 0.1):
+        ours, peft, frozen = (
+            found["lora", p, "bfloat16", name] for name in ("pelt_fast", "PEFT", "frozen")
+        )
+        to_peft = quartiles(ratios(ours["seconds"], peft["seconds"]))[1]
+        floor = quartiles(ratios(frozen["seconds"], peft["seconds"]))[1]
+        yield Target(f"CPU, LoRA linear bf16 p={p} / PEFT", 1 / 1.5, to_peft,
+                     f"the frozen layer itself: {floor:.2f}")  # fmt: skip
+    for name in ("sequential", "parallel"):
+        ours, plain, frozen = (
+            found[name, 0.1, "float32", who]["seconds"]
+            for who in ("pelt_fast", "plain PyTorch", "frozen")
+        )
+        added = [(a - c) / (b - c) for a, b, c in zip(ours, plain, frozen)]
+        yield Target(f"CPU, {name} adapter R=64 / plain PyTorch's", 1 / 1.5, quartiles(added)[1])
+    for name in ("prefix", "prefix-causal"):
+        ours, other = (
+            found[name, 0.0, "float32", who] for who in ("pelt_fast", "concatenation + SDPA")
+        )
+        yield Target(f"CPU, {name} attention P=30 / frozen", 1.20, ours["ratio"][1],
+                     f"concatenation {other['ratio'][1]:.2f}")  # fmt: skip
