@@ -32,7 +32,7 @@ bench: $(VENV)/test
 	$(BIN)/pelt-fast bench model --quick --minutes 4 $(BENCH)
 	$(BIN)/python -m benchmarks.cpu --repeats 5
 
-# no .venv: the machine's own torch and triton; PART=1 to 8 or tune, without it the list
+# no .venv: the machine's own torch and triton; PART=1 to 9 or tune, without it the list
 gpu:
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(PART)
 

@@ -38,7 +38,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a saved output would hold its own node: a cycle nobody collects
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from . import counters, decoding, kernels, layers, models, numerics, peers, sanitizer, tune
+from . import counters, decoding, driver, kernels, layers, models, numerics, peers, sanitizer, tune
 from .record import Record
 
 PARTS = {
@@ -25,6 +25,7 @@ PARTS = {
     "6": ("peers", peers.run, "layers beside every peer, torch.compile and FlexAttention too"),
     "7": ("decoding", decoding.run, "a token of decoding, methods unmerged, batch 1 to 32"),
     "8": ("counters", counters.run, "DRAM bytes by ncu beside the counted ones"),
+    "9": ("driver", driver.run, "the CUDA C++ kernels, built by nvcc alone, against fp64"),
     "tune": ("tune", tune.run, "measure candidates of every table, write the rows that win"),
 }
 

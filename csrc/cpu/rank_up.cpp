@@ -97,12 +97,7 @@ PELT_FAST_INLINE void up_backward_block(const UpBackward& g, int64_t row, float*
     if (part != nullptr)
       product<W, true>(part + column * pad, pad, &tile[0][0], kColumns, &h[0][0], kColumns,
                        padded(columns), pad, rows);
-    if (bias != nullptr) {
-      float sums[kColumns] = {};
-      for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < columns; ++j) sums[j] += tile[i][j];
-      for (int j = 0; j < columns; ++j) bias[column + j] += sums[j];
-    }
+    if (bias != nullptr) add_columns<W>(bias + column, tile, rows, padded(columns));
   }
   if (g.dh.data == nullptr) return;
   for (int i = 0; i < rows; ++i)

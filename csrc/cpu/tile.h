@@ -201,6 +201,17 @@ PELT_FAST_INLINE float sum_of(const float* row, int64_t n) {
   return sum;
 }
 
+// sums[j] += the sum of a tile's column j, from zero.
+template <int W>
+PELT_FAST_INLINE void add_columns(float* sums, const Tile& tile, int rows, int64_t columns) {
+  using Vector = typename VectorOf<W>::type;
+  for (int64_t j = 0; j < columns; j += W) {
+    Vector total = {};
+    for (int i = 0; i < rows; ++i) total += *reinterpret_cast<const Vector*>(&tile[i][j]);
+    *reinterpret_cast<Vector*>(sums + j) += total;
+  }
+}
+
 template <int W>
 PELT_FAST_INLINE float most_of(const float* row, int64_t n) {
   using Vector = typename VectorOf<W>::type;

@@ -28,7 +28,7 @@ def command(*arguments):
 
 def test_without_a_part_it_lists_them():
     ran = command()
-    assert ran.returncode == 0 and ran.stdout.count("make gpu PART=") == 9
+    assert ran.returncode == 0 and ran.stdout.count("make gpu PART=") == 10
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing():
@@ -37,7 +37,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing():
 
 
 def test_an_unknown_part_names_those_there_are():
-    ran = command("9")
+    ran = command("10")
     assert ran.returncode == 2 and "1, 2, 3, 4, 5, 6, 7, 8, tune" in ran.stderr
 
 

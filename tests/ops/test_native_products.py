@@ -177,6 +177,25 @@ def test_the_same_bits_on_any_number_of_threads():
         assert all(map(torch.equal, found[0], other))
 
 
+class Worked(torch.utils.data.Dataset):
+    """Runs the ops where a DataLoader runs it; says how many threads came of it."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor]:
+        before = len(os.listdir("/proc/self/task"))
+        found = results()
+        return len(os.listdir("/proc/self/task")) - before, found[2]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_a_dataloaders_worker_gets_no_threads_of_ours():
+    expected = results()[2]
+    for started, found in torch.utils.data.DataLoader(Worked(), batch_size=None, num_workers=1):
+        assert started == 0 and torch.equal(found, expected)
+
+
 def test_no_rows_are_no_work():
     x, a, da = torch.empty(0, 8), torch.randn(3, 8), torch.full((3, 8), torch.nan)
     native.ops().rank_down_(torch.empty(0, 3), x, a, None, None, 0, 1.0)
