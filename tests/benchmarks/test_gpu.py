@@ -38,7 +38,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing():
 
 def test_an_unknown_part_names_those_there_are():
     ran = command("10")
-    assert ran.returncode == 2 and "1, 2, 3, 4, 5, 6, 7, 8, tune" in ran.stderr
+    assert ran.returncode == 2 and "1, 2, 3, 4, 5, 6, 7, 8, 9, tune" in ran.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")
