@@ -1,7 +1,6 @@
 """The CUDA C++ kernels of csrc/cuda/ without torch: nvcc builds the driver, which checks every
 result against fp64 on the host, prints time beside its floor, and runs under compute-sanitizer."""
 
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -11,14 +10,9 @@ import torch
 from benchmarks.common import REPOSITORY
 
 from .record import Record
+from .toolkit import found
 
 SOURCES = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
-TOOLKIT = "/usr/local/cuda/bin"
-
-
-def found(program: str) -> str | None:
-    """A program of the CUDA toolkit, on the path or where toolkits lie."""
-    return shutil.which(program) or shutil.which(program, path=TOOLKIT)
 
 
 def compile_driver(nvcc: str, architecture: str, to: Path) -> subprocess.CompletedProcess:

@@ -1,6 +1,5 @@
 """compute-sanitizer, memcheck and racecheck, over every kernel on small ugly shapes."""
 
-import shutil
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ from benchmarks.common import REPOSITORY
 from .kernel_cases import Sizes, cases
 from .numerics import environment
 from .record import Record
+from .toolkit import found
 
 TOOLS = ("memcheck", "racecheck")
 SMALL = Sizes(m=200, k=136, inner=264, batch=2, heads=2, queries=70, dim=64)
@@ -19,9 +19,7 @@ FAMILIES = ("adapter", "rank_down", "rank_up", "mask_bits", "tail_gemm", "widene
 
 def run(record: Record, device: torch.device) -> int:
     """Run each tool on each family of kernels; 1 when one reports an error."""
-    program = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
+    program = found("compute-sanitizer")
     if program is None:
         record.finish(skipped="compute-sanitizer is not on this machine")
         print("skipped: compute-sanitizer is not on this machine")

@@ -80,11 +80,8 @@ Tensor dropout_factor_(Tensor out, int64_t threshold, double scale, Tensor seed,
     default:
       PELT_FAST_CHECK(false, "out must be float64, float32, bfloat16 or float16");
   }
-  level();
   const int64_t blocks = (start % kBlock + g.count + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t first, int64_t last) {
-    fill_at_level(g, first, last);
-  });
+  run(fill_at_level, g, blocks, kGrain);
   return out;
 }
 

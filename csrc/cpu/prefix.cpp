@@ -125,13 +125,7 @@ PELT_FAST_INLINE void merge(const Prefix& g, int64_t first, int64_t last) {
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t t = unit % blocks * kRows, h = unit / blocks % g.heads;
     const int64_t b = unit / blocks / g.heads;
-    if (g.dtype == ScalarType::Float) {
-      merge_block<W, float>(g, b, h, t);
-    } else if (g.dtype == ScalarType::BFloat16) {
-      merge_block<W, BFloat16>(g, b, h, t);
-    } else {
-      merge_block<W, Half>(g, b, h, t);
-    }
+    PELT_FAST_BY_TYPE(g.dtype, merge_block<W, T>(g, b, h, t))
   }
 }
 PELT_FAST_AT_LEVEL(merge, Prefix)
@@ -195,13 +189,7 @@ PELT_FAST_INLINE void backward(const Prefix& g, int64_t first, int64_t last) {
     const int64_t end = std::min((part + 1) * g.part_blocks, g.batch * blocks);
     for (int64_t i = part * g.part_blocks; i < end; ++i) {
       const int64_t b = i / blocks, t = i % blocks * kRows;
-      if (g.dtype == ScalarType::Float) {
-        backward_block<W, float>(g, b, h, t, dk, dv);
-      } else if (g.dtype == ScalarType::BFloat16) {
-        backward_block<W, BFloat16>(g, b, h, t, dk, dv);
-      } else {
-        backward_block<W, Half>(g, b, h, t, dk, dv);
-      }
+      PELT_FAST_BY_TYPE(g.dtype, backward_block<W, T>(g, b, h, t, dk, dv))
     }
   }
 }
@@ -266,11 +254,7 @@ void prefix_merge_(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, double sc
   g.o = heads_of("o", o, q, g.dtype);
   const Buffer kt = packed_heads(k, true, static_cast<float>(scale)), vs = packed_heads(v, false, 1);
   g.kt = kt.get(), g.v = vs.get();
-  level();
-  const int64_t units = g.batch * g.heads * g.blocks();
-  torch::stable::parallel_for(0, units, 4, [&](int64_t first, int64_t last) {
-    merge_at_level(g, first, last);
-  });
+  run(merge_at_level, g, g.batch * g.heads * g.blocks(), 4);
 }
 
 void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o, Tensor q, Tensor k,
@@ -294,10 +278,7 @@ void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o
   g.part_blocks = (blocks + g.part_count - 1) / g.part_count;
   const Buffer parts = buffer(g.heads * g.part_count * 2 * size);
   g.parts = parts.get();
-  level();
-  torch::stable::parallel_for(0, g.heads * g.part_count, 1, [&](int64_t first, int64_t last) {
-    backward_at_level(g, first, last);
-  });
+  run(backward_at_level, g, g.heads * g.part_count, 1);
   for (int64_t h = 0; h < g.heads; ++h) {
     for (int which = 0; which < 2; ++which) {
       auto* out = static_cast<float*>((which == 0 ? dk : dv).mutable_data_ptr());

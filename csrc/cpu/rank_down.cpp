@@ -53,9 +53,7 @@ PELT_FAST_INLINE void down_blocks(const Down& g, int64_t first, int64_t last) {
 
 template <int W>
 PELT_FAST_INLINE void down(const Down& g, int64_t first, int64_t last) {
-  if (g.dtype == ScalarType::Float) return down_blocks<W, float>(g, first, last);
-  if (g.dtype == ScalarType::BFloat16) return down_blocks<W, BFloat16>(g, first, last);
-  down_blocks<W, Half>(g, first, last);
+  PELT_FAST_BY_TYPE(g.dtype, down_blocks<W, T>(g, first, last))
 }
 PELT_FAST_AT_LEVEL(down, Down)
 
@@ -114,13 +112,7 @@ PELT_FAST_INLINE void down_backward(const DownBackward& g, int64_t first, int64_
     if (part != nullptr) std::fill_n(part, size, 0.0f);
     const int64_t end = std::min((p + 1) * g.part_rows, g.rows);
     for (int64_t row = p * g.part_rows; row < end; row += kRows) {
-      if (g.dtype == ScalarType::Float) {
-        down_backward_block<W, float>(g, row, part);
-      } else if (g.dtype == ScalarType::BFloat16) {
-        down_backward_block<W, BFloat16>(g, row, part);
-      } else {
-        down_backward_block<W, Half>(g, row, part);
-      }
+      PELT_FAST_BY_TYPE(g.dtype, down_backward_block<W, T>(g, row, part))
     }
   }
 }
@@ -139,16 +131,14 @@ Tensor rank_down_(Tensor s, Tensor x, Tensor a, std::optional<Tensor> bias,
   const Mask mask = mask_of(seed, threshold, keep_scale);
   const Down g{rows_of<void>(x), rows_of<void>(s), weight.get(), start.get(), rows, width, rank,
                dtype, mask.threshold > 0, mask};
-  level();
-  torch::stable::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
-    down_at_level(g, first, last);
-  });
+  run(down_at_level, g, (rows + kRows - 1) / kRows, 1);
   return s;
 }
 
-void rank_down_backward_(Tensor ds, std::optional<Tensor> x, std::optional<Tensor> a, std::optional<Tensor> base,
-                         std::optional<Tensor> dx, std::optional<Tensor> da,
-                         std::optional<Tensor> seed, int64_t threshold, double keep_scale) {
+void rank_down_backward_(Tensor ds, std::optional<Tensor> x, std::optional<Tensor> a,
+                         std::optional<Tensor> base, std::optional<Tensor> dx,
+                         std::optional<Tensor> da, std::optional<Tensor> seed, int64_t threshold,
+                         double keep_scale) {
   const ScalarType dtype = check_activation("ds", ds);
   check_rows("ds", ds, -1, -1, dtype);
   PELT_FAST_CHECK(dx.has_value() == a.has_value(), "a and dx must come together");
@@ -180,10 +170,7 @@ void rank_down_backward_(Tensor ds, std::optional<Tensor> x, std::optional<Tenso
     parts = buffer(count * pad * wide);
     g.parts = parts.get();
   }
-  level();
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    down_backward_at_level(g, first, last);
-  });
+  run(down_backward_at_level, g, count, 1);
   if (da.has_value()) add_parts(*da, parts.get(), count, pad * wide, wide, 1);
 }
 

@@ -63,9 +63,7 @@ PELT_FAST_INLINE void up_blocks(const Up& g, int64_t first, int64_t last) {
 
 template <int W>
 PELT_FAST_INLINE void up(const Up& g, int64_t first, int64_t last) {
-  if (g.dtype == ScalarType::Float) return up_blocks<W, float>(g, first, last);
-  if (g.dtype == ScalarType::BFloat16) return up_blocks<W, BFloat16>(g, first, last);
-  up_blocks<W, Half>(g, first, last);
+  PELT_FAST_BY_TYPE(g.dtype, up_blocks<W, T>(g, first, last))
 }
 PELT_FAST_AT_LEVEL(up, Up)
 
@@ -116,13 +114,7 @@ PELT_FAST_INLINE void up_backward(const UpBackward& g, int64_t first, int64_t la
     if (bias != nullptr) std::fill_n(bias, wide, 0.0f);
     const int64_t end = std::min((p + 1) * g.part_rows, g.rows);
     for (int64_t row = p * g.part_rows; row < end; row += kRows) {
-      if (g.dtype == ScalarType::Float) {
-        up_backward_block<W, float>(g, row, part, bias);
-      } else if (g.dtype == ScalarType::BFloat16) {
-        up_backward_block<W, BFloat16>(g, row, part, bias);
-      } else {
-        up_backward_block<W, Half>(g, row, part, bias);
-      }
+      PELT_FAST_BY_TYPE(g.dtype, up_backward_block<W, T>(g, row, part, bias))
     }
   }
 }
@@ -147,10 +139,7 @@ Tensor rank_up_(Tensor out, std::optional<Tensor> base, Tensor h, Tensor b,
   const Up g{rows_of<void>(h), base.has_value() ? rows_of<void>(*base) : Rows<void>{},
              rows_of<void>(out), weight.get(), start.get(), factor, rows, width, rank, dtype,
              bias.has_value(), mask.threshold > 0, mask};
-  level();
-  torch::stable::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
-    up_at_level(g, first, last);
-  });
+  run(up_at_level, g, (rows + kRows - 1) / kRows, 1);
   return out;
 }
 
@@ -189,10 +178,7 @@ void rank_up_backward_(Tensor dy, std::optional<Tensor> h, std::optional<Tensor>
     bias_parts = buffer(count * wide);
     g.bias_parts = bias_parts.get();
   }
-  level();
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    up_backward_at_level(g, first, last);
-  });
+  run(up_backward_at_level, g, count, 1);
   if (db.has_value()) add_parts(*db, parts.get(), count, wide * pad, pad, g.scale);
   if (d_bias.has_value()) add_parts(*d_bias, bias_parts.get(), count, wide, wide, g.scale);
 }

@@ -5,6 +5,7 @@
 // product has a remainder.
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -100,6 +101,19 @@ PELT_FAST_INLINE void product(float* c, int64_t ldc, const float* a, int64_t lda
   at = panels<W, W == 16 ? 8 : 4, 2, Transposed>(at, c, ldc, a, lda, b, ldb, m, n, k);
   panels<W, 8, 1, Transposed>(at, c, ldc, a, lda, b, ldb, m, n, k);
 }
+
+// Runs the call with T the type of `dtype`: float32, bfloat16, else float16 (check_activation).
+#define PELT_FAST_BY_TYPE(dtype, ...)                                 \
+  if ((dtype) == ::torch::headeronly::ScalarType::Float) {            \
+    using T = float;                                                  \
+    __VA_ARGS__;                                                      \
+  } else if ((dtype) == ::torch::headeronly::ScalarType::BFloat16) {  \
+    using T = ::pelt_fast::BFloat16;                                  \
+    __VA_ARGS__;                                                      \
+  } else {                                                            \
+    using T = ::pelt_fast::Half;                                      \
+    __VA_ARGS__;                                                      \
+  }
 
 // A tensor of rows, the last dimension contiguous.
 template <typename T>

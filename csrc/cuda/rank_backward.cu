@@ -173,11 +173,6 @@ __global__ void __launch_bounds__(kThreads, 1) backward(const RankBackward g, co
   }
 }
 
-template <typename Out>
-__device__ __forceinline__ Out rounded(float x) {
-  return static_cast<Out>(x);
-}
-
 // out[i] = scale times the sum of `count` parts, in their order.
 template <typename Out>
 __global__ void add_parts(const float* parts, Out* out, int64_t size, int count, float scale) {
@@ -185,7 +180,7 @@ __global__ void add_parts(const float* parts, Out* out, int64_t size, int count,
   if (i >= size) return;
   float total = 0;
   for (int p = 0; p < count; ++p) total += parts[p * size + i];
-  out[i] = rounded<Out>(scale * total);
+  out[i] = static_cast<Out>(scale * total);
 }
 
 template <typename Out>

@@ -41,7 +41,7 @@ def pre_activations(
     stack = [(in_weight, in_bias), (down_weight, down_bias)]
     if gate_weight is not None:
         stack.insert(0, (gate_weight, gate_bias))
-    if packed is not None and adapter_x is None:
+    if packed is not None:
         padding = packed.shape[0] - sum(weight.shape[0] for weight, _ in stack)
         parts = [(bias, weight.shape[0]) for weight, bias in stack] + [(None, padding)]
         return F.linear(x, packed, _stacked_bias(parts, x))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import driver
+from benchmarks.gpu import driver, toolkit
 
-NVCC = driver.found("nvcc")
+NVCC = toolkit.found("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine")
 USAGE = re.compile(
     r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"

@@ -181,9 +181,12 @@ def test_a_move_to_another_dtype_packs_again():
     model = randomise(pelt_fast.inject(MODELS["bart"](), small_method("mam"))).eval()
     batch = inputs(model)
     expected = model(**batch).logits
+    with pelt_fast.backend("reference"):
+        same = model(**batch).logits
     model.double()
     logits = model(**batch).logits
-    assert logits.dtype == torch.float64 and torch.allclose(logits.float(), expected, atol=1e-5)
+    assert logits.dtype == torch.float64
+    assert_near(expected, same, logits)
     assert all(site.plan == "packed, accumulate" for site in pelt_fast.explain(model).sites
                if site.op == "ffn")  # fmt: skip
 
@@ -199,9 +202,7 @@ def test_packed_blocks_follow_the_optimizer(architecture):
         if hasattr(module, "down_weight"):
             for weight in (module.down_weight, module.up_weight):
                 weight.data = weight.data * 2  # not even a version counter
-    fused = model(**batch).logits
-    with pelt_fast.backend("reference"):
-        assert torch.allclose(model(**batch).logits, fused, atol=1e-5)
+    assert_fused_is_the_reference(model, batch)
 
 
 def test_changing_a_trainable_weight_before_backward_is_an_error():
