@@ -7,14 +7,23 @@ Face's package of that name.
 ``--no-build-isolation``. Where one is missing, or ``PELT_FAST_CPP=0``, one sentence says so and the
 package is pure Python. ``PELT_FAST_DEBUG=1`` builds without optimisation, ``PELT_FAST_SANITIZE=1``
 with the address and undefined-behaviour sanitizers (``make asan``).
+
+``pelt_fast._C_cuda`` (csrc/cuda/) is built beside it where torch has CUDA and the nvcc on the path,
+or under CUDA_HOME, is of the same major version; ``PELT_FAST_CUDA=0`` leaves it out, ``=1`` builds
+it beside any torch (it then loads where that torch has CUDA).
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from csrc import nvcc
 
 PACKAGES = [
     "pelt_fast",
@@ -29,6 +38,7 @@ PACKAGES = [
     "pelt_fast.tasks",
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+CUDA_MODULE = "pelt_fast._C_cuda"
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the stable ABI the ops are written against
 
 
@@ -47,22 +57,64 @@ def why_pure_python() -> str | None:
     return None
 
 
+def toolkit() -> tuple[str | None, str | None]:
+    """The nvcc that builds the CUDA ops, or why they are not built (None: nobody expects them)."""
+    import torch
+
+    asked = os.environ.get("PELT_FAST_CUDA")
+    if asked == "0" or (asked != "1" and torch.version.cuda is None):
+        return None, "PELT_FAST_CUDA=0" if asked == "0" else None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    program = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if program is None:
+        return None, "there is no nvcc on the path or under CUDA_HOME"
+    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)", said)
+    wanted = (torch.version.cuda or "").split(".")[0]
+    if asked != "1" and (found is None or found[1] != wanted):
+        its = found[1] if found else "unknown"
+        return None, f"nvcc is of CUDA {its}, torch of CUDA {wanted}"
+    return program, None
+
+
 def native() -> dict:
     """What setup() is told to build: nothing where that is not possible."""
     reason = why_pure_python()
     if reason is not None:
         print(f"pelt_fast: pure-Python install, the C++ ops are not built: {reason}")
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils.cpp_extension import (
+        TORCH_LIB_PATH,
+        BuildExtension,
+        CppExtension,
+        include_paths,
+    )
+
+    program, reason = toolkit()
+    if reason is not None:
+        print(f"pelt_fast: the CUDA C++ ops are not built: {reason}")
 
     class Optional(BuildExtension):
-        """A compiler that fails leaves a pure-Python install, and says so."""
+        """A compiler that fails leaves an install without what it was to build, and says so."""
 
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except Exception as error:
                 print(f"pelt_fast: pure-Python install, building the C++ ops failed: {error}")
+
+        def build_extension(self, extension) -> None:
+            if extension.name != CUDA_MODULE:
+                return super().build_extension(extension)
+            to, folder = Path(self.get_ext_fullpath(CUDA_MODULE)), Path(self.build_temp) / "cuda"
+            folder.mkdir(parents=True, exist_ok=True)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            lib, target = Path(TORCH_LIB_PATH), TORCH_TARGET
+            for command in nvcc.library(program, to, folder, include_paths(), lib, target):
+                ran = subprocess.run(command, capture_output=True, text=True)
+                if ran.returncode:
+                    said = (ran.stdout + ran.stderr)[-1000:]
+                    return print(f"pelt_fast: building the CUDA C++ ops failed: {said}")
 
     level = ["-O0", "-g"] if os.environ.get("PELT_FAST_DEBUG") == "1" else ["-O3"]
     if os.environ.get("PELT_FAST_SANITIZE") == "1":
@@ -73,12 +125,16 @@ def native() -> dict:
     flags = ["-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
              f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *level]  # fmt: skip
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
-    headers = ["csrc/check.h", *sorted(map(str, Path("csrc/cpu").glob("*.h")))]
+    headers = ["csrc/check.h", "csrc/tensors.h", *sorted(map(str, Path("csrc/cpu").glob("*.h")))]
     module = CppExtension(
         "pelt_fast._C", sources, depends=headers, extra_compile_args=[*flags, *system],
         extra_link_args=SANITIZERS if SANITIZERS[0] in level else [], optional=True,
     )  # fmt: skip
-    return dict(ext_modules=[module], cmdclass={"build_ext": Optional})
+    modules = [module]
+    if program is not None:
+        sources = sorted(map(str, Path("csrc/cuda").iterdir()))
+        modules.append(Extension(CUDA_MODULE, [], depends=sources, optional=True))
+    return dict(ext_modules=modules, cmdclass={"build_ext": Optional})
 
 
 setup(packages=PACKAGES, **native())

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot, keep_tile, load_rows
-from pelt_fast.kernels.config import Tile, padded, pick
+from pelt_fast.kernels.config import padded, pick
+from pelt_fast.kernels.tiles import Tile
 from pelt_fast.reference import philox
 
 

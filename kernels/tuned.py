@@ -4,8 +4,10 @@ of ``config``. Empty until a GPU has run it.
 TILES    kernel -> arch -> (bits, limit, fields of Tile, why)
 PLANS    arch -> (limit of rank, plan, why)
 CONTEXT  arch -> library kernel
+ONE_PASS arch -> "triton" or "cuda"
 """
 
 TILES: dict[str, dict[str, tuple]] = {}
 PLANS: dict[str, tuple] = {}
 CONTEXT: dict[str, str] = {}
+ONE_PASS: dict[str, str] = {}

@@ -9,7 +9,19 @@ import sys
 
 import torch
 
-from . import counters, decoding, driver, kernels, layers, models, numerics, peers, sanitizer, tune
+from . import (
+    counters,
+    decoding,
+    driver,
+    kernels,
+    layers,
+    models,
+    numerics,
+    peers,
+    sanitizer,
+    toolkit,
+    tune,
+)  # fmt: skip
 from .record import Record
 
 PARTS = {
@@ -25,7 +37,11 @@ PARTS = {
     "6": ("peers", peers.run, "layers beside every peer, torch.compile and FlexAttention too"),
     "7": ("decoding", decoding.run, "a token of decoding, methods unmerged, batch 1 to 32"),
     "8": ("counters", counters.run, "DRAM bytes by ncu beside the counted ones"),
-    "9": ("driver", driver.run, "the CUDA C++ kernels, built by nvcc alone, against fp64"),
+    "9": (
+        "driver",
+        driver.run,
+        "the CUDA C++ kernels: driver without torch, numerics, memcheck",
+    ),
     "tune": ("tune", tune.run, "measure candidates of every table, write the rows that win"),
 }
 
@@ -45,6 +61,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("make gpu needs a GPU, and torch sees none: nothing was run", file=sys.stderr)
         return 2
+    missing = driver.build_ops(toolkit.found("nvcc"))
+    if missing is not None:
+        print(f"the CUDA C++ ops are left out: {missing}")
     name, run, _ = found[0]
     record = Record(name)
     code = run(record, torch.device("cuda", torch.cuda.current_device()))

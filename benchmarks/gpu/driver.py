@@ -1,53 +1,85 @@
-"""The CUDA C++ kernels of csrc/cuda/ without torch: nvcc builds the driver, which checks every
-result against fp64 on the host, prints time beside its floor, and runs under compute-sanitizer."""
+"""The CUDA C++ kernels of csrc/cuda/: nvcc builds a driver without torch, which checks every result
+against fp64 on the host, prints time beside its floor, and runs under compute-sanitizer; and the
+ops of torch, built beside the package, which the numerics suite then judges."""
 
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
 from benchmarks.common import REPOSITORY
+from csrc import nvcc
 
+from .numerics import environment
 from .record import Record
 from .toolkit import found
 
-SOURCES = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
+OPS = REPOSITORY / "pelt_fast" / "_C_cuda.so"
+TORCH_TARGET = "0x020a000000000000"
+SECONDS = 240  # a kernel that hangs is ended
+SUITE = "tests/numerics/test_cuda_kernels.py"
 
 
-def compile_driver(nvcc: str, architecture: str, to: Path) -> subprocess.CompletedProcess:
-    """Build the driver for one architecture ("sm_90a")."""
-    command = [
-        nvcc,
-        "-O3",
-        "-std=c++17",
-        f"-arch={architecture}",
-        *map(str, SOURCES),
-        "-o",
-        str(to),
-    ]
-    return subprocess.run(command, capture_output=True, text=True)
+def _run(command: list[str], **options) -> subprocess.CompletedProcess:
+    """Run a command; one that takes too long is a failure that says so."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **options)
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout.decode() if error.stdout else ""
+        return subprocess.CompletedProcess(command, 124, said, f"ended after {SECONDS} s")
+
+
+def compile_driver(compiler: str, folder: Path) -> subprocess.CompletedProcess:
+    """Build ``folder``/driver; the first command that fails is returned."""
+    sources = [*nvcc.kernels(), nvcc.CUDA / "driver.cu"]
+    parts = nvcc.objects(compiler, sources, folder)
+    link = [compiler, *(str(part) for part, _ in parts), "-o", str(folder / "driver")]
+    for command in [*(command for _, command in parts), link]:
+        built = _run(command)
+        if built.returncode:
+            break
+    return built
+
+
+def build_ops(compiler: str | None) -> str | None:
+    """Build the ops beside the package where they are not; why that failed, or None."""
+    if any(OPS.parent.glob("_C_cuda*.so")):
+        return None
+    if compiler is None:
+        return "nvcc is not on this machine"
+    with tempfile.TemporaryDirectory() as scratch:
+        built, torch_lib = Path(scratch) / OPS.name, Path(TORCH_LIB_PATH)
+        for command in nvcc.library(
+            compiler, built, Path(scratch), include_paths(), torch_lib, TORCH_TARGET
+        ):
+            ran = _run(command)
+            if ran.returncode:
+                return (ran.stdout + ran.stderr)[-2000:]
+        OPS.write_bytes(built.read_bytes())
+    return None
 
 
 def run(record: Record, device: torch.device) -> int:
-    """Build it, run it, and run it under memcheck; 1 when a result or the tool is not content."""
-    nvcc, sanitizer = found("nvcc"), found("compute-sanitizer")
-    if nvcc is None:
+    """Build and run everything; 1 when a result or a tool is not content."""
+    compiler, sanitizer = found("nvcc"), found("compute-sanitizer")
+    if compiler is None:
         record.finish(skipped="nvcc is not on this machine")
         print("skipped: nvcc is not on this machine")
         return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    architecture = f"sm_{major}{minor}{'a' if major == 9 else ''}"
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "driver"
-        built = compile_driver(nvcc, architecture, program)
+    with tempfile.TemporaryDirectory() as scratch:
+        built = compile_driver(compiler, Path(scratch))
         if built.returncode != 0:
             print(built.stdout + built.stderr)
             record.finish(failed=(built.stdout + built.stderr)[-2000:])
             return 1
-        commands = {"driver": [str(program)]}
+        program = str(Path(scratch) / "driver")
+        suite = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", SUITE]
+        commands = {"driver": [program], "numerics": suite}
         if sanitizer is not None:
-            commands["memcheck"] = [sanitizer, "--error-exitcode", "9", str(program)]
+            commands["memcheck"] = [sanitizer, "--error-exitcode", "9", program, "small"]
         codes = [_one(record, name, command) for name, command in commands.items()]
     record.finish(errors=sum(code != 0 for code in codes))
     return int(any(codes))
@@ -57,8 +89,8 @@ def _one(record: Record, name: str, command: list[str]) -> int:
     if not record.in_time:
         record.leave(name)
         return 0
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    ran = _run(command, cwd=REPOSITORY, env=environment())
     lines = (ran.stdout + ran.stderr).strip().splitlines()
-    record.add(tool=name, exit=ran.returncode, lines=lines[-12:])
+    record.add(tool=name, exit=ran.returncode, lines=lines[-60:])
     print("\n".join(lines), flush=True)
     return ran.returncode

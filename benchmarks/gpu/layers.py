@@ -10,6 +10,7 @@ from benchmarks.common import newest, table
 from pelt_fast import functional
 from pelt_fast.kernels import config
 from pelt_fast.modules.packing import Packing
+from pelt_fast.ops import native_cuda
 
 from .measure import milliseconds
 from .record import Record
@@ -78,8 +79,12 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
         def lora(x, p=p, weight=weight, a=a, b=b):
             return functional.lora_linear(x, weight, None, a, b, scale=2.0, dropout_p=p)
 
-        names = ("accumulate", "tail", "tail_descriptor")
+        names = ["accumulate", "tail", "tail_descriptor"]
+        names += ["tail_cuda"] if native_cuda.why_missing() is None else []
         plans = {f"plan {name}": Forced(lora, "plan", name) for name in names}
+        if "tail_cuda" in names:
+            kernels = ("triton", "cuda")
+            plans |= {f"one pass {name}": Forced(lora, "one_pass", name) for name in kernels}
         peers = {"PEFT": peft_lora(weight, r, p, torch.float32),
                  f"PEFT, {dtype} factors": peft_lora(weight, r, p, dtype)}  # fmt: skip
         peers = {name: peer for name, peer in peers.items() if peer is not None}

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.common import REPOSITORY, table
 from pelt_fast.kernels import config, tuned
-from pelt_fast.kernels.config import HALF, Tile
+from pelt_fast.kernels.tiles import HALF, MAX_RANK, TABLES, Tile
 
 from .kernel_cases import KernelCase, Sizes, cases
 from .kernels import wrong
@@ -64,7 +64,7 @@ def table_of(case: KernelCase) -> str | None:
         if "descriptors" in case.name:
             return "tail_gemm_descriptor"
         return "tail_gemm_masked" if "p=" in case.name else "tail_gemm"
-    return case.kernel if case.kernel in config.TABLES else None
+    return case.kernel if case.kernel in TABLES else None
 
 
 def size_of(case: KernelCase, sizes: Sizes) -> int:
@@ -117,7 +117,8 @@ def run(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     seed, done, rows = torch.tensor([7, 11], device=device), set(), []
     tiles: dict = {kernel: {a: tuple(r) for a, r in t.items()} for kernel, t in tuned.TILES.items()}
-    plans, contexts = dict(tuned.PLANS), dict(tuned.CONTEXT)
+    plans = dict(tuned.PLANS)
+    kernels = {"context": dict(tuned.CONTEXT), "one_pass": dict(tuned.ONE_PASS)}
     if device.type == "cuda":
         for layer, forced, times in tune_layers(record, device):
             best = min(times, key=times.get)
@@ -126,11 +127,11 @@ def run(
                 why = f"{layer} on {name}: {times[best]:.3f} ms"
                 plans[arch] = (
                     (Layers().rank, best, why),
-                    (config.MAX_RANK, "accumulate", "not measured"),
+                    (MAX_RANK, "accumulate", "not measured"),
                 )
             else:
-                contexts[arch] = best
-            write(tiles, plans, contexts, record.path, to)
+                kernels[forced][arch] = best
+            write(tiles, plans, kernels, record.path, to)
     for case in cases(device, sizes, dtype):
         kernel = table_of(case)
         key = (kernel, size_of(case, sizes)) if kernel else None
@@ -151,8 +152,8 @@ def run(
         old = [row for row in tiles.get(kernel, {}).get(arch, ()) if row[:2] != (HALF, limit)]
         merged = sorted([*old, (HALF, limit, asdict(tile), why)], key=lambda row: row[:2])
         tiles.setdefault(kernel, {})[arch] = tuple(merged)
-        write(tiles, plans, contexts, record.path, to)
-    record.finish(tiles=tiles, plans=plans, context=contexts)
+        write(tiles, plans, kernels, record.path, to)
+    record.finish(tiles=tiles, plans=plans, **kernels)
     print(table(["case", "winner", "ms", "before"], rows))
     return 0
 
@@ -167,20 +168,19 @@ def tune_layers(record: Record, device, sizes: Layers | None = None) -> Iterator
         dy, times = torch.randn_like(layer.floor(x)), {}
         for provider in forced:
             with contextlib.suppress(Exception):  # a kernel that is not there is not chosen
-                times[provider.answer], *_ = milliseconds(step(layer, provider, x, dy), device)
-                record.add(
-                    layer=layer.name, answer=provider.answer, milliseconds=times[provider.answer]
-                )
-        if times:
-            yield layer.name, forced[0].table, times
+                taken, *_ = milliseconds(step(layer, provider, x, dy), device)
+                times.setdefault(provider.table, {})[provider.answer] = taken
+                record.add(layer=layer.name, answer=provider.answer, milliseconds=taken)
+        for table_name, answers in times.items():
+            yield layer.name, table_name, answers
 
 
-def write(tiles: dict, plans: dict, contexts: dict, beside: Path, to: Path = TUNED) -> None:
+def write(tiles: dict, plans: dict, kernels: dict, beside: Path, to: Path = TUNED) -> None:
     """Rewrite kernels/tuned.py, and leave a copy beside the result file."""
     head = tuned.__doc__.replace(" Empty until a GPU has run it.", "")
-    shown = {"TILES": tiles, "PLANS": plans, "CONTEXT": contexts}
+    shown = {"TILES": tiles, "PLANS": plans} | {k.upper(): kernels[k] for k in kernels}
     types = {"TILES": "dict[str, dict[str, tuple]]", "PLANS": "dict[str, tuple]",
-             "CONTEXT": "dict[str, str]"}  # fmt: skip
+             "CONTEXT": "dict[str, str]", "ONE_PASS": "dict[str, str]"}  # fmt: skip
     body = "\n".join(
         f"{name}: {types[name]} = {pprint.pformat(value, width=96, sort_dicts=False)}"
         for name, value in shown.items()

@@ -1,32 +1,22 @@
-// What the ops ask of their tensors, in messages that name the argument, what came, what was wanted.
+// What the ops ask of their tensors, in messages that name the argument, what came, what was
+// wanted.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <memory>
 #include <optional>
-#include <string>
 
-#include "../check.h"
+#include "../tensors.h"
 #include "tile.h"
 
 namespace pelt_fast {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline std::string shape_of(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + ")";
-}
-
 // A CPU matrix of `dtype` with contiguous rows; a size of -1 is free.
 inline void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t columns,
                        ScalarType dtype) {
-  const bool fits = t.dim() == 2 && (rows < 0 || t.size(0) == rows) &&
-                    (columns < 0 || t.size(1) == columns);
+  const bool fits =
+      t.dim() == 2 && (rows < 0 || t.size(0) == rows) && (columns < 0 || t.size(1) == columns);
   const std::string wanted = "(" + (rows < 0 ? std::string("M") : std::to_string(rows)) + ", " +
                              (columns < 0 ? std::string("K") : std::to_string(columns)) + ")";
   PELT_FAST_CHECK(fits, name, " must have shape ", wanted, ", got ", shape_of(t));
@@ -40,15 +30,15 @@ inline void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t 
 // The activation's dtype decides: float32, bfloat16 or float16.
 inline ScalarType check_activation(const char* name, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
-  PELT_FAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                      dtype == ScalarType::Half,
-                  name, " must be float32, bfloat16 or float16, got dtype number ",
-                  static_cast<int>(dtype));
+  PELT_FAST_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      name, " must be float32, bfloat16 or float16, got dtype number ", static_cast<int>(dtype));
   return dtype;
 }
 
 inline int64_t check_rank(int64_t rank) {
-  PELT_FAST_CHECK(rank >= 1 && rank <= kMaxRank, "the rank must be 1 to ", kMaxRank, ", got ", rank);
+  PELT_FAST_CHECK(rank >= 1 && rank <= kMaxRank, "the rank must be 1 to ", kMaxRank, ", got ",
+                  rank);
   return rank;
 }
 
@@ -82,9 +72,8 @@ template <typename Arguments>
 void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments,
          int64_t count, int64_t grain) {
   level();
-  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-    kernel(arguments, first, last);
-  });
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t first, int64_t last) { kernel(arguments, first, last); });
 }
 
 using Buffer = std::unique_ptr<float[]>;

@@ -69,4 +69,16 @@ __device__ __forceinline__ uint32_t two_ones<__half>() {
   return 0x3C003C00u;
 }
 
+// Two numbers, rounded, as they lie side by side.
+__device__ __forceinline__ uint32_t pair(float x, float y, const __nv_bfloat16*) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+__device__ __forceinline__ uint32_t pair(float x, float y, const __half*) {
+  const __half2 both = __floats2half2_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 }  // namespace pelt_fast

@@ -56,9 +56,9 @@ __device__ __forceinline__ void fetch(const RankBackward& g, T* dy, T* h, int64_
 template <typename T, int Rank>
 __global__ void __launch_bounds__(kThreads, 1) backward(const RankBackward g, const Parts parts) {
   using S = Sizes<Rank>;
-  constexpr int kOwn = S::kColumns / kWarps;             // columns of a warp
-  constexpr int kTall = kOwn / 16, kWide = Rank / 8;     // tiles of db
-  constexpr int kSteps = S::kStep / 16;                  // tiles of rows
+  constexpr int kOwn = S::kColumns / kWarps;          // columns of a warp
+  constexpr int kTall = kOwn / 16, kWide = Rank / 8;  // tiles of db
+  constexpr int kSteps = S::kStep / 16;               // tiles of rows
   constexpr int kDyRow = S::kColumns + kGap, kRankRow = Rank + kGap;
   extern __shared__ __align__(16) unsigned char memory[];
   T* dy_stages = reinterpret_cast<T*>(memory);
@@ -206,8 +206,8 @@ Grid grid_of(const RankBackward& g, int processors) {
 template <typename T, int Rank>
 cudaError_t launch(const RankBackward& g, float* workspace, const Grid& grid, cudaStream_t stream) {
   using S = Sizes<Rank>;
-  cudaError_t error = cudaFuncSetAttribute(
-      backward<T, Rank>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
+  cudaError_t error = cudaFuncSetAttribute(backward<T, Rank>,
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
   if (error != cudaSuccess) return error;
   Parts parts{workspace, workspace + grid.columns * g.rows * g.rank, nullptr, grid.rows};
   if (g.d_bias != nullptr) parts.bias = parts.db + grid.parts * g.width * g.rank;
@@ -220,13 +220,12 @@ cudaError_t launch(const RankBackward& g, float* workspace, const Grid& grid, cu
 }
 
 template <typename T>
-cudaError_t by_rank(const RankBackward& g, float* workspace, const Grid& grid, cudaStream_t stream) {
+cudaError_t by_rank(const RankBackward& g, float* workspace, const Grid& grid,
+                    cudaStream_t stream) {
   if (g.rank <= 16) return launch<T, 16>(g, workspace, grid, stream);
   if (g.rank <= 32) return launch<T, 32>(g, workspace, grid, stream);
   return launch<T, 64>(g, workspace, grid, stream);
 }
-
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace
 

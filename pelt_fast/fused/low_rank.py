@@ -21,15 +21,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelt_fast.kernels.adapter import adapter
-from pelt_fast.kernels.config import FUSED_RANK, lora_plan, processors
+from pelt_fast.kernels.config import FUSED_RANK, lora_plan, one_pass_kernel, processors
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.norm import moments, norm_bwd, norm_gradients
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
+from pelt_fast.ops import native_cuda
 from pelt_fast.plans import low_rank as plans
 from pelt_fast.plans.blocks import weight_gradient
 from pelt_fast.reference.low_rank import empty_like_nothing
+
+from . import cuda
 
 ROWS_A_PROCESSOR = 32
 
@@ -40,7 +43,9 @@ def lora_forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
         s = x @ lora_a.to(x.dtype).t()
     else:
         s, _ = rank_down(x, lora_a, dropout_p=dropout_p, seed=seed)
-    plan = lora_plan(rank, x.device)
+    plan = tail_plan(x, weight, rank)
+    if plan == "tail_cuda":
+        return cuda.tail_gemm(x, weight, s, lora_b, scale=scale, bias=bias), s
     if plan != "accumulate":
         descriptors = plan == "tail_descriptor"
         tail = dict(scale=scale, bias=bias, descriptors=descriptors)
@@ -51,6 +56,19 @@ def lora_forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
     else:
         rank_up(s, lora_b, y, scale=scale, out=y)
     return y, s
+
+
+def tail_plan(x: Tensor, weight: Tensor, rank: int) -> str:
+    """The plan of the table, where its kernel takes the input."""
+    plan = lora_plan(rank, x.device)
+    if plan == "tail_cuda" and not native_cuda.covers_tail(x, weight, rank):
+        return "accumulate"
+    return plan
+
+
+def one_pass_by_cuda(dy: Tensor, rank: int) -> bool:
+    """Whether the table's kernel for dS and dB is the CUDA C++ one, and it takes the input."""
+    return one_pass_kernel(dy.device) == "cuda" and native_cuda.covers_one_pass(dy, rank)
 
 
 def lora_backward(
@@ -71,14 +89,19 @@ def lora_backward(
         if needs[2]:
             db = weight_gradient(dy, s, lora_b.dtype).mul_(scale)
         ds = (dy @ lora_b.to(dy.dtype)).mul_(scale) if need_ds else None
+    elif need_ds and needs[2] and one_pass_by_cuda(dy, rank):
+        ds, db, _ = cuda.rank_up_gradients(dy, s, lora_b, scale=scale)
     elif need_ds or needs[2]:
         ds, d_b, _ = rank_up_bwd(dy, s, lora_b, scale=scale, need_dt=need_ds, need_db=needs[2])
         db = d_b if needs[2] else db
-    bits = None
-    if seed is not None and needs[0] and needs[1] and lora_a.shape[1] % 8 == 0:
-        bits = mask_bits(seed, dropout_p, *x.shape)
-    plan = lora_plan(rank, dy.device)
-    if needs[0] and plan != "accumulate":
+    plan, bits = tail_plan(dy, weight, rank), None
+    needs_bits = needs[0] and (needs[1] or plan == "tail_cuda")
+    if seed is not None and needs_bits and lora_a.shape[1] % 8 == 0:
+        bits = mask_bits(seed, dropout_p, dy.shape[0], lora_a.shape[1])
+    if needs[0] and plan == "tail_cuda":
+        mask = dict(dropout_p=dropout_p, bits=bits)
+        dx = cuda.tail_gemm(dy, weight, ds, lora_a, transposed=True, **mask)
+    elif needs[0] and plan != "accumulate":
         mask = dict(dropout_p=dropout_p, seed=seed, bits=bits)
         dx = tail_gemm(dy, weight, ds, lora_a, descriptors=plan == "tail_descriptor", **mask)
     elif needs[0]:

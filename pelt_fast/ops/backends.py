@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from pelt_fast import env
 
-from . import native
+from . import native, native_cuda
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _active = "auto"
@@ -22,7 +22,7 @@ def why_missing(name: str) -> str | None:
     if name == "cpp":
         return native.why_missing()
     if name == "cuda":
-        return "the CUDA C++ kernels are not part of this version"
+        return native_cuda.why_missing()
     return None
 
 
@@ -35,8 +35,9 @@ class backend:
     """Choose what the ops run: ``with backend("reference"): ...``, or ``backend("auto")`` alone.
 
     ``"auto"`` is the best that is present for the device, ``"triton"`` the Triton kernels (what
-    ``"auto"`` runs on a GPU; on a CPU where they are interpreted), ``"reference"`` the plain
-    PyTorch specification. Takes effect when created; leaving a ``with`` block restores what was
+    ``"auto"`` runs on a GPU; on a CPU where they are interpreted), ``"cuda"`` the CUDA C++ kernels
+    where they take the input and the Triton kernels elsewhere, ``"reference"`` the plain PyTorch
+    specification. Takes effect when created; leaving a ``with`` block restores what was
     before. Raises ValueError for an unknown name, RuntimeError with the reason for one that is not
     here.
     """

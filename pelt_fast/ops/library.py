@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pelt_fast import env
+from pelt_fast.kernels import config
 
 _LIBRARY = torch.library.Library("pelt_fast", "DEF")
 
@@ -52,4 +53,7 @@ class Op:
             return self.reference(*args)
         if backend == "triton" and env.interpret():
             return self.triton(*args)
+        if backend == "cuda":
+            with config.cuda_kernels():
+                return self.dispatched(*args)
         return self.dispatched(*args)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from pelt_fast.kernels.adapter import adapter
-from pelt_fast.kernels.config import FUSED_RANK, HALF, rows
+from pelt_fast.kernels.config import FUSED_RANK, rows
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.kernels.mask import dropout, mask_bits
@@ -14,6 +14,7 @@ from pelt_fast.kernels.norm import moments, norm_bwd, norm_gradients
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
+from pelt_fast.kernels.tiles import HALF
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
 
 M, K, N, F = 8192, 4096, 4096, 14336

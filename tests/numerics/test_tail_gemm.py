@@ -7,6 +7,7 @@ from pelt_fast.fused.low_rank import lora_backward, lora_forward
 from pelt_fast.kernels import config
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.tail_gemm import can_use_descriptors, tail_gemm
+from pelt_fast.kernels.tiles import MAX_RANK
 from pelt_fast.reference import low_rank as reference
 from pelt_fast.reference.philox import dropout
 
@@ -49,11 +50,11 @@ def test_what_the_copy_engine_cannot_take_runs_on_pointers():
     assert not can_use_descriptors(dense(8, 64))
 
 
-@pytest.mark.parametrize("plan", ["tail", "tail_descriptor"])
+@pytest.mark.parametrize("plan", ["tail", "tail_descriptor", "tail_cuda"])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("scale", [2.0, 0.0])
 def test_lora_runs_the_plan_of_the_table(plan, p, scale, monkeypatch):
-    row = config.PlanRow(config.MAX_RANK, plan, "the test's")
+    row = config.PlanRow(MAX_RANK, plan, "the test's")
     monkeypatch.setitem(config.LORA_PLANS, "any", (row,))
     monkeypatch.setattr(config, "architecture", lambda device: "any")
     x, weight, bias, dy = dense(20, 32), dense(24, 32), dense(24), dense(20, 24)
