@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU ops of pelt_fast, and how they were built.";
   m.def("compiler", &compiler, "Name and version of the compiler.");
   m.def("level", &pelt_fast::level_name, "The instruction set the ops use here.");
-  m.def("torch_target", [] { return PELT_FAST_STRING(TORCH_TARGET_VERSION); },
-        "The oldest LibTorch the ops run with.");
+  m.def(
+      "torch_target", [] { return PELT_FAST_STRING(TORCH_TARGET_VERSION); },
+      "The oldest LibTorch the ops run with.");
 }

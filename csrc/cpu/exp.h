@@ -1,9 +1,10 @@
 // exp and log in fp32 without branches, so that loops over them become vectors: within 1 ulp.
-// exp is 0 below -87.3; log is of a positive, normal number.
+// exp is 0 below -87.3 and infinite above 88; log is of a positive, normal number.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "../check.h"
 
@@ -25,7 +26,8 @@ PELT_FAST_INLINE float exp32(float x) {
   const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.3f ? 0.0f : p * power;
+  const float most = x > 88.0f ? std::numeric_limits<float>::infinity() : p * power;
+  return x < -87.3f ? 0.0f : most;
 }
 
 PELT_FAST_INLINE float log32(float x) {

@@ -28,7 +28,8 @@ Level chosen() {
   for (int i = 0; i <= static_cast<int>(best()); ++i) {
     if (std::strcmp(wanted, kNames[i]) == 0) return static_cast<Level>(i);
   }
-  PELT_FAST_CHECK(false, "PELT_FAST_ISA must be portable, avx2 or avx512, no more than this machine's ",
+  PELT_FAST_CHECK(false,
+                  "PELT_FAST_ISA must be portable, avx2 or avx512, no more than this machine's ",
                   kNames[static_cast<int>(best())], ", got ", wanted);
 }
 

@@ -62,7 +62,7 @@ Tensor dropout_factor_(Tensor out, int64_t threshold, double scale, Tensor seed,
   PELT_FAST_CHECK(out.is_cpu() && out.is_contiguous(), "out must be a contiguous CPU tensor");
   check_threshold(threshold);
   PELT_FAST_CHECK(start >= 0, "start must be at least 0, got ", start);
-  Fill g{seed_of(seed), start, out.numel(), static_cast<uint32_t>(threshold), 0,
+  Fill g{seed_of(seed),          start, out.numel(), static_cast<uint32_t>(threshold), 0,
          out.mutable_data_ptr(), 4};
   switch (out.scalar_type()) {
     case ScalarType::Float:

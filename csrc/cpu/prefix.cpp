@@ -18,8 +18,8 @@ namespace pelt_fast {
 namespace {
 
 constexpr int kMaxPrefix = 256;
-constexpr int64_t kParts = 8;       // of the rows of a head, at most
-constexpr float kHidden = -1e30f;   // the score of what pads a prefix
+constexpr int64_t kParts = 8;      // of the rows of a head, at most
+constexpr float kHidden = -1e30f;  // the score of what pads a prefix
 
 using Scores = float[kRows][kMaxPrefix];
 
@@ -166,8 +166,8 @@ PELT_FAST_INLINE void backward_block(const Prefix& g, int64_t b, int64_t h, int6
     for (int i = 0; i < rows; ++i) delta[i] = dot<W>(d_o[i], other[i], wide);
   }
   for (int i = 0; i < kRows; ++i) std::memset(d[i], 0, pad * sizeof(float));
-  product<W>(&d[0][0], kMaxPrefix, &d_o[0][0], kColumns, g.vt + group * wide * pad, pad, kRows,
-             pad, g.dim);
+  product<W>(&d[0][0], kMaxPrefix, &d_o[0][0], kColumns, g.vt + group * wide * pad, pad, kRows, pad,
+             g.dim);
   score_gradient<W>(g, d, w, delta, rows);
   product<W, true>(dv, wide, &w[0][0], kMaxPrefix, &d_o[0][0], kColumns, pad, wide, rows);
   product<W, true>(dk, wide, &d[0][0], kMaxPrefix, &q[0][0], kColumns, pad, wide, rows);
@@ -199,7 +199,8 @@ Heads heads_of(const char* name, const Tensor& t, const Tensor& like, ScalarType
   bool fits = t.dim() == 4;
   for (int64_t i = 0; fits && i < 4; ++i) fits = t.size(i) == like.size(i);
   PELT_FAST_CHECK(fits, name, " must have shape ", shape_of(like), ", got ", shape_of(t));
-  PELT_FAST_CHECK(t.is_cpu() && t.scalar_type() == dtype, name, " must be on the CPU with q's dtype");
+  PELT_FAST_CHECK(t.is_cpu() && t.scalar_type() == dtype, name,
+                  " must be on the CPU with q's dtype");
   PELT_FAST_CHECK(t.size(3) <= 1 || t.stride(3) == 1, name,
                   " must have a contiguous last dim, got a stride of ", t.stride(3));
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
@@ -208,7 +209,8 @@ Heads heads_of(const char* name, const Tensor& t, const Tensor& like, ScalarType
 // All heads of a prefix, (rows, columns) padded, a head after the other.
 Buffer packed_heads(const Tensor& p, bool transposed, float scale) {
   const int64_t groups = p.size(0), length = p.size(1), dim = p.size(2);
-  const int64_t rows = padded(transposed ? dim : length), columns = padded(transposed ? length : dim);
+  const int64_t rows = padded(transposed ? dim : length),
+                columns = padded(transposed ? length : dim);
   Buffer out = buffer(groups * rows * columns);
   std::fill_n(out.get(), groups * rows * columns, 0.0f);
   const auto* data = static_cast<const float*>(p.const_data_ptr());
@@ -225,7 +227,8 @@ Prefix checked(const Tensor& q, const Tensor& lse, const Tensor& k, const Tensor
                bool gated) {
   const ScalarType dtype = check_activation("q", q);
   PELT_FAST_CHECK(q.dim() == 4 && q.size(3) >= 1 && q.size(3) <= kColumns,
-                  "q must have shape (B, H, T, D) with D at most ", kColumns, ", got ", shape_of(q));
+                  "q must have shape (B, H, T, D) with D at most ", kColumns, ", got ",
+                  shape_of(q));
   PELT_FAST_CHECK(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(1) &&
                       lse.size(2) == q.size(2) && lse.scalar_type() == ScalarType::Float,
                   "lse must be float32 (", q.size(0), ", ", q.size(1), ", ", q.size(2), "), got ",
@@ -252,13 +255,15 @@ void prefix_merge_(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, double sc
                    bool gated) {
   Prefix g = checked(q, lse, k, v, relu, gated);
   g.o = heads_of("o", o, q, g.dtype);
-  const Buffer kt = packed_heads(k, true, static_cast<float>(scale)), vs = packed_heads(v, false, 1);
+  const Buffer kt = packed_heads(k, true, static_cast<float>(scale)),
+               vs = packed_heads(v, false, 1);
   g.kt = kt.get(), g.v = vs.get();
   run(merge_at_level, g, g.batch * g.heads * g.blocks(), 4);
 }
 
-void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o, Tensor q, Tensor k,
-                      Tensor v, Tensor o, Tensor lse, double scale, bool relu, bool gated) {
+void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o, Tensor q,
+                      Tensor k, Tensor v, Tensor o, Tensor lse, double scale, bool relu,
+                      bool gated) {
   Prefix g = checked(q, lse, k, v, relu, gated);
   g.o = heads_of("o", o, q, g.dtype);
   g.d_o = heads_of("d_o", d_o, q, g.dtype);
@@ -302,7 +307,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pelt_fast_cpp, m) {
       "prefix_merge_(Tensor(a!) o, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, float scale,"
       " bool relu, bool gated) -> ()");
   m.def(
-      "prefix_backward_(Tensor(a!)? dq, Tensor(b!) dk, Tensor(c!) dv, Tensor d_o, Tensor q, Tensor k,"
+      "prefix_backward_(Tensor(a!)? dq, Tensor(b!) dk, Tensor(c!) dv, Tensor d_o, Tensor q, Tensor "
+      "k,"
       " Tensor v, Tensor o, Tensor lse, float scale, bool relu, bool gated) -> ()");
 }
 

@@ -8,62 +8,34 @@
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
+#include "blocks.h"
 
 namespace pelt_fast {
 namespace {
 
 struct Up {
   Rows<void> h, base, out;  // base may be missing
-  const float *b, *bias;    // (R, padded N), (padded N) times scale
+  const float *b, *bias;    // (R, padded N), (padded N) times scale or null
   float scale;
   int64_t rows, width, rank;
   ScalarType dtype;
-  bool has_bias, drop;
   Mask mask;
 };
 
 template <int W, typename T>
-PELT_FAST_INLINE void up_blocks(const Up& g, int64_t first, int64_t last) {
-  alignas(64) Tile h, tile, factor;
-  const int64_t wide = padded(g.width);
-  for (int64_t row = first * kRows; row < std::min(last * kRows, g.rows); row += kRows) {
-    const int rows = static_cast<int>(std::min<int64_t>(kRows, g.rows - row));
-    load(h, static_cast<const T*>(g.h.data) + row * g.h.stride, g.h.stride, rows,
-         static_cast<int>(g.rank));
-    for (int i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < g.rank; ++j) h[i][j] *= g.scale;
-    for (int64_t column = 0; column < g.width; column += kColumns) {
-      const int columns = static_cast<int>(std::min<int64_t>(kColumns, g.width - column));
-      const int64_t whole = padded(columns);
-      const T* base = static_cast<const T*>(g.base.data);
-      if (base != nullptr) base += row * g.base.stride + column;
-      T* out = static_cast<T*>(g.out.data) + row * g.out.stride + column;
-      if (fits_in_place<T>(rows, columns) && !g.drop) {
-        auto* place = reinterpret_cast<float*>(out);
-        begin(place, g.out.stride, reinterpret_cast<const float*>(base), g.base.stride,
-              g.has_bias ? g.bias + column : nullptr, columns);
-        product<W>(place, g.out.stride, &h[0][0], kColumns, g.b + column, wide, kRows, whole,
-                   g.rank);
-        continue;
-      }
-      for (int i = 0; i < kRows; ++i) std::memcpy(tile[i], g.bias + column, whole * sizeof(float));
-      if (g.drop) {
-        draw(factor, g.mask, g.width, row, column, rows);
-        for (int i = 0; i < rows; ++i)
-          for (int j = 0; j < columns; ++j)
-            tile[i][j] += factor[i][j] * to_float(base[i * g.base.stride + j]);
-        base = nullptr;
-      }
-      product<W>(&tile[0][0], kColumns, &h[0][0], kColumns, g.b + column, wide, kRows, whole,
-                 g.rank);
-      store<T>(tile, base, g.base.stride, out, g.out.stride, rows, columns);
-    }
-  }
+PELT_FAST_INLINE void up_one(const Up& g, const Block& block) {
+  alignas(64) Tile h;
+  load_narrow<T>(h, g.h, block.row, block.rows, g.rank);
+  scale_rows(h, padded(g.rank), g.scale);
+  up_block<W, T>(h, g.rank, g.b, g.bias, g.base, g.out, g.mask, block);
 }
 
+// Blocks [first, last).
 template <int W>
 PELT_FAST_INLINE void up(const Up& g, int64_t first, int64_t last) {
-  PELT_FAST_BY_TYPE(g.dtype, up_blocks<W, T>(g, first, last))
+  for (int64_t b = first; b < last; ++b) {
+    PELT_FAST_BY_TYPE(g.dtype, up_one<W, T>(g, block_of(b, g.rows, g.width)))
+  }
 }
 PELT_FAST_AT_LEVEL(up, Up)
 
@@ -77,44 +49,27 @@ struct UpBackward {
 };
 
 template <int W, typename T>
-PELT_FAST_INLINE void up_backward_block(const UpBackward& g, int64_t row, float* part, float* bias) {
-  alignas(64) Tile h, dh, tile;
+PELT_FAST_INLINE void up_backward_one(const UpBackward& g, float* part, float* bias,
+                                      const Block& block) {
+  alignas(64) Tile h, dh;
   const int64_t pad = padded(g.rank);
-  const int rows = static_cast<int>(std::min<int64_t>(kRows, g.rows - row));
-  clear(dh, pad);
-  if (part != nullptr)
-    load(h, static_cast<const T*>(g.h.data) + row * g.h.stride, g.h.stride, rows,
-         static_cast<int>(g.rank));
-  for (int64_t column = 0; column < g.width; column += kColumns) {
-    const int columns = static_cast<int>(std::min<int64_t>(kColumns, g.width - column));
-    load(tile, static_cast<const T*>(g.dy.data) + row * g.dy.stride + column, g.dy.stride, rows,
-         columns);
-    if (g.dh.data != nullptr)
-      product<W>(&dh[0][0], kColumns, &tile[0][0], kColumns, g.b + column * pad, pad, kRows, pad,
-                 columns);
-    if (part != nullptr)
-      product<W, true>(part + column * pad, pad, &tile[0][0], kColumns, &h[0][0], kColumns,
-                       padded(columns), pad, rows);
-    if (bias != nullptr) add_columns<W>(bias + column, tile, rows, padded(columns));
-  }
-  if (g.dh.data == nullptr) return;
-  for (int i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < pad; ++j) dh[i][j] *= g.scale;
-  store<T>(dh, nullptr, 0, static_cast<T*>(g.dh.data) + row * g.dh.stride, g.dh.stride, rows,
-           static_cast<int>(g.rank));
+  const bool need_dh = g.dh.data != nullptr;
+  if (part != nullptr) load_narrow<T>(h, g.h, block.row, block.rows, g.rank);
+  if (need_dh) clear(dh, pad);
+  up_backward_block<W, T>(need_dh ? &dh : nullptr, &h, g.dy, g.b, part, bias, pad, block);
+  if (!need_dh) return;
+  scale_rows(dh, pad, g.scale);
+  store_narrow<T>(dh, g.dh, block.row, block.rows, g.rank);
 }
 
+// Parts [first, last) of the rows.
 template <int W>
 PELT_FAST_INLINE void up_backward(const UpBackward& g, int64_t first, int64_t last) {
   const int64_t wide = padded(g.width), size = wide * padded(g.rank);
   for (int64_t p = first; p < last; ++p) {
-    float* part = g.parts == nullptr ? nullptr : g.parts + p * size;
-    float* bias = g.bias_parts == nullptr ? nullptr : g.bias_parts + p * wide;
-    if (part != nullptr) std::fill_n(part, size, 0.0f);
-    if (bias != nullptr) std::fill_n(bias, wide, 0.0f);
-    const int64_t end = std::min((p + 1) * g.part_rows, g.rows);
-    for (int64_t row = p * g.part_rows; row < end; row += kRows) {
-      PELT_FAST_BY_TYPE(g.dtype, up_backward_block<W, T>(g, row, part, bias))
+    float *part = cleared(g.parts, p, size), *bias = cleared(g.bias_parts, p, wide);
+    for (int64_t b = p * g.part_rows / kRows; b < end_of_part(p, g.part_rows, g.rows); ++b) {
+      PELT_FAST_BY_TYPE(g.dtype, up_backward_one<W, T>(g, part, bias, block_of(b, g.rows, g.width)))
     }
   }
 }
@@ -135,11 +90,20 @@ Tensor rank_up_(Tensor out, std::optional<Tensor> base, Tensor h, Tensor b,
   const auto factor = static_cast<float>(scale);
   const Buffer weight = packed(b, true, rank, wide), start = packed_vector(bias, wide, factor);
   const Mask mask = mask_of(seed, threshold, keep_scale);
-  PELT_FAST_CHECK(mask.threshold == 0 || base.has_value(), "seed is of base's dropout: base is missing");
-  const Up g{rows_of<void>(h), base.has_value() ? rows_of<void>(*base) : Rows<void>{},
-             rows_of<void>(out), weight.get(), start.get(), factor, rows, width, rank, dtype,
-             bias.has_value(), mask.threshold > 0, mask};
-  run(up_at_level, g, (rows + kRows - 1) / kRows, 1);
+  PELT_FAST_CHECK(mask.threshold == 0 || base.has_value(),
+                  "seed is of base's dropout: base is missing");
+  const Up g{rows_of<void>(h),
+             base.has_value() ? rows_of<void>(*base) : Rows<void>{},
+             rows_of<void>(out),
+             weight.get(),
+             bias.has_value() ? start.get() : nullptr,
+             factor,
+             rows,
+             width,
+             rank,
+             dtype,
+             mask};
+  run(up_at_level, g, blocks_of(rows), 1);
   return out;
 }
 
@@ -154,8 +118,8 @@ void rank_up_backward_(Tensor dy, std::optional<Tensor> h, std::optional<Tensor>
   const int64_t rank = dh.has_value() ? dh->size(1) : h.has_value() ? h->size(1) : 1;
   const int64_t pad = padded(check_rank(rank)), wide = padded(width);
   const int64_t part_rows = rows_of_part(rows, rank), count = (rows + part_rows - 1) / part_rows;
-  UpBackward g{rows_of<void>(dy), {}, {}, nullptr, nullptr, nullptr, static_cast<float>(scale),
-               rows, width, rank, part_rows, dtype};
+  UpBackward g{rows_of<void>(dy),         {},   {},    nullptr, nullptr,   nullptr,
+               static_cast<float>(scale), rows, width, rank,    part_rows, dtype};
   Buffer weight, parts, bias_parts;
   if (dh.has_value()) {
     check_rows("dh", *dh, rows, rank, dtype);

@@ -103,16 +103,16 @@ PELT_FAST_INLINE void product(float* c, int64_t ldc, const float* a, int64_t lda
 }
 
 // Runs the call with T the type of `dtype`: float32, bfloat16, else float16 (check_activation).
-#define PELT_FAST_BY_TYPE(dtype, ...)                                 \
-  if ((dtype) == ::torch::headeronly::ScalarType::Float) {            \
-    using T = float;                                                  \
-    __VA_ARGS__;                                                      \
-  } else if ((dtype) == ::torch::headeronly::ScalarType::BFloat16) {  \
-    using T = ::pelt_fast::BFloat16;                                  \
-    __VA_ARGS__;                                                      \
-  } else {                                                            \
-    using T = ::pelt_fast::Half;                                      \
-    __VA_ARGS__;                                                      \
+#define PELT_FAST_BY_TYPE(dtype, ...)                                \
+  if ((dtype) == ::torch::headeronly::ScalarType::Float) {           \
+    using T = float;                                                 \
+    __VA_ARGS__;                                                     \
+  } else if ((dtype) == ::torch::headeronly::ScalarType::BFloat16) { \
+    using T = ::pelt_fast::BFloat16;                                 \
+    __VA_ARGS__;                                                     \
+  } else {                                                           \
+    using T = ::pelt_fast::Half;                                     \
+    __VA_ARGS__;                                                     \
   }
 
 // A tensor of rows, the last dimension contiguous.
@@ -137,25 +137,28 @@ PELT_FAST_INLINE void clear(Tile& tile, int64_t columns) {
   for (int i = 0; i < kRows; ++i) std::memset(tile[i], 0, columns * sizeof(float));
 }
 
-// 0 or 1 / (1 - p) for each element of a tile of a tensor `width` wide, zero past its columns.
-PELT_FAST_INLINE void draw(Tile& factor, const Mask& mask, int64_t width, int64_t row,
-                           int64_t column, int rows) {
+// 0 or 1 / (1 - p) for kColumns elements of row `row` of a tensor `width` wide, from `column` on.
+PELT_FAST_INLINE void draw_row(float* to, const Mask& mask, int64_t width, int64_t row,
+                               int64_t column) {
   uint16_t lanes[2 * kColumns];
   const auto threshold = static_cast<uint16_t>(mask.threshold);
   const float kept = mask.scale;
-  for (int i = 0; i < rows; ++i) {
-    const uint64_t start = static_cast<uint64_t>(row + i) * width + column;
-    const int skip = static_cast<int>(start % kLanes);
-    if (skip == 0) {
-      draw_lanes<kColumns / kLanes>(mask.seed, start / kLanes, lanes);
-    } else {
-      draw_lanes<2 * kColumns / kLanes>(mask.seed, start / kLanes, lanes);
-    }
-    const uint16_t* from = lanes + skip;
-    float* to = factor[i];
-#pragma GCC unroll 1
-    for (int j = 0; j < kColumns; ++j) to[j] = from[j] >= threshold ? kept : 0.0f;
+  const uint64_t start = static_cast<uint64_t>(row) * width + column;
+  const int skip = static_cast<int>(start % kLanes);
+  if (skip == 0) {
+    draw_lanes<kColumns / kLanes>(mask.seed, start / kLanes, lanes);
+  } else {
+    draw_lanes<2 * kColumns / kLanes>(mask.seed, start / kLanes, lanes);
   }
+  const uint16_t* from = lanes + skip;
+#pragma GCC unroll 1
+  for (int j = 0; j < kColumns; ++j) to[j] = from[j] >= threshold ? kept : 0.0f;
+}
+
+// The same for a tile.
+PELT_FAST_INLINE void draw(Tile& factor, const Mask& mask, int64_t width, int64_t row,
+                           int64_t column, int rows) {
+  for (int i = 0; i < rows; ++i) draw_row(factor[i], mask, width, row + i, column);
 }
 
 PELT_FAST_INLINE void multiply(Tile& tile, const Tile& factor, int rows) {

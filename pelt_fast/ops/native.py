@@ -5,6 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
+from pelt_fast.reference.philox import keep_scale, threshold
+
 MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
 MAX_PREFIX, MAX_HEAD_DIM = 256, 128  # kMaxPrefix and kColumns
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,15 +41,16 @@ def ops():
 
 def covers(x: Tensor, rank: int) -> bool:
     """Whether the rank ops take an activation x (M, K) and a rank."""
-    return _is_covered(x) and 1 <= rank <= MAX_RANK
+    return covers_rows(x) and 1 <= rank <= MAX_RANK
 
 
 def covers_prefix(q: Tensor, length: int) -> bool:
     """Whether the prefix ops take queries (B, H, T, D) and a prefix length."""
-    return _is_covered(q) and 1 <= length <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM
+    return covers_rows(q) and 1 <= length <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM
 
 
-def _is_covered(x: Tensor) -> bool:
+def covers_rows(x: Tensor) -> bool:
+    """Whether the ops take a tensor of x's device, dtype and last stride."""
     ours = x.device.type == "cpu" and x.dtype in DTYPES and x.stride(-1) == 1 and x.numel() > 0
     return ours and why_missing() is None
 
@@ -56,3 +59,13 @@ def dropout_factor(out: Tensor, threshold: int, scale: float, seed: Tensor, star
     """Fill ``out`` (contiguous, CPU) with ``scale`` where the dropout mask keeps elements
     ``start`` and on, else 0 (reference/philox.py)."""
     return ops().dropout_factor_(out, threshold, scale, seed, start)
+
+
+def mask(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """A dropout mask as the C++ takes it."""
+    return (None, 0, 1.0) if seed is None else (seed, threshold(p), keep_scale(p))
+
+
+def weight(tensor: Tensor | None) -> Tensor | None:
+    """A trainable weight as the C++ reads it."""
+    return None if tensor is None else tensor.detach().float()

@@ -36,18 +36,6 @@ def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dt
     return keep.view(-1, width).to(dtype).mul_(keep_scale(p))
 
 
-def bottleneck_factor(t: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
-    """The dropout of a whole bottleneck (M, R): small enough to make once for all its uses."""
-    if seed is None:
-        return None
-    return drop_factor(slice(0, t.shape[0]), t.shape[1], p, seed, t.dtype)
-
-
-def scaled_by_(x: Tensor, factor: Tensor | None) -> Tensor:
-    """x times ``factor`` in place; None leaves it."""
-    return x if factor is None else x.mul_(factor)
-
-
 def drop_(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Dropout of x (M, N) in place; ``seed=None`` leaves it."""
     if seed is not None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pelt_fast.reference.low_rank import empty_like_nothing
 
 from .activations import activate, activation_backward
-from .blocks import bottleneck_factor, drop, drop_, fill, scaled_by_
+from .blocks import drop, fill
 from .skinny import down_gradients, up, up_gradients
 
 
@@ -89,15 +89,11 @@ def ffn_forward(
     act = activation_buffer(pre, inner, rank, gate_weight is not None, keep_pre)
     first = 0 if gate_weight is None else inner
     a, h = act[:, :inner], act[:, inner : inner + rank]
-    if gate_weight is None:
-        activate(ffn_activation, pre[:, :inner], out=a)
-    else:
-        gate, z = pre[:, :inner], pre[:, inner : 2 * inner]
-        # φ(G) goes where A will be, or, where A lies over Z, over G
-        torch.mul(activate(ffn_activation, gate, out=a if keep_pre else gate), z, out=a)
-    drop_(a, activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
-    activate(activation, pre[:, first + inner : first + inner + rank], out=h)
-    drop_(h, dropout_p, seed_row(seed, 0, dropout_p))
+    z = None if gate_weight is None else pre[:, inner : 2 * inner]
+    inner_drop = dict(p=activation_dropout_p, seed=seed_row(seed, 1, activation_dropout_p))
+    activate(ffn_activation, pre[:, :inner], a, linear=z, **inner_drop)
+    t = pre[:, first + inner : first + inner + rank]
+    activate(activation, t, h, p=dropout_p, seed=seed_row(seed, 0, dropout_p))
     output_drop = (output_dropout_p, seed_row(seed, 2, output_dropout_p))
     y = out_projection(
         act, inner, out_weight, out_bias, up_weight, up_bias, packed_out, scale, *output_drop
@@ -168,8 +164,8 @@ def ffn_backward(
     inner = in_weight.shape[0] * (1 if gate_weight is None else 2)
     first = 0 if pre.shape[1] == rank else inner
     t = pre[:, first : first + rank]
-    factor = bottleneck_factor(t, dropout_p, seed_row(seed, 0, dropout_p))
-    h = scaled_by_(activate(activation, t), factor) if needs[3] else None
+    bottleneck = dict(p=dropout_p, seed=seed_row(seed, 0, dropout_p))
+    h = activate(activation, t, **bottleneck) if needs[3] else None
     need_dt = any(needs[:3]) or needs[5]
     output_seed = seed_row(seed, 2, output_dropout_p)
     in_one = needs[0] and packed_out is not None and output_seed is None
@@ -187,7 +183,7 @@ def ffn_backward(
     if in_one:
         start, width = first - in_weight.shape[0], in_weight.shape[0] + rank
         torch.mm(dy, packed_out[:, :width], out=d_pre[:, start : start + width])
-    activation_backward(activation, scaled_by_(dt, factor), t)
+    activation_backward(activation, dt, t, **bottleneck)
     if needs[2]:
         grads[2] = dt.sum(0, dtype=down_weight.dtype)
     if needs[1] or needs[5]:
@@ -197,8 +193,13 @@ def ffn_backward(
         da = d_pre[:, inner - in_weight.shape[0] : inner]
         if not in_one:
             torch.mm(drop(dy, output_dropout_p, output_seed), out_weight, out=da)
-        drop_(da, activation_dropout_p, seed_row(seed, 1, activation_dropout_p))
-        _inner_backward(d_pre, da, pre, gate_weight, ffn_activation)
+        width = da.shape[1]
+        gate = (
+            {} if gate_weight is None
+            else dict(linear=pre[:, width : 2 * width], dt=d_pre[:, :width])
+        )  # fmt: skip
+        inner_drop = dict(p=activation_dropout_p, seed=seed_row(seed, 1, activation_dropout_p))
+        activation_backward(ffn_activation, da, pre[:, :width], **gate, **inner_drop)
         down = None if separate else down_weight
         grads[0] = input_gradient(d_pre, in_weight, gate_weight, down, packed)
     return tuple(grads)
@@ -217,15 +218,3 @@ def input_gradient(d_pre, in_weight, gate_weight, down_weight, packed) -> Tensor
         dx.addmm_(d_pre[:, first : first + weight.shape[0]], weight)
         first += weight.shape[0]
     return dx
-
-
-def _inner_backward(d_pre, da, pre, gate_weight, ffn_activation) -> None:
-    """Turn dA, where ``d_pre`` holds it, into dZ (and dG, gated)."""
-    inner = da.shape[1]
-    first = d_pre[:, :inner]
-    if gate_weight is None:
-        activation_backward(ffn_activation, first, pre[:, :inner])
-        return
-    gate, z = pre[:, :inner], pre[:, inner : 2 * inner]
-    activation_backward(ffn_activation, torch.mul(da, z, out=first), gate)
-    da.mul_(activate(ffn_activation, gate))

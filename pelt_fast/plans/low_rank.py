@@ -6,9 +6,9 @@ Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEM
          are in the sums. In brackets: with the C++ ops.
          LoRA forward    x for S, y read and written for the update:                     5 P
          LoRA backward   dy for dS, dy for dB, x for dA, dx read and written again:       7 P (6)
-         adapter forward x for T, base, y written, read and written again:               5 P (3)
+         adapter forward x for T, base, y written, read and written again:             5 P (2-3)
          adapter backw.  dy for dH, dU and du, x for dD, dx written; sequential: dy again
-                                                                                     5-6 P (3-4)
+                                                                                       5-6 P (3)
 Flops    LoRA 2MR(K + N) forward, 4MR(K + N) backward beside 2MNK each.
 """
 
@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from pelt_fast.reference import low_rank as reference
 from pelt_fast.reference.low_rank import LAYER_NORM_EPS, empty_like_nothing
 
+from . import one_pass
 from .activations import activate, activation_backward
-from .blocks import bottleneck_factor, drop_, fill, row_blocks, scaled_by_
+from .blocks import fill, row_blocks
 from .skinny import down, down_gradients, up, up_gradients
 
 
@@ -88,6 +89,12 @@ def adapter_forward(
             if keep_t:
                 t[rows] = kept
         return out, t
+    rank = down_weight.shape[0]
+    if layer_norm == "none" and one_pass.takes_forward(x, residual, rank):
+        return one_pass.adapter_forward(
+            x, residual, down_weight, down_bias, up_weight, up_bias, activation, scale, dropout_p,
+            seed, keep_t,
+        )  # fmt: skip
     if layer_norm == "in":
         small = down_weight.to(x.dtype), None if down_bias is None else down_bias.to(x.dtype)
         t = x.new_empty(x.shape[0], down_weight.shape[0])
@@ -96,7 +103,7 @@ def adapter_forward(
             t[rows] = F.linear(u, *small)
     else:
         t = down(x, down_weight, down_bias)
-    h = drop_(activate(activation, t), dropout_p, seed)
+    h = activate(activation, t, p=dropout_p, seed=seed)
     out = up(residual, h, up_weight, up_bias, scale)
     return out, t if keep_t else empty_like_nothing(t)
 
@@ -140,6 +147,11 @@ def adapter_backward(
                     grads[i] += block[i]
         return tuple(grads)
 
+    if one_pass.takes_backward(dy, x, down_weight.shape[0]):
+        found = one_pass.adapter_backward(
+            dy, x, t, down_weight, up_weight, activation, scale, dropout_p, seed, sequential, needs
+        )
+        return *found, *grads[5:]
     need_dt = needs[0] or needs[1] or needs[2]
     dt, *found = bottleneck_gradients(
         dy, t, up_weight, scale=scale, activation=activation, dropout_p=dropout_p, seed=seed,
@@ -171,11 +183,10 @@ def bottleneck_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dt (M, R) = s drop(dy U) f'(t), and the gradients of up_weight and up_bias; None for what is
     not needed."""
-    factor = bottleneck_factor(t, dropout_p, seed)
-    h = scaled_by_(activate(activation, t), factor) if need_db else None
+    h = activate(activation, t, p=dropout_p, seed=seed) if need_db else None
     dt, d_up, d_up_bias = up_gradients(
         dy, h, up_weight, scale, need_dh=need_dt, need_bias=need_bias
     )
     if need_dt:
-        dt = activation_backward(activation, scaled_by_(dt, factor), t)
+        dt = activation_backward(activation, dt, t, p=dropout_p, seed=seed)
     return dt, d_up, d_up_bias

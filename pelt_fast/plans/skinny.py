@@ -12,22 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelt_fast.ops import native
-from pelt_fast.reference.philox import keep_scale, threshold
 
 from .blocks import drop_factor, row_blocks, weight_gradient
 
 
-def _mask(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    return (None, 0, 1.0) if seed is None else (seed, threshold(p), keep_scale(p))
-
-
 def _by_library(x: Tensor, rank: int, seed: Tensor | None) -> bool:
     return not native.covers(x, rank) or (seed is None and x.element_size() == 2)
-
-
-def _small(weight: Tensor | None) -> Tensor | None:
-    """A trainable weight as the C++ reads it."""
-    return None if weight is None else weight.detach().float()
 
 
 def down(
@@ -37,7 +27,9 @@ def down(
     low, rank = x.dtype, a.shape[0]
     if not _by_library(x, rank, seed):
         s = x.new_empty(x.shape[0], rank)
-        return native.ops().rank_down_(s, x, _small(a), _small(bias), *_mask(p, seed))
+        return native.ops().rank_down_(
+            s, x, native.weight(a), native.weight(bias), *native.mask(p, seed)
+        )
     a, bias = a.to(low), None if bias is None else bias.to(low)
     if seed is None:
         return F.linear(x, a, bias)
@@ -63,8 +55,10 @@ def up(
     low = base.dtype
     out = base if in_place else torch.empty_like(base, memory_format=torch.contiguous_format)
     if not _by_library(base, b.shape[1], seed) and h.stride(-1) == 1:
-        mask = _mask(p, seed)
-        return native.ops().rank_up_(out, base, h, _small(b), _small(bias), scale, *mask)
+        mask = native.mask(p, seed)
+        return native.ops().rank_up_(
+            out, base, h, native.weight(b), native.weight(bias), scale, *mask
+        )
     b = b.to(low).t()
     if seed is not None:
         bias = None if bias is None else bias.to(low) * scale
@@ -100,7 +94,7 @@ def up_gradients(
     if native.covers(dy, b.shape[1]) and (h is None or h.stride(-1) == 1):
         db = None if h is None else torch.empty_like(b, dtype=torch.float32)
         d_bias = dy.new_empty(b.shape[0], dtype=torch.float32) if need_bias else None
-        weight = _small(b) if need_dh else None
+        weight = native.weight(b) if need_dh else None
         native.ops().rank_up_backward_(dy, h, weight, scale, dh, db, d_bias)
         return dh, *(None if d is None else d.to(b.dtype) for d in (db, d_bias))
     if h is not None:
@@ -133,8 +127,8 @@ def down_gradients(
             dx = base if in_place else ds.new_empty(ds.shape[0], width)
         da = ds.new_empty(rank, width, dtype=torch.float32) if need_da else None
         native.ops().rank_down_backward_(
-            ds, x if need_da else None, _small(a) if need_dx else None, base if need_dx else None,
-            dx, da, *_mask(p, seed),
+            ds, x if need_da else None, native.weight(a) if need_dx else None,
+            base if need_dx else None, dx, da, *native.mask(p, seed),
         )  # fmt: skip
         return dx, None if da is None else da.to(a.dtype)
     if seed is not None:

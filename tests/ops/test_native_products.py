@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pelt_fast.ops import native
+from pelt_fast.reference import activations
 from pelt_fast.reference.philox import draw_seed, keep_mask, keep_scale, threshold
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
@@ -89,6 +90,102 @@ def test_rank_up(m, n, r, dtype, masked):
     close(d_bias, 1.5 * dy.double().sum(0), m)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", activations.ACTIVATIONS)
+@pytest.mark.parametrize("m, n", [(1, 1), (7, 13), (37, 128), (131, 257), (20, 3000)])
+def test_activation(m, n, name, dtype, gated, masked):
+    t, d = (3 * padded(m, n, dtype=dtype) for _ in range(2))
+    z = padded(m, n, dtype=dtype) if gated else None
+    factor, drawn = mask(m, n, draw_seed(t.device)[0] if masked else None)
+    number, beside = activations.ACTIVATIONS.index(name), 1.0 if z is None else z.double()
+    value, slope = (f(name, t.double()) for f in (activations.activate, activations.derivative))
+    plain = [f(name, t) for f in (activations.activate, activations.derivative)]
+
+    def as_plain(found: Tensor, exact: Tensor, its: Tensor, beside, size: Tensor) -> None:
+        """Twice the error of the plain expression, and roundings: of the result, and of an fp32
+        number of its ``size`` (near a zero of f' it is a difference of ones)."""
+        wanted = exact * beside
+        budget = 2 * ((its.double() - exact) * beside).norm() + 6e-8 * (size * beside).norm()
+        assert (found.double() - wanted).norm() <= budget + torch.finfo(dtype).eps * wanted.norm()
+
+    out = native.ops().activate_(t.new_empty(m, n), t, z, number, *drawn)
+    as_plain(out, value, plain[0], factor * beside, t.double())
+    over = t.clone() if z is None else z.clone()  # in place
+    given = (over, None) if z is None else (t, over)
+    native.ops().activate_(over, *given, number, *drawn)
+    assert torch.equal(over, out)
+    dt = None if z is None else torch.empty_like(out)
+    found = native.ops().activate_backward_(d.clone(), t, z, dt, number, *drawn)
+    by_t = found if z is None else dt
+    as_plain(by_t, slope, plain[1], factor * d.double() * beside, 2 * torch.ones_like(slope))
+    if z is not None:
+        as_plain(found, value, plain[0], factor * d.double(), t.double())
+
+
+def test_activations_keep_what_is_not_a_number():
+    t = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 200.0, -200.0]])
+    for number, name in enumerate(activations.ACTIVATIONS):
+        found = native.ops().activate_(torch.empty_like(t), t, None, number, None, 0, 1.0)
+        torch.testing.assert_close(found, activations.activate(name, t), equal_nan=True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["relu", "silu"])
+@pytest.mark.parametrize("m, k, n, r", [
+    (1, 1, 1, 1), (7, 13, 20, 3), (64, 128, 128, 16), (131, 257, 96, 17), (1031, 136, 130, 100),
+])  # fmt: skip
+def test_adapter(m, k, n, r, name, dtype, masked):
+    """The products of the backward are judged from the t that the forward kept."""
+    x, base, dy = (padded(m, width, dtype=dtype) for width in (k, n, n))
+    down, up = torch.randn(k, r).t() / k**0.5, torch.randn(r, n).t() / r**0.5
+    down_bias, up_bias = torch.randn(r), torch.randn(n)
+    factor, drawn = mask(m, r, draw_seed(x.device)[0] if masked else None)
+    number = activations.ACTIVATIONS.index(name)
+
+    def forward(y, t, base):
+        weights = (down, down_bias, up, up_bias)
+        return native.ops().adapter_(y, t, x, base, *weights, 1.5, number, *drawn)
+
+    t = x.new_empty(m, r)
+    y = forward(base.new_empty(m, n), t, base)
+    exact = x.double() @ down.double().t() + down_bias.double()
+    close(t, exact, k)
+    h = factor * activations.activate(name, exact)
+    close(y, base.double() + 1.5 * (h @ up.double().t() + up_bias.double()), k + r)
+    assert torch.equal(forward(torch.empty_like(y), None, base), y)
+    over = base.clone()
+    assert torch.equal(forward(over, None, over), y)  # in place
+
+    kept = t.double()
+    h = factor * activations.activate(name, kept)
+    dt = 1.5 * (dy.double() @ up.double()) * factor * activations.derivative(name, kept)
+    wanted = {"d_down": dt.t() @ x.double(), "d_down_bias": dt.sum(0),
+              "d_up": 1.5 * dy.double().t() @ h, "d_up_bias": 1.5 * dy.double().sum(0)}  # fmt: skip
+    residual = padded(m, k, dtype=dtype)
+
+    def backward(dx, residual, names):
+        found = {
+            each: torch.empty(wanted[each].shape) if each in names else None for each in wanted
+        }
+        native.ops().adapter_backward_(
+            dy, x, t, down, up, residual, dx, *found.values(), 1.5, number, *drawn
+        )
+        return found
+
+    dx = x.new_empty(m, k)
+    everything = backward(dx, residual, wanted)
+    close(dx, residual.double() + dt @ down.double(), n + r)
+    for each, exactly in wanted.items():
+        close(everything[each], exactly, m + n)
+        assert torch.equal(backward(None, None, [each])[each], everything[each])
+    alone = x.new_empty(m, k)
+    backward(alone, None, [])
+    close(alone, dt @ down.double(), n + r)
+
+
 def prefix_reference(q, o, lse, k, v, scale, relu, gated):
     """o and lse in fp64, differentiable in q, k, v and through what they are merged with."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[0], 0) for t in (k, v))
@@ -157,12 +254,20 @@ def results() -> list[Tensor]:
     db, d_bias, y = torch.empty_like(b), torch.empty(136), torch.empty_like(x)
     native.ops().rank_up_(y, x, s, b, None, 2.0, *drawn)
     native.ops().rank_up_backward_(x, s, b, 2.0, dh, db, d_bias)
+    act, d_act = torch.empty_like(x), x.clone()
+    native.ops().activate_(act, x, y, 4, *drawn)
+    native.ops().activate_backward_(d_act, x, None, None, 2, *drawn)
+    down, up, t = torch.randn(16, 136), torch.randn(136, 16), torch.empty_like(s)
+    whole, d_x = torch.empty_like(x), torch.empty_like(x)
+    native.ops().adapter_(whole, t, x, x, down, None, up, None, 1.0, 1, *drawn)
+    four = [torch.empty_like(down), torch.empty(16), torch.empty_like(up), torch.empty(136)]
+    native.ops().adapter_backward_(x, x, t, down, up, x, d_x, *four, 1.0, 1, *drawn)
     q, o, lse = torch.randn(2, 4, 300, 16), torch.randn(2, 4, 300, 16), torch.randn(2, 4, 300)
     k, v, dq = torch.randn(4, 6, 16), torch.randn(4, 6, 16), torch.zeros(2, 4, 300, 16)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     native.ops().prefix_merge_(o, lse, q, k, v, 0.25, False, True)
     native.ops().prefix_backward_(dq, dk, dv, o, q, k, v, o, lse, 0.25, False, True)
-    return [s, dx, da, y, dh, db, d_bias, o, lse, dq, dk, dv]
+    return [s, dx, da, y, dh, db, d_bias, act, d_act, whole, t, d_x, *four, o, lse, dq, dk, dv]
 
 
 def test_the_same_bits_on_any_number_of_threads():
@@ -226,6 +331,19 @@ def test_no_rows_are_no_work():
                           torch.randn(7), 1.0, None, 0, 1.0), r"bias must have shape \(8\)"),
     (lambda o: o.rank_up_backward_(torch.randn(4, 8), torch.randn(5, 3), None, 1.0, None,
                                    torch.empty(8, 3), None), r"h must have shape \(4, 3\)"),
+    (lambda o: o.adapter_(torch.empty(4, 8), None, torch.randn(4, 8), torch.randn(4, 8),
+                          torch.randn(3, 8), None, torch.randn(8, 4), None, 1.0, 1, None, 0, 1.0),
+     r"up must have shape \(8, 3\), got \(8, 4\)"),
+    (lambda o: o.adapter_backward_(torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 3),
+                                   torch.randn(3, 8), torch.randn(8, 3), None, None,
+                                   torch.empty(8, 3).t(), None, None, None, 1.0, 1, None, 0, 1.0),
+     "d_down must be contiguous"),
+    (lambda o: o.activate_(torch.empty(4, 3), torch.randn(4, 8), None, 1, None, 0, 1.0),
+     r"out must have shape \(4, 8\), got \(4, 3\)"),
+    (lambda o: o.activate_(torch.empty(4, 8), torch.randn(4, 8), None, 6, None, 0, 1.0),
+     "activation must be 0 to 5, got 6"),
+    (lambda o: o.activate_backward_(torch.empty(4, 8), torch.randn(4, 8), torch.randn(4, 8), None,
+                                    1, None, 0, 1.0), "z and dt must come together"),
     (lambda o: o.prefix_merge_(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3),
                                torch.randn(1, 2, 3, 8), torch.randn(2, 300, 8),
                                torch.randn(2, 300, 8), 1.0, False, True), "with P at most 256"),
