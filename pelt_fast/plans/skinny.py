@@ -120,27 +120,32 @@ def down_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = base + drop(ds a), over ``base`` where it is ours, and da = dsᵀ drop(x) in a's dtype;
     one mask for both. None for what is not asked for; ``x`` is read for da alone."""
-    dx = da = None
     like, (rank, width) = x if need_da else ds, a.shape
-    if native.covers(like, rank) and ds.stride(-1) == 1:
-        if need_dx:
-            dx = base if in_place else ds.new_empty(ds.shape[0], width)
-        da = ds.new_empty(rank, width, dtype=torch.float32) if need_da else None
+    ours = native.covers(like, rank) and ds.stride(-1) == 1
+    if seed is not None and not ours:
+        return _masked_gradients(ds, x, a, base, p, seed, need_dx, need_da)
+    dx = da = None
+    if need_dx and (not ours or _by_library(like, rank, seed)):
+        dx, need_dx = _input_gradient(ds, a.to(ds.dtype), base, in_place), False
+    if not ours:
+        return dx, weight_gradient(ds, x, a.dtype) if need_da else None
+    if need_dx:
+        dx = base if in_place else ds.new_empty(ds.shape[0], width)
+    if need_da:
+        da = ds.new_empty(rank, width, dtype=torch.float32)
+    if need_dx or need_da:
         native.ops().rank_down_backward_(
             ds, x if need_da else None, native.weight(a) if need_dx else None,
-            base if need_dx else None, dx, da, *native.mask(p, seed),
+            base if need_dx else None, dx if need_dx else None, da, *native.mask(p, seed),
         )  # fmt: skip
-        return dx, None if da is None else da.to(a.dtype)
-    if seed is not None:
-        return _masked_gradients(ds, x, a, base, p, seed, need_dx, need_da)
-    if need_dx:
-        low = a.to(ds.dtype)
-        dx = ds @ low if base is None else (
-            base.addmm_(ds, low) if in_place else torch.addmm(base, ds, low)
-        )  # fmt: skip
-    if need_da:
-        da = weight_gradient(ds, x, a.dtype)
-    return dx, da
+    return dx, None if da is None else da.to(a.dtype)
+
+
+def _input_gradient(ds: Tensor, a: Tensor, base: Tensor | None, in_place: bool) -> Tensor:
+    """base + ds a by the library's GEMM."""
+    if base is None:
+        return ds @ a
+    return base.addmm_(ds, a) if in_place else torch.addmm(base, ds, a)
 
 
 def _masked_gradients(ds, x, a, base, p, seed, need_dx, need_da):
