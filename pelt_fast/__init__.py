@@ -10,11 +10,23 @@ from pelt_fast.models.explain import explain
 from pelt_fast.models.inject import eject, inject
 from pelt_fast.models.merge import merge, unmerge
 from pelt_fast.models.peft import accelerate_peft, restore_peft
+from pelt_fast.models.slots import (
+    AttentionSlot,
+    FFNSlot,
+    PromptSlot,
+    SlotMap,
+    StackSlot,
+)  # fmt: skip
 from pelt_fast.ops.backends import backend
 
 __all__ = [
+    "AttentionSlot",
+    "FFNSlot",
     "Modification",
     "PeltConfig",
+    "PromptSlot",
+    "SlotMap",
+    "StackSlot",
     "__version__",
     "accelerate_peft",
     "backend",

@@ -1,6 +1,7 @@
 """Small random models of the architectures, and inputs for them."""
 
 import torch
+import transformers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -71,6 +72,105 @@ def t5(kind=T5ForConditionalGeneration, dropout=0.1, **changes):
     return kind(T5Config(**(config | changes)))
 
 
+def causal(name: str, **own):
+    """A maker of small models of transformers' ``name``, laid out like Llama."""
+
+    def make(dropout=0.0, **changes):
+        config = dict(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=64,
+            attention_dropout=dropout, pad_token_id=PAD,
+        )  # fmt: skip
+        config_class = getattr(transformers, own.get("config", f"{name}Config"))
+        fields = {key: value for key, value in own.items() if key != "config"}
+        model_class = getattr(transformers, f"{name}ForCausalLM")
+        return model_class(config_class(**(config | fields | changes)))
+
+    return make
+
+
+def opt(dropout=0.1, **changes):
+    config = dict(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ffn_dim=48, max_position_embeddings=64, dropout=dropout, attention_dropout=dropout,
+        pad_token_id=PAD, word_embed_proj_dim=32,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**(config | changes)))
+
+
+def electra(dropout=0.1, **changes):
+    kind, config = transformers.ElectraForSequenceClassification, transformers.ElectraConfig
+    return _encoder(config, kind, dropout, embedding_size=24, **changes)
+
+
+def deberta_v2(dropout=0.1, **changes):
+    kind, config = transformers.DebertaV2ForSequenceClassification, transformers.DebertaV2Config
+    settings = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8)
+    return _encoder(config, kind, dropout, **(settings | changes))
+
+
+def xlm_roberta(dropout=0.1, **changes):
+    kind, config = transformers.XLMRobertaForSequenceClassification, transformers.XLMRobertaConfig
+    return _encoder(config, kind, dropout, **changes)
+
+
+def vit(dropout=0.1, **changes):
+    config = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        image_size=12, patch_size=4, hidden_dropout_prob=dropout, num_labels=3,
+        attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**(config | changes)))
+
+
+def whisper(dropout=0.1, **changes):
+    config = dict(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, num_mel_bins=6, max_source_positions=10, max_target_positions=40,
+        dropout=dropout, attention_dropout=dropout, activation_dropout=dropout, pad_token_id=PAD,
+        bos_token_id=2, eos_token_id=3, decoder_start_token_id=2, begin_suppress_tokens=None,
+        suppress_tokens=None,
+    )  # fmt: skip
+    kind = transformers.WhisperForConditionalGeneration
+    return kind(transformers.WhisperConfig(**(config | changes)))
+
+
+def t5_gated(dropout=0.1, **changes):
+    return t5(dropout=dropout, feed_forward_proj="gated-gelu", **changes)
+
+
+def mt5(dropout=0.1, **changes):
+    config = dict(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        dropout_rate=dropout, pad_token_id=PAD, decoder_start_token_id=0,
+    )  # fmt: skip
+    kind = transformers.MT5ForConditionalGeneration
+    return kind(transformers.MT5Config(**(config | changes)))
+
+
+# the architectures whose parity tests/parity has; MODELS below are everywhere else as well
+MORE = {
+    "deberta-v2": deberta_v2,
+    "electra": electra,
+    "gemma2": causal("Gemma2", query_pre_attn_scalar=8, sliding_window=4),
+    "gemma2, no softcap": causal("Gemma2", query_pre_attn_scalar=8, sliding_window=4,
+                                 attn_logit_softcapping=None),
+    "gemma3_text": causal("Gemma3", config="Gemma3TextConfig", query_pre_attn_scalar=8,
+                          sliding_window=4),
+    "mistral": causal("Mistral", sliding_window=4),
+    "mixtral": causal("Mixtral", num_local_experts=4, num_experts_per_tok=2,
+                      experts_implementation="eager"),
+    "mt5": mt5,
+    "opt": opt,
+    "qwen2": causal("Qwen2"),
+    "qwen3": causal("Qwen3"),
+    "t5": t5,
+    "t5, gated": t5_gated,
+    "vit": vit,
+    "whisper": whisper,
+    "xlm-roberta": xlm_roberta,
+}  # fmt: skip
 MODELS = {"bart": bart, "mbart": mbart, "roberta": roberta, "bert": bert, "llama": llama}
 
 
@@ -89,7 +189,16 @@ def inputs(model, batch=3, length=9, padding=None) -> dict:
             hidden = slice(0, row) if padding == "left" else slice(length - row, length)
             mask[row, hidden] = 0
         found |= dict(input_ids=ids.masked_fill(mask == 0, PAD), attention_mask=mask)
-    if model.config.model_type in ("bert", "roberta"):
+    kind = model.config.model_type
+    if kind == "vit":
+        pixels = torch.randn(batch, 3, model.config.image_size, model.config.image_size)
+        return dict(pixel_values=pixels, labels=torch.randint(0, 3, (batch,)))
+    if kind == "whisper":
+        frames = 2 * model.config.max_source_positions
+        audio = torch.randn(batch, model.config.num_mel_bins, frames)
+        return dict(input_features=audio, decoder_input_ids=found["input_ids"],
+                    labels=found["input_ids"])  # fmt: skip
+    if "SequenceClassification" in type(model).__name__:
         found["labels"] = torch.randint(0, 3, (batch,))
     else:
         found["labels"] = ids

@@ -1,4 +1,5 @@
-"""For each site of MODEL under a method: what runs fused, what fell back and why."""
+"""For each site of MODEL under a method: what runs fused, what fell back and why. For an
+architecture without a row of the table: a draft of one."""
 
 import argparse
 import json
@@ -17,17 +18,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Build the model from its config without weights, inject, explain."""
+    """Build the model from its config without weights, inject, explain; for an architecture without
+    a row of the table print a draft of one and return 1."""
     from transformers import AutoConfig, AutoModel
 
     import pelt_fast
     from pelt_fast.methods import method
+    from pelt_fast.models.architectures import rows_of
+    from pelt_fast.models.draft import draft
     from pelt_fast.tasks.pretrained import from_pretrained
 
     method(options.method)  # an unknown name is said before anything is loaded
     config = from_pretrained(AutoConfig, options.model)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
+    if not rows_of(model):
+        print(draft(model))
+        return 1
     pelt_fast.inject(model.train(not options.eval), options.method)
     explanation = pelt_fast.explain(model)
     print(json.dumps(explanation.as_dict(), indent=2) if options.json else explanation)

@@ -41,13 +41,26 @@ def wrapping(choice: str | None) -> str:
     )
 
 
-def wrap(module: nn.Module, takeover: Takeover) -> None:
-    """Let the config of an attention module choose the function that wraps the user's choice."""
+def check(module: nn.Module) -> None:
+    """ValueError with the reason where an attention module cannot carry a prefix."""
+    name = type(module).__name__
     if not _asks_the_interface(module):
         raise ValueError(
-            f"{type(module).__name__} of this transformers computes its attention itself, so that a"
-            " prefix would be ignored: a newer transformers asks the attention interface"
+            f"{name} of this transformers computes its attention itself, so that a prefix would be"
+            " ignored: put a method without one on it"
         )
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            f"{name} caps its scores (attn_logit_softcapping={softcap}): a prefix needs the"
+            " log-sum-exp of capped scores, which no kernel gives. A config with None there, or a"
+            " method without a prefix, works"
+        )
+    wrapping(module.config._attn_implementation)
+
+
+def wrap(module: nn.Module, takeover: Takeover) -> None:
+    """Let the config of an attention module choose the function that wraps the user's choice."""
     choice = wrapping(module.config._attn_implementation)
     if module.config._attn_implementation != choice:
         takeover.set_attention(module.config, choice)

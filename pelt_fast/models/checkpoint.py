@@ -22,7 +22,7 @@ from pelt_fast.modules import PrefixBank
 
 from .count import is_method
 from .inject import eject, inject
-from .slots import base_of
+from .slots import SlotMap, base_of
 from .takeover import takeover_of
 
 FORMAT_VERSION = 1
@@ -111,8 +111,9 @@ def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:
     return PeltConfig.from_json(json.dumps(about["config"])), about
 
 
-def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+def load(model: nn.Module, folder: str | os.PathLike, *, slots: SlotMap | None = None) -> nn.Module:
     """Inject the method saved in ``folder`` into ``model``, with its weights; returns the model.
+    ``slots`` as for :func:`pelt_fast.inject`.
 
     Raises FileNotFoundError, or ValueError when the files are damaged, of another version, of
     another base, or do not fit the model; the model is then as it was.
@@ -137,7 +138,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         inject(model, config)
         _copy(model, tensors)
         return model
-    inject(model, config)
+    inject(model, config, slots=slots)
     try:
         _fold_banks(model, tensors)
         expected = {name: p for name, p in model.named_parameters() if p.requires_grad}

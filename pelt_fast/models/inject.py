@@ -14,19 +14,22 @@ from . import attention
 from .build import BUILDERS, head_dim_of
 from .merge import unmerge
 from .places import attention_slots, attentions, linears, targets
-from .slots import StackSlot, base_of, find, stacks_of, task_head
+from .slots import SlotMap, StackSlot, base_of, find, stacks_of, task_head
 from .takeover import Takeover, takeover_of
 
 logger = logging.getLogger("pelt_fast")
 
 
-def inject(model: nn.Module, method: str | PeltConfig) -> nn.Module:
+def inject(
+    model: nn.Module, method: str | PeltConfig, *, slots: SlotMap | None = None
+) -> nn.Module:
     """Put ``method`` into ``model`` in place and freeze the rest; returns the model.
 
-    ``method`` is a preset's name (see :func:`pelt_fast.methods`) or a :class:`PeltConfig`. What
-    trains afterwards is the method and, unless the config says otherwise, the task head. Raises
-    before anything is changed: ValueError for an unknown method, a model that already carries
-    one, an architecture without a table row or an attention that cannot carry a prefix.
+    ``method`` is a preset's name (see :func:`pelt_fast.methods`) or a :class:`PeltConfig`;
+    ``slots`` a row of your own for an architecture the table has none for. What trains afterwards
+    is the method and, unless the config says otherwise, the task head. Raises before anything is
+    changed: ValueError for an unknown method, a model that already carries one, an architecture
+    without a row, a place the method cannot be put on, an attention that cannot carry a prefix.
     """
     config = preset(method) if isinstance(method, str) else method
     if not isinstance(config, PeltConfig):
@@ -34,7 +37,7 @@ def inject(model: nn.Module, method: str | PeltConfig) -> nn.Module:
     if "_pelt" in model.__dict__:
         present = model._pelt.config.name
         raise ValueError(f"this {type(model).__name__} already carries {present!r}: eject it first")
-    stacks = [] if config.is_full or not config.modifications else stacks_of(model)
+    stacks = [] if config.is_full or not config.modifications else stacks_of(model, slots)
     _check(model, config, stacks)
 
     takeover = Takeover(config)
@@ -95,13 +98,15 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
             found = bias_names(model, modification, stacks)
         else:
             found = list(targets(base, modification, stacks))
+        if not found and modification.form == "prompt":
+            raise ValueError(f"{type(model).__name__} has no place for a prompt in the table")
         if not found:
             what = "biases" if modification.form == "bias" else modification.target
             where = ", ".join(modification.where)
             raise ValueError(f"{type(model).__name__} has no {what} in {where} to modify")
         if modification.form == "prefix" or modification.reads == "query":
             for _, module in attentions(base, modification, stacks):
-                attention.wrapping(module.config._attn_implementation)
+                attention.check(module)
         if modification.form == "low_rank":
             _check_linears(dict(linears(base, modification, stacks)), modification)
         if modification.form == "bottleneck" and modification.target == "heads":

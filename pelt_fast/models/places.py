@@ -49,6 +49,8 @@ def ffns(base, modification, stacks) -> Iterator[tuple[Place, FFNSlot]]:
     """The feed-forward blocks."""
     for place in places(base, stacks):
         if place.stack.kind in modification.where:
+            if place.stack.ffn is None:
+                raise ValueError(f"{place.name}: no method on its FFN: {place.stack.no_ffn}")
             yield place, place.stack.ffn
 
 

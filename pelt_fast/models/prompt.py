@@ -28,10 +28,12 @@ def attach_prompt(base: nn.Module, stack: StackSlot, prompt: Prompt, takeover: T
         takeover.hook(norm.register_forward_pre_hook(front.prepend))
         takeover.hook(find(base, slot.strip).register_forward_hook(front.strip_last))
         takeover.hook(base.register_forward_hook(front.strip_hidden))
-    elif slot.positions is not None:
-        front = EncoderFront(prompt, owner, find(base, slot.positions))
+    elif stack.kind == "encoder":
+        positions = None if slot.positions is None else find(base, slot.positions)
+        front = EncoderFront(prompt, owner, positions)
         takeover.hook(owner.register_forward_pre_hook(front.before_encoder, with_kwargs=True))
-        takeover.call(front.positions.module, front.learned_positions)
+        if positions is not None:
+            takeover.call(positions, front.learned_positions)
         if hasattr(base, "decoder"):
             decoder = base.decoder
             hook = decoder.register_forward_pre_hook(front.before_decoder, with_kwargs=True)
@@ -99,10 +101,12 @@ class NormFront:
 
 
 class EncoderFront:
-    """In front of an encoder's token embeddings, whose decoder attends to the prompt too (BART)."""
+    """In front of an encoder's token embeddings, whose decoder attends to the prompt too (BART,
+    T5)."""
 
-    def __init__(self, prompt: Prompt, encoder: nn.Module, positions: nn.Module):
-        self.prompt, self.encoder, self.positions = prompt, encoder, Slot(positions)
+    def __init__(self, prompt: Prompt, encoder: nn.Module, positions: nn.Module | None):
+        self.prompt, self.encoder = prompt, encoder
+        self.positions = None if positions is None else Slot(positions)
 
     def before_encoder(self, module, args, kwargs):
         """Before the encoder: embeddings with the prompt in front, a mask that covers it."""

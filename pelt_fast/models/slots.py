@@ -1,7 +1,7 @@
-"""The architecture table: where each model keeps what the methods modify.
+"""Where a model keeps what the methods modify: the words of the architecture table, and its reader.
 
-Paths are attribute paths: a stack's from the base model, everything else from one layer. A new
-architecture is a new row; models whose layers are laid out alike share one.
+Paths are attribute paths: a stack's from the base model, everything else from one layer. The rows
+are in ``architectures``; a :class:`SlotMap` of the user's makes one more.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ class PromptSlot:
     ``norm``: the LayerNorm of the summed embeddings, in front of which the prompt is put;
     ``strip``: the module whose output is without it again. Else it is put in front of the token
     embeddings of ``owner``, and ``positions`` is the module that gives learned positions, of which
-    the prompt gets none (None: rotary, where it takes the first).
+    the prompt gets none (None: relative positions, where it takes the first).
     """
 
     norm: str | None = None
@@ -76,89 +76,21 @@ class StackSlot:
     owner: str  # "" is the base model itself
     layers: str
     attentions: tuple[AttentionSlot, ...]
-    ffn: FFNSlot
+    ffn: FFNSlot | None
     prompt: PromptSlot | None = None
+    no_ffn: str = ""  # why nothing can be put on the blocks, where ``ffn`` is None
 
 
-def _bert_row() -> tuple[StackSlot, ...]:
-    attention = AttentionSlot(
-        "encoder", "attention.self", "attention.self.query", "attention.self.key",
-        "attention.self.value", "attention.output.dense",
-    )  # fmt: skip
-    ffn = FFNSlot(
-        "intermediate.dense", "intermediate.dense", "output.dense",
-        "intermediate.intermediate_act_fn", "hidden_act", output_dropout="output.dropout",
-    )  # fmt: skip
-    prompt = PromptSlot(norm="embeddings.LayerNorm", strip="encoder")
-    return (StackSlot("encoder", "encoder", "encoder.layer", (attention,), ffn, prompt),)
+@dataclass(frozen=True)
+class SlotMap:
+    """One row of the table: the stacks of a model whose config has this ``model_type``.
 
+    Hand one of your own to :func:`pelt_fast.inject` for an architecture that has no row, or lays
+    its layers out in another way; ``pelt-fast explain MODEL`` prints a draft.
+    """
 
-def _bart_attention(kind: str, module: str) -> AttentionSlot:
-    names = (f"{module}.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
-    return AttentionSlot(kind, module, *names)
-
-
-def _bart_ffn(*attentions: str, **pre_norm: str) -> FFNSlot:
-    return FFNSlot(
-        "fc1", "fc1", "fc2", "activation_fn", "activation_function",
-        activation_dropout="activation_dropout", output_dropout="dropout",
-        output_dropout_also=attentions, **pre_norm,
-    )  # fmt: skip
-
-
-def _bart_row(**pre_norm: str) -> tuple[StackSlot, ...]:
-    own, cross = "self_attn", "encoder_attn"
-    encoder = (_bart_attention("encoder", own),)
-    decoder = (_bart_attention("decoder", own), _bart_attention("cross", cross))
-    prompt = PromptSlot(positions="encoder.embed_positions")
-    ffns = _bart_ffn(own, **pre_norm), _bart_ffn(own, cross, **pre_norm)
-    return (
-        StackSlot("encoder", "encoder", "encoder.layers", encoder, ffns[0], prompt),
-        StackSlot("decoder", "decoder", "decoder.layers", decoder, ffns[1]),
-    )
-
-
-def _llama_row() -> tuple[StackSlot, ...]:
-    attention = AttentionSlot(
-        "decoder", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-        "self_attn.o_proj",
-    )  # fmt: skip
-    ffn = FFNSlot(
-        "mlp", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", "hidden_act",
-        gate_proj="mlp.gate_proj", norm="post_attention_layernorm",
-    )  # fmt: skip
-    return (StackSlot("decoder", "", "layers", (attention,), ffn, PromptSlot()),)
-
-
-def _t5_row() -> tuple[StackSlot, ...]:
-    """T5 with a plain FFN (v1.0, t5-small to t5-11b); a gated one has no row yet."""
-
-    def attention(kind: str, module: str) -> AttentionSlot:
-        return AttentionSlot(kind, module, *(f"{module}.{name}" for name in "qkvo"))
-
-    def ffn(index: int) -> FFNSlot:
-        block = f"layer.{index}.DenseReluDense"
-        return FFNSlot(
-            block, f"{block}.wi", f"{block}.wo", f"{block}.act", "dense_act_fn",
-            activation_dropout=f"{block}.dropout", norm=f"layer.{index}.layer_norm",
-        )  # fmt: skip
-
-    own, cross = "layer.0.SelfAttention", "layer.1.EncDecAttention"
-    decoder = (attention("decoder", own), attention("cross", cross))
-    return (
-        StackSlot("encoder", "encoder", "encoder.block", (attention("encoder", own),), ffn(1)),
-        StackSlot("decoder", "decoder", "decoder.block", decoder, ffn(2)),
-    )
-
-
-ARCHITECTURES: dict[str, tuple[StackSlot, ...]] = {
-    "bart": _bart_row(),
-    "bert": _bert_row(),
-    "llama": _llama_row(),
-    "mbart": _bart_row(norm="final_layer_norm", adapter_reads="residual"),
-    "roberta": _bert_row(),
-    "t5": _t5_row(),
-}
+    model_type: str
+    stacks: tuple[StackSlot, ...]
 
 
 def find(module: nn.Module, path: str):
@@ -177,40 +109,51 @@ def has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def stacks_of(model: nn.Module) -> list[StackSlot]:
-    """The rows of the table that ``model`` has.
+def stacks_of(model: nn.Module, slots: SlotMap | None = None) -> list[StackSlot]:
+    """The stacks of ``model`` as ``slots`` names them, else the first row of the table that fits.
 
-    Raises ValueError when there is no row for its architecture, or the row does not fit: the
-    message says which slots were looked for and how to add them.
+    Raises TypeError for what is no transformers model or no SlotMap, ValueError when there is no
+    row for its architecture, or none fits: the message says which slots were looked for and how to
+    add them.
     """
+    from .architectures import ROWS, rows_of  # they are made of these classes
+
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise TypeError(f"model must be a transformers model with a config, got {type(model)}")
-    base = base_of(model)
-    rows = ARCHITECTURES.get(model_type)
-    if rows is None:
+    if slots is not None and not isinstance(slots, SlotMap):
+        raise TypeError(f"slots must be a SlotMap, got {type(slots).__name__}")
+    if slots is not None and slots.model_type != model_type:
+        raise ValueError(f"slots is for {slots.model_type!r}, the model is {model_type!r}")
+    base, rows = base_of(model), rows_of(model) if slots is None else [slots]
+    if not rows:
+        known = ", ".join(sorted({row.model_type for row in ROWS}))
         raise ValueError(
-            f"no table row for architecture {model_type!r} (known: {', '.join(ARCHITECTURES)})."
-            " A row names each stack's layers, and in a layer the attention's q, k, v and output"
-            " projections and the FFN's in, out and gate projections, activation and dropouts:"
-            " add one to pelt_fast.models.slots.ARCHITECTURES"
+            f"no table row for architecture {model_type!r} (known: {known}). A row names each"
+            " stack's layers, and in a layer the attention's q, k, v and output projections and"
+            " the FFN's in, out and gate projections, activation and dropouts: pass one as"
+            " inject(..., slots=SlotMap(...)); pelt-fast explain prints a draft"
         )
-    present = [stack for stack in rows if has(base, stack.layers)]
-    missing = [path for stack in present for path in _missing_paths(base, stack)]
-    if not present or missing:
-        looked_for = missing or [stack.layers for stack in rows]
-        raise ValueError(
-            f"{type(model).__name__} does not fit the table row {model_type!r}: looked for"
-            f" {', '.join(looked_for)} in {type(base).__name__}"
-        )
-    return present
+    missing = []
+    for row in rows:
+        present = [stack for stack in row.stacks if has(base, stack.layers)]
+        absent = [path for stack in present for path in missing_paths(base, stack)]
+        if present and not absent:
+            return present
+        missing = missing or absent or [stack.layers for stack in row.stacks]
+    raise ValueError(
+        f"{type(model).__name__} does not fit the table row {model_type!r}: looked for"
+        f" {', '.join(missing)} in {type(base).__name__}"
+    )
 
 
-def _missing_paths(base: nn.Module, stack: StackSlot) -> Iterator[str]:
-    layer = find(base, stack.layers)[0]
-    ffn = stack.ffn
-    paths = [ffn.entry, ffn.in_proj, ffn.out_proj, ffn.gate_proj, ffn.activation,
-             ffn.activation_dropout, ffn.output_dropout, ffn.norm]  # fmt: skip
+def missing_paths(base: nn.Module, stack: StackSlot) -> Iterator[str]:
+    """What the stack names and its first layer lacks."""
+    layer, ffn = find(base, stack.layers)[0], stack.ffn
+    paths = [] if ffn is None else [
+        ffn.entry, ffn.in_proj, ffn.out_proj, ffn.gate_proj, ffn.activation,
+        ffn.activation_dropout, ffn.output_dropout, ffn.norm,
+    ]  # fmt: skip
     for attention in stack.attentions:
         paths += [attention.module, attention.q, attention.k, attention.v, attention.out]
     return (f"{stack.layers}.0.{path}" for path in paths if path and not has(layer, path))

@@ -1,0 +1,196 @@
+"""One cell of the grid, an architecture under a method: refused with a reason, or everything holds.
+
+What is checked: outputs and every gradient of the fused path, padded left, right and not: with the
+method's dropout by the fp64 budget, with every dropout of the model too against the reference under
+the same masks; evaluation without autograd, inject and eject bit for bit, generation with a cache
+and without, the paper's parameter count by its own formula.
+"""
+
+import torch
+
+import pelt_fast
+from pelt_fast.models.slots import base_of, find, stacks_of
+from tests.models.judge import assert_near, exactly
+from tests.models.test_parity import assert_close, outputs_and_gradients
+from tests.small import MODELS, MORE, PAD, inputs, randomise
+
+ARCHITECTURES = {**MODELS, **MORE}
+METHODS = [name for name in pelt_fast.methods() if name not in ("full", "linear_probe")]
+PADDINGS = [None, "left", "right"]
+SIZE = 5
+
+
+def small(method: str):
+    """A preset, its ranks small enough for small models."""
+    return pelt_fast.methods()[method].replace(size=SIZE)
+
+
+def refusal(architecture: str, method: str) -> str | None:
+    """Why ``inject`` refuses the pair, or None; the model is then as it was."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[architecture]()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        pelt_fast.inject(model, small(method))
+    except ValueError as error:
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+        return str(error)
+    return None
+
+
+def hold(architecture: str, method: str) -> None:
+    """AssertionError where anything does not hold."""
+    torch.manual_seed(0)
+    _with_every_dropout(randomise(pelt_fast.inject(ARCHITECTURES[architecture](), small(method))))
+    model = ARCHITECTURES[architecture](dropout=0.0)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = inputs(model.eval(), padding="right")
+    with torch.no_grad():
+        plain = model(**batch).logits
+    randomise(pelt_fast.inject(model, small(method)))
+    _same_as_the_reference(model)
+    _counted(model)
+    _generates(model)
+    pelt_fast.eject(model)
+    now = model.state_dict()
+    assert now.keys() == weights.keys()
+    assert all(torch.equal(now[name], tensor) for name, tensor in weights.items())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).logits, plain)
+
+
+def _paddings(model) -> list[str | None]:
+    return [None] if model.config.model_type in ("vit", "whisper") else PADDINGS
+
+
+def _same_as_the_reference(model) -> None:
+    # eager softmax is fp32 in an fp64 model too: a row of nothing but fp64's lowest is NaN there
+    eager = model.config._attn_implementation.endswith("eager")
+    for padding in [p for p in _paddings(model) if not (eager and p == "left")]:
+        batch = inputs(model.train(), padding=padding)
+        found = {}
+        for name in ("auto", "reference"):
+            with pelt_fast.backend(name):
+                logits, grads = outputs_and_gradients(model, batch)
+            found[name] = {"logits": logits, **grads}
+        exact = exactly(model, batch)
+        _by_the_budget(found["auto"], found["reference"], exact)
+        with torch.no_grad():
+            evaluated = {"logits": model.eval()(**batch).logits}
+            with pelt_fast.backend("reference"):
+                same = {"logits": model(**batch).logits}
+        _by_the_budget(evaluated, same, {"logits": exactly(model, batch)["logits"]})
+
+
+def _by_the_budget(found: dict, same: dict, exact: dict) -> None:
+    """No tensor further from fp64 than four times the reference's worst. An op has twice; what a
+    whole model adds up in a gradient of few numbers, a learned scale's of one, is luck as well."""
+    assert found.keys() == exact.keys()
+    errors, theirs = (
+        {key: _relative(tensors[key], wanted) for key, wanted in exact.items()}
+        for tensors in (found, same)
+    )
+    worst = max(errors, key=errors.get)
+    budget = 4 * max(theirs.values()) + 8 * torch.finfo(torch.float32).eps
+    assert errors[worst] <= budget, (worst, errors[worst], budget)
+
+
+def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Error in norm; a gradient of nothing but rounding has no size to relate it to."""
+    size = max(wanted.norm().item(), 1e-4)
+    return (found.double() - wanted).norm().item() / size
+
+
+def _with_every_dropout(model) -> None:
+    """A mask that one path draws otherwise is off by the size of the numbers themselves."""
+    for padding in _paddings(model):
+        batch = inputs(model.train(), padding=padding)
+        logits, grads = outputs_and_gradients(model, batch)
+        with pelt_fast.backend("reference"):
+            same, same_grads = outputs_and_gradients(model, batch)
+        assert_close({"logits": logits, **grads}, {"logits": same, **same_grads}, tolerance=1e-3)
+
+
+def bf16_holds(architecture: str, method: str) -> None:
+    """The base in bf16, the method in fp32: no further from fp64 than the reference, by the
+    budget."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[architecture](dropout=0.0).bfloat16()
+    randomise(pelt_fast.inject(model, small(method))).train()
+    batch = inputs(model, padding="right")
+    if "pixel_values" in batch or "input_features" in batch:
+        return
+    logits, _ = outputs_and_gradients(model, batch)
+    with pelt_fast.backend("reference"):
+        same, _ = outputs_and_gradients(model, batch)
+    assert_near(logits, same, exactly(model, batch)["logits"])
+
+
+def _counted(model) -> None:
+    """The paper's count (appendix B) from the widths of the base's own layers."""
+    config, base = model._pelt.config, base_of(model)
+    expected = 0
+    for modification in config.modifications:
+        if modification.form not in ("low_rank", "prefix", "bottleneck"):
+            return  # prompts and biases have formulas of their own in tests/models/test_count.py
+        for stack in stacks_of(model):
+            for layer in find(base, stack.layers):
+                expected += _of_layer(layer, stack, modification, len(stacks_of(model)) > 1)
+    assert pelt_fast.count_parameters(model).paper == expected
+
+
+def _of_layer(layer, stack, modification, whole: bool) -> int:
+    def width(path: str) -> tuple[int, int]:
+        return tuple(find(layer, path).weight.shape)  # (out, in)
+
+    rank, total, target = modification.size, 0, modification.target
+    if target.startswith("ffn"):
+        if stack.kind not in modification.where:
+            return 0
+        into, out = width(stack.ffn.in_proj), width(stack.ffn.out_proj)
+        if target == "ffn":
+            inputs_ = out[0] if modification.insertion == "sequential" else into[1]
+            return rank * (inputs_ + out[0])
+        paths = [stack.ffn.out_proj] if target == "ffn.out" else [
+            path for path in (stack.ffn.in_proj, stack.ffn.gate_proj) if path
+        ]  # fmt: skip
+        return sum(rank * sum(width(path)) for path in paths)
+    for slot in stack.attentions:
+        if slot.kind not in modification.where or (slot.kind == "cross" and not whole):
+            continue
+        q, k, out = width(slot.q), width(slot.k), width(slot.out)
+        if modification.form == "prefix":
+            total += 2 * rank * k[0]
+        elif modification.form == "low_rank":
+            path = slot.out if target.endswith(".o") else getattr(slot, target[-1])
+            total += rank * sum(width(path))
+        elif target == "heads":
+            total += _of_heads(layer, slot, modification, k)
+        elif modification.insertion == "sequential":
+            total += 2 * rank * out[0]
+        else:
+            total += rank * (q[1] + out[0])
+    return total
+
+
+def _of_heads(layer, slot, modification, k) -> int:
+    from pelt_fast.models.build import head_dim_of
+
+    dim = head_dim_of(find(layer, slot.module))
+    heads = (
+        k[0] // dim
+        if modification.reads == "query"
+        else find(layer, slot.out).weight.shape[1] // dim
+    )
+    return 2 * heads * modification.size * dim
+
+
+def _generates(model) -> None:
+    """The same tokens with a cache and without, padded left where that is possible."""
+    if not model.can_generate() or model.config.model_type == "whisper":
+        return
+    batch = inputs(model.eval(), padding=None if model.config.is_encoder_decoder else "left")
+    given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=PAD)
+    cached = model.generate(**given, **settings, use_cache=True)
+    assert torch.equal(cached, model.generate(**given, **settings, use_cache=False))

@@ -1,0 +1,41 @@
+"""Every architecture of the table under every method: refused with its reason, or all holds."""
+
+import pytest
+
+from tests.parity import grid, report
+from tests.small import MORE
+
+CELLS = [(a, m) for a in MORE for m in grid.METHODS]
+# what is refused, and the words the reason must have
+REFUSED = {
+    "bitfit": "has no biases",
+    "deberta-v2": "computes its attention itself",
+    "gemma2": "attn_logit_softcapping=50.0",
+    "mixtral": "experts that a router chooses",
+    "prompt": "has no place for a prompt",
+}
+
+
+@pytest.mark.parametrize("architecture, method", CELLS)
+def test_a_cell_holds_or_says_why_not(architecture, method):
+    reason = grid.refusal(architecture, method)
+    if reason is None:
+        grid.hold(architecture, method)
+    else:
+        known = [REFUSED[key] for key in (architecture, method) if key in REFUSED]
+        assert any(words in reason for words in known), reason
+
+
+@pytest.mark.parametrize("method", ["lora", "mam", "houlsby"])
+@pytest.mark.parametrize("architecture", MORE)
+def test_bf16_with_an_fp32_method(architecture, method):
+    if grid.refusal(architecture, method) is None:
+        grid.bf16_holds(architecture, method)
+
+
+def test_the_committed_table_has_every_cell_and_its_reason():
+    text = report.TABLE.read_text()
+    for architecture in grid.ARCHITECTURES:
+        cells = {m: grid.refusal(architecture, m) for m in grid.METHODS}
+        assert report.row(architecture, cells) in text, architecture
+        assert all(reason in text for reason in filter(None, map(report.short, cells.values())))
