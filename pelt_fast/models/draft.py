@@ -21,6 +21,8 @@ NAMES = {
     "out_proj": ("down_proj", "fc2", "wo", "lin2", "dense_4h_to_h", "fc_out"),
     "activation": ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation"),
 }
+# what configs call their activation
+CONFIG = ("hidden_act", "activation_function", "hidden_activation", "dense_act_fn", "activation")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
 
 
@@ -60,18 +62,14 @@ def _first(layer: nn.Module, role: str, under: str = "") -> str:
 
 def _stack(base: nn.Module, path: str) -> str:
     layer, owner = base.get_submodule(path)[0], path.rpartition(".")[0]
-    kind = "decoder" if "decoder" in path or not _names_encoder(base, path) else "encoder"
+    first = layer.get_submodule(_paths(layer, "q")[0].rpartition(".")[0])
+    kind = "decoder" if getattr(first, "is_causal", "decoder" in path) else "encoder"
     own = "".join(_attention(layer, query, kind) for query in _paths(layer, "q"))
+    ffn = _ffn(layer, base.config)
     return (
         f"    StackSlot({kind!r}, owner={owner!r}, layers={path!r}, attentions=(\n{own}    ),\n"
-        f"    ffn={_ffn(layer)}),\n"
+        f"    ffn={ffn}),\n"
     )
-
-
-def _names_encoder(base: nn.Module, path: str) -> bool:
-    config = base.config
-    causal = getattr(config, "is_decoder", False) or "CausalLM" in str(config.architectures)
-    return "encoder" in path or not causal
 
 
 def _attention(layer: nn.Module, query: str, kind: str) -> str:
@@ -85,14 +83,14 @@ def _attention(layer: nn.Module, query: str, kind: str) -> str:
     return f"        AttentionSlot({names}),\n"
 
 
-def _ffn(layer: nn.Module) -> str:
+def _ffn(layer: nn.Module, config) -> str:
     into, out, gate, activation = (
         _first(layer, role) for role in ("in_proj", "out_proj", "gate_proj", "activation")
     )
     parent = into.rpartition(".")[0]
     entry = parent if parent and parent == out.rpartition(".")[0] else into
+    name = next((key for key in CONFIG if getattr(config, key, None)), UNKNOWN)
     gated = "" if gate == UNKNOWN else f", gate_proj={gate!r}"
     return (
-        f"FFNSlot({entry!r}, {into!r}, {out!r}, {activation!r},"
-        f" config_activation={UNKNOWN!r}{gated})"
+        f"FFNSlot({entry!r}, {into!r}, {out!r}, {activation!r}, config_activation={name!r}{gated})"
     )

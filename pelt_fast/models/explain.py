@@ -100,8 +100,9 @@ def _report(site: Site, trainable: int) -> SiteReport:
         plan, saved = support.Plan("concatenation"), 0
     elif isinstance(module, (PrefixBank, QueryHeads)):
         attention = site.details["attention"]
-        plan, note = _prefix_plan(module, attention, device)
-        saved = _prefix_bytes(module, attention)
+        queries = site.details["queries"]
+        plan, note = _prefix_plan(module, attention, queries, device)
+        saved = _prefix_bytes(module, attention, queries)
     elif isinstance(module, MultiHeadAdapter):
         p = module.dropout_p if module.training else 0.0
         plan, note = _noted(support.plan("prefix", device, p, **_dtype_and_size(module)))
@@ -122,7 +123,7 @@ def _report(site: Site, trainable: int) -> SiteReport:
     )  # fmt: skip
 
 
-def _prefix_plan(module: nn.Module, attention: nn.Module, device) -> tuple[support.Plan, str]:
+def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[support.Plan, str]:
     if attention.config._attn_implementation == "pelt_fast_eager":
         return support.Plan("reference", "the model was told to use eager attention"), ""
     value = getattr(attention, "dropout", getattr(attention, "attention_dropout", 0.0))
@@ -133,7 +134,7 @@ def _prefix_plan(module: nn.Module, attention: nn.Module, device) -> tuple[suppo
         return plan, note
     weight = next(q for name, q in attention.named_parameters() if "pelt_" not in name)
     heads, _, dim = _heads_shape(module)
-    grouped = heads * dim != _query_width(attention)
+    grouped = heads * dim != queries
     if plan.name == "triton" and grouped:
         when = "always (fp32)" if weight.dtype == torch.float32 else "under a mask"
         return plan, f"grouped heads: K and V are expanded {when}"
@@ -144,11 +145,6 @@ def _noted(plan: support.Plan) -> tuple[support.Plan, str]:
     """The plan, and what is worth knowing about it."""
     blocked = "dropout: torch's CPU flash kernel has none"
     return plan, blocked if plan.name == "blocked" else ""
-
-
-def _query_width(attention: nn.Module) -> int:
-    names = ("q_proj", "query", "q")
-    return next(getattr(attention, n).weight.shape[0] for n in names if hasattr(attention, n))
 
 
 def _dtype_and_size(module: nn.Module) -> dict:
@@ -167,11 +163,10 @@ def _frozen_weight(module: nn.Module) -> nn.Parameter:
     return slot.module.weight
 
 
-def _prefix_bytes(module: nn.Module, attention: nn.Module) -> int:
+def _prefix_bytes(module: nn.Module, attention: nn.Module, queries: int) -> int:
     """q, k, v, o in the base's dtype and the fp32 lse, of one token in one attention."""
     weight = next(p for name, p in attention.named_parameters() if "pelt_" not in name)
     kv_heads, _, head_dim = _heads_shape(module)
-    queries = _query_width(attention)
     return (2 * queries + 2 * kv_heads * head_dim) * weight.element_size() + 4 * queries // head_dim
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import method as preset
 from pelt_fast.modules import ParallelFFNAdapter
+from pelt_fast.modules.part import Part
 from pelt_fast.modules.slot import foreign_forward
 
 from . import attention
@@ -98,7 +99,8 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
             found = bias_names(model, modification, stacks)
         else:
             found = list(targets(base, modification, stacks))
-        if not found and modification.form == "prompt":
+        first = {stack.kind for stack in stacks[:1]}
+        if not found and modification.form == "prompt" and first & set(modification.where):
             raise ValueError(f"{type(model).__name__} has no place for a prompt in the table")
         if not found:
             what = "biases" if modification.form == "bias" else modification.target
@@ -111,6 +113,24 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
             _check_linears(dict(linears(base, modification, stacks)), modification)
         if modification.form == "bottleneck" and modification.target == "heads":
             _check_heads(base, modification, stacks)
+    _check_parts(base, config, stacks)
+
+
+def _check_parts(base: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> None:
+    """Parts of one matrix read one dropped input."""
+    drops: dict[nn.Module, float] = {}
+    for modification in config.modifications:
+        if modification.form != "low_rank":
+            continue
+        for name, linear in linears(base, modification, stacks):
+            if not isinstance(linear, Part):
+                continue
+            p = drops.setdefault(linear.owner, modification.dropout)
+            if p != modification.dropout:
+                raise ValueError(
+                    f"{name} shares its matrix with another place of LoRA: their dropouts must be"
+                    f" the same, got {p} and {modification.dropout}"
+                )
 
 
 def bias_names(model: nn.Module, modification: Modification, stacks: list[StackSlot]) -> list[str]:
@@ -147,7 +167,7 @@ def _check_heads(base: nn.Module, modification: Modification, stacks: list[Stack
 
 def _check_linears(linears: dict[str, nn.Module], modification: Modification) -> None:
     for name, linear in linears.items():
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, (nn.Linear, Part)):
             raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs an nn.Linear")
         foreign = foreign_forward(linear)
         if foreign is not None:

@@ -17,6 +17,7 @@ from pelt_fast.modules import (
     ResidualFFNAdapter,
     SequentialAdapter,
 )
+from pelt_fast.modules.part import Part
 
 from .takeover import Site, Takeover, takeover_of
 
@@ -98,7 +99,8 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
 
 
 def _is_own(linear: nn.Module) -> bool:
-    return isinstance(linear, nn.Linear) and "weight" in linear._parameters
+    holder = linear.owner if isinstance(linear, Part) else linear
+    return isinstance(linear, (nn.Linear, Part)) and "weight" in holder._parameters
 
 
 def _folded(site: Site) -> list[tuple[nn.Module, str, Tensor]]:
@@ -157,6 +159,8 @@ def _set(
     linear: nn.Module, name: str, value: Tensor | None
 ) -> tuple[nn.Module, str, Tensor | None]:
     """Give a linear layer's parameter another value; return what gives the old one back."""
+    if isinstance(linear, Part):
+        return linear, name, linear.write(name, value)
     parameter = getattr(linear, name)
     before = (linear, name, None if parameter is None else parameter.data)
     if value is None or parameter is None:

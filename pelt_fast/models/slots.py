@@ -1,13 +1,17 @@
 """Where a model keeps what the methods modify: the words of the architecture table, and its reader.
 
-Paths are attribute paths: a stack's from the base model, everything else from one layer. The rows
-are in ``architectures``; a :class:`SlotMap` of the user's makes one more.
+Paths are attribute paths: a stack's from the base model, everything else from one layer. A
+projection that shares its matrix is a part of it: "attn.c_attn:q" of fused q, k and v,
+"mlp.gate_up_proj:0/2" the first of two; ":" alone is all of a Conv1D, whose weight lies transposed.
+The rows are in ``architectures``; a :class:`SlotMap` of the user's makes one more.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+
+from pelt_fast.modules.part import part_of
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,13 @@ class SlotMap:
 
 
 def find(module: nn.Module, path: str):
-    """The attribute at ``path``; AttributeError when a step is missing."""
+    """The attribute at ``path``; AttributeError when a step is missing. A path that ends in
+    ":name" is a :class:`Part` of what lies there."""
+    path, colon, name = path.partition(":")
+    parent = module
     for step in path.split(".") if path else ():
-        module = getattr(module, step)
-    return module
+        parent, module = module, getattr(module, step)
+    return part_of(module, name, getattr(parent, "config", None)) if colon else module
 
 
 def has(module: nn.Module, path: str) -> bool:

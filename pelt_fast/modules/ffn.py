@@ -13,6 +13,7 @@ from pelt_fast.ops import support
 from .adapter import Bottleneck
 from .caught import Caught
 from .packing import Packing
+from .part import parameter_of
 from .slot import Slot
 
 
@@ -114,8 +115,10 @@ class ParallelFFNAdapter(_FFNAdapter):
         # before the output dropout the update is part of what it drops: the op then has none
         self.before_dropout = modification.placement == "before_dropout"
         self.output_dropout_p = 0.0 if self.before_dropout else ffn.output_dropout_p
-        self.packed_in: Packing | None = Packing(0, modification.size)
-        self.packed_out = Packing(1, modification.size) if self.output_dropout_p == 0 else None
+        stacked, out = self._frozen
+        self.packed_in = None if None in stacked else Packing(0, modification.size)
+        columns = self.output_dropout_p == 0 and out is not None
+        self.packed_out = Packing(1, modification.size) if columns else None
 
     def why_not_fused(self) -> str | None:
         """The reason this runs as the model's own FFN and an adapter beside it, or None."""
@@ -153,9 +156,16 @@ class ParallelFFNAdapter(_FFNAdapter):
         )  # fmt: skip
 
     @property
+    def _frozen(self) -> tuple[list[nn.Parameter | None], nn.Parameter | None]:
+        """The parameters that hold gate and in, each once, and out; None for one that lies
+        transposed."""
+        *stacked, out = (parameter_of(slot.module) for slot in self.ffn.projections)
+        return list(dict.fromkeys(stacked)), out
+
+    @property
     def _packings(self) -> dict[str, tuple[Packing, list[nn.Parameter]]]:
         """By the op's name for the buffer: each packing with the frozen weights it holds."""
-        *stacked, out = [slot.module.weight for slot in self.ffn.projections]
+        stacked, out = self._frozen
         own = {"packed": (self.packed_in, stacked), "packed_out": (self.packed_out, [out])}
         return {name: held for name, held in own.items() if held[0] is not None}
 
@@ -172,7 +182,9 @@ class ParallelFFNAdapter(_FFNAdapter):
     @property
     def is_packed(self) -> bool:
         """Whether the frozen weights live in the packed buffers."""
-        return all(packing.holds(frozen) for packing, frozen in self._packings.values())
+        return bool(self._packings) and all(
+            packing.holds(frozen) for packing, frozen in self._packings.values()
+        )
 
     def pack(self) -> None:
         """Move the frozen weights into buffers with room for the trainable blocks."""

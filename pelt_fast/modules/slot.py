@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-LORA = "pelt_lora"  # the child a LoRA site is registered as, on the linear it modifies
+from .part import LORA, Part, host_of
 
 
 def foreign_forward(module: nn.Module) -> Callable | None:
     """The forward that somebody else (Liger, accelerate's hooks) put on this very module, or None.
     What pelt_fast puts there is a site's own forward or :func:`passthrough`."""
+    module = module.owner if isinstance(module, Part) else module
     found = module.__dict__.get("forward")
     owner = type(getattr(found, "__self__", found))
     ours = found is passthrough or owner.__module__.startswith("pelt_fast.")
@@ -26,15 +27,17 @@ class Slot:
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is an ordinary frozen ``nn.Linear`` that nothing else modifies."""
+        """Whether this is an ordinary frozen ``nn.Linear``, or a part of one, that nothing else
+        modifies."""
         module = self.module
-        frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
-        own = LORA not in module._modules and self.foreign is None
-        return type(module) is nn.Linear and own and frozen
+        holder = module.owner if isinstance(module, Part) else module
+        frozen = not any(p.requires_grad for p in holder.parameters(recurse=False))
+        own = LORA not in host_of(module)._modules and self.foreign is None
+        return type(module) in (nn.Linear, Part) and own and frozen
 
     def __call__(self, *args, **kwargs):
         """The module's own forward, with the LoRA it may carry, past any takeover of ours."""
-        lora = self.module._modules.get(LORA)
+        lora = host_of(self.module)._modules.get(LORA)
         if lora is not None:
             return lora(*args, **kwargs)
         if self.foreign is not None:

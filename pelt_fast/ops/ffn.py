@@ -69,11 +69,15 @@ ffn_bwd = Op(
 )
 ffn_fwd.register(
     plans.ffn_forward,
-    fused_or_plan("ffn", "ffn.ffn_forward", plans.ffn_forward, lambda a: a[8].shape[0]),
+    fused_or_plan(
+        "ffn", "ffn.ffn_forward", plans.ffn_forward, lambda a: a[8].shape[0], frozen=(2, 4, 6)
+    ),
 )
 ffn_bwd.register(
     plans.ffn_backward,
-    fused_or_plan("ffn", "ffn.ffn_backward", plans.ffn_backward, lambda a: a[6].shape[0]),
+    fused_or_plan(
+        "ffn", "ffn.ffn_backward", plans.ffn_backward, lambda a: a[6].shape[0], frozen=(3, 4, 5)
+    ),
 )
 
 

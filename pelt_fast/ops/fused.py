@@ -9,16 +9,27 @@ from torch import Tensor
 from . import support
 
 
-def fused_or_plan(op: str, path: str, plan: Callable, size: Callable[[tuple], int]) -> Callable:
+def fused_or_plan(
+    op: str,
+    path: str,
+    plan: Callable,
+    size: Callable[[tuple], int],
+    frozen: tuple[int, ...] = (),
+) -> Callable:
     """An implementation that runs ``pelt_fast.fused.<path>`` where the kernels support the input.
 
-    ``size`` reads the rank (or the prefix length) off the arguments. Triton is imported on the
-    first call. The reason for running ``plan`` instead is said once, or raised under strict.
+    ``size`` reads the rank (or the prefix length) off the arguments; ``frozen`` are the places of
+    weights that only GEMMs read, of any strides (GPT-2 keeps its own transposed). Triton is
+    imported on the first call. The reason for running ``plan`` instead is said once, or raised
+    under strict.
     """
     module, name = path.split(".")
 
     def run(*args):
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        tensors = [
+            _upright(arg) if i in frozen else arg
+            for i, arg in enumerate(args) if isinstance(arg, Tensor)
+        ]  # fmt: skip
         reason = support.unsupported(op, tensors, size(args))
         if reason is not None:
             support.fall_back(f"{op}: running on library kernels, because {reason}")
@@ -30,3 +41,8 @@ def fused_or_plan(op: str, path: str, plan: Callable, size: Callable[[tuple], in
 
     run.__name__ = f"{name}_cuda"
     return run
+
+
+def _upright(weight: Tensor) -> Tensor:
+    """A transposed matrix the other way round."""
+    return weight.t() if weight.dim() == 2 and weight.stride(0) == 1 else weight

@@ -41,11 +41,15 @@ lora_bwd = Op(
 )
 lora_fwd.register(
     plans.lora_forward,
-    fused_or_plan("lora", "low_rank.lora_forward", plans.lora_forward, lambda a: a[3].shape[0]),
+    fused_or_plan(
+        "lora", "low_rank.lora_forward", plans.lora_forward, lambda a: a[3].shape[0], frozen=(1,)
+    ),
 )
 lora_bwd.register(
     plans.lora_backward,
-    fused_or_plan("lora", "low_rank.lora_backward", plans.lora_backward, lambda a: a[4].shape[0]),
+    fused_or_plan(
+        "lora", "low_rank.lora_backward", plans.lora_backward, lambda a: a[4].shape[0], frozen=(3,)
+    ),
 )
 
 

@@ -8,6 +8,7 @@ from pelt_fast.kernels import config
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.tail_gemm import can_use_descriptors, tail_gemm
 from pelt_fast.kernels.tiles import MAX_RANK
+from pelt_fast.ops.low_rank import lora_fwd
 from pelt_fast.reference import low_rank as reference
 from pelt_fast.reference.philox import dropout
 
@@ -66,3 +67,11 @@ def test_lora_runs_the_plan_of_the_table(plan, p, scale, monkeypatch):
     expected = reference.lora_backward(dy, x, s, weight, a, b, scale, *mask, [True] * 3)
     for got, want in zip(grads, expected):
         check(got, want, want.double(), torch.float32)
+
+
+def test_a_transposed_frozen_weight_is_no_reason_for_the_plan(monkeypatch):
+    monkeypatch.setenv("PELT_FAST_STRICT", "1")
+    x, weight, a, b = dense(20, 32), dense(32, 24).t(), dense(4, 32), dense(24, 4)
+    y, _ = lora_fwd.triton(x, weight, None, a, b, 2.0, 0.0, None)
+    want = x @ weight.t() + 2.0 * (x @ a.t()) @ b.t()
+    check(y, want, want.double(), torch.float32)

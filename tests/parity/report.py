@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--only", help="one architecture, printed and not written")
     only = parser.parse_args().only
     lines, holds, refused, failures = [], 0, 0, {}
-    for architecture in [only] if only else grid.ARCHITECTURES:
+    for architecture in [only] if only else sorted(grid.ARCHITECTURES):
         start, cells, failed = time.perf_counter(), {}, {}
         for method in grid.METHODS:
             cells[method] = grid.refusal(architecture, method)

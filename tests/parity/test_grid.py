@@ -1,6 +1,7 @@
 """Every architecture of the table under every method: refused with its reason, or all holds."""
 
 import pytest
+import torch
 
 from tests.parity import grid, report
 from tests.small import MORE
@@ -35,7 +36,17 @@ def test_bf16_with_an_fp32_method(architecture, method):
 
 def test_the_committed_table_has_every_cell_and_its_reason():
     text = report.TABLE.read_text()
-    for architecture in grid.ARCHITECTURES:
+    for architecture in sorted(grid.ARCHITECTURES):
         cells = {m: grid.refusal(architecture, m) for m in grid.METHODS}
         assert report.row(architecture, cells) in text, architecture
         assert all(reason in text for reason in filter(None, map(report.short, cells.values())))
+
+
+def test_the_budget_catches_what_is_wrong():
+    exact = {"logits": torch.randn(4, 3).double(), "w": torch.randn(5).double()}
+    same = {key: value.float() for key, value in exact.items()}
+    off = {**same, "w": same["w"] * 1.0001}
+    assert grid.past_budget(same, same, exact) is None
+    assert grid.past_budget(off, same, exact)[0] == "w"
+    missing = {**same, "w": torch.full((5,), torch.nan)}
+    assert grid.past_budget(missing, same, exact) is not None

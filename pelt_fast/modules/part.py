@@ -1,0 +1,114 @@
+"""A projection that shares its matrix with others, or keeps it transposed: GPT-2's Conv1D, Phi-3's
+and ModernBERT's fused q, k, v and gate, up."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from pelt_fast import functional
+
+LORA = "pelt_lora"  # the child a LoRA site is registered as, on the linear it modifies
+FUSED = "pelt_fused"  # the child that runs in the place of a fused projection
+
+
+class Part(nn.Module):
+    """Rows of the weight (N, K) that ``owner``, an nn.Linear or Conv1D, holds, as a linear layer.
+
+    ``rows`` None is all of them. It owns nothing: weight and bias look into the owner's, wherever
+    they are moved.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, rows: slice | None):
+        super().__init__()
+        self.__dict__["owner"] = owner  # hidden: the owner holds the part, not the other way round
+        self.name, self.rows = name, rows
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.owner.weight
+        weight = weight.t() if isinstance(self.owner, Conv1D) else weight
+        return weight if self.rows is None else weight[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.owner.bias
+        return bias if bias is None or self.rows is None else bias[self.rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> Tensor:
+        """Copy ``value`` into the owner's weight or bias; what was there before."""
+        place = getattr(self, name)
+        before = place.detach().clone()
+        place.data.copy_(value)
+        return before
+
+
+class FusedProjection(nn.Module):
+    """Runs in the place of a projection whose parts carry LoRA: one GEMM of the whole matrix, one
+    rank update with the factors stacked, A one under the other, B on a block diagonal. The parts
+    read the same dropped input."""
+
+    def __init__(self, owner: nn.Module):
+        super().__init__()
+        self.__dict__["owner"] = owner
+
+    def part(self, part: Part) -> Part:
+        """Hold ``part``, so that what is put on it is the model's."""
+        self.add_module(part.name, part)
+        return part
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = Part(self.owner, "", None)
+        sites = [(part.rows, part._modules[LORA]) for part in self.children()
+                 if LORA in part._modules and not part._modules[LORA].is_folded()]  # fmt: skip
+        if not sites:
+            return whole(x)
+        outputs, ranks = whole.weight.shape[0], [site.lora_a.shape[0] for _, site in sites]
+        lora_b, first = sites[0][1].lora_b.new_zeros(outputs, sum(ranks)), 0
+        for (rows, site), rank in zip(sites, ranks):
+            block = F.pad(site.scale * site.lora_b, (first, sum(ranks) - first - rank))
+            lora_b = lora_b + F.pad(block, (0, 0, rows.start, outputs - rows.stop))
+            first += rank
+        p = {site.dropout_p for _, site in sites}.pop()
+        return functional.lora_linear(
+            x, whole.weight, whole.bias, torch.cat([site.lora_a for _, site in sites]), lora_b,
+            scale=1.0, dropout_p=p, training=self.training,
+        )  # fmt: skip
+
+
+def part_of(owner: nn.Module, name: str, config) -> Part:
+    """The part ``name`` of a projection: "" all of it, "q", "k" or "v" of three by the heads of
+    ``config``, "i/n" the i-th of n equal ones; the one that is there already, where one is."""
+    fused = owner._modules.get(FUSED)
+    if fused is not None and name in fused._modules:
+        return fused._modules[name]
+    if name == "":
+        return Part(owner, name, None)
+    outputs = Part(owner, "", None).weight.shape[0]
+    if name in ("q", "k", "v"):
+        queries = config.num_attention_heads
+        keys = getattr(config, "num_key_value_heads", None) or queries
+        heads = outputs // (queries + 2 * keys)
+        starts = dict(q=0, k=queries, v=queries + keys)
+        stops = dict(q=queries, k=queries + keys, v=queries + 2 * keys)
+        return Part(owner, name, slice(starts[name] * heads, stops[name] * heads))
+    index, count = map(int, name.split("/"))
+    size = outputs // count
+    return Part(owner, name, slice(index * size, (index + 1) * size))
+
+
+def host_of(linear: nn.Module) -> nn.Module:
+    """The module that is called, and that holds what is put on ``linear``: the owner of a whole
+    part, else the layer itself."""
+    return linear.owner if isinstance(linear, Part) and linear.rows is None else linear
+
+
+def parameter_of(linear: nn.Module) -> nn.Parameter | None:
+    """The parameter that rows of ``linear``'s weight lie in as they are; None: transposed."""
+    if not isinstance(linear, Part):
+        return linear.weight
+    return None if isinstance(linear.owner, Conv1D) else linear.owner.weight
