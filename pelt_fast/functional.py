@@ -96,7 +96,7 @@ def _adapter(
     dropout_p: float,
     training: bool,
 ) -> Tensor:
-    checks.activation_tensor("x", x, 1)
+    checks.activation_tensor("h" if base is None else "x", x, 1)
     if base is not None and autocasts(x):
         x = x.to(base.dtype)  # a residual stream stays wide, what a linear returned does not
     channels = x.shape[-1] if base is None else base.shape[-1]

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from .takeover import takeover_of
 FORMAT_VERSION = 1
 CONFIG_FILE = "pelt_config.json"
 WEIGHTS_FILE = "pelt_model.safetensors"
+TRAINED_FILE = "pelt_training.safetensors"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -75,19 +77,60 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         },
         "tensors": {name: list(t.shape) for name, t in tensors.items()},
     }
-    folder = Path(folder)
+    writers = {
+        WEIGHTS_FILE: lambda to: save_file(tensors, to, metadata={"format": "pt"}),
+        CONFIG_FILE: lambda to: to.write_text(json.dumps(about, indent=2) + "\n"),
+    }
+    _write(Path(folder), writers, "the method")
+
+
+def _write(folder: Path, writers: dict[str, Callable[[Path], object]], what: str) -> None:
+    """Write every file whole or none: beside their places first."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [folder / f".{name}.{os.getpid()}.part" for name in (WEIGHTS_FILE, CONFIG_FILE)]
+    parts = {name: folder / f".{name}.{os.getpid()}.part" for name in writers}
     try:
-        save_file(tensors, parts[0], metadata={"format": "pt"})
-        parts[1].write_text(json.dumps(about, indent=2) + "\n")
-        for part, name in zip(parts, (WEIGHTS_FILE, CONFIG_FILE), strict=True):
+        for name, write in writers.items():
+            write(parts[name])
+        for name, part in parts.items():
             os.replace(part, folder / name)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"could not save the method to {folder}: {error}") from error
+        raise OSError(f"could not save {what} to {folder}: {error}") from error
     finally:
-        for part in parts:
+        for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def save_trained(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write what trains as it stands, to go on from: :func:`load_trained` reads it."""
+    takeover_of(model)
+    tensors = {
+        name: parameter.detach().contiguous().cpu()
+        for name, parameter in model.named_parameters() if parameter.requires_grad
+    }  # fmt: skip
+    _write(Path(folder), {TRAINED_FILE: lambda to: save_file(tensors, to)}, "what trains")
+
+
+def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Give an injected model what :func:`save_trained` wrote.
+
+    Raises FileNotFoundError, or ValueError when the file is damaged or does not fit; the model is
+    then as it was.
+    """
+    path = Path(folder) / TRAINED_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to go on from in {folder}: {TRAINED_FILE} is missing")
+    tensors = _read(path)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check_fits(trained, tensors, folder)
+    _copy(model, tensors)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:
@@ -126,11 +169,7 @@ def load(model: nn.Module, folder: str | os.PathLike, *, slots: SlotMap | None =
             f" {base['architecture']!r} ({base['name'] or 'no name'}), whose parameters differ in"
             f" name or shape from this {type(model).__name__}'s"
         )
-    try:
-        with safe_open(Path(folder) / WEIGHTS_FILE, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{Path(folder) / WEIGHTS_FILE} is damaged: {error}") from None
+    tensors = _read(Path(folder) / WEIGHTS_FILE)
     if {name: list(t.shape) for name, t in tensors.items()} != about["tensors"]:
         raise ValueError(f"{folder}: {WEIGHTS_FILE} does not hold what {CONFIG_FILE} lists")
     if config.is_full:

@@ -60,6 +60,11 @@ def _prefix_blocks(q: Tensor, length: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
+def with_rows(t: Tensor) -> Tensor:
+    """t with its last dim contiguous: torch's CPU flash kernel reads it so without a check."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def uses_flash(q: Tensor, k: Tensor, dropout_p: float) -> bool:
     """Whether the context, where there is one, can run on torch's CPU flash kernel."""
     return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0
@@ -127,6 +132,7 @@ def prefix_attention_forward(
     seed,
 ):
     settings = (is_causal, scale, form, composition, dropout_p, seed)
+    q, k, v = map(with_rows, (q, k, v))
     if not uses_flash(q, k, dropout_p):
         return _blocked_forward(q, k, v, prefix_k, prefix_v, attn_mask, settings)
     o, lse = _context(q, k, v, attn_mask, is_causal, scale)
@@ -198,6 +204,7 @@ def prefix_attention_backward(
     seed,
     needs,
 ):
+    do, q, k, v = map(with_rows, (do, q, k, v))
     tensors = (do, q, k, v, prefix_k, prefix_v, o, lse, context_o, context_rng)
     settings = (is_causal, scale, form, composition, dropout_p, seed)
     if not uses_flash(q, k, dropout_p):

@@ -92,7 +92,7 @@ def up_gradients(
     elif dh is None:
         dh = dy.new_empty(dy.shape[0], b.shape[1])
     if native.covers(dy, b.shape[1]) and (h is None or h.stride(-1) == 1):
-        db = None if h is None else torch.empty_like(b, dtype=torch.float32)
+        db = None if h is None else dy.new_empty(b.shape, dtype=torch.float32)
         d_bias = dy.new_empty(b.shape[0], dtype=torch.float32) if need_bias else None
         weight = native.weight(b) if need_dh else None
         native.ops().rank_up_backward_(dy, h, weight, scale, dh, db, d_bias)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from transformers import BartForConditionalGeneration, BioGptConfig, BioGptForCausalLM
 
 import pelt_fast
 from pelt_fast.models.inject import inject
@@ -239,10 +239,12 @@ def refused(model, method, error, message):
 
 
 def test_an_architecture_without_a_row_is_refused_with_the_way_to_add_one():
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11))
-    refused(
-        model, "lora", ValueError, r"no table row for architecture 'gpt2'.*q, k, v.*ARCHITECTURES"
+    model = BioGptForCausalLM(
+        BioGptConfig(
+            **dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=11)
+        )
     )
+    refused(model, "lora", ValueError, r"no table row for architecture 'biogpt'.*q, k, v.*SlotMap")
 
 
 def test_a_model_that_does_not_fit_its_row_is_refused_with_what_was_looked_for():

@@ -1,0 +1,54 @@
+"""transformers' Trainer on an injected model: a checkpoint holds the method, not the base.
+
+``PeltTrainer`` and ``PeltSeq2SeqTrainer`` are transformers' own in all but what they write and
+read: the method as :func:`pelt_fast.save` writes it, and beside it what trains as it stands (a
+prefix's MLP, which ``save`` folds away, goes on training after a resume). Needs the extra
+``train``.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from pelt_fast.models.checkpoint import load_trained, save, save_trained
+
+
+class MethodCheckpoints:
+    """What a Trainer writes and reads; mixed in before it."""
+
+    def _plain_model(self, model: nn.Module | None = None) -> nn.Module:
+        return self.accelerator.unwrap_model(
+            self.model if model is None else model, keep_torch_compile=False
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save:
+            return
+        model = self._plain_model()
+        save(model, folder)
+        save_trained(model, folder)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_trained(self._plain_model(model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_trained(self._plain_model(), Path(self.state.best_model_checkpoint))
+
+
+class PeltTrainer(MethodCheckpoints, Trainer):
+    """transformers' ``Trainer``."""
+
+
+class PeltSeq2SeqTrainer(MethodCheckpoints, Seq2SeqTrainer):
+    """transformers' ``Seq2SeqTrainer``: generates in evaluation."""
