@@ -116,7 +116,7 @@ def native() -> dict:
                     said = (ran.stdout + ran.stderr)[-1000:]
                     return print(f"pelt_fast: building the CUDA C++ ops failed: {said}")
 
-    level = ["-O0", "-g"] if os.environ.get("PELT_FAST_DEBUG") == "1" else ["-O3"]
+    level = ["-O0", "-g"] if os.environ.get("PELT_FAST_DEBUG") == "1" else ["-O3", "-g0"]
     if os.environ.get("PELT_FAST_SANITIZE") == "1":
         level = ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS]
     system = [
@@ -137,4 +137,4 @@ def native() -> dict:
     return dict(ext_modules=modules, cmdclass={"build_ext": Optional})
 
 
-setup(packages=PACKAGES, **native())
+setup(packages=PACKAGES, package_data={"pelt_fast": ["py.typed"]}, **native())
