@@ -182,7 +182,9 @@ def _inject_ffn(model, modification, config, stacks, takeover) -> None:
         takeover.call(find(place.layer, entry), site.forward)
         name = f"{place.name}.{entry}".removesuffix(".")
         takeover.sites.append(Site(name, op, "bottleneck", site))
-        if op == "ffn" and site.why_not_fused() is None:
+        if op == "ffn" and not takeover.pack:
+            site.leave_unpacked()
+        elif op == "ffn" and site.why_not_fused() is None:
             site.pack()
 
 

@@ -154,9 +154,15 @@ def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:
     return PeltConfig.from_json(json.dumps(about["config"])), about
 
 
-def load(model: nn.Module, folder: str | os.PathLike, *, slots: SlotMap | None = None) -> nn.Module:
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    slots: SlotMap | None = None,
+    pack: bool = True,
+) -> nn.Module:
     """Inject the method saved in ``folder`` into ``model``, with its weights; returns the model.
-    ``slots`` as for :func:`pelt_fast.inject`.
+    ``slots`` and ``pack`` as for :func:`pelt_fast.inject`.
 
     Raises FileNotFoundError, or ValueError when the files are damaged, of another version, of
     another base, or do not fit the model; the model is then as it was.
@@ -177,7 +183,7 @@ def load(model: nn.Module, folder: str | os.PathLike, *, slots: SlotMap | None =
         inject(model, config)
         _copy(model, tensors)
         return model
-    inject(model, config, slots=slots)
+    inject(model, config, slots=slots, pack=pack)
     try:
         _fold_banks(model, tensors)
         expected = {name: p for name, p in model.named_parameters() if p.requires_grad}

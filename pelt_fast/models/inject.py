@@ -22,13 +22,15 @@ logger = logging.getLogger("pelt_fast")
 
 
 def inject(
-    model: nn.Module, method: str | PeltConfig, *, slots: SlotMap | None = None
+    model: nn.Module, method: str | PeltConfig, *, slots: SlotMap | None = None, pack: bool = True
 ) -> nn.Module:
     """Put ``method`` into ``model`` in place and freeze the rest; returns the model.
 
     ``method`` is a preset's name (see :func:`pelt_fast.methods`) or a :class:`PeltConfig`;
-    ``slots`` a row of your own for an architecture the table has none for. What trains afterwards
-    is the method and, unless the config says otherwise, the task head. Raises before anything is
+    ``slots`` a row of your own for an architecture the table has none for. ``pack=False`` leaves
+    frozen FFN weights in their own storage, where FSDP2 (``fully_shard``) wants them; else a
+    widened FFN moves them into one buffer with room for the adapter. What trains afterwards is the
+    method and, unless the config says otherwise, the task head. Raises before anything is
     changed: ValueError for an unknown method, a model that already carries one, an architecture
     without a row, a place the method cannot be put on, an attention that cannot carry a prefix.
     """
@@ -41,7 +43,7 @@ def inject(
     stacks = [] if config.is_full or not config.modifications else stacks_of(model, slots)
     _check(model, config, stacks)
 
-    takeover = Takeover(config)
+    takeover = Takeover(config, pack)
     try:
         _freeze(model, config, stacks, takeover)
         for form, build in BUILDERS.items():

@@ -25,8 +25,8 @@ class Takeover:
     Lives on the model as ``model._pelt``; copies and pickles with it.
     """
 
-    def __init__(self, config: PeltConfig):
-        self.config = config
+    def __init__(self, config: PeltConfig, pack: bool = True):
+        self.config, self.pack = config, pack
         self.sites: list[Site] = []
         self.head: list[str] = []  # names of the task head's parameters
         self.biases: list[str] = []  # and of the base's biases that are the method

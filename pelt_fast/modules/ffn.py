@@ -173,6 +173,8 @@ class ParallelFFNAdapter(_FFNAdapter):
         """The packed buffers with the trainable weights of this moment; none while tracing."""
         if torch.compiler.is_compiling():
             return {}  # a buffer written on every call would be one more graph input
+        if getattr(self, "_is_fsdp_managed_module", False):
+            return {}  # FSDP2 gathers the weights into storage of its own
         blocks = dict(packed=(self.down_weight, 1), packed_out=(self.up_weight, self.scale))
         return {
             name: packing.filled(frozen, blocks[name][0].detach(), blocks[name][1])
@@ -190,6 +192,11 @@ class ParallelFFNAdapter(_FFNAdapter):
         """Move the frozen weights into buffers with room for the trainable blocks."""
         for packing, frozen in self._packings.values():
             packing.pack(frozen)
+
+    def leave_unpacked(self) -> None:
+        """Give up the buffers for good: each frozen weight keeps storage of its own."""
+        self.unpack()
+        self.packed_in = self.packed_out = None
 
     def unpack(self) -> None:
         """Give the frozen weights storage of their own again, bit for bit."""

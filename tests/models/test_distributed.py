@@ -1,4 +1,4 @@
-"""Two processes on gloo under DDP: the gradients and losses of one, no parameter unused."""
+"""Two processes on gloo, under DDP (no parameter unused) and FSDP2: the losses of one."""
 
 import os
 import socket
@@ -7,9 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pelt_fast
+from pelt_fast.models.slots import base_of, find, stacks_of
 from tests.small import MODELS, inputs, randomise
 
 STEPS, RATE = 3, 0.1
@@ -20,11 +24,11 @@ def batches(model) -> list[dict]:
     return [inputs(model, batch=4) for _ in range(STEPS)]
 
 
-def built(architecture: str, method: str):
+def built(architecture: str, method: str, pack: bool = True):
     torch.manual_seed(0)
     model = MODELS[architecture](dropout=0.0)
     config = pelt_fast.methods()[method].replace(size=4, dropout=0.0)
-    return randomise(pelt_fast.inject(model, config)).train()
+    return randomise(pelt_fast.inject(model, config, pack=pack)).train()
 
 
 def steps(model, given: list[dict], mean=lambda loss: loss) -> list[float]:
@@ -42,11 +46,23 @@ def steps(model, given: list[dict], mean=lambda loss: loss) -> list[float]:
     return found
 
 
-def worker(rank: int, port: int, architecture: str, method: str, folder: str) -> None:
+def sharded(model):
+    """Each layer, then what is left."""
+    mesh = init_device_mesh("cpu", (2,))
+    for stack in stacks_of(model):
+        for layer in find(base_of(model), stack.layers):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPED = {"ddp": DistributedDataParallel, "fsdp2": sharded}
+
+
+def worker(rank: int, port: int, how: str, architecture: str, method: str, folder: str) -> None:
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = built(architecture, method)
+    model = built(architecture, method, pack=how == "ddp")
     half = [
         {name: value[2 * rank : 2 * rank + 2] for name, value in batch.items()}
         for batch in batches(model)
@@ -56,11 +72,36 @@ def worker(rank: int, port: int, architecture: str, method: str, folder: str) ->
         dist.all_reduce(loss)
         return loss / 2
 
-    found = steps(DistributedDataParallel(model), half, mean)
+    found = steps(WRAPPED[how](model), half, mean)
+    if how == "fsdp2":
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        whole = {name: tensor for name, tensor in whole.items() if "pelt_" in name}
     if rank == 0:
-        pelt_fast.save(model, folder)
+        if how == "ddp":
+            pelt_fast.save(model, folder)
+        else:
+            torch.save(whole, os.path.join(folder, "whole.pt"))
         torch.save(found, os.path.join(folder, "losses.pt"))
     dist.destroy_process_group()
+
+
+def evaluator(rank: int, port: int, folder: str) -> None:
+    """A model whose in-projections were packed before it was sharded."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = sharded(dropping())
+    with torch.no_grad():
+        logits = [model(**batch).logits for batch in batches(model)]
+    if rank == 0:
+        torch.save(logits, os.path.join(folder, "logits.pt"))
+    dist.destroy_process_group()
+
+
+def dropping():
+    """With an output dropout of the model's own, only the in-projection is packed."""
+    torch.manual_seed(0)
+    config = pelt_fast.methods()["scaled_parallel_adapter"].replace(size=4)
+    return randomise(pelt_fast.inject(MODELS["bart"](dropout=0.1), config)).eval()
 
 
 def free_port() -> int:
@@ -69,13 +110,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def run_two(how: str, architecture: str, method: str, folder) -> list[float]:
+    arguments = (free_port(), how, architecture, method, str(folder))
+    multiprocessing.spawn(worker, arguments, nprocs=2)
+    return torch.load(folder / "losses.pt")
+
+
 @pytest.mark.parametrize("architecture, method", [("bart", "mam"), ("llama", "lora_ffn")])
 def test_two_processes_train_as_one(architecture, method, tmp_path):
-    arguments = (free_port(), architecture, method, str(tmp_path))
-    multiprocessing.spawn(worker, arguments, nprocs=2)
+    both = run_two("ddp", architecture, method, tmp_path)
     model = built(architecture, method)
     alone = steps(model, batches(model))
-    both = torch.load(tmp_path / "losses.pt")
     assert both == pytest.approx(alone, rel=1e-5)
     assert alone[-1] != alone[0]
     torch.manual_seed(0)
@@ -83,3 +128,34 @@ def test_two_processes_train_as_one(architecture, method, tmp_path):
     batch = batches(model)[0]
     with torch.no_grad():
         assert torch.allclose(loaded(**batch).logits, model.eval()(**batch).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture, method", [("bart", "mam"), ("llama", "lora")])
+def test_two_shards_train_as_one(architecture, method, tmp_path):
+    both = run_two("fsdp2", architecture, method, tmp_path)
+    model = built(architecture, method, pack=False)
+    alone = steps(model, batches(model))
+    assert both == pytest.approx(alone, rel=1e-5)
+    whole = torch.load(tmp_path / "whole.pt")
+    trained = {n: p for n, p in model.named_parameters() if "pelt_" in n}
+    assert whole.keys() == trained.keys()
+    for name, parameter in trained.items():
+        assert torch.allclose(whole[name], parameter, atol=1e-4), name
+
+
+def test_weights_that_are_to_be_sharded_are_left_where_they_are():
+    packed, own = (built("bart", "scaled_parallel_adapter", pack=pack) for pack in (True, False))
+    weights = [m.model.encoder.layers[0].fc1.weight for m in (packed, own)]
+    assert [w.untyped_storage().nbytes() > w.nbytes for w in weights] == [True, False]
+    batch = batches(own)[0]
+    assert torch.allclose(packed(**batch).logits, own(**batch).logits, atol=1e-5)
+    assert own.model.encoder.layers[0].fc1.weight.untyped_storage().nbytes() == weights[1].nbytes
+
+
+def test_what_was_packed_before_it_was_sharded_is_not_packed_again(tmp_path):
+    multiprocessing.spawn(evaluator, (free_port(), str(tmp_path)), nprocs=2)
+    model = dropping()
+    with torch.no_grad():
+        alone = [model(**batch).logits for batch in batches(model)]
+    for found, wanted in zip(torch.load(tmp_path / "logits.pt"), alone, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5)
