@@ -202,6 +202,8 @@ class PeltConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "modifications", tuple(self.modifications))
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
         _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16", "float64"))
         for modification in self.modifications:
             if not isinstance(modification, Modification):

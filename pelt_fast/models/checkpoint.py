@@ -145,7 +145,11 @@ def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:
     try:
         about = json.loads((folder / CONFIG_FILE).read_text())
         version = about["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        parts = {name: about[name] for name in ("config", "base", "tensors")}
+        fingerprinted = {"fingerprint", "architecture", "name"} <= set(parts["base"])
+        if not fingerprinted or not all(isinstance(part, dict) for part in parts.values()):
+            raise TypeError("config, base or tensors is not what it should be")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is not a pelt_fast config: {error}") from None
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -178,6 +182,7 @@ def load(
     tensors = _read(Path(folder) / WEIGHTS_FILE)
     if {name: list(t.shape) for name, t in tensors.items()} != about["tensors"]:
         raise ValueError(f"{folder}: {WEIGHTS_FILE} does not hold what {CONFIG_FILE} lists")
+    _check_sizes(config, tensors, folder)
     if config.is_full:
         _check_fits(dict(model.named_parameters()), tensors, folder)
         inject(model, config)
@@ -193,6 +198,17 @@ def load(
         raise
     _copy(model, tensors)
     return model
+
+
+def _check_sizes(config: PeltConfig, tensors: dict[str, Tensor], folder) -> None:
+    """A size is a dim of some tensor that came with it: no other is allocated."""
+    sizes = {size for tensor in tensors.values() for size in tensor.shape}
+    for modification in config.modifications:
+        if modification.form not in ("full", "bias") and modification.size not in sizes:
+            raise ValueError(
+                f"{folder}: {CONFIG_FILE} asks for a {modification.form} of size"
+                f" {modification.size}, {WEIGHTS_FILE} holds none"
+            )
 
 
 def _fold_banks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
