@@ -137,6 +137,18 @@ class EncoderFront:
         return args, kwargs
 
 
+def _refuse_packed(mask: Tensor | None, positions: Tensor | None) -> None:
+    """ValueError for a row that holds several sequences: one prompt in front of it would be the
+    first one's alone."""
+    if mask is not None or positions is None or torch.compiler.is_compiling():
+        return
+    if (positions.diff(dim=-1) != 1).any():
+        raise ValueError(
+            "position_ids start again within a row: prompt tuning cannot take packed sequences (a"
+            " prompt stands in front of a row). Pad them, or use a prefix, which each of them sees"
+        )
+
+
 class DecoderFront:
     """In front of a causal decoder's token embeddings (Llama)."""
 
@@ -148,6 +160,7 @@ class DecoderFront:
         names = ("input_ids", "attention_mask", "position_ids")
         kwargs = {**dict(zip(names, args)), **kwargs}
         length = self.prompt.length
+        _refuse_packed(kwargs.get("attention_mask"), kwargs.get("position_ids"))
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if isinstance(cache, StaticCache):
             raise ValueError(

@@ -38,6 +38,7 @@ class PrefixBank(nn.Module):
             nn.init.normal_(self.prefix, std=0.02)
         self.current: Tensor | None = None
         self._current_of: tuple | None = None
+        self._with_grad = False  # whether this forward of the stack began with autograd on
 
     def forward(self) -> Tensor:
         """The keys and values of every layer (L, 2, Hkv, P, D)."""
@@ -49,6 +50,7 @@ class PrefixBank(nn.Module):
 
     def before_stack(self, *_) -> None:
         """Forward pre-hook of the stack: make the prefix of this forward."""
+        self._with_grad = torch.is_grad_enabled()
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
             self.current, self._current_of = self(), None
             return
@@ -60,7 +62,8 @@ class PrefixBank(nn.Module):
         """prefix_k and prefix_v (Hkv, P, D) of one layer, from this forward's run."""
         if self.current is None:
             self.current = self()
-        if self.training and self.current.requires_grad and not torch.is_grad_enabled():
+        hidden = self._with_grad and not torch.is_grad_enabled()
+        if self.training and hidden and self.current.requires_grad:
             raise RuntimeError(
                 "reentrant gradient checkpointing cannot carry the shared prefix's gradient: use"
                 " gradient_checkpointing_enable(gradient_checkpointing_kwargs="

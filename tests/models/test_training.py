@@ -143,3 +143,12 @@ def test_output_attentions_with_eager_leaves_the_gates_share_out():
     weights = out.attentions[0]
     assert weights.shape == (3, 4, 9, 9)
     assert torch.all(weights.sum(-1) < 1) and torch.all(weights.sum(-1) > 0)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prefix_nomlp"])
+def test_a_forward_in_training_without_autograd_is_no_reentrant_checkpoint(method):
+    model = injected("llama", small_method(method, dropout=0.0), dropout=0.0).train()
+    batch = inputs(model)
+    logits = model(**batch).logits
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, logits)
