@@ -21,7 +21,7 @@ from pelt_fast.modules import (
     SequentialFFNAdapter,
 )
 from pelt_fast.modules.caught import Caught
-from pelt_fast.modules.part import FUSED, LORA, FusedProjection, Part, host_of
+from pelt_fast.modules.part import FUSED, LORA, FusedProjection, Part, host_of, shape_of
 from pelt_fast.modules.slot import Slot
 
 from . import attention
@@ -83,7 +83,7 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
         takeover.set(
             module, attention.SLICE, PrefixSlice(bank, place.index, modification.composition)
         )
-        queries = find(place.layer, slot.q).weight.shape[0]
+        queries = shape_of(find(place.layer, slot.q))[0]
         takeover.sites.append(Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank,
                                    attention=module, queries=queries))  # fmt: skip
         attention.wrap(module, takeover)
@@ -104,7 +104,7 @@ def reads_residual(modification: Modification, slot: FFNSlot) -> bool:
 
 def _bank(place, slot, module, modification, config, layers: int) -> PrefixBank:
     key, head_dim = find(place.layer, slot.k), head_dim_of(module)
-    out_features, width = key.weight.shape
+    out_features, width = shape_of(key)
     return PrefixBank(layers, out_features // head_dim, head_dim, width, modification,
                       key.weight.device, _dtype(config, key.weight))  # fmt: skip
 
@@ -126,10 +126,10 @@ def _inject_at_output(model, modification, config, stacks, takeover) -> None:
         if modification.insertion == "sequential":
             site = SequentialAdapter(linear, modification, dtype)
         elif modification.target == "heads":
-            heads = linear.weight.shape[1] // head_dim_of(module)
+            heads = shape_of(linear)[1] // head_dim_of(module)
             site = MultiHeadAdapter(linear, heads, modification, dtype)
         else:
-            width = find(place.layer, slot.q).weight.shape[1]
+            width = shape_of(find(place.layer, slot.q))[1]
             site = ParallelAttentionAdapter(linear, width, modification, dtype)
         if modification.insertion == "parallel":
             takeover.hook(module.register_forward_pre_hook(site.caught, with_kwargs=True))
@@ -144,13 +144,13 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
     for place, slot in attention_slots(base_of(model), modification, stacks):
         module, key = find(place.layer, slot.module), find(place.layer, slot.k)
         head_dim = head_dim_of(module)
-        heads, dtype = key.weight.shape[0] // head_dim, _dtype(config, key.weight)
+        heads, dtype = shape_of(key)[0] // head_dim, _dtype(config, key.weight)
         site = QueryHeads(heads, head_dim, modification, key.weight.device, dtype)
         site.slot = Slot(key)
         takeover.add(module, "pelt_heads", site)
         takeover.set(module, attention.SLICE, QuerySlice(site))
         name = f"{place.name}.{slot.module}"
-        queries = find(place.layer, slot.q).weight.shape[0]
+        queries = shape_of(find(place.layer, slot.q))[0]
         takeover.sites.append(
             Site(name, "heads", "bottleneck", site, attention=module, queries=queries)
         )

@@ -12,6 +12,7 @@ from pelt_fast.modules import (
     Prompt,
     QueryHeads,
 )
+from pelt_fast.modules.part import shape_of
 from pelt_fast.ops import support
 
 from .count import ParameterCount, count_parameters
@@ -151,7 +152,9 @@ def _dtype_and_size(module: nn.Module) -> dict:
     """What decides about the kernels: the base's dtype, and the rank or prefix length."""
     if isinstance(module, PrefixBank):
         return dict(dtype=next(module.parameters()).dtype, size=module.shape[3])
-    return dict(dtype=_frozen_weight(module).dtype, size=_down(module).shape[-2])
+    weight = _frozen_weight(module)
+    dtype = weight.dtype if weight.is_floating_point() else _down(module).dtype  # quantised
+    return dict(dtype=dtype, size=_down(module).shape[-2])
 
 
 def _down(module: nn.Module) -> nn.Parameter:
@@ -177,7 +180,7 @@ def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
 
 def _ffn_bytes(module: ParallelFFNAdapter, fused: bool) -> int:
     weight = module.ffn.in_proj.module.weight
-    inner, inputs = weight.shape
+    inner, inputs = shape_of(module.ffn.in_proj.module)
     widths = inner * (len(module.ffn.projections) - 1) + module.down_weight.shape[0] + inputs
     if not fused:
         widths += inner + module.up_weight.shape[0]

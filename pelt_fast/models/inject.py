@@ -8,7 +8,7 @@ from torch import nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import method as preset
 from pelt_fast.modules import ParallelFFNAdapter
-from pelt_fast.modules.part import Part
+from pelt_fast.modules.part import Part, shape_of
 from pelt_fast.modules.slot import foreign_forward
 
 from . import attention
@@ -157,7 +157,7 @@ def _check_heads(base: nn.Module, modification: Modification, stacks: list[Stack
     if modification.reads == "query":
         return
     for place, slot in attention_slots(base, modification, stacks):
-        inputs, out = (find(place.layer, path).weight.shape[1] for path in (slot.q, slot.out))
+        inputs, out = (shape_of(find(place.layer, path))[1] for path in (slot.q, slot.out))
         if inputs != out:
             dim = head_dim_of(find(place.layer, slot.module))
             raise ValueError(
@@ -178,7 +178,7 @@ def _check_linears(linears: dict[str, nn.Module], modification: Modification) ->
                 f"the forward of {name} was replaced by another library ({what}): LoRA would run"
                 " the layer's weights past it. Inject before that library patches the model"
             )
-    smallest = min(min(linear.weight.shape) for linear in linears.values())
+    smallest = min(min(shape_of(linear)) for linear in linears.values())
     if modification.size > smallest:
         logger.warning(
             "LoRA of rank %d on %s is wider than a matrix it is on (%d): beyond full rank there is"

@@ -17,7 +17,7 @@ from pelt_fast.modules import (
     ResidualFFNAdapter,
     SequentialAdapter,
 )
-from pelt_fast.modules.part import Part
+from pelt_fast.modules.part import Part, is_readable
 
 from .takeover import Site, Takeover, takeover_of
 
@@ -77,11 +77,11 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
     """The reason a site cannot be folded, or None."""
     module = site.module
     if isinstance(module, LoRALinear):
-        return None if _is_own(module.slot.module) else "LoRA on a weight that is computed"
+        return _why_not_read(module.slot.module, "LoRA on")
     if isinstance(module, SequentialAdapter):
         if module.activation != "identity" or module.layer_norm != "none":
             return "an adapter with an activation or a LayerNorm is not linear"
-        return None if _is_own(module.slot.module) else "a projection whose weight is computed"
+        return _why_not_read(module.slot.module, "a projection with")
     if isinstance(module, ResidualFFNAdapter):
         return "the adapter reads the residual stream, the block its norm"
     if isinstance(module, ParallelFFNAdapter):
@@ -98,9 +98,13 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
     return f"{site.form} on this place is not linear"
 
 
-def _is_own(linear: nn.Module) -> bool:
+def _why_not_read(linear: nn.Module, what: str) -> str | None:
+    """Why nothing can be folded into a layer's weight, or None."""
+    if not is_readable(linear):
+        return f"{what} a quantised weight"
     holder = linear.owner if isinstance(linear, Part) else linear
-    return isinstance(linear, (nn.Linear, Part)) and "weight" in holder._parameters
+    own = isinstance(linear, (nn.Linear, Part)) and "weight" in holder._parameters
+    return None if own else f"{what} a weight that is computed"
 
 
 def _folded(site: Site) -> list[tuple[nn.Module, str, Tensor]]:

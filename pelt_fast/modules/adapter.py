@@ -9,6 +9,7 @@ from pelt_fast import functional
 from pelt_fast.config import Modification
 
 from .caught import Caught
+from .part import shape_of
 from .slot import Foldable, Slot
 
 
@@ -88,7 +89,7 @@ class SequentialAdapter(Bottleneck):
     """Runs in the place of an output projection: adapter(linear(x)) (paper equation 4)."""
 
     def __init__(self, linear: nn.Linear, modification: Modification, dtype: torch.dtype):
-        width = linear.weight.shape[0]
+        width, _ = shape_of(linear)
         super().__init__(width, width, modification, linear.weight.device, dtype)
         self.slot = Slot(linear)
 
@@ -103,7 +104,7 @@ class ParallelAttentionAdapter(Bottleneck):
 
     def __init__(self, linear: nn.Linear, width: int, modification: Modification, dtype):
         before_output = modification.placement != "after_output"
-        outputs = linear.weight.shape[1 if before_output else 0]
+        outputs = shape_of(linear)[1 if before_output else 0]
         super().__init__(width, outputs, modification, linear.weight.device, dtype)
         self.before_output = before_output
         self.slot, self.caught = Slot(linear), Caught()

@@ -13,7 +13,7 @@ from pelt_fast.ops import support
 from .adapter import Bottleneck
 from .caught import Caught
 from .packing import Packing
-from .part import parameter_of
+from .part import parameter_of, shape_of
 from .slot import Slot
 
 
@@ -51,7 +51,10 @@ class FrozenFFN:
         if self.activation is None:
             return "the ops do not know its activation"
         if not all(slot.is_plain for slot in self.projections):
-            return "a projection is not a plain frozen nn.Linear (LoRA on it, trained or patched)"
+            return (
+                "a projection is not a plain frozen nn.Linear (LoRA on it, trained, patched or"
+                " quantised)"
+            )
         return None
 
     def __call__(self, x: Tensor, training: bool, output_dropout: bool = True) -> Tensor:
@@ -73,9 +76,9 @@ class _FFNAdapter(Bottleneck):
     """A bottleneck from the block's input width to its output width."""
 
     def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
-        weight, out_weight = ffn.in_proj.module.weight, ffn.out_proj.module.weight
-        outputs = out_weight.shape[0]
-        inputs = outputs if modification.insertion == "sequential" else weight.shape[1]
+        weight, (outputs, _) = ffn.in_proj.module.weight, shape_of(ffn.out_proj.module)
+        width = shape_of(ffn.in_proj.module)[1]
+        inputs = outputs if modification.insertion == "sequential" else width
         super().__init__(inputs, outputs, modification, weight.device, dtype)
         self.ffn = ffn
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 
+from .part import is_readable, shape_of
 from .slot import Foldable, Slot
 
 
@@ -22,7 +23,7 @@ class LoRALinear(Foldable):
         super().__init__()
         self.slot = Slot(linear)
         self.scale, self.dropout_p = scale, dropout_p
-        out_features, in_features = linear.weight.shape
+        out_features, in_features = shape_of(linear)
         place = dict(device=linear.weight.device, dtype=dtype)
         self.lora_a = nn.Parameter(torch.empty(rank, in_features, **place))
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, **place))
@@ -34,11 +35,22 @@ class LoRALinear(Foldable):
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.slot.module
+        if not is_readable(linear):
+            return self._beside(x)
         if self.is_folded():
             return nn.functional.linear(x, linear.weight, linear.bias)
         return functional.lora_linear(
             x, linear.weight, linear.bias, self.lora_a, self.lora_b, scale=self.scale,
             dropout_p=self.dropout_p, training=self.training,
+        )  # fmt: skip
+
+    def _beside(self, x: Tensor) -> Tensor:
+        """The rank update on whatever a quantised layer returns."""
+        base = self.slot.bare(x).to(x.dtype)
+        dropped = nn.functional.dropout(x, self.dropout_p, self.training)
+        return functional.parallel_adapter(
+            base, dropped, self.lora_a, None, self.lora_b, None, scale=self.scale,
+            activation="identity", training=self.training,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

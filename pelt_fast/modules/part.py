@@ -86,6 +86,11 @@ def part_of(owner: nn.Module, name: str, config) -> Part:
     fused = owner._modules.get(FUSED)
     if fused is not None and name in fused._modules:
         return fused._modules[name]
+    if isinstance(owner, nn.Linear) and not is_readable(owner):
+        raise ValueError(
+            f"a fused projection ({type(owner).__name__}, {shape_of(owner)}) is quantised: its rows"
+            " cannot be told apart. Leave it out of the quantisation"
+        )
     if name == "":
         return Part(owner, name, None)
     outputs = Part(owner, "", None).weight.shape[0]
@@ -112,3 +117,18 @@ def parameter_of(linear: nn.Module) -> nn.Parameter | None:
     if not isinstance(linear, Part):
         return linear.weight
     return None if isinstance(linear.owner, Conv1D) else linear.owner.weight
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear layer, however its weight is stored."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    return tuple(linear.weight.shape)
+
+
+def is_readable(linear: nn.Module) -> bool:
+    """Whether the weight is a matrix of numbers an op can read: not quantised, not a subclass that
+    is one only to its own library's kernels (bitsandbytes, torchao, GPTQ)."""
+    weight = getattr(linear, "weight", None)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return plain and tuple(weight.shape) == shape_of(linear)

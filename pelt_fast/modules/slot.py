@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .part import LORA, Part, host_of
+from .part import LORA, Part, host_of, is_readable
 
 
 def foreign_forward(module: nn.Module) -> Callable | None:
@@ -33,13 +33,15 @@ class Slot:
         holder = module.owner if isinstance(module, Part) else module
         frozen = not any(p.requires_grad for p in holder.parameters(recurse=False))
         own = LORA not in host_of(module)._modules and self.foreign is None
-        return type(module) in (nn.Linear, Part) and own and frozen
+        return type(module) in (nn.Linear, Part) and own and frozen and is_readable(module)
 
     def __call__(self, *args, **kwargs):
         """The module's own forward, with the LoRA it may carry, past any takeover of ours."""
         lora = host_of(self.module)._modules.get(LORA)
-        if lora is not None:
-            return lora(*args, **kwargs)
+        return self.bare(*args, **kwargs) if lora is None else lora(*args, **kwargs)
+
+    def bare(self, *args, **kwargs):
+        """The module's own forward alone."""
         if self.foreign is not None:
             return self.foreign(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)

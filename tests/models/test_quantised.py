@@ -1,0 +1,162 @@
+"""Quantised bases: the method rides on whatever linear layer is there. torchao int8 and bitsandbytes
+nf4 / int8 where they are installed, and a layer that keeps int8 rows of its own everywhere."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pelt_fast
+from tests.models.test_parity import assert_close, small_method
+from tests.small import MODELS, MORE, gradients, inputs, randomise
+
+
+class Int8Linear(nn.Linear):
+    """Rows of int8 and a scale each; the product is of the numbers they stand for."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, "meta")
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        rows = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.register_buffer("row_scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.row_scale.to(x.dtype), self.bias)
+
+
+def own(model: nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        for child, linear in list(module.named_children()):
+            if type(linear) is nn.Linear and "head" not in child and "classifier" not in name:
+                setattr(module, child, Int8Linear(linear))
+
+
+def torchao(model: nn.Module) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: (
+        type(module) is nn.Linear and "head" not in name and "classifier" not in name
+    ))  # fmt: skip
+
+
+def bitsandbytes(kind: str):
+    def quantise(model: nn.Module) -> None:
+        import bitsandbytes as bnb
+
+        for name, module in list(model.named_modules()):
+            for child, linear in list(module.named_children()):
+                if type(linear) is not nn.Linear or "head" in child or "classifier" in name:
+                    continue
+                data, sizes = linear.weight.data, (linear.in_features, linear.out_features)
+                bias = linear.bias is not None
+                if kind == "nf4":
+                    new = bnb.nn.Linear4bit(*sizes, bias=bias, quant_type="nf4")
+                    new.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4")
+                else:
+                    new = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False)
+                    new.weight = bnb.nn.Int8Params(data, requires_grad=False)
+                new.bias = linear.bias
+                setattr(module, child, new.to("cpu"))
+
+    return quantise
+
+
+def needs(package: str):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed")
+
+
+QUANTISED = [
+    pytest.param(own, id="int8 rows"),
+    pytest.param(torchao, id="torchao int8", marks=needs("torchao")),
+    pytest.param(bitsandbytes("nf4"), id="bitsandbytes nf4", marks=needs("bitsandbytes")),
+    pytest.param(bitsandbytes("int8"), id="bitsandbytes int8", marks=needs("bitsandbytes")),
+]
+METHODS = ["lora", "lora_ffn", "houlsby", "mam", "multi_head_parallel_adapter", "pfeiffer"]
+
+
+def base(architecture: str, quantise):
+    torch.manual_seed(0)
+    wide = dict(hidden_size=64, intermediate_size=128) if architecture != "bart" else dict(
+        d_model=64, encoder_ffn_dim=128, decoder_ffn_dim=128
+    )  # fmt: skip
+    model = MODELS[architecture](dropout=0.0, **wide)
+    quantise(model)
+    return model
+
+
+def readable(model: nn.Module) -> nn.Module:
+    """The same model of plain layers: each weight is what the quantised layer makes of a unit."""
+    for module in list(model.modules()):
+        for name, linear in list(module.named_children()):
+            if not isinstance(linear, nn.Linear) or (
+                type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor
+            ):
+                continue
+            plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+            with torch.no_grad():
+                rows = linear(torch.eye(linear.in_features)).float()
+                if linear.bias is not None:
+                    rows -= linear.bias
+                    plain.bias.copy_(linear.bias)
+                plain.weight.copy_(rows.t())
+            setattr(module, name, plain.requires_grad_(False))
+    return model
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", ["llama", "bart"])
+def test_a_method_on_a_quantised_base_is_the_method_on_what_it_stands_for(
+    architecture, method, quantise
+):
+    model = base(architecture, quantise)
+    plain = copy.deepcopy(model)
+    torch.manual_seed(1)
+    randomise(pelt_fast.inject(model, small_method(method, dropout=0.0))).train()
+    readable(plain)
+    pelt_fast.inject(plain, small_method(method, dropout=0.0)).train()
+    wanted = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                wanted[name].copy_(parameter)
+    batch = inputs(model)
+    found = []
+    for each in (model, plain):
+        out = each(**batch)
+        out.loss.backward()
+        found.append({"logits": out.logits.detach(), **gradients(each)})
+    # bitsandbytes' int8 rounds the activations too, which the plain layer does not
+    rounds = any(type(m).__name__ == "Linear8bitLt" for m in model.modules())
+    assert_close(found[0], found[1], 0.2 if rounds else 2e-3)
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+def test_eject_save_load_and_the_refusal_to_merge(quantise, tmp_path):
+    model = base("llama", quantise)
+    batch = inputs(model.eval())
+    with torch.no_grad():
+        plain = model(**batch).logits
+        randomise(pelt_fast.inject(model, small_method("lora")))
+        logits = model.eval()(**batch).logits
+    with pytest.raises(ValueError, match="LoRA on a quantised weight"):
+        pelt_fast.merge(model)
+    pelt_fast.save(model, tmp_path)
+    assert str(pelt_fast.explain(model))
+    pelt_fast.eject(model)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain)
+        assert torch.allclose(pelt_fast.load(model, tmp_path).eval()(**batch).logits, logits)
+
+
+def test_a_fused_projection_that_is_quantised_is_refused():
+    model = MORE["phi3"]()
+    own(model)
+    with pytest.raises(ValueError, match=r"a fused projection .* is quantised"):
+        pelt_fast.inject(model, small_method("lora"))
