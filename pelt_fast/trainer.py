@@ -6,19 +6,49 @@ prefix's MLP, which ``save`` folds away, goes on training after a resume). Needs
 ``train``.
 """
 
+import json
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pelt_fast.models.checkpoint import load_trained, save, save_trained
 
 
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest checkpoint in ``folder`` that was written to its end: the trainer's state comes
+    last. None where there is none."""
+    found = [
+        path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdigit() and _is_whole(path / TRAINER_STATE_NAME)
+    ]  # fmt: skip
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        json.loads(state.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 class MethodCheckpoints:
     """What a Trainer writes and reads; mixed in before it."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """transformers' own; ``True`` goes on from the newest checkpoint that is whole: one that a
+        kill cut short is passed over."""
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"no whole checkpoint in {self.args.output_dir} to go on from")
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _plain_model(self, model: nn.Module | None = None) -> nn.Module:
         return self.accelerator.unwrap_model(
