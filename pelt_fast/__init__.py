@@ -3,6 +3,7 @@
 from pelt_fast import functional
 from pelt_fast._version import __version__
 from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.hub import load_from_hub, push_to_hub
 from pelt_fast.methods import methods
 from pelt_fast.models.checkpoint import load, save
 from pelt_fast.models.count import count_parameters
@@ -36,8 +37,10 @@ __all__ = [
     "functional",
     "inject",
     "load",
+    "load_from_hub",
     "merge",
     "methods",
+    "push_to_hub",
     "restore_peft",
     "save",
     "unmerge",
