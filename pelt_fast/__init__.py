@@ -8,6 +8,7 @@ from pelt_fast.methods import methods
 from pelt_fast.models.checkpoint import load, save
 from pelt_fast.models.count import count_parameters
 from pelt_fast.models.explain import explain
+from pelt_fast.models.export import export_peft
 from pelt_fast.models.inject import eject, inject
 from pelt_fast.models.merge import merge, unmerge
 from pelt_fast.models.peft import accelerate_peft, restore_peft
@@ -34,6 +35,7 @@ __all__ = [
     "count_parameters",
     "eject",
     "explain",
+    "export_peft",
     "functional",
     "inject",
     "load",

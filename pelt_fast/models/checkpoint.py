@@ -81,10 +81,10 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         WEIGHTS_FILE: lambda to: save_file(tensors, to, metadata={"format": "pt"}),
         CONFIG_FILE: lambda to: to.write_text(json.dumps(about, indent=2) + "\n"),
     }
-    _write(Path(folder), writers, "the method")
+    write_files(Path(folder), writers, "the method")
 
 
-def _write(folder: Path, writers: dict[str, Callable[[Path], object]], what: str) -> None:
+def write_files(folder: Path, writers: dict[str, Callable[[Path], object]], what: str) -> None:
     """Write every file whole or none: beside their places first."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f".{name}.{os.getpid()}.part" for name in writers}
@@ -107,7 +107,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike) -> None:
         name: parameter.detach().contiguous().cpu()
         for name, parameter in model.named_parameters() if parameter.requires_grad
     }  # fmt: skip
-    _write(Path(folder), {TRAINED_FILE: lambda to: save_file(tensors, to)}, "what trains")
+    write_files(Path(folder), {TRAINED_FILE: lambda to: save_file(tensors, to)}, "what trains")
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:

@@ -27,6 +27,7 @@ ROWS = [  # what, which tests
     ("fp32 factors on a bf16 base", "tests/models/test_bf16.py"),
     ("Liger's and parametrized models, tied embeddings", "tests/models/test_composition.py"),
     ("PEFT's LoRA and prefix models on our ops and back", "tests/models/test_peft.py"),
+    ("LoRA written in PEFT's format, read by PEFT", "tests/models/test_export.py"),
     ("merge and unmerge", "tests/models/test_merge.py"),
     ("save and load; a full disk, a damaged file", "tests/models/test_checkpoint.py"),
     ("hostile files", "tests/models/test_hostile.py"),
@@ -34,7 +35,7 @@ ROWS = [  # what, which tests
     ("sdist and wheel, with and without a compiler", "tests/test_release.py"),
 ]  # fmt: skip
 NOT_YET = """Not here yet: several methods side by side in one model, AdapterHub's and the paper's own
-checkpoints, PEFT's files written, tensor-parallel plans of transformers, GPTQ, TRL's SFTTrainer.
+checkpoints, PEFT's prefix files, tensor-parallel plans of transformers, GPTQ, TRL's SFTTrainer.
 """
 
 
