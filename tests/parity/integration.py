@@ -18,7 +18,7 @@ ROWS = [  # what, which tests
      "tests/models/test_trainer.py"),
     ("killed with SIGKILL and resumed, no growth of memory", "tests/models/test_long_run.py"),
     ("DDP and FSDP2, two gloo processes: the losses of one", "tests/models/test_distributed.py"),
-    ("quantised bases: bitsandbytes nf4 and int8, torchao int8, int8 rows",
+    ("quantised bases (extra `quantised`): bitsandbytes nf4 and int8, torchao int8, int8 rows",
      "tests/models/test_quantised.py"),
     ("packed sequences without padding", "tests/models/test_packed_sequences.py"),
     ("fused and transposed projections", "tests/models/test_parts.py"),
