@@ -35,7 +35,7 @@ def _bert_ffn() -> FFNSlot:
 
 
 def deberta_v2() -> tuple[StackSlot, ...]:
-    """Its attention is disentangled and computes itself: no prefix (``attention.wrap`` says so)."""
+    """Its attention computes itself: no prefix (``attention.check`` says so)."""
     own = AttentionSlot(
         "encoder", "attention.self", "attention.self.query_proj", "attention.self.key_proj",
         "attention.self.value_proj", "attention.output.dense",
@@ -54,7 +54,9 @@ def vit() -> tuple[StackSlot, ...]:
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def _bart_ffn(*attentions: str, activation_dropout: str | None, **pre_norm: str) -> FFNSlot:
+def _bart_ffn(
+    *attentions: str, activation_dropout: str | None = "activation_dropout", **pre_norm: str
+) -> FFNSlot:
     return FFNSlot(
         "fc1", "fc1", "fc2", "activation_fn", "activation_function",
         activation_dropout=activation_dropout, output_dropout="dropout",
@@ -65,10 +67,7 @@ def _bart_ffn(*attentions: str, activation_dropout: str | None, **pre_norm: str)
 def bart(prompt: bool = True, **pre_norm: str) -> tuple[StackSlot, ...]:
     """BART, mBART, Whisper (whose encoder embeds audio: no prompt)."""
     own, cross = "self_attn", "encoder_attn"
-    ffns = (
-        _bart_ffn(own, activation_dropout="activation_dropout", **pre_norm),
-        _bart_ffn(own, cross, activation_dropout="activation_dropout", **pre_norm),
-    )
+    ffns = _bart_ffn(own, **pre_norm), _bart_ffn(own, cross, **pre_norm)
     encoder = (attention("encoder", own, PROJECTIONS),)
     decoder = (attention("decoder", own, PROJECTIONS), attention("cross", cross, PROJECTIONS))
     slot = PromptSlot(positions="encoder.embed_positions") if prompt else None

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 import pelt_fast
+from tests.models.judge import assert_near, exactly
 from tests.models.test_parity import assert_close, outputs_and_gradients, small_method
 from tests.small import MODELS, gradients, inputs, randomise
 
@@ -60,5 +61,5 @@ def test_one_compiled_graph_gives_the_eager_gradients_of_other_shapes(architectu
         model.zero_grad()
         out = run(**given)
         out.loss.backward()
-        assert torch.allclose(out.logits, logits, atol=1e-4)
+        assert_near(out.logits, logits, exactly(model, given)["logits"])
         assert_close(gradients(model), expected, 1e-3)

@@ -86,7 +86,7 @@ def test_names_that_lead_elsewhere_are_names_of_nothing(tmp_path):
     save_trained(model, tmp_path)
     tensors = load_file(tmp_path / TRAINED_FILE)
     first = next(iter(tensors))
-    for name in ("../../etc/passwd", "__class__", f"{first}.data", "/tmp/x", ""):
+    for name in ("../../outside", "__class__", f"{first}.data", "/outside", ""):
         changed = {**tensors, name: tensors[first]}
         del changed[first]
         save_file(changed, tmp_path / TRAINED_FILE)

@@ -97,7 +97,7 @@ def _miss(model, batch: dict) -> tuple | None:
 
 def past_budget(found: dict, same: dict, exact: dict) -> tuple | None:
     """The worst tensor where it is further from fp64 than four times the reference's worst, or
-    None. What a random model makes of roundings varies tenfold from batch to batch, for either
+    None. What a random model makes of roundings varies widely from batch to batch, for either
     path: hence four, where an op has two, and the worst of all tensors; a path that is wrong is
     wrong in every batch."""
     assert found.keys() == exact.keys()
