@@ -12,6 +12,7 @@ from pelt_fast.models.export import export_peft
 from pelt_fast.models.inject import eject, inject
 from pelt_fast.models.merge import merge, unmerge
 from pelt_fast.models.peft import accelerate_peft, restore_peft
+from pelt_fast.models.several import activate, active, inject_several
 from pelt_fast.models.slots import (
     AttentionSlot,
     FFNSlot,
@@ -31,6 +32,8 @@ __all__ = [
     "StackSlot",
     "__version__",
     "accelerate_peft",
+    "activate",
+    "active",
     "backend",
     "count_parameters",
     "eject",
@@ -38,6 +41,7 @@ __all__ = [
     "export_peft",
     "functional",
     "inject",
+    "inject_several",
     "load",
     "load_from_hub",
     "merge",

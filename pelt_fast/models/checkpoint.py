@@ -122,7 +122,7 @@ def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:
     tensors = _read(path)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check_fits(trained, tensors, folder)
-    _copy(model, tensors)
+    copy_tensors(model, tensors)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -186,17 +186,17 @@ def load(
     if config.is_full:
         _check_fits(dict(model.named_parameters()), tensors, folder)
         inject(model, config)
-        _copy(model, tensors)
+        copy_tensors(model, tensors)
         return model
     inject(model, config, slots=slots, pack=pack)
     try:
-        _fold_banks(model, tensors)
+        fold_banks(model, tensors)
         expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
         _check_fits(expected, tensors, folder)
     except BaseException:
         eject(model)
         raise
-    _copy(model, tensors)
+    copy_tensors(model, tensors)
     return model
 
 
@@ -211,7 +211,8 @@ def _check_sizes(config: PeltConfig, tensors: dict[str, Tensor], folder) -> None
             )
 
 
-def _fold_banks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def fold_banks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fold the prefixes that ``tensors`` holds folded."""
     for name, module in model.named_modules():
         if isinstance(module, PrefixBank) and f"{name}.prefix" in tensors:
             module.fold(tensors[f"{name}.prefix"])
@@ -234,7 +235,8 @@ def _check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], folder)
 
 
 @torch.no_grad()
-def _copy(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def copy_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Write tensors into the parameters of their names, in place."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)

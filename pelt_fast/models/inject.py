@@ -70,6 +70,7 @@ def eject(model: nn.Module) -> nn.Module:
         unmerge(model)
     _restore(model, takeover)
     del model._pelt
+    model.__dict__.pop("_pelt_several", None)
     return model
 
 

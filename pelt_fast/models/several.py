@@ -1,0 +1,267 @@
+"""Several named methods in one model: one of them at work, or a weighted sum of them.
+
+Every method is a low-rank residual (paper section 3), so a sum of methods is one method whose
+ranks are added: its factors stand side by side, the weights are in the second. A sum costs one
+fused site of the whole rank, and a change of weights, or of one method for another of its config,
+writes into the tensors that are there: nothing is compiled again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.methods import method as preset
+
+from .checkpoint import copy_tensors, fold_banks, load, method_tensors
+from .count import is_method, method_modules
+from .inject import eject, inject
+from .slots import SlotMap
+from .takeover import takeover_of
+
+# a tensor's axis of the rank; of a bottleneck for each head, (H, R, D), it is the second
+_RANK_AXIS = {"lora_a": 0, "lora_b": 1, "down_weight": 0, "down_bias": 0, "up_weight": 1,
+              "prefix": 3, "embedding": 0}  # fmt: skip
+_UPDATE = ("lora_b", "up_weight", "up_bias")  # what a weight multiplies
+_VISIBLE = ("prefix", "prompt")  # forms whose tokens are there or not
+
+
+@dataclasses.dataclass
+class Kept:
+    """A method that waits: ``trained`` as it trains, ``plain`` folded and at scale one."""
+
+    config: PeltConfig
+    trained: dict[str, Tensor]
+    plain: dict[str, Tensor]
+
+
+class Several:
+    """The named methods of one model, and which of them work; copies and pickles with it."""
+
+    def __init__(self, slots: SlotMap | None, pack: bool):
+        self.options = dict(slots=slots, pack=pack)
+        self.kept: dict[str, Kept] = {}
+        self.weights: dict[str, float] = {}
+
+    @property
+    def single(self) -> str | None:
+        """The name of the one method at work, None under a sum."""
+        one = len(self.weights) == 1 and set(self.weights.values()) == {1.0}
+        return next(iter(self.weights)) if one else None
+
+
+def inject_several(
+    model: nn.Module,
+    methods: dict[str, str | PeltConfig | os.PathLike],
+    *,
+    slots: SlotMap | None = None,
+    pack: bool = True,
+) -> nn.Module:
+    """Put several methods into ``model`` by name, the first of them at work; returns the model.
+
+    A value is a preset's name, a :class:`PeltConfig`, or a ``Path`` to a folder that
+    :func:`pelt_fast.save` wrote. ``slots`` and ``pack`` as for :func:`pelt_fast.inject`. Raises
+    what inject and load raise, and ValueError for no method or full fine-tuning; the model is then
+    as it was. :func:`activate` chooses; ``save`` writes what is at work, ``eject`` takes all out.
+    """
+    if not methods:
+        raise ValueError("methods must name at least one method, got none")
+    configs = {name: preset(m) if isinstance(m, str) else m for name, m in methods.items()}
+    for name, config in configs.items():
+        if isinstance(config, PeltConfig) and config.is_full:
+            raise ValueError(f"{name!r} is full fine-tuning, which leaves no base for the others")
+    several = Several(slots, pack)
+    for name, config in configs.items():
+        if isinstance(config, os.PathLike):
+            load(model, Path(config), **several.options)
+        else:
+            inject(model, config, **several.options)
+        try:
+            several.kept[name] = _capture(model)
+        finally:
+            eject(model)
+    first = next(iter(configs))
+    _put(model, several, several.kept[first].config, several.kept[first].trained)
+    several.weights = {first: 1.0}
+    model._pelt_several = several
+    return model
+
+
+def active(model: nn.Module) -> dict[str, float]:
+    """The names at work and their weights; ValueError without :func:`inject_several`."""
+    return dict(_several_of(model).weights)
+
+
+def activate(model: nn.Module, weights: str | dict[str, float]) -> nn.Module:
+    """Let one method work, or the sum h + Σ w Δh of several; returns the model.
+
+    A method alone trains; what it learned is kept when another takes its place. A sum does not
+    train. Between methods of one config, and between weights of one sum, tensors are written in
+    place; otherwise sites are made anew, and an optimizer must be too. The sum of task heads and
+    biases is base + Σ w (trained - base). Keys of a prefix or prompt stand side by side: their
+    weight can be 1 or 0. Raises ValueError, the model unchanged, for an unknown name, a weight that
+    is not finite, a merged model, methods that no sum can hold (two adapters with a LayerNorm, a
+    place modified in two ways).
+    """
+    several, takeover = _several_of(model), takeover_of(model)
+    weights = {weights: 1.0} if isinstance(weights, str) else dict(weights)
+    for name, weight in weights.items():
+        if name not in several.kept:
+            known = ", ".join(several.kept)
+            raise ValueError(f"no method is named {name!r}; there are {known}")
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
+    if not weights:
+        raise ValueError("weights must name at least one method, got none")
+    if takeover.merged:
+        raise ValueError("this model is merged into its base: unmerge it before activate")
+    if several.single is not None:
+        several.kept[several.single] = _capture(model)
+    base = {name: takeover.values_before[name] for name in takeover.own_trained}
+    asked = Several(**several.options)
+    asked.weights = {name: float(weight) for name, weight in weights.items()}
+    if asked.single is not None:
+        kept = several.kept[asked.single]
+        config, tensors = kept.config, kept.trained
+    else:
+        chosen = {name: (several.kept[name], weight) for name, weight in asked.weights.items()}
+        config, tensors = _sum_config(chosen), _sum_tensors(chosen, base, model)
+    before = takeover.config, {name: p.detach().clone() for name, p in _own(model).items()}
+    try:
+        _put(model, several, config, tensors, trains=asked.single is not None)
+    except BaseException:
+        _put(model, several, *before, trains=several.single is not None)
+        raise
+    else:
+        several.weights = asked.weights
+    finally:
+        model._pelt_several = several
+    return model
+
+
+def _several_of(model: nn.Module) -> Several:
+    several = model.__dict__.get("_pelt_several")
+    if several is None:
+        raise ValueError(f"this {type(model).__name__} has no named methods: use inject_several")
+    return several
+
+
+def _own(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are the method: its sites', and the model's own that it trains."""
+    own = takeover_of(model).own_trained
+    return {n: p for n, p in model.named_parameters() if is_method(n) or n in own}
+
+
+@torch.no_grad()
+def _capture(model: nn.Module) -> Kept:
+    trained = {name: p.detach().clone() for name, p in _own(model).items()}
+    plain = {name: tensor.clone() for name, tensor in method_tensors(model).items()}
+    ours = set(method_modules(model))
+    for name, module in model.named_modules():
+        if module not in ours or not hasattr(module, "scale"):
+            continue
+        scale = plain.pop(f"{name}.scale", module.scale)
+        for last in _UPDATE:
+            tensor = plain.get(f"{name}.{last}")
+            if tensor is not None:
+                rows = isinstance(scale, Tensor) and tensor.dim() > 1
+                tensor.mul_(scale[:, None] if rows else scale)
+    return Kept(takeover_of(model).config, trained, plain)
+
+
+def _put(model, several: Several, config: PeltConfig, tensors: dict, trains=True) -> None:
+    """Let ``config`` with ``tensors`` be what is injected: in place where it is already."""
+    there = model.__dict__.get("_pelt")
+    if there is None or not _same(model, config, tensors, trains):
+        if there is not None:
+            eject(model)
+        inject(model, config, **several.options)
+        fold_banks(model, tensors)
+        for parameter in _own(model).values():
+            parameter.requires_grad_(trains)
+    copy_tensors(model, tensors)
+
+
+def _same(model: nn.Module, config: PeltConfig, tensors: dict, trains: bool) -> bool:
+    own = _own(model)
+    present = dataclasses.replace(takeover_of(model).config, name=config.name)
+    shapes = {name: p.shape for name, p in own.items()} == {n: t.shape for n, t in tensors.items()}
+    return present == config and shapes and all(p.requires_grad == trains for p in own.values())
+
+
+def _place(m: Modification) -> Modification:
+    """A modification as the sum has it, of size 1 (of a bias: 0)."""
+    composition = m.composition if m.form in _VISIBLE else "add"
+    return dataclasses.replace(
+        m, composition=composition, size=min(m.size, 1), scale=1.0, dropout=0.0, init="lora",
+        reparameterization="none", mlp_dim=1,
+    )  # fmt: skip
+
+
+def _sum_config(chosen: dict[str, tuple[Kept, float]]) -> PeltConfig:
+    """The method that the weighted sum is."""
+    sizes: dict[Modification, int] = {}
+    for name, (kept, weight) in chosen.items():
+        for m in kept.config.modifications:
+            if m.form in _VISIBLE and weight not in (0, 1) and m.composition == "gated":
+                raise ValueError(
+                    f"{name!r} has a {m.form}, whose keys are there or not: its weight can be 1 or"
+                    f" 0, got {weight}"
+                )
+            place = _place(m)
+            ungated = (m.form, m.composition) == ("prefix", "add")
+            if place in sizes and (m.layer_norm != "none" or ungated):
+                what = "an ungated prefix" if ungated else "an adapter with a LayerNorm"
+                raise ValueError(
+                    f"two methods have {what} on {m.target}: no one of them is their sum"
+                )
+            if m.layer_norm == "out" and weight != 1:
+                raise ValueError(f"{name!r} has a LayerNorm on its update: its weight must be 1")
+            if m.form not in _VISIBLE or weight:
+                sizes[place] = sizes.get(place, 0) + m.size
+    configs = [kept.config for kept, _ in chosen.values()]
+    return PeltConfig(
+        " + ".join(f"{weight:g} {name}" for name, (_, weight) in chosen.items()),
+        tuple(dataclasses.replace(place, size=size) for place, size in sizes.items()),
+        any(config.train_head for config in configs),
+        max((c.dtype for c in configs), key=lambda dtype: getattr(torch, dtype).itemsize),
+    )
+
+
+@torch.no_grad()
+def _sum_tensors(chosen: dict, base: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    found: dict[str, list[tuple[Tensor, float]]] = {}
+    for kept, weight in chosen.values():
+        for name, tensor in kept.plain.items():
+            found.setdefault(name, []).append((tensor, weight))
+    tensors = {}
+    for name, parts in found.items():
+        if not is_method(name):
+            before = base.get(name, parameters.get(name))
+            tensors[name] = before + sum(w * (t - before) for t, w in parts)
+        else:
+            tensors[name] = _joined(name.rpartition(".")[2], parts)
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _joined(last: str, parts: list[tuple[Tensor, float]]) -> Tensor | None:
+    """One tensor of the sum from those of its methods."""
+    if last in ("prefix", "embedding"):
+        parts = [(tensor, weight) for tensor, weight in parts if weight]
+        if not parts:
+            return None
+    tensors = [weight * t if last in _UPDATE else t for t, weight in parts]
+    if last == "prefix" and parts[0][1] != 1:  # an ungated one: its values carry the weight
+        tensors = [torch.stack([tensors[0][:, 0], parts[0][1] * tensors[0][:, 1]], 1)]
+    if last == "up_bias":
+        return sum(tensors[1:], tensors[0])
+    if last not in _RANK_AXIS:
+        return tensors[0]  # a LayerNorm's, of one method alone
+    return torch.cat(tensors, 1 if tensors[0].dim() == 3 else _RANK_AXIS[last])
