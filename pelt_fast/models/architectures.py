@@ -40,7 +40,8 @@ def deberta_v2() -> tuple[StackSlot, ...]:
         "encoder", "attention.self", "attention.self.query_proj", "attention.self.key_proj",
         "attention.self.value_proj", "attention.output.dense",
     )  # fmt: skip
-    return _encoder("encoder.layer", "encoder", own, _bert_ffn())
+    prompt = PromptSlot(norm="embeddings.LayerNorm", strip="encoder", own_mask=True)
+    return _encoder("encoder.layer", "encoder", own, _bert_ffn(), prompt=prompt)
 
 
 def vit() -> tuple[StackSlot, ...]:
@@ -48,7 +49,8 @@ def vit() -> tuple[StackSlot, ...]:
     own = attention("encoder", "attention", ("q_proj", "k_proj", "v_proj", "o_proj"))
     ffn = FFNSlot("mlp", "mlp.fc1", "mlp.fc2", "mlp.activation_fn", "hidden_act",
                   norm="layernorm_after")  # fmt: skip
-    return _encoder("layers", "", own, ffn)
+    prompt = PromptSlot(layer="layers.0", strip="layernorm")
+    return _encoder("layers", "", own, ffn, prompt=prompt)
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -64,15 +66,17 @@ def _bart_ffn(
     )  # fmt: skip
 
 
-def bart(prompt: bool = True, **pre_norm: str) -> tuple[StackSlot, ...]:
-    """BART, mBART, Whisper (whose encoder embeds audio: no prompt)."""
+_BART_PROMPT = PromptSlot(positions="encoder.embed_positions")
+
+
+def bart(prompt: PromptSlot = _BART_PROMPT, **pre_norm: str) -> tuple[StackSlot, ...]:
+    """BART, mBART, Whisper."""
     own, cross = "self_attn", "encoder_attn"
     ffns = _bart_ffn(own, **pre_norm), _bart_ffn(own, cross, **pre_norm)
     encoder = (attention("encoder", own, PROJECTIONS),)
     decoder = (attention("decoder", own, PROJECTIONS), attention("cross", cross, PROJECTIONS))
-    slot = PromptSlot(positions="encoder.embed_positions") if prompt else None
     return (
-        StackSlot("encoder", "encoder", "encoder.layers", encoder, ffns[0], slot),
+        StackSlot("encoder", "encoder", "encoder.layers", encoder, ffns[0], prompt),
         StackSlot("decoder", "decoder", "decoder.layers", decoder, ffns[1]),
     )
 
@@ -81,7 +85,8 @@ def opt() -> tuple[StackSlot, ...]:
     """BART's layer in a decoder alone."""
     ffn = _bart_ffn("self_attn", activation_dropout=None, norm="final_layer_norm")
     own = (attention("decoder", "self_attn", PROJECTIONS),)
-    return (StackSlot("decoder", "decoder", "decoder.layers", own, ffn),)
+    prompt = PromptSlot(positions="decoder.embed_positions")
+    return (StackSlot("decoder", "decoder", "decoder.layers", own, ffn, prompt),)
 
 
 def gpt2() -> tuple[StackSlot, ...]:
@@ -91,7 +96,7 @@ def gpt2() -> tuple[StackSlot, ...]:
     )
     ffn = FFNSlot("mlp", "mlp.c_fc:", "mlp.c_proj:", "mlp.act", "activation_function",
                   output_dropout="mlp.dropout", norm="ln_2")  # fmt: skip
-    return (StackSlot("decoder", "", "h", (own,), ffn),)
+    return (StackSlot("decoder", "", "h", (own,), ffn, PromptSlot(positions="wpe")),)
 
 
 def phi3() -> tuple[StackSlot, ...]:
@@ -111,7 +116,7 @@ def modernbert() -> tuple[StackSlot, ...]:
     ffn = FFNSlot("mlp", "mlp.Wi:1/2", "mlp.Wo", "mlp.act", "hidden_activation",
                   gate_proj="mlp.Wi:0/2", activation_dropout="mlp.drop",
                   norm="mlp_norm")  # fmt: skip
-    return _encoder("layers", "", own, ffn)
+    return _encoder("layers", "", own, ffn, prompt=PromptSlot(strip="final_norm"))
 
 
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -179,7 +184,7 @@ ROWS: list[SlotMap] = [
     SlotMap("t5", t5(gated=False)),
     SlotMap("t5", t5(gated=True)),
     SlotMap("vit", vit()),
-    SlotMap("whisper", bart(prompt=False, norm="final_layer_norm")),
+    SlotMap("whisper", bart(PromptSlot(layer="encoder.layers.0"), norm="final_layer_norm")),
     SlotMap("xlm-roberta", bert()),
 ]
 

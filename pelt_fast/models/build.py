@@ -191,10 +191,14 @@ def _inject_ffn(model, modification, config, stacks, takeover) -> None:
 def _inject_prompt(model, modification, config, stacks, takeover) -> None:
     base = base_of(model)
     for stack in prompted(modification, stacks):
-        embeddings = base.get_input_embeddings().weight
-        owner, dtype = find(base, stack.owner), _dtype(config, embeddings)
-        prompt = Prompt(modification, embeddings.shape[1], embeddings.device, dtype)
-        takeover.add(owner, "pelt_prompt", prompt)
+        if stack.prompt.layer is None:
+            weight = base.get_input_embeddings().weight
+            width = weight.shape[1]
+        else:
+            query = find(find(base, stack.prompt.layer), stack.attentions[0].q)
+            weight, width = query.weight, shape_of(query)[1]
+        prompt = Prompt(modification, width, weight.device, _dtype(config, weight))
+        takeover.add(find(base, stack.owner), "pelt_prompt", prompt)
         attach_prompt(base, stack, prompt, takeover)
         name = f"{stack.owner}.embeddings".removeprefix(".")
         takeover.sites.append(Site(name, "prompt", "prompt", prompt))

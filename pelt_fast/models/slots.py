@@ -62,14 +62,19 @@ class PromptSlot:
     """How a prompt gets in front of a stack's tokens; every path from the base model.
 
     ``norm``: the LayerNorm of the summed embeddings, in front of which the prompt is put;
-    ``strip``: the module whose output is without it again. Else it is put in front of the token
-    embeddings of ``owner``, and ``positions`` is the module that gives learned positions, of which
-    the prompt gets none (None: relative positions, where it takes the first).
+    ``own_mask`` says that the model makes a mask of the ids' shape where it gets none. ``layer``:
+    the first layer, in front of which it is put where what is embedded is no tokens. Else it is put
+    in front of the token embeddings of ``owner``, and ``positions`` is the module that gives
+    learned positions, of which the prompt gets none (None: relative positions, where it takes the
+    first). ``strip``: the module whose output is without it again (None: a decoder's own output; an
+    encoder's goes to its decoder with it).
     """
 
     norm: str | None = None
     strip: str | None = None
     positions: str | None = None
+    layer: str | None = None
+    own_mask: bool = False
 
 
 @dataclass(frozen=True)

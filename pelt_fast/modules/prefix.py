@@ -10,6 +10,25 @@ from torch import Tensor, nn
 from pelt_fast.config import Modification
 
 
+class Rejoined(torch.autograd.Function):
+    """One layer's keys and values in the backward of a reentrant checkpoint, which is a backward of
+    its own for each layer: their gradient goes on into the graph that all layers share, and leaves
+    it standing for the next one."""
+
+    @staticmethod
+    def forward(ctx, bank: "PrefixBank", index: int, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        # not an input of the graph: a nested backward must not walk into it, and free it
+        ctx.current, ctx.index = bank.current, index
+        return bank.current[index, 0].clone(), bank.current[index, 1].clone()
+
+    @staticmethod
+    def backward(ctx, d_keys: Tensor, d_values: Tensor):
+        with torch.enable_grad():
+            both = ctx.current[ctx.index]
+        torch.autograd.backward(both, torch.stack([d_keys, d_values]), retain_graph=True)
+        return None, None, None
+
+
 class PrefixBank(nn.Module):
     """Keys and values (L, 2, Hkv, P, D) of one kind of attention in one stack.
 
@@ -39,6 +58,7 @@ class PrefixBank(nn.Module):
         self.current: Tensor | None = None
         self._current_of: tuple | None = None
         self._with_grad = False  # whether this forward of the stack began with autograd on
+        self._reentrant = False  # and its layers run without it
 
     def forward(self) -> Tensor:
         """The keys and values of every layer (L, 2, Hkv, P, D)."""
@@ -50,7 +70,7 @@ class PrefixBank(nn.Module):
 
     def before_stack(self, *_) -> None:
         """Forward pre-hook of the stack: make the prefix of this forward."""
-        self._with_grad = torch.is_grad_enabled()
+        self._with_grad, self._reentrant = torch.is_grad_enabled(), False
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
             self.current, self._current_of = self(), None
             return
@@ -62,14 +82,16 @@ class PrefixBank(nn.Module):
         """prefix_k and prefix_v (Hkv, P, D) of one layer, from this forward's run."""
         if self.current is None:
             self.current = self()
-        hidden = self._with_grad and not torch.is_grad_enabled()
-        if self.training and hidden and self.current.requires_grad:
-            raise RuntimeError(
-                "reentrant gradient checkpointing cannot carry the shared prefix's gradient: use"
-                " gradient_checkpointing_enable(gradient_checkpointing_kwargs="
-                "{'use_reentrant': False}), which is the default"
-            )
+        if not torch.compiler.is_compiling():
+            if self._with_grad and not torch.is_grad_enabled():
+                self._reentrant = True  # the layer runs again in backward, with autograd
+            elif self._reentrant and self.current.requires_grad:
+                return Rejoined.apply(self, index, self._anchor())
         return self.current[index, 0], self.current[index, 1]
+
+    def _anchor(self) -> Tensor:
+        """What makes autograd come by: a part of a layer's graph, not of the prefix's."""
+        return torch.empty(0, device=self.current.device, requires_grad=True)
 
     @torch.no_grad()
     def fold(self, values: Tensor | None = None) -> None:

@@ -10,7 +10,7 @@ import pelt_fast
 from pelt_fast.models.slots import base_of
 from tests.models.test_generate import tokens
 from tests.models.test_parity import PADDINGS, outputs_and_gradients, small_method
-from tests.small import MODELS, PAD, bert, inputs, llama, randomise
+from tests.small import MODELS, MORE, PAD, bert, inputs, llama, randomise
 
 P = 5
 ENCODERS = ["bert", "roberta"]
@@ -134,6 +134,91 @@ def test_encoder_decoder_attends_to_the_prompt_too(architecture, padding):
     assert torch.allclose(out.encoder_last_hidden_state, x, atol=1e-5)
     assert torch.allclose(out.logits, expected.logits, atol=1e-5)
     assert torch.allclose(out.loss, expected.loss, atol=1e-5)
+
+
+def by_embeddings(plain, prompt, batch):
+    """[prompt; tokens] as inputs_embeds of the plain model, its own positions taken off the prompt
+    and those of the tokens moved back in front."""
+    base, ids = base_of(plain), batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    wide, kind = front(mask), plain.config.model_type
+
+    def positions(mask):
+        if kind == "opt":
+            return base.decoder.embed_positions(mask)
+        found = torch.arange(mask.shape[1])
+        if kind == "gpt2":
+            return base.wpe(found)[None]
+        return base.embeddings.position_embeddings(found)[None]
+
+    tokens = plain.get_input_embeddings()(ids)
+    x = torch.cat([prompt.expand(ids.shape[0], -1, -1), tokens + positions(mask)], 1)
+    if kind == "deberta-v2":  # type embeddings, which the model adds to every place
+        front_type = base.embeddings.token_type_embeddings
+        x[:, :P] -= 0 if front_type is None else front_type.weight[0]
+    return base(inputs_embeds=x - positions(wide), attention_mask=wide).last_hidden_state[:, P:]
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "deberta-v2"])
+def test_tokens_keep_their_learned_positions(architecture, padding):
+    plain, model = prompted(MORE[architecture])
+    batch = inputs(model, padding=padding)
+    expected = by_embeddings(plain, prompt_of(model), batch)
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    actual = base_of(model)(**given).last_hidden_state
+    assert torch.allclose(actual[seen], expected[seen], atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_rotary_encoder_is_the_concatenation_of_embeddings(padding):
+    plain, model = prompted(MORE["modernbert"])
+    batch = inputs(model, padding=padding)
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    x = torch.cat([prompt_of(model).expand(3, -1, -1), plain.get_input_embeddings()(ids)], 1)
+    expected = base_of(plain)(inputs_embeds=x, attention_mask=front(mask)).last_hidden_state
+    actual = base_of(model)(ids, attention_mask=batch.get("attention_mask")).last_hidden_state
+    assert torch.allclose(actual[mask.bool()], expected[:, P:][mask.bool()], atol=1e-5)
+
+
+def test_patches_and_audio_have_the_prompt_in_front_of_the_first_layer():
+    plain, model = prompted(MORE["vit"])
+    given = {"pixel_values": inputs(model)["pixel_values"]}
+    base = base_of(plain)
+    x = torch.cat([prompt_of(model).expand(3, -1, -1), base.embeddings(**given)], 1)
+    for layer in base.layers:
+        x = layer(x, None)
+    assert torch.allclose(
+        base_of(model)(**given).last_hidden_state, base.layernorm(x)[:, P:], atol=1e-5
+    )
+
+    plain, model = prompted(MORE["whisper"])
+    batch = inputs(model)
+    encoder = base_of(plain).encoder
+    encoder.layers[0].register_forward_pre_hook(
+        lambda layer, args: (torch.cat([prompt_of(model).expand(3, -1, -1), args[0]], 1), *args[1:])
+    )
+    assert torch.allclose(model(**batch).logits, plain(**batch).logits, atol=1e-5)
+    audio = batch["input_features"]
+    assert base_of(model).encoder(audio).last_hidden_state.shape[1] == P + 10
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])
+def test_generation_with_learned_positions(architecture):
+    _, model = prompted(MORE[architecture])
+    for padding in (None, "left"):
+        batch = inputs(model, padding=padding)
+        found = tokens(model, batch, use_cache=False)
+        assert torch.equal(tokens(model, batch, use_cache=True), found)
+
+
+def test_token_types_are_refused_where_the_prompt_has_none():
+    _, model = prompted(MORE["gpt2"])
+    ids = inputs(model)["input_ids"]
+    with pytest.raises(ValueError, match="a prompt has no token_type_ids"):
+        model(ids, token_type_ids=ids)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])

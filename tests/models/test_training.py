@@ -28,12 +28,19 @@ def test_gradient_checkpointing_changes_no_gradient_with_dropout_on(architecture
         assert all(g.abs().sum() > 0 for n, g in actual.items() if "prefix" in n)
 
 
-def test_reentrant_checkpointing_with_a_prefix_is_refused_with_the_way_out():
-    model = injected("llama", "mam").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+@pytest.mark.parametrize("method", ["lora", "houlsby", "mam", "prefix", "prefix_nomlp"])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_reentrant_checkpointing_changes_no_gradient_with_dropout_on(architecture, method):
+    model = injected(architecture, method).train()
     model.enable_input_require_grads()
-    with pytest.raises(RuntimeError, match="use_reentrant"):
-        model(**inputs(model)).loss.backward()
+    batch = inputs(model, padding="right")
+    _, expected = outputs_and_gradients(model, batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    for _ in range(2):
+        _, actual = outputs_and_gradients(model, batch)
+        assert_close(actual, expected, 1e-6)
+    model.gradient_checkpointing_disable()
+    assert_close(outputs_and_gradients(model, batch)[1], expected, 1e-6)
 
 
 @pytest.mark.parametrize("architecture", MODELS)
