@@ -21,7 +21,7 @@ from pelt_fast.modules import (
     SequentialFFNAdapter,
 )
 from pelt_fast.modules.caught import Caught
-from pelt_fast.modules.part import FUSED, LORA, FusedProjection, Part, host_of, shape_of
+from pelt_fast.modules.part import FUSED, LORA, FusedProjection, Part, host_of, shape_of, weight_of
 from pelt_fast.modules.slot import Slot
 
 from . import attention
@@ -48,7 +48,7 @@ def _inject_lora(model, modification, config, stacks, takeover) -> None:
         fused = isinstance(linear, Part) and linear.rows is not None
         linear = _held(linear, takeover) if fused else linear
         site = LoRALinear(linear, modification.size, modification.scale, modification.dropout,
-                          modification.init, _dtype(config, linear.weight))  # fmt: skip
+                          modification.init, _dtype(config, weight_of(linear)))  # fmt: skip
         takeover.add(host_of(linear), LORA, site)
         if not fused:  # else what holds the part runs
             takeover.call(host_of(linear), site.forward)
@@ -106,7 +106,7 @@ def _bank(place, slot, module, modification, config, layers: int) -> PrefixBank:
     key, head_dim = find(place.layer, slot.k), head_dim_of(module)
     out_features, width = shape_of(key)
     return PrefixBank(layers, out_features // head_dim, head_dim, width, modification,
-                      key.weight.device, _dtype(config, key.weight))  # fmt: skip
+                      weight_of(key).device, _dtype(config, weight_of(key)))  # fmt: skip
 
 
 def _inject_bottleneck(model, modification, config, stacks, takeover) -> None:
@@ -122,7 +122,7 @@ def _inject_at_output(model, modification, config, stacks, takeover) -> None:
     """Adapters that run where an attention's output projection is called."""
     for place, slot in attention_slots(base_of(model), modification, stacks):
         linear, module = find(place.layer, slot.out), find(place.layer, slot.module)
-        dtype = _dtype(config, linear.weight)
+        dtype = _dtype(config, weight_of(linear))
         if modification.insertion == "sequential":
             site = SequentialAdapter(linear, modification, dtype)
         elif modification.target == "heads":
@@ -144,8 +144,8 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
     for place, slot in attention_slots(base_of(model), modification, stacks):
         module, key = find(place.layer, slot.module), find(place.layer, slot.k)
         head_dim = head_dim_of(module)
-        heads, dtype = shape_of(key)[0] // head_dim, _dtype(config, key.weight)
-        site = QueryHeads(heads, head_dim, modification, key.weight.device, dtype)
+        heads, dtype = shape_of(key)[0] // head_dim, _dtype(config, weight_of(key))
+        site = QueryHeads(heads, head_dim, modification, weight_of(key).device, dtype)
         site.slot = Slot(key)
         takeover.add(module, "pelt_heads", site)
         takeover.set(module, attention.SLICE, QuerySlice(site))
@@ -164,7 +164,7 @@ def _inject_ffn(model, modification, config, stacks, takeover) -> None:
     for place, slot in ffns(base_of(model), modification, stacks):
         after_norm = modification.placement == "after_norm"
         ffn = _take_ffn(model, place.layer, slot, None if after_norm else takeover)
-        dtype = _dtype(config, ffn.in_proj.module.weight)
+        dtype = _dtype(config, weight_of(ffn.in_proj.module))
         entry, op = slot.entry, "ffn" if modification.insertion == "parallel" else "adapter"
         if after_norm:
             site, entry = LayerAdapter(place.layer, ffn, modification, dtype), ""
@@ -196,7 +196,7 @@ def _inject_prompt(model, modification, config, stacks, takeover) -> None:
             width = weight.shape[1]
         else:
             query = find(find(base, stack.prompt.layer), stack.attentions[0].q)
-            weight, width = query.weight, shape_of(query)[1]
+            weight, width = weight_of(query), shape_of(query)[1]
         prompt = Prompt(modification, width, weight.device, _dtype(config, weight))
         takeover.add(find(base, stack.owner), "pelt_prompt", prompt)
         attach_prompt(base, stack, prompt, takeover)

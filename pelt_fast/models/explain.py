@@ -12,7 +12,7 @@ from pelt_fast.modules import (
     Prompt,
     QueryHeads,
 )
-from pelt_fast.modules.part import shape_of
+from pelt_fast.modules.part import shape_of, weight_of
 from pelt_fast.ops import support
 
 from .count import ParameterCount, count_parameters
@@ -163,7 +163,7 @@ def _down(module: nn.Module) -> nn.Parameter:
 
 def _frozen_weight(module: nn.Module) -> nn.Parameter:
     slot = module.ffn.out_proj if hasattr(module, "ffn") else module.slot
-    return slot.module.weight
+    return weight_of(slot.module)
 
 
 def _prefix_bytes(module: nn.Module, attention: nn.Module, queries: int) -> int:
@@ -179,7 +179,7 @@ def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
 
 
 def _ffn_bytes(module: ParallelFFNAdapter, fused: bool) -> int:
-    weight = module.ffn.in_proj.module.weight
+    weight = weight_of(module.ffn.in_proj.module)
     inner, inputs = shape_of(module.ffn.in_proj.module)
     widths = inner * (len(module.ffn.projections) - 1) + module.down_weight.shape[0] + inputs
     if not fused:

@@ -8,7 +8,7 @@ from torch import nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import method as preset
 from pelt_fast.modules import ParallelFFNAdapter
-from pelt_fast.modules.part import Part, shape_of
+from pelt_fast.modules.part import Part, is_linear, shape_of
 from pelt_fast.modules.slot import foreign_forward
 
 from . import attention
@@ -91,6 +91,7 @@ def _restore(model: nn.Module, takeover: Takeover) -> None:
 def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> None:
     """Everything that can be refused, before anything is changed."""
     base = base_of(model)
+    _check_whole(model)
     if not config.modifications and not (config.train_head and task_head(model)):
         raise ValueError(
             f"{config.name!r} trains the task head alone, and {type(model).__name__} has none"
@@ -117,6 +118,18 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
         if modification.form == "bottleneck" and modification.target == "heads":
             _check_heads(base, modification, stacks)
     _check_parts(base, config, stacks)
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Sharded weights: a site would read one rank's part as if it were all."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor
+            placements = ", ".join(map(str, parameter.placements))
+            raise ValueError(
+                f"{name} is sharded already ({placements}): inject first, then fully_shard. A"
+                " tensor-parallel plan is not supported: its collectives stand inside the"
+                " projections that a method's sites run in the place of"
+            )
 
 
 def _check_parts(base: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> None:
@@ -170,8 +183,8 @@ def _check_heads(base: nn.Module, modification: Modification, stacks: list[Stack
 
 def _check_linears(linears: dict[str, nn.Module], modification: Modification) -> None:
     for name, linear in linears.items():
-        if not isinstance(linear, (nn.Linear, Part)):
-            raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs an nn.Linear")
+        if not is_linear(linear):
+            raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs a linear layer")
         foreign = foreign_forward(linear)
         if foreign is not None:
             what = getattr(foreign, "__qualname__", type(foreign).__name__)

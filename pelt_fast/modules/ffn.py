@@ -13,7 +13,7 @@ from pelt_fast.ops import support
 from .adapter import Bottleneck
 from .caught import Caught
 from .packing import Packing
-from .part import parameter_of, shape_of
+from .part import parameter_of, shape_of, weight_of
 from .slot import Slot
 
 
@@ -76,7 +76,7 @@ class _FFNAdapter(Bottleneck):
     """A bottleneck from the block's input width to its output width."""
 
     def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
-        weight, (outputs, _) = ffn.in_proj.module.weight, shape_of(ffn.out_proj.module)
+        weight, (outputs, _) = weight_of(ffn.in_proj.module), shape_of(ffn.out_proj.module)
         width = shape_of(ffn.in_proj.module)[1]
         inputs = outputs if modification.insertion == "sequential" else width
         super().__init__(inputs, outputs, modification, weight.device, dtype)

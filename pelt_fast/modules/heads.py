@@ -7,7 +7,7 @@ from pelt_fast import functional
 from pelt_fast.config import Modification
 
 from .caught import Caught
-from .part import shape_of
+from .part import shape_of, weight_of
 from .slot import Slot
 
 
@@ -36,7 +36,7 @@ class MultiHeadAdapter(_Heads):
     head's slice of the attention's own input (paper section 3.3, multi-head)."""
 
     def __init__(self, linear: nn.Linear, heads: int, modification: Modification, dtype):
-        weight, width = linear.weight, shape_of(linear)[1]
+        weight, width = weight_of(linear), shape_of(linear)[1]
         super().__init__(heads, width // heads, modification, weight.device, dtype)
         self.slot, self.caught = Slot(linear), Caught()
 

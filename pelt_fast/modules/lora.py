@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 
-from .part import is_readable, shape_of
+from .part import is_readable, shape_of, weight_of
 from .slot import Foldable, Slot
 
 
@@ -24,7 +24,7 @@ class LoRALinear(Foldable):
         self.slot = Slot(linear)
         self.scale, self.dropout_p = scale, dropout_p
         out_features, in_features = shape_of(linear)
-        place = dict(device=linear.weight.device, dtype=dtype)
+        place = dict(device=weight_of(linear).device, dtype=dtype)
         self.lora_a = nn.Parameter(torch.empty(rank, in_features, **place))
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, **place))
         if init == "lora":

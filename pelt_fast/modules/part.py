@@ -12,6 +12,9 @@ LORA = "pelt_lora"  # the child a LoRA site is registered as, on the linear it m
 FUSED = "pelt_fused"  # the child that runs in the place of a fused projection
 
 
+_FEATURES = ("in_features", "out_features")
+
+
 class Part(nn.Module):
     """Rows of the weight (N, K) that ``owner``, an nn.Linear or Conv1D, holds, as a linear layer.
 
@@ -113,17 +116,35 @@ def host_of(linear: nn.Module) -> nn.Module:
 
 
 def parameter_of(linear: nn.Module) -> nn.Parameter | None:
-    """The parameter that rows of ``linear``'s weight lie in as they are; None: transposed."""
+    """The parameter that rows of ``linear``'s weight lie in as they are; None: transposed, or not
+    there (``is_linear``)."""
     if not isinstance(linear, Part):
-        return linear.weight
+        return getattr(linear, "weight", None)
     return None if isinstance(linear.owner, Conv1D) else linear.owner.weight
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
     """(N, K) of a linear layer, however its weight is stored."""
-    if isinstance(linear, nn.Linear):
-        return linear.out_features, linear.in_features
-    return tuple(linear.weight.shape)
+    if isinstance(linear, Part):
+        return tuple(linear.weight.shape)
+    return linear.out_features, linear.in_features
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: torch's, a part of one, or what says its features as
+    quantised layers do (GPTQ's have no weight, only packed rows)."""
+    sized = (isinstance(getattr(module, name, None), int) for name in _FEATURES)
+    return isinstance(module, (nn.Linear, Part)) or all(sized)
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight; of a layer that has none, the first tensor of floats it holds: it tells where the
+    layer is and how precise."""
+    weight = getattr(linear, "weight", None)
+    if weight is not None:
+        return weight
+    held = (*linear.parameters(), *linear.buffers())
+    return next((tensor for tensor in held if tensor.is_floating_point()), held[0])
 
 
 def is_readable(linear: nn.Module) -> bool:

@@ -8,9 +8,19 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import multiprocessing
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import pelt_fast
@@ -49,9 +59,9 @@ def steps(model, given: list[dict], mean=lambda loss: loss) -> list[float]:
     return found
 
 
-def sharded(model):
+def sharded(model, size: int = 2):
     """Each layer, then what is left."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (size,))
     for stack in stacks_of(model):
         for layer in find(base_of(model), stack.layers):
             fully_shard(layer, mesh=mesh)
@@ -105,6 +115,57 @@ def dropping():
     torch.manual_seed(0)
     config = pelt_fast.methods()["scaled_parallel_adapter"].replace(size=4)
     return randomise(pelt_fast.inject(MODELS["bart"](dropout=0.1), config)).eval()
+
+
+def storer(rank: int, size: int, port: int, folder: str, write: bool) -> None:
+    """Write what trains from ``size`` processes, or read it there, and train on."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    model = sharded(built("llama", "mam", pack=False), size)
+    options = StateDictOptions(ignore_frozen_params=True)
+    given = batches(model)
+    mine = [{n: v[rank * 4 // size : (rank + 1) * 4 // size] for n, v in b.items()} for b in given]
+
+    def mean(loss):
+        dist.all_reduce(loss)
+        return loss / size
+
+    if write:
+        steps(model, mine[:2])
+        checkpoint.save(get_model_state_dict(model, options=options), checkpoint_id=folder)
+    else:
+        state = get_model_state_dict(model, options=options)
+        checkpoint.load(state, checkpoint_id=folder)
+        set_model_state_dict(model, state, options=StateDictOptions(strict=False))
+        found = steps(model, mine[2:], mean)
+        if rank == 0:
+            torch.save(found, os.path.join(folder, f"losses-{size}.pt"))
+    dist.destroy_process_group()
+
+
+def refused(rank: int, port: int, folder: str) -> None:
+    """What inject says of a model sharded by a tensor-parallel plan, and by FSDP2."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    said = []
+    for shard in (tensor_parallel, sharded):
+        try:
+            pelt_fast.inject(shard(MODELS["llama"](dropout=0.0)), "lora")
+        except ValueError as error:
+            said.append(str(error))
+    if rank == 0:
+        torch.save(said, os.path.join(folder, "said.pt"))
+    dist.destroy_process_group()
+
+
+def tensor_parallel(model):
+    """transformers' own plan for the model."""
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    styles = {n: plan[s]() for n, s in model.config.base_model_tp_plan.items() if s in plan}
+    parallelize_module(base_of(model), mesh, styles)
+    return model
 
 
 def free_port() -> int:
@@ -169,3 +230,21 @@ def test_what_was_packed_before_it_was_sharded_is_not_packed_again(tmp_path):
     exact = [exactly(model, batch)["logits"] for batch in batches(model)]
     for found, same, wanted in zip(torch.load(tmp_path / "logits.pt"), alone, exact, strict=True):
         assert_near(found, same, wanted)
+
+
+def test_a_checkpoint_of_one_world_size_loads_in_another(tmp_path):
+    folder = str(tmp_path)
+    multiprocessing.spawn(storer, (2, free_port(), folder, True), nprocs=2)
+    for size in (1, 2):
+        multiprocessing.spawn(storer, (size, free_port(), folder, False), nprocs=size)
+    one, two = (torch.load(tmp_path / f"losses-{size}.pt") for size in (1, 2))
+    model = built("llama", "mam", pack=False)
+    unbroken = steps(model, batches(model))[2:]
+    assert one == pytest.approx(unbroken, rel=1e-5) and two == pytest.approx(unbroken, rel=1e-5)
+
+
+def test_weights_sharded_before_are_refused_with_the_reason(tmp_path):
+    multiprocessing.spawn(refused, (free_port(), str(tmp_path)), nprocs=2)
+    said = torch.load(tmp_path / "said.pt")
+    assert len(said) == 2 and all("is sharded already (S" in line for line in said)
+    assert all("A tensor-parallel plan is not supported" in line for line in said)

@@ -1,5 +1,6 @@
 """Quantised bases: the method rides on whatever linear layer is there. torchao int8 and bitsandbytes
-nf4 / int8 where they are installed, and a layer that keeps int8 rows of its own everywhere."""
+nf4 / int8 where they are installed; everywhere a layer that keeps int8 rows, and one that has no
+weight but what GPTQ packs."""
 
 import copy
 import importlib.util
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pelt_fast
+from pelt_fast.modules.part import is_linear
 from tests.models.test_parity import assert_close, small_method
 from tests.small import MODELS, MORE, gradients, inputs, randomise
 
@@ -29,11 +31,40 @@ class Int8Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype) * self.row_scale.to(x.dtype), self.bias)
 
 
-def own(model: nn.Module) -> None:
-    for name, module in list(model.named_modules()):
-        for child, linear in list(module.named_children()):
-            if type(linear) is nn.Linear and "head" not in child and "classifier" not in name:
-                setattr(module, child, Int8Linear(linear))
+class PackedLinear(nn.Module):
+    """GPTQ's layout: eight 4-bit rows of the transposed weight in an int32, a scale and a zero for
+    each group of 32 inputs, and no weight at all."""
+
+    GROUP = 32
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        groups = linear.weight.detach().t().unflatten(0, (-1, self.GROUP))  # (G, 32, N)
+        low, high = groups.amin(1), groups.amax(1)
+        self.register_buffer("scales", (high - low) / 15)  # (G, N)
+        self.register_buffer("zeros", low)
+        four = ((groups - low[:, None]) / self.scales[:, None]).round().to(torch.int32)
+        eights = four.flatten(0, 1).unflatten(0, (-1, 8))  # (K / 8, 8, N)
+        self.register_buffer(
+            "qweight", sum(eights[:, i] << 4 * i for i in range(8)).to(torch.int32)
+        )
+        self.bias = linear.bias
+
+    def forward(self, x):
+        four = torch.stack([self.qweight >> 4 * i & 15 for i in range(8)], 1).flatten(0, 1)
+        groups = four.unflatten(0, (-1, self.GROUP)) * self.scales[:, None] + self.zeros[:, None]
+        return F.linear(x, groups.flatten(0, 1).t().to(x.dtype), self.bias)
+
+
+def own(kind: type):
+    def quantise(model: nn.Module) -> None:
+        for name, module in list(model.named_modules()):
+            for child, linear in list(module.named_children()):
+                if type(linear) is nn.Linear and "head" not in child and "classifier" not in name:
+                    setattr(module, child, kind(linear))
+
+    return quantise
 
 
 def torchao(model: nn.Module) -> None:
@@ -72,7 +103,8 @@ def needs(package: str):
 
 
 QUANTISED = [
-    pytest.param(own, id="int8 rows"),
+    pytest.param(own(Int8Linear), id="int8 rows"),
+    pytest.param(own(PackedLinear), id="4-bit groups, as GPTQ packs"),
     pytest.param(torchao, id="torchao int8", marks=needs("torchao")),
     pytest.param(bitsandbytes("nf4"), id="bitsandbytes nf4", marks=needs("bitsandbytes")),
     pytest.param(bitsandbytes("int8"), id="bitsandbytes int8", marks=needs("bitsandbytes")),
@@ -94,7 +126,7 @@ def readable(model: nn.Module) -> nn.Module:
     """The same model of plain layers: each weight is what the quantised layer makes of a unit."""
     for module in list(model.modules()):
         for name, linear in list(module.named_children()):
-            if not isinstance(linear, nn.Linear) or (
+            if not is_linear(linear) or (
                 type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor
             ):
                 continue
@@ -157,6 +189,6 @@ def test_eject_save_load_and_the_refusal_to_merge(quantise, tmp_path):
 
 def test_a_fused_projection_that_is_quantised_is_refused():
     model = MORE["phi3"]()
-    own(model)
+    own(Int8Linear)(model)
     with pytest.raises(ValueError, match=r"a fused projection .* is quantised"):
         pelt_fast.inject(model, small_method("lora"))
