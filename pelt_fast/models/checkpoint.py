@@ -119,13 +119,14 @@ def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:
     path = Path(folder) / TRAINED_FILE
     if not path.is_file():
         raise FileNotFoundError(f"nothing to go on from in {folder}: {TRAINED_FILE} is missing")
-    tensors = _read(path)
+    tensors = read_tensors(path)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _check_fits(trained, tensors, folder)
+    check_fits(trained, tensors, folder)
     copy_tensors(model, tensors)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError when it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -179,12 +180,12 @@ def load(
             f" {base['architecture']!r} ({base['name'] or 'no name'}), whose parameters differ in"
             f" name or shape from this {type(model).__name__}'s"
         )
-    tensors = _read(Path(folder) / WEIGHTS_FILE)
+    tensors = read_tensors(Path(folder) / WEIGHTS_FILE)
     if {name: list(t.shape) for name, t in tensors.items()} != about["tensors"]:
         raise ValueError(f"{folder}: {WEIGHTS_FILE} does not hold what {CONFIG_FILE} lists")
     _check_sizes(config, tensors, folder)
     if config.is_full:
-        _check_fits(dict(model.named_parameters()), tensors, folder)
+        check_fits(dict(model.named_parameters()), tensors, folder)
         inject(model, config)
         copy_tensors(model, tensors)
         return model
@@ -192,7 +193,7 @@ def load(
     try:
         fold_banks(model, tensors)
         expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        _check_fits(expected, tensors, folder)
+        check_fits(expected, tensors, folder)
     except BaseException:
         eject(model)
         raise
@@ -218,7 +219,8 @@ def fold_banks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             module.fold(tensors[f"{name}.prefix"])
 
 
-def _check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], folder) -> None:
+def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], folder) -> None:
+    """ValueError unless the names and shapes are those expected."""
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected:
         raise ValueError(

@@ -27,7 +27,7 @@ ROWS = [  # what, which tests
     ("fp32 factors on a bf16 base", "tests/models/test_bf16.py"),
     ("Liger's and parametrized models, tied embeddings", "tests/models/test_composition.py"),
     ("PEFT's LoRA and prefix models on our ops and back", "tests/models/test_peft.py"),
-    ("LoRA written in PEFT's format, read by PEFT", "tests/models/test_export.py"),
+    ("PEFT's files (LoRA, prefix, prompt), written and read", "tests/models/test_peft_files.py"),
     ("merge and unmerge", "tests/models/test_merge.py"),
     ("save and load; a full disk, a damaged file", "tests/models/test_checkpoint.py"),
     ("hostile files", "tests/models/test_hostile.py"),

@@ -1,0 +1,147 @@
+"""AdapterHub's files, written without ``adapters``; the layout is ``adapterhub``'s."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.modules import LoRALinear, PrefixBank
+
+from .adapterhub import ACTIVATIONS, CONFIG_FILE, WEIGHTS_FILES, bottleneck_keys, prefix_key
+from .checkpoint import write_files
+from .slots import base_of, stacks_of
+from .takeover import takeover_of
+
+
+def export_adapterhub(model: nn.Module, folder: str | os.PathLike, name: str = "pelt_fast") -> None:
+    """Write the method of ``model`` in AdapterHub's format, under ``name``; ``load_adapter`` of
+    ``adapters`` 1.x reads it.
+
+    Bottlenecks on the FFN and behind the attention, LoRA on whole projections, prefixes, and their
+    combinations; a prefix is written flat. Raises ValueError, before anything is written, for what
+    the format has no place for; OSError when the disk refuses.
+    """
+    takeover = takeover_of(model)
+    parts, tensors = _configs(model, takeover.config), {}
+    names = {module: path for path, module in model.named_modules()}
+    for site in takeover.sites:
+        module = site.module
+        if isinstance(module, LoRALinear):
+            place = f"{names[module.slot.module]}.loras.{name}"
+            tensors |= {f"{place}.lora_A": module.lora_a, f"{place}.lora_B": module.lora_b}
+        elif isinstance(module, PrefixBank):
+            flat = module().detach().permute(3, 0, 1, 2, 4).flatten()
+            tensors[f"{prefix_key(model, site, name)}.control_trans"] = flat
+        else:
+            keys = bottleneck_keys(model, site, name)
+            tensors |= {key: getattr(module, ours) for ours, key in keys.items()}
+    about = dict(
+        config=parts[0] if len(parts) == 1 else dict(architecture="union", configs=parts),
+        hidden_size=base_of(model).config.hidden_size, model_class=type(model).__name__,
+        model_name=base_of(model).config._name_or_path, model_type=base_of(model).config.model_type,
+        name=name, version="adapters.1.3.0",
+    )  # fmt: skip
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    write_files(Path(folder), {
+        WEIGHTS_FILES[0]: lambda to: save_file(tensors, to, metadata={"format": "pt"}),
+        WEIGHTS_FILES[1]: lambda to: torch.save(tensors, to),
+        CONFIG_FILE: lambda to: to.write_text(json.dumps(about, indent=2) + "\n"),
+    }, "the adapter")  # fmt: skip
+
+
+def _configs(model: nn.Module, config: PeltConfig) -> list[dict]:
+    loras = [m for m in config.modifications if m.form == "low_rank"]
+    bottlenecks = [m for m in config.modifications if m.form == "bottleneck"]
+    prefixes = [m for m in config.modifications if m.form == "prefix"]
+    others = [m for m in config.modifications if m not in loras + bottlenecks + prefixes]
+    if others or not config.modifications:
+        raise ValueError(f"AdapterHub's format has no place for {config.name!r} as it stands here")
+    found = [_prefix_config(m) for m in prefixes]
+    if loras:
+        found.append(_lora_config(model, loras))
+    if bottlenecks:
+        found.append(_bottleneck_config(model, bottlenecks))
+    return found
+
+
+def _prefix_config(m: Modification) -> dict:
+    if m.composition != "gated":
+        raise ValueError("AdapterHub's prefix is gated: an ungated one has no place in its format")
+    return dict(
+        architecture="prefix_tuning", encoder_prefix="encoder" in m.where,
+        cross_prefix="cross" in m.where, flat=True, prefix_length=m.size, bottleneck_size=512,
+        non_linearity="tanh", dropout=0.0, use_gating=False, shared_gating=True, leave_out=[],
+    )  # fmt: skip
+
+
+def _kinds(model: nn.Module, m: Modification) -> set[str]:
+    """Every kind of place that a modification's target has in the model."""
+    stacks = stacks_of(model)
+    if m.target.startswith("ffn"):
+        return {stack.kind for stack in stacks}
+    slots = {slot.kind for stack in stacks for slot in stack.attentions}
+    return slots if len(stacks) > 1 else slots - {"cross"}
+
+
+def _lora_config(model: nn.Module, loras: list[Modification]) -> dict:
+    letters = [m.target[-1] for m in loras if m.target.startswith("attention")]
+    kinds = {(m.size, m.scale, m.dropout) for m in loras}
+    everywhere = all(_kinds(model, m) <= set(m.where) for m in loras)
+    if "o" in letters or len(kinds) > 1 or not everywhere:
+        raise ValueError("AdapterHub's LoRA has one rank, scale and dropout, everywhere, on q, k, v"
+                         " and the FFN")  # fmt: skip
+    targets = {m.target for m in loras}
+    return dict(
+        architecture="lora", selfattn_lora=bool(letters), intermediate_lora="ffn.in" in targets,
+        output_lora="ffn.out" in targets, attn_matrices=letters or ["q", "v"], r=loras[0].size,
+        alpha=loras[0].scale * loras[0].size, dropout=loras[0].dropout, composition_mode="add",
+        init_weights="lora", use_gating=False, use_dora=False, leave_out=[],
+    )  # fmt: skip
+
+
+def _bottleneck_config(model: nn.Module, bottlenecks: list[Modification]) -> dict:
+    first, hidden = bottlenecks[0], base_of(model).config.hidden_size
+    same = {(m.insertion, m.composition, m.size, m.scale, m.activation, m.layer_norm)
+            for m in bottlenecks}  # fmt: skip
+    by_target = {m.target: m for m in bottlenecks}
+    parallel = first.insertion == "parallel"
+    residual = all(stack.ffn is None or stack.ffn.norm is None for stack in stacks_of(model))
+    strange = (
+        len(same) > 1
+        or "heads" in by_target
+        or (parallel and "attention" in by_target)
+        or any(m.placement not in ("default", "after_dropout", "after_output") for m in bottlenecks)
+        or not all(m.residual for m in bottlenecks)
+        or (parallel and not residual and not _reads_residual(model, by_target["ffn"]))
+        or (
+            "ffn" in by_target
+            and not _kinds(model, by_target["ffn"]) <= set(by_target["ffn"].where)
+        )
+        or int(hidden // (hidden / first.size)) != first.size
+    )
+    if strange:
+        raise ValueError("AdapterHub's format holds bottlenecks of one size, parallel on the FFN,"
+                         " reading the residual stream, or sequential: not these")  # fmt: skip
+    scaling = {"learned_scale": "learned", "learned_channel_scale": "channel"}
+    back = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}
+    where = by_target["attention"].where if "attention" in by_target else ()
+    return dict(
+        mh_adapter="encoder" in where or "decoder" in where, cross_adapter="cross" in where,
+        output_adapter="ffn" in by_target, reduction_factor=hidden / first.size,
+        non_linearity=back[first.activation], original_ln_before=False, original_ln_after=True,
+        ln_before=first.layer_norm == "in", ln_after=first.layer_norm == "out",
+        init_weights="mam_adapter" if first.init == "lora" else "bert", is_parallel=parallel,
+        scaling=scaling.get(first.composition, float(first.scale)), use_gating=False,
+        residual_before_ln=True, adapter_residual_before_ln=False, dropout=0.0, inv_adapter=None,
+        inv_adapter_reduction_factor=None, phm_layer=False, leave_out=[], stochastic_depth=0.0,
+    )  # fmt: skip
+
+
+def _reads_residual(model: nn.Module, m: Modification) -> bool:
+    reads = {stack.ffn.adapter_reads if m.reads == "default" else m.reads
+             for stack in stacks_of(model)}  # fmt: skip
+    return reads == {"residual"}
