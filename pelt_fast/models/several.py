@@ -6,8 +6,6 @@ fused site of the whole rank, and a change of weights, or of one method for anot
 writes into the tensors that are there: nothing is compiled again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

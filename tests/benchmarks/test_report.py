@@ -2,7 +2,7 @@
 
 import re
 
-from benchmarks import figures, report
+from benchmarks import api, figures, report
 from benchmarks.common import merged, newest_path
 
 
@@ -38,3 +38,7 @@ def test_a_miss_is_called_a_miss():
 
     assert not Target("", 0.8, 0.9).met and Target("", 0.8, 0.8).met
     assert "MISSED" in report._targets() and "met" in report._targets()
+
+
+def test_the_api_page_is_what_the_package_says():
+    assert api.PAGE.read_text() == api.document(), "run python -m benchmarks.api"

@@ -83,6 +83,12 @@ def test_inductor_gives_the_eager_numbers(architecture, method):
     assert_close(gradients(model), expected, 1e-3)
 
 
+def host_questions(graph) -> int:
+    """How often a graph waits for a number on the host (transformers' own norms do: epsilon)."""
+    names = [str(node.target) for node in graph.graph.nodes]
+    return sum(name == "item" or "_local_scalar_dense" in name for name in names)
+
+
 @pytest.mark.parametrize("architecture, method", [("llama", "lora"), ("roberta", "mam")])
 def test_dropout_draws_its_seed_in_the_graph_and_never_asks_the_host(architecture, method):
     """What a CUDA graph replays must draw again: the seed is a tensor the graph makes."""
@@ -97,8 +103,9 @@ def test_dropout_draws_its_seed_in_the_graph_and_never_asks_the_host(architectur
     once = len(graphs)
     first, second = (run(**given).logits.detach() for _ in range(2))
     assert len(graphs) == once and not torch.equal(first, second)
-    asked = {str(node.target) for graph in graphs for node in graph.graph.nodes}
-    assert not any(name == "item" or "_local_scalar_dense" in name for name in asked)
+    plain, without = compiled(built(architecture, None))
+    plain(**given)
+    assert host_questions(graphs[-1]) == host_questions(without[-1])
     torch.manual_seed(7)
     again = run(**given).logits.detach()
     torch.manual_seed(7)

@@ -1,0 +1,66 @@
+"""docs/api.md: every public name, its signature and docstring, from the package itself.
+
+python -m benchmarks.api           writes the page
+python -m benchmarks.api --check   exit 1 when it is not what the package says
+"""
+
+import argparse
+import inspect
+import re
+import sys
+
+import pelt_fast
+from benchmarks.common import REPOSITORY
+from pelt_fast import functional
+
+PAGE = REPOSITORY / "docs" / "api.md"
+HEAD = """# API
+
+Written by `python -m benchmarks.api` from signatures and docstrings. What stands here is public:
+see *Versions* in the README.
+"""
+
+
+def _signature(name: str, value) -> str:
+    try:
+        found = str(inspect.signature(value))
+    except (TypeError, ValueError):
+        return name
+    return name + re.sub(r"(?<![\w.])(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", found)
+
+
+def _entry(name: str, value) -> str:
+    text = inspect.cleandoc(inspect.getdoc(value) or "")
+    text = re.sub(r":(?:func|class|meth|mod):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
+    return f"### {name}\n\n```\n{_signature(name, value)}\n```\n\n{text.replace('``', '`')}\n"
+
+
+def _entries(module, names: list[str]) -> list[str]:
+    found = [(name, getattr(module, name)) for name in names]
+    return [_entry(name, value) for name, value in found if callable(value)]
+
+
+def document() -> str:
+    """The whole page."""
+    functions = [
+        name for name, value in vars(functional).items()
+        if inspect.isfunction(value) and value.__module__ == functional.__name__
+        and not name.startswith("_")
+    ]  # fmt: skip
+    return "\n".join([
+        HEAD, "## pelt_fast\n", *_entries(pelt_fast, pelt_fast.__all__),
+        "## pelt_fast.functional\n", *_entries(functional, functions),
+    ])  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        return int(PAGE.read_text() != document())
+    PAGE.write_text(document())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
