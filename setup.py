@@ -137,4 +137,8 @@ def native() -> dict:
     return dict(ext_modules=modules, cmdclass={"build_ext": Optional})
 
 
-setup(packages=PACKAGES, package_data={"pelt_fast": ["py.typed"]}, **native())
+setup(
+    packages=PACKAGES,
+    package_data={"pelt_fast": ["py.typed", "tasks/*.yaml", "tasks/recipes/*.yaml"]},
+    **native(),
+)

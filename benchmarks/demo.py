@@ -19,11 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from datasets import Dataset, disable_progress_bars
 
 import pelt_fast
 from benchmarks.common import interleaved, saved_bytes, table, write
 from pelt_fast.tasks import docstrings
-from pelt_fast.tasks.train import Recipe, TokenizedSplit, fit, load_classifier
+from pelt_fast.tasks import recipe as recipes
+from pelt_fast.tasks.recipe import Recipe
+from pelt_fast.tasks.registry import task_of
+from pelt_fast.tasks.tokens import tokenised
+from pelt_fast.tasks.train import fit, load_model
 
 METHODS = ("linear_probe", "lora", "scaled_parallel_adapter", "mam_glue", "full")
 RUNS = Path("runs/demo")
@@ -40,11 +45,17 @@ def model_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-def build(method: str, classes: int, device: torch.device):
+def recipe_of(method: str, epochs: float = 2.0) -> Recipe:
+    """The demo's recipe for a method."""
+    found = recipes.load("classification" if method == "frozen" else f"classification-{method}")
+    return found.replace(model=str(model_folder()), epochs=epochs, max_length=MAX_LENGTH)
+
+
+def build(method: str, classes: tuple[str, ...], device: torch.device):
     """A fresh MiniLM with ``method`` in it, and its tokenizer. The head of every row starts
     from the same seed."""
     torch.manual_seed(0)
-    model, tokenizer = load_classifier(model_folder(), classes)
+    model, tokenizer = load_model(recipe_of(method), classes)
     if method != "frozen":
         pelt_fast.inject(model, method)
     return model.to(device), tokenizer
@@ -77,27 +88,35 @@ def loss_of(model: torch.nn.Module, batch: dict, frozen: bool) -> torch.Tensor:
     return model(**batch).loss
 
 
-def real_batch(data, tokenizer, recipe: Recipe, device: torch.device) -> dict:
+def token_rows(split, tokenizer):
+    """A split as token ids."""
+    rows = Dataset.from_dict({"text": split.texts, "label": split.labels})
+    return tokenised(rows, task_of("classification"), tokenizer, MAX_LENGTH, 1)
+
+
+def real_batch(data, tokenizer, size: int, device: torch.device) -> dict:
     """The first training batch, padded."""
-    split = TokenizedSplit(data.train, tokenizer, recipe.max_length)
-    rows = [split[i] for i in range(recipe.batch_size)]
+    split = token_rows(data.train, tokenizer).remove_columns("length")
+    rows = [split[i] for i in range(size)]
     labels = torch.tensor([row.pop("labels") for row in rows], device=device)
     padded = tokenizer.pad(rows, return_tensors="pt").to(device)
     return {**padded, "labels": labels}
 
 
-def train_all(data, recipe: Recipe, device: torch.device) -> dict[str, dict]:
+def train_all(data, epochs: float, device: torch.device) -> dict[str, dict]:
     """Accuracy, counts and seconds of every row."""
     rows = {}
     for method in METHODS:
-        model, tokenizer = build(method, len(data.classes), device)
+        model, tokenizer = build(method, data.classes, device)
         print(f"training {method}", flush=True)
         start = time.perf_counter()
-        accuracy = fit(model, tokenizer, data, recipe, method, RUNS / method)
+        train, held_out = (token_rows(s, tokenizer) for s in (data.train, data.evaluation))
+        outcome = fit(model, tokenizer, recipe_of(method, epochs), train, held_out,
+                      {"accuracy": held_out}, RUNS / method, keep=False)  # fmt: skip
         count = pelt_fast.count_parameters(model)
         head = 0 if method == "full" else count.head
         rows[method] = {
-            "accuracy": accuracy,
+            "accuracy": outcome.metrics["accuracy"],
             "trainable_percent": 100 * (count.kept + head) / count.base,
             "count": asdict(count),
             "train_seconds": time.perf_counter() - start,
@@ -107,14 +126,14 @@ def train_all(data, recipe: Recipe, device: torch.device) -> dict[str, dict]:
     return rows
 
 
-def measure_all(data, recipe: Recipe, device: torch.device, repeats: int) -> tuple[dict, dict]:
+def measure_all(data, size: int, device: torch.device, repeats: int) -> tuple[dict, dict]:
     """Median step seconds and saved bytes of every row and of the frozen model."""
     models = {}
     for method in ("frozen", *METHODS):
-        models[method], tokenizer = build(method, len(data.classes), device)
+        models[method], tokenizer = build(method, data.classes, device)
         if method == "frozen":
             models[method].requires_grad_(False)
-    batch = real_batch(data, tokenizer, recipe, device)
+    batch = real_batch(data, tokenizer, size, device)
     seconds = interleaved({n: stepper(m, batch) for n, m in models.items()}, repeats)
     kept = {
         name: saved_bytes(
@@ -179,27 +198,29 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     import transformers
 
+    disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     RUNS.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = Recipe(epochs=options.epochs, max_length=MAX_LENGTH)
+    size = recipe_of("frozen").batch_size
 
     data = docstrings.build(options.paragraphs)
     print(f"{len(data.train)} paragraphs to train on, {len(data.evaluation)} held out (other"
           f" modules), of {', '.join(data.classes)}; {device}")  # fmt: skip
     start = time.perf_counter()
-    rows = train_all(data, recipe, device)
+    rows = train_all(data, options.epochs, device)
     trained = time.perf_counter() - start
-    seconds, kept = measure_all(data, recipe, device, options.repeats)
+    seconds, kept = measure_all(data, size, device, options.repeats)
     print()
     print(report(rows, seconds, kept))
     print("trainable %: kept after training, task head included (a prefix's MLP is folded away)")
     image = RUNS / "demo.png"
     picture(rows, seconds, kept, image)
     print(f"\ntrained in {trained:.0f} s; picture: {image}; each method is saved in {RUNS}/")
+    used = asdict(recipe_of("lora", options.epochs))
     result = {"rows": rows, "step_seconds": seconds, "saved_bytes": kept,
-              "train_seconds": trained, "classes": data.classes, "recipe": asdict(recipe),
+              "train_seconds": trained, "classes": data.classes, "recipe": used,
               "paragraphs": [len(data.train), len(data.evaluation)]}  # fmt: skip
     folder = None if options.record else RUNS
     print(f"numbers: {write('demo', result, folder)}")

@@ -3,10 +3,11 @@
 import argparse
 import sys
 
-from . import bench, check, explain, info, methods, train
+from . import bench, check, explain, info, methods, study, train
 
 COMMANDS = {
     "info": info, "check": check, "explain": explain, "methods": methods, "train": train,
+    "study": study,
     "bench": bench,
 }  # fmt: skip
 

@@ -1,56 +1,113 @@
-"""Fine-tune a classifier by a method, on a local folder or a GLUE task."""
+"""Train a recipe: one of the paper's tasks, or rows of your own."""
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 
-from pelt_fast.methods import method
-from pelt_fast.tasks.train import Recipe
+from pelt_fast.tasks import recipe as recipes
+from pelt_fast.tasks.recipe import Recipe
+from pelt_fast.tasks.registry import TASKS, task_of
+
+NUMBERS = [f for f in fields(Recipe) if f.type in (int, float)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Data, model, method and the recipe."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    local = "train and validation files (.jsonl, .csv, .tsv; text and label)"
-    source.add_argument("--data", type=Path, metavar="FOLDER", help=local)
-    source.add_argument("--task", metavar="NAME", help="sst2 or mnli, from the hub")
-    parser.add_argument("--model", required=True, help="a local folder or a hub name")
-    parser.add_argument("--method", default="mam_glue", help="a preset (see pelt-fast methods)")
+    """The recipe, its data, and every number of it."""
+    known = ", ".join(path.stem for path in sorted(recipes.FOLDER.glob("*.yaml")))
+    parser.add_argument("--recipe", metavar="NAME",
+                        help=f"TASK, TASK-PRESET or a YAML of yours; tasks: {known}")  # fmt: skip
+    parser.add_argument("--task", metavar="NAME",
+                        help="a task's recipe; with --data alone: classification")  # fmt: skip
+    local = "your own files: train, validation, test (.jsonl, .csv, .tsv, parallel text; .gz)"
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help=local)
+    parser.add_argument("--model", metavar="PATH", help="a local folder or a hub name")
+    parser.add_argument("--method", metavar="NAME", help="a preset (see pelt-fast methods)")
     parser.add_argument("--output", type=Path, default=Path("runs/train"), metavar="FOLDER")
-    for item in fields(Recipe):
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    results = "where the row of results goes (default: OUTPUT/results.jsonl)"
+    parser.add_argument("--results", type=Path, metavar="FILE", help=results)
+    parser.add_argument("--dry-run", action="store_true",
+                        help="what it needs, on the meta device, and stop")  # fmt: skip
+    parser.add_argument("--device", default="h200", help="the GPU a dry run predicts for")
+    for item in NUMBERS:
         name = "--" + item.name.replace("_", "-")
-        kind = float if item.name in ("epochs", "learning_rate") else int
-        default = item.default if item.default is not None else "by method"
-        parser.add_argument(name, type=kind, default=item.default, help=f"default: {default}")
+        parser.add_argument(name, type=item.type, help="of the recipe")
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    recipe = Recipe(**{item.name: getattr(options, item.name) for item in fields(Recipe)})
-    for name in ("epochs", "batch_size", "max_length"):
-        if getattr(recipe, name) <= 0:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be positive, got {getattr(recipe, name)}"
-            )
-    if recipe.learning_rate is not None and not 0 < recipe.learning_rate < 1:
-        raise ValueError(f"--learning-rate must be in (0, 1), got {recipe.learning_rate}")
-    return recipe
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that the options ask for. Raises ValueError for what is unknown or wrong."""
+    if options.task is not None:
+        task_of(options.task)
+    name = options.recipe or options.task or ("classification" if options.data else None)
+    if name is None:
+        raise ValueError("--recipe NAME, --task NAME or --data FOLDER is needed")
+    if options.method and Path(name).suffix not in (".yaml", ".yml"):
+        found = recipes.load(f"{name.partition('-')[0]}-{_preset(options.method)}")
+    else:
+        found = recipes.load(name)
+    changes = {item.name: getattr(options, item.name) for item in NUMBERS}
+    changes |= dict(model=options.model, method=options.method)
+    return found.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _preset(name: str) -> str:
+    from pelt_fast.methods import method
+
+    method(name)
+    return name
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load, inject, train, save the method."""
-    import pelt_fast
-    from pelt_fast.tasks import data
-    from pelt_fast.tasks.train import fit, load_classifier
+    """Load, inject, train, score, save the method."""
+    recipe = recipe_of(options)
+    if options.dry_run:
+        return _dry_run(recipe, options.device)
+    from pelt_fast.tasks.plots import curves
+    from pelt_fast.tasks.run import run as run_recipe
 
-    method(options.method)
-    recipe = _recipe(options)
-    found = data.from_folder(options.data) if options.data else data.from_glue(options.task)
-    model, tokenizer = load_classifier(options.model, len(found.classes))
-    pelt_fast.inject(model, options.method)
-    count = pelt_fast.count_parameters(model)
-    print(f"{options.method}: {count.paper:,} parameters ({count.percent:.2f} %),"
-          f" {len(found.train)} rows to train on, classes {', '.join(found.classes)}")  # fmt: skip
-    accuracy = fit(model, tokenizer, found, recipe, options.method, options.output)
-    pelt_fast.save(model, options.output)
-    print(f"accuracy {accuracy:.2f} % on {len(found.evaluation)} rows; saved to {options.output}")
+    if options.data is None and TASKS[recipe.task].hub is None:
+        raise ValueError(f"task {recipe.task} is of rows of your own: give --data FOLDER")
+    row = run_recipe(recipe, options.data, options.output, resume=options.resume,
+                     quiet=not sys.stderr.isatty(),
+                     results=options.results or options.output / "results.jsonl")  # fmt: skip
+    picture = curves(options.output)
+    count, scores = row["parameters"], row["metrics"]
+    text = ", ".join(f"{name} {value:.2f} %" for name, value in scores.items())
+    classes = f", classes {', '.join(row['classes'])}" if row["classes"] else ""
+    print(f"{recipe.name}: {row['rows']:,} rows trained on{classes}")
+    print(f"{row['method']}: {count['paper']:,} parameters ({count['percent']:.2f} %), a step"
+          f" {row['step_seconds']:.3f} s, peak {row['peak_bytes'] / 1e9:.2f} GB")  # fmt: skip
+    print(f"{text}; saved to {options.output}{f', curves in {picture}' if picture else ''}")
+    return 0
+
+
+def _dry_run(recipe: Recipe, device: str) -> int:
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    import pelt_fast
+    from pelt_fast.tasks.estimate import DEVICES, estimate
+    from pelt_fast.tasks.pretrained import from_pretrained
+
+    if device not in DEVICES:
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}; got {device!r}")
+    task = task_of(recipe.task)
+    kind = AutoModelForSeq2SeqLM if task.generates else AutoModelForSequenceClassification
+    options = {} if task.generates else dict(num_labels=len(task.classes))
+    config = from_pretrained(AutoConfig, recipe.model, **options, **recipe.model_config)
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    pelt_fast.inject(model, recipe.config())
+    found = estimate(model, recipe)
+    steps = recipe.steps or None
+    time = found.seconds(device)
+    whole = f", {steps:,} steps {steps * time / 3600:.1f} h" if steps else ""
+    memory = DEVICES[device][1]
+    print(
+        f"{recipe.name} on {recipe.model}: base {found.base:,} parameters, {found.trainable:,}"
+        f" train ({found.percent:.2f} % by the paper's count)\n"
+        f"memory about {found.bytes / 1e9:.1f} GB of the {memory} of a {device}\n"
+        f"a step about {1e3 * time:.0f} ms on a {device}{whole} (estimates by counting)"
+    )
     return 0

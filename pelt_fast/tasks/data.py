@@ -1,8 +1,9 @@
-"""Text classification data: a local folder, or GLUE by name through ``datasets``.
+"""Rows of a task through ``datasets``: from the hub by name, or from a folder of your own.
 
-A folder holds ``train`` and ``validation`` (or ``dev``, ``test``) as .jsonl, .json, .csv or .tsv,
-plain or .gz, with a text column (text, sentence or premise), perhaps a second (text_pair,
-sentence2 or hypothesis), and ``label``, a number or a name.
+A folder holds ``train`` and ``validation`` (or ``dev``), perhaps ``test``, as .jsonl, .json, .csv
+or .tsv, or a translation's splits as parallel text (``train.en``, ``train.ro``); all plain or .gz.
+Columns have the names of ``registry.COLUMNS`` or their likes. Nothing is held in memory: rows lie
+in ``datasets``' cache.
 """
 
 import logging
@@ -10,32 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TASKS = ("sst2", "mnli")
-FIRST = ("text", "sentence", "premise", "sentence1")
-SECOND = ("text_pair", "sentence2", "hypothesis")
+from .registry import COLUMNS, Task
+
 _READERS = {".jsonl": ("json", {}), ".json": ("json", {}), ".csv": ("csv", {}),
             ".tsv": ("csv", {"delimiter": "\t", "quoting": 3})}  # fmt: skip
+_SPLITS = {"train": ("train",), "validation": ("validation", "dev", "valid"), "test": ("test",),
+           "validation_matched": ("validation_matched", "dev_matched"),
+           "validation_mismatched": ("validation_mismatched", "dev_mismatched")}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Split:
-    """Texts, second texts (None when there are none) and labels of one split."""
+class Data:
+    """``train``, ``validation`` (what is selected by) and ``finals`` (what is scored at the end, by
+    name); columns text, pair, label or source, target. ``classes`` by name, of a classification."""
 
-    texts: Sequence[str]
-    pairs: Sequence[str] | None
-    labels: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class ClassificationData:
-    """A training and an evaluation split, and the classes by name."""
-
-    train: Split
-    evaluation: Split
-    classes: tuple[str, ...]
+    train: object
+    validation: object
+    finals: dict
+    classes: tuple[str, ...] = ()
 
 
 def _datasets():
@@ -44,80 +37,166 @@ def _datasets():
     except ImportError:
         raise RuntimeError("reading data needs the extra: pip install 'pelt_fast[train]'") from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # a failure is said once, by us
     return datasets
 
 
-def from_folder(folder: str | Path) -> ClassificationData:
-    """Read a local folder.
+def load(task: Task, folder: str | Path | dict[str, list] | None = None) -> Data:
+    """The rows of ``task``, of ``folder``, of files by split (each a path, or two of parallel text;
+    several are joined), or of the hub.
 
-    Raises FileNotFoundError when a split is missing, ValueError when a column is.
+    Raises FileNotFoundError where a split is missing, ConnectionError where the hub cannot be
+    reached, ValueError for a missing column, an empty split, a label outside the classes.
     """
-    folder = Path(folder)
+    if isinstance(folder, dict):
+        splits = {split: _joined(task, files) for split, files in folder.items()}
+    else:
+        splits = _from_hub(task) if folder is None else _from_folder(task, Path(folder))
+    classes = task.classes
+    if classes and folder is not None:
+        classes = _classes(task, splits["train"])
+    splits = {name: _canonical(task, rows, classes, name) for name, rows in splits.items()}
+    finals = {}
+    for name, choices in task.finals.items():
+        found = next((split for split in choices if split in splits), None)
+        if found is not None:
+            finals[name] = splits[found]
+    first = next((s for s in ("validation", "validation_matched", "test") if s in splits), None)
+    if "train" not in splits or first is None:
+        raise FileNotFoundError(f"{folder}: a train and a validation split are needed")
+    return Data(splits["train"], splits[first], finals, classes)
+
+
+def _from_folder(task: Task, folder: Path) -> dict:
     if not folder.is_dir():
         raise FileNotFoundError(f"--data: {folder} is not a folder")
-    train = _read(_find(folder, ("train",)))
-    evaluation = _read(_find(folder, ("validation", "dev", "test")))
-    return _assemble(train, evaluation, [str(name) for name in sorted({*map(str, train["label"])})])
+    found = {split: _find(task, folder, stems) for split, stems in _SPLITS.items()}
+    found = {split: paths for split, paths in found.items() if paths}
+    if "train" not in found or len(found) < 2:
+        wanted = ", ".join(f"train{suffix}" for suffix in _READERS)
+        if task.languages:
+            wanted += " or " + " and ".join(f"train.{code}" for code in task.languages)
+        what = "train" if "train" not in found else "validation, dev or test"
+        raise FileNotFoundError(
+            f"--data: {folder} has no {what} split; it holds none of {wanted} (or .gz of them), the"
+            " other splits likewise"
+        )
+    return {split: _read(task, paths) for split, paths in found.items()}
 
 
-def _find(folder: Path, stems: Sequence[str]) -> Path:
+def _joined(task: Task, files: list):
+    """The rows of several files, one behind the other."""
+    tables = []
+    for paths in files:
+        paths = [Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"--data: {missing[0]} is not there")
+        tables.append(_read(task, paths))
+    return tables[0] if len(tables) == 1 else _datasets().concatenate_datasets(tables)
+
+
+def _find(task: Task, folder: Path, stems: Sequence[str]) -> list[Path]:
+    """The file of a split, or the two of parallel text; none where it is not there."""
     for stem in stems:
         for suffix in _READERS:
             for ending in (suffix, f"{suffix}.gz"):
                 if (folder / f"{stem}{ending}").is_file():
-                    return folder / f"{stem}{ending}"
-    wanted = ", ".join(f"{stems[0]}{suffix}" for suffix in _READERS)
-    raise FileNotFoundError(f"--data: {folder} holds none of {wanted} (or .gz of them)")
+                    return [folder / f"{stem}{ending}"]
+        if task.languages:
+            for gz in ("", ".gz"):
+                pair = [folder / f"{stem}.{code}{gz}" for code in task.languages]
+                if all(path.is_file() for path in pair):
+                    return pair
+    return []
 
 
-def _read(path: Path):
-    kind, options = _READERS[path.name.removesuffix(".gz")[len(path.name.split(".")[0]) :]]
-    table = _datasets().load_dataset(kind, data_files=str(path), split="train", **options)
-    if "label" not in table.column_names or not any(c in table.column_names for c in FIRST):
-        raise ValueError(
-            f"--data: {path.name} needs a column label and one of {', '.join(FIRST)};"
-            f" it has {', '.join(table.column_names)}"
-        )
-    return table
-
-
-def from_glue(task: str) -> ClassificationData:
-    """``sst2`` or ``mnli`` (matched) from the hub.
-
-    Raises ValueError for another name, ConnectionError when the hub cannot be reached and
-    nothing is cached; the message names the local way.
-    """
-    if task not in TASKS:
-        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {task!r}")
-    evaluation = "validation" if task == "sst2" else "validation_matched"
+def _read(task: Task, paths: list[Path]):
     datasets = _datasets()
+    if len(paths) == 2:
+        sides = [
+            datasets.load_dataset("text", data_files=str(path), split="train") for path in paths
+        ]
+        if len(sides[0]) != len(sides[1]):
+            lines = f"{paths[0].name} has {len(sides[0])} lines, {paths[1].name} {len(sides[1])}"
+            raise ValueError(f"--data: {lines}")
+        named = [s.rename_column("text", n) for s, n in zip(sides, ("source", "target"))]
+        return datasets.concatenate_datasets(named, axis=1)
+    (path,) = paths
+    kind, options = _READERS[path.name.removesuffix(".gz")[len(path.name.split(".")[0]) :]]
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    except Exception as error:  # whatever a reader makes of a damaged file
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        if "no data" in reason:
+            raise ValueError(f"--data: {path.name} is empty") from None
+        raise ValueError(f"--data: {path.name} cannot be read: {reason}") from None
+
+
+def _from_hub(task: Task) -> dict:
+    if task.hub is None:
+        raise ValueError(f"task {task.name} is of rows of your own: give --data FOLDER")
+    datasets, (name, config) = _datasets(), task.hub
     # the hub's client would tell of every retry; what matters is said once below
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
-        tables = datasets.load_dataset("nyu-mll/glue", task)
+        return dict(datasets.load_dataset(name, config))
     except Exception as error:
         raise ConnectionError(
-            f"--task {task}: the hub cannot be reached ({type(error).__name__}); give the files"
-            " yourself with --data FOLDER (train.tsv and dev.tsv with columns sentence and label)"
+            f"{name} of task {task.name}: the hub cannot be reached ({type(error).__name__}); give"
+            " the files yourself with --data FOLDER (see pelt_fast/tasks/data.py)"
         ) from None
-    names = tables["train"].features["label"].names
-    return _assemble(tables["train"], tables[evaluation], names)
 
 
-def _assemble(train, evaluation, classes: list[str]) -> ClassificationData:
-    return ClassificationData(_split(train, classes), _split(evaluation, classes), tuple(classes))
+def _classes(task: Task, train) -> tuple[str, ...]:
+    """Those of the task, where the rows have no others; else the rows' own, sorted."""
+    _column(train, "label", "train")
+    found = {str(label) for label in train["label"]}
+    numbers = {str(i) for i in range(len(task.classes))}
+    known = found <= set(task.classes) or found <= numbers
+    return task.classes if known else tuple(sorted(found))
 
 
-def _split(table, classes: list[str]) -> Split:
-    column = next(name for name in FIRST if name in table.column_names)
-    second = next((name for name in SECOND if name in table.column_names), None)
-    raw = table["label"]
-    if all(isinstance(label, int) and 0 <= label < len(classes) for label in raw):
-        labels = list(raw)
+def _column(rows, wanted: str, split: str) -> str:
+    for name in COLUMNS[wanted]:
+        if name in rows.column_names:
+            return name
+    raise ValueError(
+        f"--data: {split} needs a column {' or '.join(COLUMNS[wanted])}; it has"
+        f" {', '.join(rows.column_names)}"
+    )
+
+
+def _canonical(task: Task, rows, classes: tuple[str, ...], split: str):
+    """The rows with the columns of the registry, in its names."""
+    if len(rows) == 0:
+        raise ValueError(f"--data: the {split} split is empty")
+    if task.languages and "translation" in rows.column_names:
+        first, second = task.languages
+        return rows.map(
+            lambda row: {"source": row["translation"][first], "target": row["translation"][second]},
+            remove_columns=rows.column_names,
+        )
+    if task.generates:
+        names = {_column(rows, name, split): name for name in ("source", "target")}
     else:
-        known = {name: i for i, name in enumerate(classes)}
-        unknown = {str(label) for label in raw} - known.keys()
-        if unknown:
-            raise ValueError(f"--data: label {sorted(unknown)[0]!r} is in no training row")
-        labels = [known[str(label)] for label in raw]
-    return Split(list(table[column]), list(table[second]) if second else None, labels)
+        names = {_column(rows, name, split): name for name in ("text", "label")}
+        pair = next((name for name in COLUMNS["pair"] if name in rows.column_names), None)
+        names |= {pair: "pair"} if pair else {}
+    rows = rows.select_columns(list(names))
+    rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
+    return _labelled(rows, classes, split) if "label" in rows.column_names else rows
+
+
+def _labelled(rows, classes: tuple[str, ...], split: str):
+    numbers = {name: i for i, name in enumerate(classes)}
+    if not any(name.isdigit() for name in classes):
+        numbers |= {str(i): i for i in range(len(classes))}
+    found = {str(label) for label in rows["label"]}
+    unknown = sorted(found - numbers.keys())
+    if unknown and (unknown != ["-1"] or split == "train"):
+        raise ValueError(f"--data: label {unknown[0]!r} of {split} is none of {', '.join(classes)}")
+    if unknown:  # the hub's unlabelled test rows
+        rows = rows.filter(lambda row: str(row["label"]) in numbers)
+    labels = [numbers[str(label)] for label in rows["label"]]
+    return rows.remove_columns("label").add_column("label", labels)

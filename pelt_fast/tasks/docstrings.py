@@ -10,10 +10,30 @@ import hashlib
 import importlib.util
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from .data import ClassificationData, Split
+
+@dataclass(frozen=True)
+class Split:
+    """Texts and labels of one split."""
+
+    texts: Sequence[str]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """A training and an evaluation split, and the classes by name."""
+
+    train: Split
+    evaluation: Split
+    classes: tuple[str, ...]
+
 
 PACKAGES = ("torch", "transformers", "numpy", "sympy", "networkx", "matplotlib")
 MIN_CLASSES = 4
@@ -62,7 +82,7 @@ def _split(by_class: list[list[str]], size: int) -> Split:
     """The first ``size`` of each class, in an order that depends on the text alone."""
     rows = [(text, label) for label, texts in enumerate(by_class) for text in texts[:size]]
     rows.sort(key=lambda row: _digest(row[0]))
-    return Split([text for text, _ in rows], None, [label for _, label in rows])
+    return Split([text for text, _ in rows], [label for _, label in rows])
 
 
 def _digest(text: str) -> int:

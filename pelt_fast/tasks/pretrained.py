@@ -1,10 +1,15 @@
 """Loading models, tokenizers and configs by folder or hub name, with one clear error."""
 
+import sys
 from pathlib import Path
 
 
 def from_pretrained(auto_class, path: str | Path, **options):
     """``auto_class.from_pretrained(path)``; OSError that names the model when it is not there."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(path, **options)
     except OSError as error:

@@ -1,0 +1,68 @@
+"""What a run needs, before anyone pays for it: parameters, memory, seconds of a step.
+
+An estimate, by counting. Memory: weights, gradients and Adam's two moments of what trains, and the
+activations kept for backward. A step's flops: 2 for each weight and token forward, 2 backward to
+the input, 2 more for a weight that trains. Its seconds are those at ``EFFICIENCY`` of a GPU's dense
+16-bit peak: a rough figure; ``pelt-fast bench predict`` counts bytes op by op.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import pelt_fast
+
+from .recipe import Recipe
+from .registry import task_of
+
+EFFICIENCY = 0.4
+# dense bf16 / fp16 peak in TFLOP/s and memory in GB, from the makers' data sheets
+DEVICES = {"h200": (989, 141), "h100": (989, 80), "a100": (312, 80), "l40s": (362, 48),
+           "rtx4090": (165, 24), "mi300x": (1307, 192)}  # fmt: skip
+# activations kept for a token in a layer, in widths: the inputs of six products, two norms, and
+# what the FFN's activation needs twice four widths
+_WIDTHS = 16
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """base and trainable parameters, bytes in all, flops of one optimizer step."""
+
+    base: int
+    trainable: int
+    percent: float
+    bytes: int
+    flops: float
+
+    def seconds(self, device: str) -> float:
+        """Of one optimizer step on a GPU of ``DEVICES``."""
+        return self.flops / (DEVICES[device][0] * 1e12 * EFFICIENCY)
+
+
+def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
+    """The :class:`Estimate` of an injected model, on any device, meta included."""
+    count = pelt_fast.count_parameters(model)
+    config, width = model.config, 2 if recipe.precision != "fp32" else 4
+    lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).generates
+    tokens = recipe.batch_tokens or recipe.batch_size * lengths
+    layers = config.num_hidden_layers + (getattr(config, "decoder_layers", 0) or 0)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = 4 * count.trainable * 3  # a gradient and two moments, in fp32
+    kept = tokens * layers * config.hidden_size * _WIDTHS * width
+    vocabulary = tokens * config.vocab_size * 4 if task_of(recipe.task).generates else 0
+    flops = tokens * recipe.accumulation * (4 * count.base + 6 * count.kept)
+    return Estimate(count.base, count.trainable, count.percent,
+                    weights + trained + kept + 2 * vocabulary, float(flops))  # fmt: skip
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        with open("/proc/meminfo") as file:
+            found = dict(line.split(":") for line in file)
+        return 1024 * int(found["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return None

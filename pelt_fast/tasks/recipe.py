@@ -1,0 +1,191 @@
+"""A recipe: everything one training run is, as a small YAML.
+
+``recipes/`` holds one file a task with the paper's settings (Table 8, appendix A, and the scripts
+of its code). A name is a task, ``xsum``, or a task and a preset, ``xsum-lora``; a path is a file of
+yours, which may name the recipe it ``extends``.
+"""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pelt_fast.config import PeltConfig
+from pelt_fast.methods import method as preset
+from pelt_fast.methods import methods
+
+FOLDER = Path(__file__).parent / "recipes"
+SCHEDULES = ("polynomial", "linear", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one run; every field may stand in a YAML.
+
+    task: see ``tasks.registry``. model: a folder or hub name. method: a preset's name, or a
+    PeltConfig as its JSON has it; sizes: fields replaced in it, by form ({"prefix": {"size":
+    30}}). A batch is ``batch_size`` rows or ``batch_tokens`` tokens (the longest row times the
+    rows), ``accumulation`` of them a step; ``steps`` or ``epochs`` long. learning_rate is AdamW's;
+    ``prefix_rate`` its share for a prefix's reparameterisation. warmup: a share of the steps (below
+    1) or steps. ``max_length`` and ``max_target`` are tokens; ``source_prefix`` stands in front of
+    every source text. Evaluation every ``evaluate_every`` steps (0: every epoch), on at most
+    ``eval_examples`` rows (0: all), keeps the checkpoint that is best by ``select_by``.
+    model_config: fields of the model's config to set. precision: "fp16" and "bf16" need a GPU.
+    """
+
+    name: str
+    task: str
+    model: str = ""
+    method: str | dict = "mam"
+    sizes: dict = field(default_factory=dict)
+    learning_rate: float = 1e-4
+    prefix_rate: float = 1.0
+    schedule: str = "polynomial"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    steps: int = 0
+    epochs: float = 0.0
+    batch_size: int = 32
+    batch_tokens: int = 0
+    accumulation: int = 1
+    max_length: int = 512
+    max_target: int = 128
+    source_prefix: str = ""
+    beams: int = 1
+    min_generated: int = 0
+    max_generated: int = 128
+    no_repeat_ngram: int = 0
+    evaluate_every: int = 0
+    eval_examples: int = 0
+    eval_batch_size: int = 64
+    select_by: str = "accuracy"
+    precision: str = "fp32"
+    model_config: dict = field(default_factory=dict)
+    seed: int = 42
+
+    def __post_init__(self):
+        object.__setattr__(self, "adam_betas", tuple(self.adam_betas))
+        for name in ("batch_size", "accumulation", "max_length", "max_target", "beams",
+                     "max_generated", "eval_batch_size"):  # fmt: skip
+            _positive(name, getattr(self, name))
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate must be in (0, 1), got {self.learning_rate}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(
+                f"one of steps and epochs must be positive, got {self.steps} and {self.epochs}"
+            )
+        for name, options in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in options:
+                choice = ", ".join(options)
+                raise ValueError(f"{name} must be one of {choice}; got {getattr(self, name)!r}")
+        self.config()
+
+    def config(self) -> PeltConfig:
+        """The method, its sizes replaced; ValueError for an unknown one or field."""
+        if isinstance(self.method, dict):
+            config = PeltConfig.from_json(json.dumps(self.method))
+        else:
+            config = preset(self.method)
+        unknown = self.sizes.keys() - {m.form for m in config.modifications}
+        if unknown:
+            raise ValueError(f"sizes names {sorted(unknown)[0]!r}, {config.name!r} has none")
+        try:
+            changed = tuple(
+                dataclasses.replace(m, **self.sizes.get(m.form, {})) for m in config.modifications
+            )
+        except TypeError as error:
+            raise ValueError(f"sizes: {error}") from None
+        return dataclasses.replace(config, modifications=changed)
+
+    def replace(self, **changes) -> "Recipe":
+        """A copy with fields changed; ``steps`` takes the place of ``epochs`` and the reverse."""
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if changes.get(one) and not changes.get(other):
+                changes[other] = 0
+        return dataclasses.replace(self, **changes)
+
+
+def _positive(name: str, value) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def names() -> list[str]:
+    """The recipes that are here: every task, with every preset."""
+    tasks = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return [*tasks, *(f"{task}-{method}" for task in tasks for method in methods())]
+
+
+def load(name: str) -> Recipe:
+    """The recipe of a name or file. Raises ValueError for an unknown name, key or value; the
+    message names the nearest."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise FileNotFoundError(f"recipe {name} is not there")
+        raw = _yaml(path)
+        base = _named(raw.pop("extends")) if "extends" in raw else {}
+        return _recipe(path.stem, {**base, **raw}, str(path))
+    return _recipe(name, _named(name), name)
+
+
+def _named(name: str) -> dict:
+    task, _, method = name.partition("-")
+    path = FOLDER / f"{task}.yaml"
+    if not path.is_file() or (method and method not in methods()):
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+        raise ValueError(f"no recipe {name!r}{hint} (TASK or TASK-PRESET, tasks: {known})")
+    raw = _yaml(path)
+    own = raw.get("methods", {}).get(method or raw.get("method"), {})
+    return {**raw, **({"method": method} if method else {}), **own}
+
+
+def _yaml(path: Path) -> dict:
+    try:
+        import yaml
+    except ImportError:
+        raise RuntimeError("recipes need the extra: pip install 'pelt_fast[train]'") from None
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold keys and values, got {type(raw).__name__}")
+    return raw
+
+
+def _recipe(name: str, raw: dict, source: str) -> Recipe:
+    raw = {key: value for key, value in raw.items() if key != "methods"}
+    known = [f.name for f in dataclasses.fields(Recipe)]
+    for key in raw:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+    wanted = {f.name: f.type for f in dataclasses.fields(Recipe)}
+    raw = {key: _typed(key, value, wanted[key], source) for key, value in raw.items()}
+    try:
+        return Recipe(**{"name": name, **raw})
+    except TypeError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _typed(key: str, value, kind, source: str):
+    """A number where a number is due: YAML reads 1e-4 as text."""
+    if kind not in (int, float):
+        return value
+    try:
+        number = float(value)
+        return int(number) if kind is int and number == int(number) else kind(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{source}: {key} must be a number, got {value!r}") from None

@@ -1,0 +1,63 @@
+"""The paper's four tasks, and two for rows of your own: where rows are, how they are scored."""
+
+from dataclasses import dataclass
+
+# names a column may have in a file of the user's, the canonical one first
+COLUMNS = {
+    "text": ("text", "sentence", "premise", "sentence1"),
+    "pair": ("pair", "text_pair", "sentence2", "hypothesis"),
+    "label": ("label",),
+    "source": ("source", "document", "src", "text", "oracle"),
+    "target": ("target", "summary", "tgt"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. ``hub``: dataset and configuration; ``finals``: what the last evaluation scores,
+    each a name and the splits it may be (the first that is there). ``languages``: of a translation,
+    and the endings of parallel files. ``classes``: of a classification."""
+
+    name: str
+    hub: tuple[str, str | None] | None
+    finals: dict[str, tuple[str, ...]]
+    classes: tuple[str, ...] = ()
+    languages: tuple[str, str] | None = None
+    codes: tuple[str, str] | None = None  # a multilingual tokenizer's names for them
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answer is text."""
+        return not self.classes
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What the last evaluation gives, in the order of the paper's tables."""
+        if self.classes:
+            return tuple(self.finals)
+        return ("bleu",) if self.languages else ("rouge1", "rouge2", "rougeL")
+
+
+TASKS = {
+    task.name: task for task in (
+        Task("sst2", ("nyu-mll/glue", "sst2"), {"accuracy": ("validation", "test")},
+             ("negative", "positive")),
+        Task("mnli", ("nyu-mll/glue", "mnli"), {
+            "matched": ("validation_matched", "validation", "test"),
+            "mismatched": ("validation_mismatched",),
+        }, ("entailment", "neutral", "contradiction")),
+        # the user's own rows: classes are those of the train split
+        Task("classification", None, {"accuracy": ("validation", "test")}, ("0", "1")),
+        Task("generation", None, {"test": ("test", "validation")}),
+        Task("xsum", ("EdinburghNLP/xsum", None), {"test": ("test", "validation")}),
+        Task("wmt16", ("wmt/wmt16", "ro-en"), {"test": ("test", "validation")},
+             languages=("en", "ro"), codes=("en_XX", "ro_RO")),
+    )
+}  # fmt: skip
+
+
+def task_of(name: str) -> Task:
+    """The task of a name; ValueError names the known ones."""
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    return TASKS[name]

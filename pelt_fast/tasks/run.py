@@ -1,0 +1,103 @@
+"""A run from its recipe to a row of results."""
+
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import pelt_fast
+from pelt_fast.config import PeltConfig
+
+from .data import Data, load
+from .estimate import estimate, free_memory
+from .recipe import Recipe
+from .registry import task_of
+from .tokens import tokenised
+from .train import Outcome, append_line, fit, load_model
+
+RESULTS = Path("runs/results.jsonl")
+
+
+def run(
+    recipe: Recipe, source, output: Path, *, resume: bool = False, quiet: bool = False,
+    results: Path = RESULTS,
+) -> dict:  # fmt: skip
+    """Read, inject, train, score, save; appends the row to ``results`` and returns it.
+
+    ``source`` as for ``data.load``. Raises, before training: what loading raises, ValueError for a
+    recipe that needs more memory or disk than there is.
+    """
+    task = task_of(recipe.task)
+    data = load(task, source)
+    model, tokenizer = load_model(recipe, data.classes)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(recipe.seed)
+    pelt_fast.inject(model, recipe.config())
+    check_memory(model, recipe)
+    check_disk(model, output)
+    rows = tokens_of(data, recipe, tokenizer)
+    finals = {name: rows[name] for name in data.finals}
+    outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
+                  resume=resume, quiet=quiet)  # fmt: skip
+    pelt_fast.save(model, output)
+    row = result(recipe, recipe.config(), model, outcome)
+    row |= {"rows": len(data.train), "classes": list(data.classes)}
+    append_line(results, row)
+    return row
+
+
+def tokens_of(data: Data, recipe: Recipe, tokenizer) -> dict:
+    """Tokenised rows: train, validation and each of the finals."""
+    splits = {"train": data.train, "validation": data.validation, **data.finals}
+    task = task_of(recipe.task)
+    return {
+        name: tokenised(
+            rows, task, tokenizer, recipe.max_length, recipe.max_target, recipe.source_prefix
+        )
+        for name, rows in splits.items()
+    }
+
+
+def result(recipe: Recipe, config: PeltConfig, model: nn.Module, outcome: Outcome) -> dict:
+    """One row of results: what ran, what came out, what it cost, where."""
+    count = pelt_fast.count_parameters(model)
+    gpu, cores = torch.cuda.is_available(), torch.get_num_threads()
+    return {
+        "recipe": recipe.name, "task": recipe.task, "model": Path(recipe.model).name,
+        "method": config.name, "seed": recipe.seed, "learning_rate": recipe.learning_rate,
+        "steps": recipe.steps, "epochs": recipe.epochs, "metrics": outcome.metrics,
+        "step_seconds": outcome.step_seconds, "peak_bytes": outcome.peak_bytes,
+        "seconds": outcome.seconds, "parameters": {**asdict(count), "percent": count.percent},
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {cores} threads",
+        "versions": {"pelt_fast": pelt_fast.__version__, "torch": torch.__version__,
+                     "python": platform.python_version()},
+    }  # fmt: skip
+
+
+def check_memory(model: nn.Module, recipe: Recipe) -> None:
+    """ValueError with the estimate where the device has less."""
+    device = next(model.parameters()).device
+    needed, there = estimate(model, recipe).bytes, free_memory(device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"this recipe needs about {needed / 1e9:.1f} GB on {device}, {there / 1e9:.1f} GB are"
+            " free: take a smaller batch_size or batch_tokens (with more accumulation), or a"
+            " shorter max_length"
+        )
+
+
+def check_disk(model: nn.Module, output: Path) -> None:
+    """OSError where three checkpoints of the method and its optimizer have no room."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if 12 * trained > free:
+        raise OSError(
+            f"{output} has room for {free / 1e9:.2f} GB, the checkpoints of this run take about"
+            f" {12 * trained / 1e9:.2f} GB"
+        )

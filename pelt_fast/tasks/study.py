@@ -1,0 +1,271 @@
+"""The paper's tables, run: every row a training, skipped where it is done.
+
+At the paper's size a row is the task's recipe with the row's method, once for each seed. At small
+size (``small.yaml``) models and methods are narrower by one factor, a learning rate is chosen for
+each method on held-out rows of the training split, and the evaluation split is scored once.
+Every run is a line of ``results.jsonl``; a table is made of the lines.
+"""
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+import pelt_fast
+from pelt_fast.config import PeltConfig
+from pelt_fast.models.slots import base_of
+from pelt_fast.trainer import last_checkpoint
+
+from .data import Data, load
+from .paper import Row, Table
+from .recipe import Recipe
+from .recipe import load as load_recipe
+from .registry import task_of
+from .run import result, run, tokens_of
+from .train import append_line, fit, load_model
+
+RESULTS = "results.jsonl"
+SMALL = Path(__file__).with_name("small.yaml")
+PAPER_SEEDS = (42, 2, 4)
+
+
+def scaled(config: PeltConfig, factor: float) -> PeltConfig:
+    """A method whose sizes are ``factor`` times as large: of a model that much narrower, the same
+    share of the parameters."""
+    return dataclasses.replace(config, modifications=tuple(
+        dataclasses.replace(m, size=max(1, round(m.size * factor)) if m.size else 0)
+        for m in config.modifications
+    ))  # fmt: skip
+
+
+def key(task: str, config: PeltConfig, rate: float, seed: int, phase: str) -> str:
+    """What tells one run from every other."""
+    text = json.dumps([task, dataclasses.asdict(config), rate, seed, phase], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Results:
+    """The lines of a study's file, by key."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / RESULTS
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        self.rows = {row["key"]: row for row in map(json.loads, filter(None, lines))}
+
+    def add(self, row: dict) -> dict:
+        """One line more."""
+        append_line(self.path, row)
+        self.rows[row["key"]] = row
+        return row
+
+
+@dataclass
+class Subject:
+    """One task of a study: its recipe, its model's folder, its tokenised rows, made once."""
+
+    recipe: Recipe
+    rows: dict
+    finals: list[str]
+    classes: tuple[str, ...]
+    factor: float
+
+    def fresh(self):
+        """The model again, as it was."""
+        return load_model(self.recipe, self.classes)
+
+
+def small_settings() -> dict:
+    """What ``small.yaml`` says."""
+    return yaml.safe_load(SMALL.read_text())
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def small_subject(task: str, folder: Path, model: str, width: int, **changes) -> Subject:
+    """A task at small size, of the files in ``folder``."""
+    settings = small_settings()
+    own = settings[task]
+    recipe = load_recipe(task).replace(
+        model=model, weight_decay=settings["weight_decay"], prefix_rate=settings["prefix_rate"],
+        precision="fp32", model_config={}, **own["recipe"],
+    ).replace(**changes)  # fmt: skip
+    splits = ("train", "heldout", "validation", "test")
+    files = {s: [_paths(folder, f) for f in own[s]] for s in splits if s in own}
+    data = _small_data(task, files, own)
+    fresh, tokenizer = load_model(recipe, data.classes)
+    rows = tokens_of(data, recipe, tokenizer)
+    width_here = base_of(fresh).config.hidden_size
+    return Subject(recipe, rows, list(data.finals), data.classes, width_here / width)
+
+
+def _paths(folder: Path, files) -> list[Path]:
+    return [folder / file for file in (files if isinstance(files, list) else [files])]
+
+
+def _small_data(task: str, files: dict, own: dict) -> Data:
+    """Held-out rows come from a file of theirs or from the training rows, so does a test split that
+    is not there."""
+    heldout = files.pop("heldout", None)
+    if "validation" not in files and "test" not in files:
+        whole = load(task_of(task), {"train": files["train"], "validation": files["train"]})
+        parts = whole.train.shuffle(seed=0).train_test_split(test_size=own["test_rows"], seed=0)
+        train, finals, classes = parts["train"], {"test": parts["test"]}, ()
+    else:
+        data = load(task_of(task), files)
+        train, classes = data.train.shuffle(seed=0), data.classes
+        most = own.get("test_rows")
+        finals = {
+            name: rows.select(range(min(most, len(rows)))) if most else rows
+            for name, rows in data.finals.items()
+        }
+    most = own["heldout_rows"]
+    if heldout is not None:
+        rows = load(task_of(task), {"train": heldout, "validation": heldout}).train
+        return Data(train, rows.shuffle(seed=0).select(range(most)), finals, classes)
+    parts = train.train_test_split(test_size=most, seed=0)
+    return Data(parts["train"], parts["test"], finals, classes)
+
+
+def train_row(subject: Subject, config: PeltConfig, rate: float, seed: int, phase: str,
+              output: Path) -> dict:  # fmt: skip
+    """One run: phase "rate" is scored on held-out rows, "final" on the evaluation split."""
+    recipe = subject.recipe.replace(learning_rate=rate, seed=seed)
+    torch.manual_seed(seed)
+    model, tokenizer = subject.fresh()
+    pelt_fast.inject(model, config)
+    rows = subject.rows
+    finals = {"heldout": rows["validation"]} if phase == "rate" else {
+        name: rows[name] for name in subject.finals
+    }  # fmt: skip
+    outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
+                  quiet=True, keep=False)  # fmt: skip
+    row = result(recipe, config, model, outcome)
+    about = {
+        "phase": phase, "key": key(recipe.task, config, rate, seed, phase),
+        "config_key": digest(config), "losses": [round(loss, 4) for loss in losses(outcome.log)],
+    }  # fmt: skip
+    return {**row, **about}
+
+
+def losses(log: list[dict]) -> list[float]:
+    """The training losses of a log."""
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def rates_of(label: str, settings: dict) -> list[float]:
+    """The rates a row is tried at."""
+    first = label.split()[0].strip(",")
+    first = "prefix" if label.startswith("prefix") else first
+    return settings["rates"].get(first, settings["rates"]["other"])
+
+
+def factor(model: str, width: int) -> float:
+    """How much narrower a model is than the paper's."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).hidden_size / width
+
+
+def run_small(table: Table, folder: Path, models: dict[str, str], output: Path, *,
+              tasks: tuple[str, ...] | None = None, say=print, **changes) -> None:  # fmt: skip
+    """Run what of a table is not in ``output`` yet. ``models``: a model's folder for each task;
+    ``changes``: of the recipes."""
+    _quiet()
+    settings, results = small_settings(), Results(output)
+    for task in tasks or table.tasks:
+        subject = small_subject(task, folder, models[task], table.width, **changes)
+        for row in table.rows:
+            if row.paper.get(task, 0) is None and table.name != "table2":
+                continue
+            config = scaled(row.config, subject.factor)
+            rate = _chosen(subject, config, row, settings, results, output, say)
+            main = any(row.label.startswith(name) for name in settings["main"])
+            seeds = settings[task].get("seeds", settings["seeds"])
+            for seed in seeds if main else seeds[:1]:
+                _once(subject, config, row, rate, seed, "final", results, output, say)
+
+
+def run_paper(table: Table, data: Path | None, output: Path, *, tasks, model: str | None,
+              seeds: tuple[int, ...], say=print, **changes) -> None:  # fmt: skip
+    """Run what of a table is not in ``output`` yet, at the paper's size with its recipes."""
+    results = Results(output)
+    for task in tasks:
+        for row in table.rows:
+            if row.paper.get(task, 0) is None and table.name != "table2":
+                continue
+            for seed in seeds:
+                recipe = load_recipe(task).replace(
+                    method=dataclasses.asdict(row.config), sizes={}, seed=seed, **changes
+                )
+                recipe = recipe.replace(model=model) if model else recipe
+                name = key(task, row.config, recipe.learning_rate, seed, "final")
+                if name in results.rows:
+                    continue
+                folder = output / f"{task}-{name}"
+                resume = last_checkpoint(folder) is not None
+                made = run(recipe, None if data is None else data / task, folder, resume=resume,
+                           results=folder / RESULTS)  # fmt: skip
+                about = {"label": row.label, "phase": "final", "key": name,
+                         "config_key": digest(row.config)}  # fmt: skip
+                results.add({**made, **about})
+                say(f"{task:<6} {row.label:<36} seed {seed}: {score(made):.2f}")
+
+
+def _chosen(subject, config, row: Row, settings, results, output, say) -> float:
+    """The rate that is best on held-out rows, of this task or the one named in its stead."""
+    rates, seed = rates_of(row.label, settings), settings["seeds"][0]
+    other = settings[subject.recipe.task].get("rates_of")
+    keys = {rate: key(other, config, rate, seed, "rate") for rate in rates}
+    if other and all(name in results.rows for name in keys.values()):
+        return max(rates, key=lambda rate: score(results.rows[keys[rate]]))
+    found = {
+        rate: _once(subject, config, row, rate, seed, "rate", results, output, say)
+        for rate in rates
+    }
+    return max(rates, key=lambda rate: score(found[rate]))
+
+
+def _once(subject, config, row: Row, rate, seed, phase, results, output, say) -> dict:
+    name = key(subject.recipe.task, config, rate, seed, phase)
+    if name in results.rows:
+        return results.rows[name]
+    made = train_row(subject, config, rate, seed, phase, output)
+    found = results.add({"label": row.label, **made})
+    say(f"{subject.recipe.task:<6} {row.label:<36} {phase:<6} rate {rate:g} seed {seed}:"
+        f" {score(found):.2f} in {found['seconds']:.0f} s")  # fmt: skip
+    return found
+
+
+def score(row: dict) -> float:
+    """The number a run is ranked by."""
+    metrics = row["metrics"]
+    return next(metrics[name] for name in ("accuracy", "matched", "bleu", "rouge2", "heldout")
+                if name in metrics)  # fmt: skip
+
+
+def finals(results: Results, task: str, config: PeltConfig) -> list[dict]:
+    """The scored runs of a method, one a seed."""
+    return [
+        row for row in results.rows.values()
+        if row["task"] == task and row["phase"] == "final" and row["config_key"] == digest(config)
+    ]  # fmt: skip
+
+
+def digest(config: PeltConfig) -> str:
+    """A method's key."""
+    return key("", config, 0, 0, "")
+
+
+def mean_and_deviation(numbers: list[float]) -> tuple[float, float | None]:
+    """None of a single number."""
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
