@@ -1,6 +1,7 @@
 """Train a recipe: one of the paper's tasks, or rows of your own."""
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -71,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     row = run_recipe(recipe, options.data, options.output, resume=options.resume,
                      quiet=not sys.stderr.isatty(),
                      results=options.results or options.output / "results.jsonl")  # fmt: skip
+    if int(os.environ.get("RANK", 0)):
+        return 0  # the first of several processes speaks
     picture = curves(options.output)
     count, scores = row["parameters"], row["metrics"]
     text = ", ".join(f"{name} {value:.2f} %" for name, value in scores.items())

@@ -1,5 +1,6 @@
 """A run from its recipe to a row of results."""
 
+import os
 import platform
 import shutil
 from dataclasses import asdict
@@ -27,13 +28,19 @@ def run(
 ) -> dict:  # fmt: skip
     """Read, inject, train, score, save; appends the row to ``results`` and returns it.
 
-    ``source`` as for ``data.load``. Raises, before training: what loading raises, ValueError for a
-    recipe that needs more memory or disk than there is.
+    ``source`` as for ``data.load``. Of several processes (``accelerate launch``, DDP) the first
+    writes. Raises, before training: what loading raises, ValueError for a recipe that needs more
+    memory than there is or under FSDP, OSError where the disk has no room.
     """
-    task = task_of(recipe.task)
-    data = load(task, source)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ValueError(
+            "FSDP shards what a checkpoint of the method holds: train under DDP, or with a loop of"
+            " your own (inject(pack=False), fully_shard, torch.distributed.checkpoint)"
+        )
+    data = load(task_of(recipe.task), source)
     model, tokenizer = load_model(recipe, data.classes)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    model.to(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)
     pelt_fast.inject(model, recipe.config())
     check_memory(model, recipe)
@@ -42,10 +49,11 @@ def run(
     finals = {name: rows[name] for name in data.finals}
     outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
                   resume=resume, quiet=quiet)  # fmt: skip
-    pelt_fast.save(model, output)
     row = result(recipe, recipe.config(), model, outcome)
     row |= {"rows": len(data.train), "classes": list(data.classes)}
-    append_line(results, row)
+    if rank == 0:
+        pelt_fast.save(model, output)
+        append_line(results, row)
     return row
 
 

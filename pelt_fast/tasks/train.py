@@ -171,9 +171,12 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
             )
             return self.accelerator.prepare(loader)
 
+        def predict(self, *args, **kwargs):
+            self.args.predict_with_generate = task.generates  # whatever is selected by
+            return super().predict(*args, **kwargs)
+
     if recipe.eval_examples and len(validation) > recipe.eval_examples:
         validation = validation.select(range(recipe.eval_examples))
-    generates = task.generates and recipe.select_by != "loss"
     if task.generates:
         collate = DataCollatorForSeq2Seq(tokenizer, model=model)
         score = _text_scores(tokenizer, task)
@@ -187,14 +190,7 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
     if quiet:
         run.remove_callback(PrinterCallback)
     if task.generates:
-        run.args.predict_with_generate = generates  # the last evaluation generates all the same
-        predict = run.predict
-
-        def generating(*args, **kwargs):
-            run.args.predict_with_generate = True
-            return predict(*args, **kwargs)
-
-        run.predict = generating
+        run.args.predict_with_generate = recipe.select_by != "loss"
     return run
 
 

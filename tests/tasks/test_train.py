@@ -1,6 +1,10 @@
 """Every task from its rows to a row of results; interrupted and resumed; the CLI on top."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -208,8 +212,6 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(models, tmp_path, ca
 
 
 def test_a_tokenizer_without_padding_is_named(models, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(models["sst2"], tmp_path / "model")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = tmp_path / "model" / name
@@ -223,8 +225,6 @@ def test_a_tokenizer_without_padding_is_named(models, tmp_path, capsys):
 
 
 def test_a_full_disk_is_said_before_training(models, tmp_path, monkeypatch):
-    import shutil
-
     from pelt_fast.tasks import run as module
 
     usage = shutil.disk_usage(tmp_path)
@@ -251,3 +251,25 @@ def test_batches_are_of_like_length_within_the_budget_and_new_every_epoch():
     assert len(LengthBatches(lengths, batch_size=7, multiple=4)) % 4 == 0
     with pytest.raises(ValueError, match="batch_tokens=20 holds no row of 59 tokens"):
         LengthBatches(lengths, batch_tokens=20)
+
+
+def test_two_processes_train_and_the_first_writes(models, tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+        "pelt_fast", "train", "--recipe", "sst2-lora", "--data", str(SAMPLES / "sst2"), "--model",
+        models["sst2"], "--steps", "4", "--batch-size", "4", "--max-length", "64",
+        "--evaluate-every", "2", "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["metrics"].keys() == {"accuracy"}
+    assert done.stdout.count("saved to") == 1
+    assert (tmp_path / "out" / "pelt_config.json").is_file()
+
+
+def test_fsdp_is_refused_with_the_way_out(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"train under DDP, or with a loop of your own"):
+        run(short("sst2", models), SAMPLES / "sst2", tmp_path / "out", quiet=True)
