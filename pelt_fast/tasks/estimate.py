@@ -46,7 +46,8 @@ def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
     config, width = model.config, 2 if recipe.precision != "fp32" else 4
     lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).generates
     tokens = recipe.batch_tokens or recipe.batch_size * lengths
-    layers = config.num_hidden_layers + (getattr(config, "decoder_layers", 0) or 0)
+    decoder = (getattr(config, name, 0) or 0 for name in ("decoder_layers", "num_decoder_layers"))
+    layers = config.num_hidden_layers + max(decoder)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = 4 * count.trainable * 3  # a gradient and two moments, in fp32
     kept = tokens * layers * config.hidden_size * _WIDTHS * width

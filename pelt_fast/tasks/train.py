@@ -172,7 +172,8 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
             return self.accelerator.prepare(loader)
 
         def predict(self, *args, **kwargs):
-            self.args.predict_with_generate = task.generates  # whatever is selected by
+            # whatever is selected by, the last evaluation scores
+            self.args.predict_with_generate, self.compute_metrics = task.generates, score
             return super().predict(*args, **kwargs)
 
     if recipe.eval_examples and len(validation) > recipe.eval_examples:
@@ -182,15 +183,17 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
         score = _text_scores(tokenizer, task)
     else:
         collate, score = DataCollatorWithPadding(tokenizer), _accuracy
+    # by loss alone nothing is scored on the way: the logits of a vocabulary would pile up
+    on_the_way = None if task.generates and recipe.select_by == "loss" else score
     run = Run(
         model=model, args=_arguments(recipe, task, output, quiet, keep), data_collator=collate,
         train_dataset=train, eval_dataset=_without_length(_by_length(validation)),
-        optimizers=(_optimizer(model, recipe), None), compute_metrics=score,
+        optimizers=(_optimizer(model, recipe), None), compute_metrics=on_the_way,
     )  # fmt: skip
     if quiet:
         run.remove_callback(PrinterCallback)
     if task.generates:
-        run.args.predict_with_generate = recipe.select_by != "loss"
+        run.args.predict_with_generate = on_the_way is not None
     return run
 
 
@@ -297,8 +300,6 @@ def _text_scores(tokenizer, task: Task):
     def score(prediction) -> dict[str, float]:
         texts = []
         for ids in (prediction.predictions, prediction.label_ids):
-            if isinstance(ids, tuple) or ids.ndim != 2:
-                return {}  # logits: selected by loss
             ids = [[i if i >= 0 else tokenizer.pad_token_id for i in row] for row in ids.tolist()]
             texts.append(
                 [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
