@@ -10,7 +10,7 @@ from pelt_fast.models.slots import base_of
 from tests.models.judge import assert_near, exactly
 from tests.models.test_compile import compiled
 from tests.models.test_parity import small_method
-from tests.small import MODELS, gradients, inputs, randomise
+from tests.small import MODELS, MORE, gradients, inputs, randomise
 
 
 def alone(plain, method):
@@ -247,3 +247,21 @@ def test_a_copy_has_its_own_methods():
     assert pelt_fast.active(model) == {"a": 1.0}
     randomise(twin)
     assert exactly(model, batch)["logits"].shape == logits_of(twin, batch).shape
+
+
+@pytest.mark.parametrize("method", ["lora", "mam"])
+@pytest.mark.parametrize("architecture", ["gpt2", "modernbert", "phi3", "t5", "vit", "whisper"])
+def test_a_weight_of_zero_takes_a_method_out(architecture, method):
+    """On parts of fused projections and beside every kind of FFN."""
+    torch.manual_seed(0)
+    model = MORE[architecture](dropout=0.0).eval()
+    config = small_method(method, dropout=0.0)
+    pelt_fast.inject_several(model, {"a": config, "b": config.replace(size=3)})
+    for name in "ab":
+        randomise(pelt_fast.activate(model, name))
+    batch = inputs(model)
+    alone, other = (logits_of(pelt_fast.activate(model, name), batch) for name in "ab")
+    exact = exactly(pelt_fast.activate(model, "a"), batch)["logits"]
+    weighed = logits_of(pelt_fast.activate(model, {"a": 1, "b": 0}), batch)
+    assert_near(weighed, alone, exact)
+    assert not torch.allclose(alone, other, atol=1e-2)
