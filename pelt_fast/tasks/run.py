@@ -1,5 +1,6 @@
 """A run from its recipe to a row of results."""
 
+import math
 import os
 import platform
 import shutil
@@ -30,7 +31,8 @@ def run(
 
     ``source`` as for ``data.load``. Of several processes (``accelerate launch``, DDP) the first
     writes. Raises, before training: what loading raises, ValueError for a recipe that needs more
-    memory than there is or under FSDP, OSError where the disk has no room.
+    memory than there is or under FSDP, OSError where the disk has no room; after it, RuntimeError
+    where the loss became infinite (nothing is saved as a result).
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise ValueError(
@@ -49,6 +51,9 @@ def run(
     finals = {name: rows[name] for name in data.finals}
     outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
                   resume=resume, quiet=quiet)  # fmt: skip
+    loss = next((e["train_loss"] for e in outcome.log if "train_loss" in e), 0.0)
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss became {loss}: take a smaller learning_rate or longer warmup")
     row = result(recipe, recipe.config(), model, outcome)
     row |= {"rows": len(data.train), "classes": list(data.classes)}
     if rank == 0:

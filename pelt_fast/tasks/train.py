@@ -117,7 +117,7 @@ def fit(
 
     ``train``, ``validation`` and each of ``finals`` are tokenised rows (``tokens.tokenised``).
     ``keep`` writes checkpoints to ``output`` and takes the best of them in the end; ``resume`` goes
-    on from the newest. Raises RuntimeError when the extra is missing or the loss is not finite.
+    on from the newest. Raises RuntimeError when the extra is missing.
     """
     try:
         trainer = _trainer(model, tokenizer, recipe, train, validation, output, quiet, keep)
@@ -230,7 +230,7 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
         gradient_accumulation_steps=recipe.accumulation, max_grad_norm=recipe.max_grad_norm,
         label_smoothing_factor=recipe.label_smoothing, seed=recipe.seed, report_to=[],
         bf16=gpu and recipe.precision == "bf16", fp16=gpu and recipe.precision == "fp16",
-        logging_steps=10, remove_unused_columns=False,
+        logging_steps=10, logging_nan_inf_filter=False, remove_unused_columns=False,
         disable_tqdm=quiet or not sys.stderr.isatty(), dataloader_pin_memory=gpu,
         accelerator_config=dict(even_batches=False), **saving,
     )  # fmt: skip
