@@ -278,7 +278,7 @@ def test_fsdp_is_refused_with_the_way_out(models, tmp_path, monkeypatch):
 def test_a_loss_that_diverges_is_said_and_no_result_is_kept(models, tmp_path):
     recipe = short("sst2-lora", models, learning_rate=0.9, max_grad_norm=1e30, precision="fp32",
                    schedule="constant", steps=40, evaluate_every=40)  # fmt: skip
-    recipe = recipe.replace(sizes={"low_rank": {"size": 4, "scale": 1e30}})
+    recipe = recipe.replace(sizes={"low_rank": {"size": 4, "scale": 3e38}})
     with pytest.raises(RuntimeError, match="take a smaller learning_rate"):
         run(recipe, SAMPLES / "sst2", tmp_path / "out", quiet=True, results=tmp_path / "r.jsonl")
     assert not (tmp_path / "r.jsonl").exists()
