@@ -48,7 +48,11 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     head = _read_head(model, folder)
     parts = config["configs"] if config.get("architecture") == "union" else [config]
     loras = _loras(name, tensors)
-    modifications = [m for part in parts for m in _modifications(model, part, loras, folder)]
+    try:
+        modifications = [m for part in parts for m in _modifications(model, part, loras, folder)]
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is none of adapters 1.x: {error!r}") from None
+    _check_sizes(modifications, tensors, folder)
     method = PeltConfig(name, tuple(modifications), bool(head))
 
     def fill() -> dict[str, Tensor]:
@@ -62,6 +66,19 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         return found
 
     return adopt(model, method, fill, folder)
+
+
+def _check_sizes(modifications: list[Modification], tensors: dict[str, Tensor], folder) -> None:
+    """A size is a dim of some tensor, or divides a flat one: no other is allocated."""
+    dims = {size for tensor in tensors.values() for size in tensor.shape}
+    flat = [tensor.numel() for tensor in tensors.values() if tensor.dim() == 1]
+    for m in modifications:
+        divides = m.form == "prefix" and any(n % m.size == 0 for n in flat)
+        if m.size not in dims and not divides:
+            raise ValueError(
+                f"{folder}: {CONFIG_FILE} asks for a {m.form} of size {m.size}, the weights hold"
+                " none"
+            )
 
 
 def _modifications(model, config: dict, loras: dict[str, Factors], folder) -> list[Modification]:

@@ -186,7 +186,11 @@ def test_there_and_back(architecture, method, tmp_path):
     (BN | dict(leave_out=[0]), r"leave_out=\[0\]"),
     (BN | dict(dropout=0.1), "dropout=0.1"),
     (dict(architecture="prompt_tuning"), "holds prompt_tuning"),
-    (BN, "does not fit this model: it lacks"),
+    (BN | dict(reduction_factor=32), "does not fit this model: it lacks"),
+    (BN | dict(reduction_factor=1e-12), "the weights hold none"),
+    (BN | dict(reduction_factor=0), "is none of adapters 1.x"),
+    (PREFIX | dict(prefix_length=2**60), "the weights hold none"),
+    ({"architecture": "prefix_tuning"}, "is none of adapters 1.x"),
 ])  # fmt: skip
 def test_what_has_no_place_here_is_refused_and_nothing_changed(config, message, tmp_path):
     plain = MODELS["bert"]()
