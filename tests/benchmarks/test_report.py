@@ -2,8 +2,8 @@
 
 import re
 
-from benchmarks import api, figures, report
-from benchmarks.common import merged, newest_path
+from benchmarks import api, figures, report, study
+from benchmarks.common import merged, newest, newest_path
 
 
 def test_readme_is_generated_from_the_committed_results():
@@ -42,3 +42,7 @@ def test_a_miss_is_called_a_miss():
 
 def test_the_api_page_is_what_the_package_says():
     assert api.PAGE.read_text() == api.document(), "run python -m benchmarks.api"
+
+
+def test_the_study_page_is_made_of_its_committed_runs():
+    assert study.PAGE.read_text() == study.document(newest("study")), "python -m benchmarks.study"
