@@ -35,7 +35,7 @@ class Task:
         """What the last evaluation gives, in the order of the paper's tables."""
         if self.classes:
             return tuple(self.finals)
-        return ("bleu",) if self.languages else ("rouge1", "rouge2", "rougeL")
+        return ("bleu", "loss") if self.languages else ("rouge1", "rouge2", "rougeL")
 
 
 TASKS = {

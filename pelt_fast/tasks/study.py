@@ -28,7 +28,7 @@ from .recipe import Recipe
 from .recipe import load as load_recipe
 from .registry import task_of
 from .run import result, run, tokens_of
-from .train import append_line, fit, load_model
+from .train import HELDOUT, append_line, fit, load_model
 
 RESULTS = "results.jsonl"
 SMALL = Path(__file__).with_name("small.yaml")
@@ -147,7 +147,7 @@ def train_row(subject: Subject, config: PeltConfig, rate: float, seed: int, phas
     model, tokenizer = subject.fresh()
     pelt_fast.inject(model, config)
     rows = subject.rows
-    finals = {"heldout": rows["validation"]} if phase != "final" else {
+    finals = {HELDOUT: rows["validation"]} if phase != "final" else {
         name: rows[name] for name in subject.finals
     }  # fmt: skip
     outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
@@ -267,10 +267,11 @@ def _once(subject, config, row: Row, rate, seed, phase, results, output, say) ->
 
 
 def score(row: dict) -> float:
-    """The number a run is ranked by."""
+    """The number a run is ranked by, more is better; of a translation its loss taken negative: the
+    paper selects by perplexity there."""
     metrics = row["metrics"]
-    return next(metrics[name] for name in ("accuracy", "matched", "bleu", "rouge2", "heldout")
-                if name in metrics)  # fmt: skip
+    ranked = ("accuracy", "matched", "rouge2")
+    return next((metrics[name] for name in ranked if name in metrics), -metrics.get("loss", 0.0))
 
 
 def finals(results: Results, task: str, config: PeltConfig) -> list[dict]:

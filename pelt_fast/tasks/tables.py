@@ -14,7 +14,9 @@ def shown(task: str, rows: list[dict]) -> str:
     found = []
     for name in _metrics(task, rows):
         mean, deviation = mean_and_deviation([row["metrics"][name] for row in rows])
-        found.append(f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else ""))
+        digits = 3 if name == "loss" else 1
+        spread = f" ± {deviation:.{digits}f}" if deviation is not None else ""
+        found.append(f"{mean:.{digits}f}{spread}")
     return " / ".join(found)
 
 

@@ -19,6 +19,7 @@ from .registry import Task, task_of
 from .tokens import LENGTH
 
 LOG = "log.jsonl"
+HELDOUT = "heldout"  # a final split that rates are chosen by
 CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -132,15 +133,22 @@ def fit(
     seconds = time.perf_counter() - start
     metrics = {}
     for name, rows in finals.items():
-        found = trainer.predict(
-            _without_length(_by_length(rows)), metric_key_prefix="final"
-        ).metrics
-        scores = {key.removeprefix("final_"): v for key, v in found.items()}
-        wanted = ("accuracy", "bleu", "bleu_normalised", "rouge1", "rouge2", "rougeL")
-        scores = {key: scores[key] for key in wanted if key in scores}
+        scores = _scores(trainer, rows, by_loss=name == HELDOUT and recipe.select_by == "loss")
         named = len(finals) > 1 or name == "matched"
         metrics |= {name: scores["accuracy"]} if named and "accuracy" in scores else scores
     return Outcome(metrics, meter.median, meter.peak(), seconds, trainer.state.log_history)
+
+
+def _scores(trainer, rows, by_loss: bool) -> dict[str, float]:
+    """The metrics of rows; what only has to be ranked by its loss is not generated."""
+    rows = _without_length(_by_length(rows))
+    if by_loss:
+        return {"loss": trainer.evaluate(rows)["eval_loss"]}
+    found = trainer.predict(rows, metric_key_prefix="final").metrics
+    scores = {key.removeprefix("final_"): value for key, value in found.items()}
+    wanted = ("accuracy", "bleu", "bleu_normalised", "rouge1", "rouge2", "rougeL", "loss")
+    wanted = wanted[:-1] if "accuracy" in scores else wanted
+    return {key: scores[key] for key in wanted if key in scores}
 
 
 def _by_length(rows):
