@@ -62,9 +62,12 @@ def record(folder: Path) -> Path:
 def _ran(found: Table, results: Kept) -> Table | None:
     """The table with the tasks that were run."""
     tasks = tuple(t for t in found.tasks if any(r["task"] == t for r in results.rows.values()))
-    some = any(finals(results, task, scaled(row.config, FACTORS[task]))
-               for task in tasks for row in found.rows)  # fmt: skip
-    return Table(found.name, found.title, tasks, found.width, found.rows) if some else None
+    rows = tuple(
+        row for row in found.rows
+        if any(finals(results, task, scaled(row.config, FACTORS[task])) for task in tasks)
+    )  # fmt: skip
+    whole = 2 * len(rows) > len(found.rows)  # a table of a row or two is another's
+    return Table(found.name, found.title, tasks, found.width, rows) if whole else None
 
 
 # what the paper finds, as pairs of rows: the first is said to be the better, or level
@@ -114,7 +117,9 @@ def _scores(results: Kept, task: str, found: Table, label: str) -> list[float]:
 
 def _mean(scores: list[float]) -> str:
     mean, deviation = mean_and_deviation(scores)
-    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f} (n={len(scores)})")
+    digits = 3 if mean < 0 else 1  # a loss, taken negative
+    spread = "" if deviation is None else f" ± {deviation:.{digits}f} (n={len(scores)})"
+    return f"{mean:.{digits}f}{spread}"
 
 
 def curves(rows: list[dict]) -> dict[tuple[str, str, int], dict[str, list[float]]]:
@@ -166,7 +171,7 @@ def document(result: dict) -> str:
         header = ["table", "task", "the paper finds", "first", "second", "here"]
         blocks.append(
             "## Which findings hold at this size\n\nNothing is claimed inside two standard errors,"
-            f" or of one seed.\n\n{table(header, lines)}\n"
+            f" or of one seed; a loss is taken negative.\n\n{table(header, lines)}\n"
         )
     both = curves(result["rows"])
     if both:
@@ -177,7 +182,7 @@ def document(result: dict) -> str:
         blocks.append(
             "## The fused path and the reference learn alike\n\n![losses](figures/study-curves.svg)"
             f"\n\n{len(both)} runs of each path, same seeds, same masks: training losses (means of"
-            f" ten steps, four digits kept) are at most {apart:.4f} apart.\n"
+            f" ten steps, to four decimals) are at most {apart:.4f} apart.\n"
         )
     runs = len(result["rows"])
     hours = sum(row["seconds"] for row in result["rows"]) / 3600

@@ -46,9 +46,9 @@ def scaled(config: PeltConfig, factor: float) -> PeltConfig:
     ))  # fmt: skip
 
 
-def key(task: str, config: PeltConfig, rate: float, seed: int, phase: str) -> str:
+def key(task: str, config: PeltConfig, rate: float, seed: int, phase: str, steps: int = 0) -> str:
     """What tells one run from every other."""
-    text = json.dumps([task, dataclasses.asdict(config), rate, seed, phase], sort_keys=True)
+    text = json.dumps([task, dataclasses.asdict(config), rate, seed, phase, steps], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -154,7 +154,7 @@ def train_row(subject: Subject, config: PeltConfig, rate: float, seed: int, phas
                   quiet=True, keep=False)  # fmt: skip
     row = result(recipe, config, model, outcome)
     about = {
-        "phase": phase, "key": key(recipe.task, config, rate, seed, phase),
+        "phase": phase, "key": key(recipe.task, config, rate, seed, phase, recipe.steps),
         "config_key": digest(config), "losses": [round(loss, 4) for loss in losses(outcome.log)],
     }  # fmt: skip
     return {**row, **about}
@@ -228,7 +228,7 @@ def run_paper(table: Table, data: Path | None, output: Path, *, tasks, model: st
                     method=dataclasses.asdict(row.config), sizes={}, seed=seed, **changes
                 )
                 recipe = recipe.replace(model=model) if model else recipe
-                name = key(task, row.config, recipe.learning_rate, seed, "final")
+                name = key(task, row.config, recipe.learning_rate, seed, "final", recipe.steps)
                 if name in results.rows:
                     continue
                 folder = output / f"{task}-{name}"
@@ -245,7 +245,8 @@ def _chosen(subject, config, row: Row, settings, results, output, say) -> float:
     """The rate that is best on held-out rows, of this task or the one named in its stead."""
     rates, seed = rates_of(row.label, settings), settings["seeds"][0]
     other = settings[subject.recipe.task].get("rates_of")
-    keys = {rate: key(other, config, rate, seed, "rate") for rate in rates}
+    steps = settings[other]["recipe"]["steps"] if other else 0
+    keys = {rate: key(other, config, rate, seed, "rate", steps) for rate in rates}
     if other and all(name in results.rows for name in keys.values()):
         return max(rates, key=lambda rate: score(results.rows[keys[rate]]))
     found = {
@@ -256,7 +257,7 @@ def _chosen(subject, config, row: Row, settings, results, output, say) -> float:
 
 
 def _once(subject, config, row: Row, rate, seed, phase, results, output, say) -> dict:
-    name = key(subject.recipe.task, config, rate, seed, phase)
+    name = key(subject.recipe.task, config, rate, seed, phase, subject.recipe.steps)
     if name in results.rows:
         return results.rows[name]
     made = train_row(subject, config, rate, seed, phase, output)
