@@ -48,7 +48,8 @@ def scaled(config: PeltConfig, factor: float) -> PeltConfig:
 
 def key(task: str, config: PeltConfig, rate: float, seed: int, phase: str, steps: int = 0) -> str:
     """What tells one run from every other."""
-    text = json.dumps([task, dataclasses.asdict(config), rate, seed, phase, steps], sort_keys=True)
+    told = [task, dataclasses.asdict(config), rate, seed, phase, *([steps] if steps else [])]
+    text = json.dumps(told, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
