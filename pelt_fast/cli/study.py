@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tables = "of the paper; curves: the fused path and the reference, small"
     parser.add_argument("table", choices=[*TABLES, "curves"], help=tables)
     parser.add_argument("--small", action="store_true",
-                        help="small models, few steps: a run in a minute or two on a CPU")  # fmt: skip
+                        help="small models, few steps: minutes a run on a CPU")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="FOLDER",
                         help="small: the data folder of tasks/small.yaml; else a folder with one"
                         " folder a task (without it: the hub)")  # fmt: skip
