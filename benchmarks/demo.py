@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -112,7 +113,8 @@ def train_all(data, epochs: float, device: torch.device) -> dict[str, dict]:
         start = time.perf_counter()
         train, held_out = (token_rows(s, tokenizer) for s in (data.train, data.evaluation))
         outcome = fit(model, tokenizer, recipe_of(method, epochs), train, held_out,
-                      {"accuracy": held_out}, RUNS / method, keep=False)  # fmt: skip
+                      {"accuracy": held_out}, RUNS / method, keep=False,
+                      quiet=not sys.stderr.isatty())  # fmt: skip
         count = pelt_fast.count_parameters(model)
         head = 0 if method == "full" else count.head
         rows[method] = {

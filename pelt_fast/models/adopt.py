@@ -2,7 +2,6 @@
 tensors' way into a freshly injected model."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,9 +136,3 @@ def lora_tensors(model: nn.Module, layers: dict[str, Factors]) -> dict[str, Tens
             found[f"{names[site.module]}.lora_a"] = factors.a
             found[f"{names[site.module]}.lora_b"] = factors.b
     return found
-
-
-def matched(pattern: str, keys) -> dict[str, re.Match]:
-    """The keys a pattern matches whole."""
-    found = {key: re.fullmatch(pattern, key) for key in keys}
-    return {key: match for key, match in found.items() if match is not None}

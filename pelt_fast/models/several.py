@@ -50,8 +50,12 @@ class Several:
     @property
     def single(self) -> str | None:
         """The name of the one method at work, None under a sum."""
-        one = len(self.weights) == 1 and set(self.weights.values()) == {1.0}
-        return next(iter(self.weights)) if one else None
+        return single_of(self.weights)
+
+
+def single_of(weights: dict[str, float]) -> str | None:
+    """The one name there is, at weight 1; None of a sum."""
+    return next(iter(weights)) if list(weights.values()) == [1] else None
 
 
 def inject_several(
@@ -85,8 +89,8 @@ def inject_several(
         finally:
             eject(model)
     first = next(iter(configs))
-    _put(model, several, several.kept[first].config, several.kept[first].trained)
     several.weights = {first: 1.0}
+    _put(model, several, *_what(several, several.weights, model))
     model._pelt_several = several
     return model
 
@@ -121,26 +125,27 @@ def activate(model: nn.Module, weights: str | dict[str, float]) -> nn.Module:
         raise ValueError("this model is merged into its base: unmerge it before activate")
     if several.single is not None:
         several.kept[several.single] = _capture(model)
-    base = {name: takeover.values_before[name] for name in takeover.own_trained}
-    asked = Several(**several.options)
-    asked.weights = {name: float(weight) for name, weight in weights.items()}
-    if asked.single is not None:
-        kept = several.kept[asked.single]
-        config, tensors = kept.config, kept.trained
-    else:
-        chosen = {name: (several.kept[name], weight) for name, weight in asked.weights.items()}
-        config, tensors = _sum_config(chosen), _sum_tensors(chosen, base, model)
-    before = takeover.config, {name: p.detach().clone() for name, p in _own(model).items()}
+    before = _what(several, several.weights, model)
+    after = _what(several, weights, model)
     try:
-        _put(model, several, config, tensors, trains=asked.single is not None)
+        _put(model, several, *after)
     except BaseException:
-        _put(model, several, *before, trains=several.single is not None)
+        _put(model, several, *before)
         raise
     else:
-        several.weights = asked.weights
+        several.weights = {name: float(weight) for name, weight in weights.items()}
     finally:
         model._pelt_several = several
     return model
+
+
+def _what(several: Several, weights: dict[str, float], model: nn.Module) -> tuple:
+    """The config and tensors of a method or a sum, and whether it trains."""
+    name = single_of(weights)
+    if name is not None:
+        return several.kept[name].config, several.kept[name].trained, True
+    chosen = {name: (several.kept[name], weight) for name, weight in weights.items()}
+    return _sum_config(chosen), _sum_tensors(chosen, model), False
 
 
 def _several_of(model: nn.Module) -> Several:
@@ -173,7 +178,7 @@ def _capture(model: nn.Module) -> Kept:
     return Kept(takeover_of(model).config, trained, plain)
 
 
-def _put(model, several: Several, config: PeltConfig, tensors: dict, trains=True) -> None:
+def _put(model, several: Several, config: PeltConfig, tensors: dict, trains: bool) -> None:
     """Let ``config`` with ``tensors`` be what is injected: in place where it is already."""
     there = model.__dict__.get("_pelt")
     if there is None or not _same(model, config, tensors, trains):
@@ -233,8 +238,9 @@ def _sum_config(chosen: dict[str, tuple[Kept, float]]) -> PeltConfig:
 
 
 @torch.no_grad()
-def _sum_tensors(chosen: dict, base: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
+def _sum_tensors(chosen: dict, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the method that the weighted sum is, by name."""
+    base = {**dict(model.named_parameters()), **takeover_of(model).values_before}
     found: dict[str, list[tuple[Tensor, float]]] = {}
     for kept, weight in chosen.values():
         for name, tensor in kept.plain.items():
@@ -242,7 +248,7 @@ def _sum_tensors(chosen: dict, base: dict[str, Tensor], model: nn.Module) -> dic
     tensors = {}
     for name, parts in found.items():
         if not is_method(name):
-            before = base.get(name, parameters.get(name))
+            before = base[name]
             tensors[name] = before + sum(w * (t - before) for t, w in parts)
         else:
             tensors[name] = _joined(name.rpartition(".")[2], parts)

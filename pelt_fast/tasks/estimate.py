@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pelt_fast
+from pelt_fast.models.takeover import takeover_of
 
 from .recipe import Recipe
 from .registry import task_of
@@ -43,7 +44,8 @@ class Estimate:
 def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
     """The :class:`Estimate` of an injected model, on any device, meta included."""
     count = pelt_fast.count_parameters(model)
-    config, width = model.config, 2 if recipe.precision != "fp32" else 4
+    config, on_cpu = model.config, next(model.parameters()).device.type == "cpu"
+    width = 4 if on_cpu or recipe.precision == "fp32" else 2  # a CPU trains in fp32
     lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).generates
     tokens = recipe.batch_tokens or recipe.batch_size * lengths
     decoder = (getattr(config, name, 0) or 0 for name in ("decoder_layers", "num_decoder_layers"))
@@ -52,7 +54,8 @@ def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
     trained = 4 * count.trainable * 3  # a gradient and two moments, in fp32
     kept = tokens * layers * config.hidden_size * _WIDTHS * width
     vocabulary = tokens * config.vocab_size * 4 if task_of(recipe.task).generates else 0
-    flops = tokens * recipe.accumulation * (4 * count.base + 6 * count.kept)
+    frozen = 0 if takeover_of(model).config.is_full else count.base
+    flops = tokens * recipe.accumulation * (4 * frozen + 6 * count.kept)
     return Estimate(count.base, count.trainable, count.percent,
                     weights + trained + kept + 2 * vocabulary, float(flops))  # fmt: skip
 

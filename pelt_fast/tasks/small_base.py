@@ -2,9 +2,8 @@
 
 One vocabulary (byte-level BPE) and one model for English, German and Romanian: translation of
 image captions (en-de) and of short sentences (en-ro), and documents put back from a noised form.
-A tag in front of the source says what is wanted. Seeded; a quarter of an hour on one core. The
-norms stand in front of the blocks, as mBART's do: behind them, as BART's, the encoder of so short a
-training gives every source the same answer.
+A tag in front of the source says what is wanted. Seeded. The norms stand in front of the blocks, as
+mBART's do: that trains from nothing at this rate.
 """
 
 import random

@@ -19,7 +19,6 @@ import yaml
 import pelt_fast
 from pelt_fast.config import PeltConfig
 from pelt_fast.methods import method as preset
-from pelt_fast.models.slots import base_of
 from pelt_fast.trainer import last_checkpoint
 
 from .data import Data, load
@@ -106,10 +105,9 @@ def small_subject(task: str, folder: Path, model: str, width: int, **changes) ->
     splits = ("train", "heldout", "validation", "test")
     files = {s: [_paths(folder, f) for f in own[s]] for s in splits if s in own}
     data = _small_data(task, files, own)
-    fresh, tokenizer = load_model(recipe, data.classes)
+    _, tokenizer = load_model(recipe, data.classes)
     rows = tokens_of(data, recipe, tokenizer)
-    width_here = base_of(fresh).config.hidden_size
-    return Subject(recipe, rows, list(data.finals), data.classes, width_here / width)
+    return Subject(recipe, rows, list(data.finals), data.classes, factor(model, width))
 
 
 def _paths(folder: Path, files) -> list[Path]:
@@ -294,11 +292,18 @@ def compared(first: list[float], second: list[float]) -> str:
     if min(len(first), len(second)) < 2:
         return "one seed: not judged"
     (a, da), (b, db) = mean_and_deviation(first), mean_and_deviation(second)
-    error = (da**2 / len(first) + db**2 / len(second)) ** 0.5
-    if abs(a - b) <= 2 * error:
-        return f"level: {a - b:+.1f}, inside two standard errors ({2 * error:.1f})"
+    bound = 2 * (da**2 / len(first) + db**2 / len(second)) ** 0.5
+    digits = digits_of(a)
+    apart, error = f"{a - b:+.{digits}f}", f"{bound:.{digits}f}"
+    if abs(a - b) <= bound:
+        return f"level: {apart}, inside two standard errors ({error})"
     better = "the first" if a > b else "the second"
-    return f"{better} is better: {a - b:+.1f}, two standard errors are {2 * error:.1f}"
+    return f"{better} is better: {apart}, two standard errors are {error}"
+
+
+def digits_of(scored: float) -> int:
+    """Decimals worth showing: of per cent one, of a loss, which is taken negative, three."""
+    return 3 if scored < 0 else 1
 
 
 def mean_and_deviation(numbers: list[float]) -> tuple[float, float | None]:

@@ -4,8 +4,6 @@ from .paper import Table
 from .registry import task_of
 from .study import Results, finals, mean_and_deviation, scaled
 
-COLUMNS = ("method", "% (paper)", "% (ours)")
-
 
 def shown(task: str, rows: list[dict]) -> str:
     """Means and standard deviations over seeds, each metric of the task; "" without a run."""

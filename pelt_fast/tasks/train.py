@@ -36,7 +36,7 @@ class Outcome:
     log: list[dict] = field(default_factory=list)
 
 
-def load_model(recipe: Recipe, classes: tuple[str, ...] = (), weights: bool = True):
+def load_model(recipe: Recipe, classes: tuple[str, ...] = ()):
     """Model and tokenizer of a recipe. Raises OSError when it cannot be loaded, ValueError for a
     length that the model has no positions for or a tokenizer that cannot pad."""
     from transformers import (
@@ -206,7 +206,7 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
 
 
 def _without_length(rows):
-    return rows.remove_columns(LENGTH) if hasattr(rows, "remove_columns") else rows
+    return rows.remove_columns(LENGTH)
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
