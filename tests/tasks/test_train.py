@@ -13,6 +13,7 @@ import pelt_fast
 from pelt_fast import cli
 from pelt_fast.tasks import recipe as recipes
 from pelt_fast.tasks.batches import LengthBatches
+from pelt_fast.tasks.estimate import estimate
 from pelt_fast.tasks.recipe import Recipe
 from pelt_fast.tasks.run import run
 from pelt_fast.tasks.train import LOG, parameter_groups
@@ -284,3 +285,14 @@ def test_a_loss_that_diverges_is_said_and_no_result_is_kept(models, tmp_path):
     with pytest.raises(RuntimeError, match="take a smaller learning_rate"):
         run(recipe, SAMPLES / "sst2", tmp_path / "out", quiet=True, results=tmp_path / "r.jsonl")
     assert not (tmp_path / "r.jsonl").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_estimate_counts_every_weight_once(method):
+    """2 forward, 2 backward to the input, 2 more where a weight trains."""
+    recipe = recipes.load("sst2").replace(method=method, sizes={}, batch_size=4, max_length=64)
+    model = pelt_fast.inject(roberta(), small_method(method))
+    base = sum(p.numel() for n, p in model.named_parameters() if "pelt_" not in n)
+    own = sum(p.numel() for n, p in model.named_parameters() if "pelt_" in n)
+    wanted = 6 * base if method == "full" else 4 * base + 6 * own
+    assert estimate(model, recipe).flops == 4 * 64 * wanted
