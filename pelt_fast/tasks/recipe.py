@@ -32,7 +32,8 @@ class Recipe:
     1) or steps. ``max_length`` and ``max_target`` are tokens; ``source_prefix`` stands in front of
     every source text. Evaluation every ``evaluate_every`` steps (0: every epoch), on at most
     ``eval_examples`` rows (0: all), keeps the checkpoint that is best by ``select_by``.
-    model_config: fields of the model's config to set. precision: "fp16" and "bf16" need a GPU.
+    model_config: fields of the model's config to set. precision: a CPU takes fp32, or "bf16" where
+    it multiplies in that.
     """
 
     name: str

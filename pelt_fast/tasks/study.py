@@ -27,7 +27,7 @@ from .recipe import Recipe
 from .recipe import load as load_recipe
 from .registry import task_of
 from .run import result, run, tokens_of
-from .train import HELDOUT, append_line, fit, load_model
+from .train import HELDOUT, append_line, fit, load_model, losses
 
 RESULTS = "results.jsonl"
 SMALL = Path(__file__).with_name("small.yaml")
@@ -154,14 +154,9 @@ def train_row(subject: Subject, config: PeltConfig, rate: float, seed: int, phas
     row = result(recipe, config, model, outcome)
     about = {
         "phase": phase, "key": key(recipe.task, config, rate, seed, phase, recipe.steps),
-        "config_key": digest(config), "losses": [round(loss, 4) for loss in losses(outcome.log)],
+        "config_key": digest(config), "losses": losses(outcome.log),
     }  # fmt: skip
     return {**row, **about}
-
-
-def losses(log: list[dict]) -> list[float]:
-    """The training losses of a log."""
-    return [entry["loss"] for entry in log if "loss" in entry]
 
 
 def rates_of(label: str, settings: dict) -> list[float]:

@@ -64,7 +64,7 @@ def load_model(recipe: Recipe, classes: tuple[str, ...] = ()):
         model.config.pad_token_id = tokenizer.pad_token_id
     _check_length(model, recipe)
     if task.generates:
-        _prepare_generation(model, tokenizer, task, recipe)
+        prepare_generation(model, tokenizer, task, recipe)
     return model, tokenizer
 
 
@@ -82,7 +82,8 @@ def _check_length(model: nn.Module, recipe: Recipe) -> None:
             )
 
 
-def _prepare_generation(model: nn.Module, tokenizer, task: Task, recipe: Recipe) -> None:
+def prepare_generation(model: nn.Module, tokenizer, task: Task, recipe: Recipe) -> None:
+    """The recipe's way of generating, in the model's own config."""
     config = model.generation_config
     if task.codes and hasattr(tokenizer, "lang_code_to_id"):
         tokenizer.src_lang, tokenizer.tgt_lang = task.codes
@@ -219,9 +220,10 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
     from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
     kind = Seq2SeqTrainingArguments if task.generates else TrainingArguments
-    gpu = torch.cuda.is_available()
-    if recipe.precision != "fp32" and not gpu and not quiet:
-        print(f"precision {recipe.precision} is for a GPU: training in fp32", file=sys.stderr)
+    gpu, precision = torch.cuda.is_available(), precision_here(recipe)
+    if precision != recipe.precision and not quiet:
+        print(f"precision {recipe.precision} is slow on this CPU: training in fp32",
+              file=sys.stderr)  # fmt: skip
     when = "steps" if recipe.evaluate_every else "epoch"
     saving = dict(
         eval_strategy=when, save_strategy=when, eval_steps=recipe.evaluate_every or None,
@@ -237,11 +239,24 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
         per_device_eval_batch_size=recipe.eval_batch_size,
         gradient_accumulation_steps=recipe.accumulation, max_grad_norm=recipe.max_grad_norm,
         label_smoothing_factor=recipe.label_smoothing, seed=recipe.seed, report_to=[],
-        bf16=gpu and recipe.precision == "bf16", fp16=gpu and recipe.precision == "fp16",
+        bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not gpu,
         logging_steps=10, logging_nan_inf_filter=False, remove_unused_columns=False,
         disable_tqdm=quiet or not sys.stderr.isatty(), dataloader_pin_memory=gpu,
         accelerator_config=dict(even_batches=False), **saving,
     )  # fmt: skip
+
+
+def precision_here(recipe: Recipe) -> str:
+    """A CPU takes bf16 where it multiplies in it, else fp32."""
+    if torch.cuda.is_available():
+        return recipe.precision
+    native = recipe.precision == "bf16" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
+def losses(log: list[dict]) -> list[float]:
+    """The training losses of a log, to four decimals."""
+    return [round(entry["loss"], 4) for entry in log if "loss" in entry]
 
 
 class Meter:
