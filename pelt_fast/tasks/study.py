@@ -2,8 +2,8 @@
 
 At the paper's size a row is the task's recipe with the row's method, once for each seed. At small
 size (``small.yaml``) models and methods are narrower by one factor, a learning rate is chosen for
-each method on held-out rows of the training split, and the evaluation split is scored once.
-Every run is a line of ``results.jsonl``; a table is made of the lines.
+each method on held-out rows of the training split, the evaluation split is scored once, and a run
+has a process of its own. Every run is a line of ``results.jsonl``; a table is made of the lines.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from pelt_fast.trainer import last_checkpoint
 
 from .data import Data, load
 from .paper import Row, Table
+from .process import alone
 from .recipe import Recipe
 from .recipe import load as load_recipe
 from .registry import task_of
@@ -45,11 +46,21 @@ def scaled(config: PeltConfig, factor: float) -> PeltConfig:
     ))  # fmt: skip
 
 
-def key(task: str, config: PeltConfig, rate: float, seed: int, phase: str, steps: int = 0) -> str:
-    """What tells one run from every other."""
-    told = [task, dataclasses.asdict(config), rate, seed, phase, *([steps] if steps else [])]
-    text = json.dumps(told, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def digest(told) -> str:
+    """A short name of what JSON can hold."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def setting(recipe: Recipe) -> str:
+    """What a task's runs have in common: the model's weights and the recipe, but for what tells one
+    run from another."""
+    told = dataclasses.asdict(recipe)
+    for name in ("name", "method", "sizes", "learning_rate", "seed"):
+        del told[name]
+    weights = Path(recipe.model) / "model.safetensors"
+    if weights.is_file():
+        told["model"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return digest(told)
 
 
 class Results:
@@ -67,6 +78,16 @@ class Results:
         return row
 
 
+def runs(results: Results, task: str, config: PeltConfig, phase: str) -> list[dict]:
+    """The runs of a method, one for each seed and rate, under the task's newest setting."""
+    of_task = [row for row in results.rows.values() if row["task"] == task]
+    return [
+        row for row in of_task
+        if row["setting"] == of_task[-1]["setting"] and row["phase"] == phase
+        and row["config_key"] == digest(dataclasses.asdict(config))
+    ]  # fmt: skip
+
+
 @dataclass
 class Subject:
     """One task of a study: its recipe, its model's folder, its tokenised rows, made once."""
@@ -76,6 +97,7 @@ class Subject:
     finals: list[str]
     classes: tuple[str, ...]
     factor: float
+    setting: str
 
     def fresh(self):
         """The model again, as it was."""
@@ -107,7 +129,8 @@ def small_subject(task: str, folder: Path, model: str, width: int, **changes) ->
     data = _small_data(task, files, own)
     _, tokenizer = load_model(recipe, data.classes)
     rows = tokens_of(data, recipe, tokenizer)
-    return Subject(recipe, rows, list(data.finals), data.classes, factor(model, width))
+    return Subject(recipe, rows, list(data.finals), data.classes, factor(model, width),
+                   setting(recipe))  # fmt: skip
 
 
 def _paths(folder: Path, files) -> list[Path]:
@@ -139,8 +162,10 @@ def _small_data(task: str, files: dict, own: dict) -> Data:
 
 
 def train_row(subject: Subject, config: PeltConfig, rate: float, seed: int, phase: str,
-              output: Path) -> dict:  # fmt: skip
-    """One run: phase "rate" is scored on held-out rows, "final" on the evaluation split."""
+              output: Path, path: str) -> dict:  # fmt: skip
+    """One run: phase "rate" is scored on held-out rows, "final" on the evaluation split. ``path``
+    is a backend."""
+    _quiet()
     recipe = subject.recipe.replace(learning_rate=rate, seed=seed)
     torch.manual_seed(seed)
     model, tokenizer = subject.fresh()
@@ -149,14 +174,10 @@ def train_row(subject: Subject, config: PeltConfig, rate: float, seed: int, phas
     finals = {HELDOUT: rows["validation"]} if phase != "final" else {
         name: rows[name] for name in subject.finals
     }  # fmt: skip
-    outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
-                  quiet=True, keep=False)  # fmt: skip
-    row = result(recipe, config, model, outcome)
-    about = {
-        "phase": phase, "key": key(recipe.task, config, rate, seed, phase, recipe.steps),
-        "config_key": digest(config), "losses": losses(outcome.log),
-    }  # fmt: skip
-    return {**row, **about}
+    with pelt_fast.backend(path):
+        outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
+                      quiet=True, keep=False)  # fmt: skip
+    return {**result(recipe, config, model, outcome), "losses": losses(outcome.log)}
 
 
 def rates_of(label: str, settings: dict) -> list[float]:
@@ -203,10 +224,8 @@ def run_curves(folder: Path, models: dict[str, str], output: Path, *, tasks: tup
             config = preset(name).replace(size=size)
             for seed in small_settings()["seeds"][:2]:
                 for path in ("auto", "reference"):
-                    with pelt_fast.backend(path):
-                        row = Row(name, config, {})
-                        _once(subject, config, row, rate, seed, f"curve-{path}", results, output,
-                              say)  # fmt: skip
+                    _once(subject, config, Row(name, config, {}), rate, seed, f"curve-{path}",
+                          results, output, say, path)  # fmt: skip
 
 
 def run_paper(table: Table, data: Path | None, output: Path, *, tasks, model: str | None,
@@ -222,16 +241,14 @@ def run_paper(table: Table, data: Path | None, output: Path, *, tasks, model: st
                     method=dataclasses.asdict(row.config), sizes={}, seed=seed, **changes
                 )
                 recipe = recipe.replace(model=model) if model else recipe
-                name = key(task, row.config, recipe.learning_rate, seed, "final", recipe.steps)
-                if name in results.rows:
+                told = _told(setting(recipe), row.config, recipe.learning_rate, seed, "final")
+                if told["key"] in results.rows:
                     continue
-                folder = output / f"{task}-{name}"
+                folder = output / f"{task}-{told['key']}"
                 resume = last_checkpoint(folder) is not None
                 made = run(recipe, None if data is None else data / task, folder, resume=resume,
                            results=folder / RESULTS)  # fmt: skip
-                about = {"label": row.label, "phase": "final", "key": name,
-                         "config_key": digest(row.config)}  # fmt: skip
-                results.add({**made, **about})
+                results.add({"label": row.label, **made, **told, "factor": 1.0})
                 say(f"{task:<6} {row.label:<36} seed {seed}: {score(made):.2f}")
 
 
@@ -239,26 +256,31 @@ def _chosen(subject, config, row: Row, settings, results, output, say) -> float:
     """The rate that is best on held-out rows, of this task or the one named in its stead."""
     rates, seed = rates_of(row.label, settings), settings["seeds"][0]
     other = settings[subject.recipe.task].get("rates_of")
-    steps = settings[other]["recipe"]["steps"] if other else 0
-    keys = {rate: key(other, config, rate, seed, "rate", steps) for rate in rates}
-    if other and all(name in results.rows for name in keys.values()):
-        return max(rates, key=lambda rate: score(results.rows[keys[rate]]))
-    found = {
-        rate: _once(subject, config, row, rate, seed, "rate", results, output, say)
-        for rate in rates
-    }
+    found = {row["learning_rate"]: row for row in runs(results, other, config, "rate")}
+    if not set(rates) <= set(found):
+        found = {
+            rate: _once(subject, config, row, rate, seed, "rate", results, output, say)
+            for rate in rates
+        }
     return max(rates, key=lambda rate: score(found[rate]))
 
 
-def _once(subject, config, row: Row, rate, seed, phase, results, output, say) -> dict:
-    name = key(subject.recipe.task, config, rate, seed, phase, subject.recipe.steps)
-    if name in results.rows:
-        return results.rows[name]
-    made = train_row(subject, config, rate, seed, phase, output)
-    found = results.add({"label": row.label, **made})
+def _once(subject, config, row: Row, rate, seed, phase, results, output, say, path="auto") -> dict:
+    told = _told(subject.setting, config, rate, seed, phase)
+    if told["key"] in results.rows:
+        return results.rows[told["key"]]
+    made = alone(train_row, subject, config, rate, seed, phase, output, path)
+    found = results.add({"label": row.label, **made, **told, "factor": subject.factor})
     say(f"{subject.recipe.task:<6} {row.label:<36} {phase:<6} rate {rate:g} seed {seed}:"
         f" {score(found):.2f} in {found['seconds']:.0f} s")  # fmt: skip
     return found
+
+
+def _told(setting: str, config: PeltConfig, rate: float, seed: int, phase: str) -> dict:
+    """What tells one run from every other."""
+    method = dataclasses.asdict(config)
+    return {"setting": setting, "phase": phase, "config_key": digest(method),
+            "key": digest([setting, method, rate, seed, phase])}  # fmt: skip
 
 
 def score(row: dict) -> float:
@@ -267,19 +289,6 @@ def score(row: dict) -> float:
     metrics = row["metrics"]
     ranked = ("accuracy", "matched", "rouge2")
     return next((metrics[name] for name in ranked if name in metrics), -metrics.get("loss", 0.0))
-
-
-def finals(results: Results, task: str, config: PeltConfig) -> list[dict]:
-    """The scored runs of a method, one a seed."""
-    return [
-        row for row in results.rows.values()
-        if row["task"] == task and row["phase"] == "final" and row["config_key"] == digest(config)
-    ]  # fmt: skip
-
-
-def digest(config: PeltConfig) -> str:
-    """A method's key."""
-    return key("", config, 0, 0, "")
 
 
 def compared(first: list[float], second: list[float]) -> str:

@@ -2,7 +2,7 @@
 
 from .paper import Table
 from .registry import task_of
-from .study import Results, finals, mean_and_deviation, scaled
+from .study import Results, mean_and_deviation, runs, scaled
 
 
 def shown(task: str, rows: list[dict]) -> str:
@@ -39,7 +39,7 @@ def table_rows(table: Table, results: Results, factors: dict[str, float]) -> lis
     for row in table.rows:
         line, share = [], ""
         for task in table.tasks:
-            found = finals(results, task, scaled(row.config, factors[task]))
+            found = runs(results, task, scaled(row.config, factors[task]), "final")
             rate = f"{found[0]['learning_rate']:g}" if found else ""
             step = f"{min(r['step_seconds'] for r in found):.2f}" if found else ""
             peak = f"{max(r['peak_bytes'] for r in found) / 1e9:.2f}" if found else ""

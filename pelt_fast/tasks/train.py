@@ -14,6 +14,7 @@ from torch import nn
 from .batches import LengthBatches
 from .metrics import accuracy, bleu, rouge
 from .pretrained import from_pretrained
+from .process import keep_freed_memory
 from .recipe import Recipe
 from .registry import Task, task_of
 from .tokens import LENGTH
@@ -127,6 +128,8 @@ def fit(
         raise RuntimeError(
             f"training needs the extra: pip install 'pelt_fast[train]' ({error})"
         ) from None
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     meter = Meter()
     trainer.add_callback(meter.callback(output if keep else None))
     start = time.perf_counter()

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_a_small_table_runs_once_and_prints_the_papers_beside_it(models, folder,
     factor = study.factor(models["sst2"], table.width)
     for row in rows:
         config = study.scaled(row.config, factor)
-        scored = study.finals(results, "sst2", config)
+        scored = study.runs(results, "sst2", config, "final")
         tried = {
             line["learning_rate"]: study.score(line)
             for line in lines if line["phase"] == "rate" and line["label"] == row.label
@@ -72,6 +73,30 @@ def test_a_small_table_runs_once_and_prints_the_papers_beside_it(models, folder,
         assert {line["learning_rate"] for line in scored} == {max(tried, key=tried.get)}
     printed = text(table_rows(table, results, {"sst2": factor}))
     assert "94.2" in printed and "±" in printed and printed.count("\n") == 3
+
+
+def test_rows_of_another_setting_are_not_mixed(models, folder, tiny, tmp_path):
+    found = TABLES["table2"]
+    rows = tuple(r for r in found.rows if r.label.startswith("Houlsby"))
+    table = dataclasses.replace(found, rows=rows, tasks=("sst2",))
+    for steps in (2, 3):
+        study.run_small(table, folder, models, tmp_path, say=lambda line: None, steps=steps)
+    results = study.Results(tmp_path)
+    assert len(results.rows) == 6
+    config = study.scaled(rows[0].config, study.factor(models["sst2"], table.width))
+    (row,) = study.runs(results, "sst2", config, "final")
+    assert row["steps"] == 3
+
+
+def test_another_model_under_the_same_name_is_another_setting(models, tmp_path):
+    folder = shutil.copytree(models["sst2"], tmp_path / "model")
+    recipe = study.load_recipe("sst2").replace(model=str(folder))
+    first = study.setting(recipe)
+    assert first == study.setting(recipe.replace(learning_rate=0.5, seed=7, method="full"))
+    assert first != study.setting(recipe.replace(steps=7))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+    assert first != study.setting(recipe)
 
 
 def test_translation_and_the_two_paths_curves(models, folder, tiny, tmp_path):
