@@ -45,7 +45,7 @@ def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
     """The :class:`Estimate` of an injected model, on any device, meta included."""
     count = pelt_fast.count_parameters(model)
     config, on_cpu = model.config, next(model.parameters()).device.type == "cpu"
-    width = 4 if on_cpu or recipe.precision == "fp32" else 2  # a CPU trains in fp32
+    width = 4 if on_cpu or recipe.precision == "fp32" else 2  # of a CPU the most
     lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).generates
     tokens = recipe.batch_tokens or recipe.batch_size * lengths
     decoder = (getattr(config, name, 0) or 0 for name in ("decoder_layers", "num_decoder_layers"))

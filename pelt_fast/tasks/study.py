@@ -80,11 +80,12 @@ class Results:
 
 def runs(results: Results, task: str, config: PeltConfig, phase: str) -> list[dict]:
     """The runs of a method, one for each seed and rate, under the task's newest setting."""
-    of_task = [row for row in results.rows.values() if row["task"] == task]
+    told = task, phase
+    found = [row for row in results.rows.values() if (row["task"], row["phase"]) == told]
+    method = digest(dataclasses.asdict(config))
     return [
-        row for row in of_task
-        if row["setting"] == of_task[-1]["setting"] and row["phase"] == phase
-        and row["config_key"] == digest(dataclasses.asdict(config))
+        row for row in found
+        if row["setting"] == found[-1]["setting"] and row["config_key"] == method
     ]  # fmt: skip
 
 
@@ -202,22 +203,27 @@ def run_small(table: Table, folder: Path, models: dict[str, str], output: Path, 
     settings, results = small_settings(), Results(output)
     for task in tasks or table.tasks:
         subject = small_subject(task, folder, models[task], table.width, **changes)
-        for row in table.rows:
-            if row.paper.get(task, 0) is None and table.name != "table2":
-                continue
-            config = scaled(row.config, subject.factor)
-            rate = _chosen(subject, config, row, settings, results, output, say)
-            main = any(row.label.startswith(name) for name in settings["main"])
-            seeds = settings[task].get("seeds", settings["seeds"])
-            for seed in seeds if main else seeds[:1]:
+        rows = [row for row in table.rows if _wanted(table, row, task)]
+        configs = [scaled(row.config, subject.factor) for row in rows]
+        rates = [
+            _chosen(subject, config, row, settings, results, output, say)
+            for row, config in zip(rows, configs)
+        ]
+        for seed in settings["seeds"]:  # every row has as many, wherever it stops
+            for row, config, rate in zip(rows, configs, rates):
                 _once(subject, config, row, rate, seed, "final", results, output, say)
+
+
+def _wanted(table: Table, row: Row, task: str) -> bool:
+    """Whether the paper has a number there; of table 2 we have rows that it has not."""
+    return row.paper.get(task, 0) is not None or table.name == "table2"
 
 
 def run_curves(folder: Path, models: dict[str, str], output: Path, *, tasks: tuple[str, ...],
                say=print, **changes) -> None:  # fmt: skip
     """Train ``CURVES`` on the fused path and on the reference, from the same seeds."""
     _quiet()
-    results = Results(output)
+    results, changes = Results(output), small_settings()["curves"] | changes
     for task in tasks:
         subject = small_subject(task, folder, models[task], CURVES_WIDTH[task], **changes)
         for name, rate, size in CURVES:
@@ -234,9 +240,7 @@ def run_paper(table: Table, data: Path | None, output: Path, *, tasks, model: st
     results = Results(output)
     for task in tasks:
         for row in table.rows:
-            if row.paper.get(task, 0) is None and table.name != "table2":
-                continue
-            for seed in seeds:
+            for seed in seeds if _wanted(table, row, task) else ():
                 recipe = load_recipe(task).replace(
                     method=dataclasses.asdict(row.config), sizes={}, seed=seed, **changes
                 )

@@ -1,6 +1,7 @@
 """One run of a recipe: transformers' Trainer on an injected model, measured while it trains."""
 
 import json
+import math
 import resource
 import statistics
 import sys
@@ -237,7 +238,7 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
     return kind(
         output_dir=str(output), max_steps=recipe.steps or -1,
         num_train_epochs=recipe.epochs or 1.0, learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule, warmup_steps=recipe.warmup,
+        lr_scheduler_type=recipe.schedule, warmup_steps=_warmup(recipe),
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.eval_batch_size,
         gradient_accumulation_steps=recipe.accumulation, max_grad_norm=recipe.max_grad_norm,
@@ -260,6 +261,12 @@ def precision_here(recipe: Recipe) -> str:
 def losses(log: list[dict]) -> list[float]:
     """The training losses of a log, to four decimals."""
     return [round(entry["loss"], 4) for entry in log if "loss" in entry]
+
+
+def _warmup(recipe: Recipe) -> float:
+    """The recipe's, but for one that ends with the run: transformers divides by what is left."""
+    steps = math.ceil(recipe.warmup * recipe.steps) if recipe.warmup < 1 else recipe.warmup
+    return recipe.steps - 1 if recipe.steps and steps == recipe.steps else recipe.warmup
 
 
 class Meter:

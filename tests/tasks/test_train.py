@@ -1,5 +1,6 @@
 """Every task from its rows to a row of results; interrupted and resumed; the CLI on top."""
 
+import functools
 import json
 import os
 import shutil
@@ -66,6 +67,35 @@ def test_a_translation_is_learned_by_heart(models, tmp_path):
                    schedule="constant", label_smoothing=0.0)  # fmt: skip
     row = run(recipe, tmp_path, tmp_path / "out", quiet=True, results=tmp_path / "r.jsonl")
     assert row["metrics"]["bleu"] > 60
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes what the recipe says")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_cpu_takes_bf16_where_it_multiplies_in_it_and_else_says_fp32(
+    precision, models, tmp_path, capsys, monkeypatch
+):
+    native = precision == "bf16" and torch.cpu._is_avx512_bf16_supported()
+    trained, there = [], roberta.__globals__["RobertaForSequenceClassification"]
+    forward = there.forward
+
+    @functools.wraps(forward)  # Trainer asks for its arguments' names
+    def watched(self, *args, **kwargs):
+        trained.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(there, "forward", watched)
+    run(short("sst2-lora", models, precision=precision, steps=2), SAMPLES / "sst2", tmp_path / "a",
+        results=tmp_path / "r")  # fmt: skip
+    assert trained and set(trained) == {native}
+    told = f"precision {precision} is slow on this CPU: training in fp32"
+    assert (told in capsys.readouterr().err) == (precision != "fp32" and not native)
+
+
+@pytest.mark.parametrize("warmup", [0.06, 1, 0.0])
+def test_a_run_of_one_step(warmup, models, tmp_path):
+    recipe = short("xsum-lora", models, steps=1, warmup=warmup, evaluate_every=1)
+    row = run(recipe, SAMPLES / "xsum", tmp_path / "a", quiet=True, results=tmp_path / "r")
+    assert row["steps"] == 1
 
 
 @pytest.mark.parametrize("name", ["sst2", "wmt16"])
