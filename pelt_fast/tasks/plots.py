@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .train import LOG
+from .meter import LOG
 
 
 def curves(folder: Path) -> Path | None:

@@ -15,10 +15,11 @@ from pelt_fast.config import PeltConfig
 
 from .data import Data, load
 from .estimate import estimate, free_memory
+from .meter import append_line
 from .recipe import Recipe
 from .registry import task_of
 from .tokens import tokenised
-from .train import Outcome, append_line, fit, load_model
+from .train import Outcome, fit, load_model
 
 RESULTS = Path("runs/results.jsonl")
 

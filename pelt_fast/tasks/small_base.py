@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from .data import load
+from .meter import losses
 from .recipe import Recipe
 from .registry import Task
-from .train import fit, losses, prepare_generation
+from .train import fit, prepare_generation
 
 TAGS = ("<de>", "<ro>", "<en>")
 PAIRS = Task("generation", None, {"test": ("validation",)}, languages=("en", "ro"))

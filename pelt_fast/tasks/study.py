@@ -22,13 +22,14 @@ from pelt_fast.methods import method as preset
 from pelt_fast.trainer import last_checkpoint
 
 from .data import Data, load
+from .meter import append_line, losses
 from .paper import Row, Table
 from .process import alone
 from .recipe import Recipe
 from .recipe import load as load_recipe
 from .registry import task_of
 from .run import result, run, tokens_of
-from .train import HELDOUT, append_line, fit, load_model, losses
+from .train import HELDOUT, fit, load_model
 
 RESULTS = "results.jsonl"
 SMALL = Path(__file__).with_name("small.yaml")

@@ -1,9 +1,7 @@
 """One run of a recipe: transformers' Trainer on an injected model, measured while it trains."""
 
-import json
 import math
-import resource
-import statistics
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ import torch
 from torch import nn
 
 from .batches import LengthBatches
+from .meter import Meter
 from .metrics import accuracy, bleu, rouge
 from .pretrained import from_pretrained
 from .process import keep_freed_memory
@@ -20,9 +19,7 @@ from .recipe import Recipe
 from .registry import Task, task_of
 from .tokens import LENGTH
 
-LOG = "log.jsonl"
 HELDOUT = "heldout"  # a final split that rates are chosen by
-CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -226,7 +223,7 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
     kind = Seq2SeqTrainingArguments if task.generates else TrainingArguments
     gpu, precision = torch.cuda.is_available(), precision_here(recipe)
     if precision != recipe.precision and not quiet:
-        print(f"precision {recipe.precision} is slow on this CPU: training in fp32",
+        print(f"precision {recipe.precision} is not for this CPU: training in fp32",
               file=sys.stderr)  # fmt: skip
     when = "steps" if recipe.evaluate_every else "epoch"
     saving = dict(
@@ -243,7 +240,8 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
         per_device_eval_batch_size=recipe.eval_batch_size,
         gradient_accumulation_steps=recipe.accumulation, max_grad_norm=recipe.max_grad_norm,
         label_smoothing_factor=recipe.label_smoothing, seed=recipe.seed, report_to=[],
-        bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not gpu,
+        bf16=precision == "bf16", fp16=precision == "fp16",
+        use_cpu=not gpu and precision == "bf16",
         logging_steps=10, logging_nan_inf_filter=False, remove_unused_columns=False,
         disable_tqdm=quiet or not sys.stderr.isatty(), dataloader_pin_memory=gpu,
         accelerator_config=dict(even_batches=False), **saving,
@@ -251,78 +249,19 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
 
 
 def precision_here(recipe: Recipe) -> str:
-    """A CPU takes bf16 where it multiplies in it, else fp32."""
+    """A CPU takes bf16 where it multiplies in it (one process: transformers scores only the first
+    of several on it), else fp32."""
     if torch.cuda.is_available():
         return recipe.precision
-    native = recipe.precision == "bf16" and torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "fp32"
-
-
-def losses(log: list[dict]) -> list[float]:
-    """The training losses of a log, to four decimals."""
-    return [round(entry["loss"], 4) for entry in log if "loss" in entry]
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    native = alone and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native and recipe.precision == "bf16" else "fp32"
 
 
 def _warmup(recipe: Recipe) -> float:
     """The recipe's, but for one that ends with the run: transformers divides by what is left."""
     steps = math.ceil(recipe.warmup * recipe.steps) if recipe.warmup < 1 else recipe.warmup
     return recipe.steps - 1 if recipe.steps and steps == recipe.steps else recipe.warmup
-
-
-class Meter:
-    """Seconds of every optimizer step, and the peak of memory."""
-
-    def __init__(self):
-        self.steps: list[float] = []
-        self._since = 0.0
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        elif CLEAR.exists():  # Linux: let the peak of the resident set begin again
-            CLEAR.write_text("5")
-
-    def callback(self, folder: Path | None):
-        """What the Trainer tells; the log goes to ``folder`` as it comes."""
-        from transformers import TrainerCallback
-
-        meter = self
-
-        class Clock(TrainerCallback):
-            def on_step_begin(self, *args, **kwargs):
-                meter._since = time.perf_counter()
-
-            def on_step_end(self, *args, **kwargs):
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                meter.steps.append(time.perf_counter() - meter._since)
-
-            def on_log(self, args, state, control, logs=None, **kwargs):
-                if folder is not None and state.is_world_process_zero:
-                    append_line(folder / LOG, {"step": state.global_step, **(logs or {})})
-
-        return Clock()
-
-    @property
-    def median(self) -> float:
-        """Of a step, the first left out where there are others."""
-        return statistics.median(self.steps[1:] or self.steps or [0.0])
-
-    @staticmethod
-    def peak() -> int:
-        """Bytes."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        if CLEAR.exists():
-            status = Path("/proc/self/status").read_text()
-            return 1024 * int(status.split("VmHWM:")[1].split()[0])
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def append_line(path: Path, row: dict) -> None:
-    """One JSON line more, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _accuracy(prediction) -> dict[str, float]:
