@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, print the table."""
     from pelt_fast.tasks import study
+    from pelt_fast.tasks.plots import bottlenecks
     from pelt_fast.tasks.tables import table_rows, text
 
     if options.table == "curves":
@@ -54,7 +55,11 @@ def run(options: argparse.Namespace) -> int:
         factors = dict.fromkeys(tasks, 1.0)
     factors = dict.fromkeys(table.tasks, 1.0) | factors
     print(f"\n{table.title} ({table.name})\n")
-    print(text(table_rows(table, study.Results(output), factors)))
+    results = study.Results(output)
+    print(text(table_rows(table, results, factors)))
+    if table.name == "figure4":
+        drawn = bottlenecks(table, results, factors, output / "figure4.svg")
+        print(f"\n{drawn}" if drawn else "")
     return 0
 
 

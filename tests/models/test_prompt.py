@@ -86,7 +86,9 @@ def test_decoder_is_the_concatenation_of_embeddings(padding):
     expected = torch.nn.functional.cross_entropy(
         wide.logits[:, P:-1].flatten(0, 1), labels[:, P + 1 :].flatten()
     )
-    assert close(model(**batch).loss, expected.float(), 1e-6), "a loss that transformers takes in fp32"
+    assert close(model(**batch).loss, expected.float(), 1e-6), (
+        "a loss that transformers takes in fp32"
+    )
     by_embeds = model(inputs_embeds=plain.model.embed_tokens(ids), attention_mask=mask)
     assert close(by_embeds.logits, model(**batch).logits)
 

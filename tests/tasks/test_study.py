@@ -11,6 +11,7 @@ import pytest
 from pelt_fast import cli
 from pelt_fast.tasks import study
 from pelt_fast.tasks.paper import TABLES
+from pelt_fast.tasks.plots import bottlenecks
 from pelt_fast.tasks.tables import table_rows, text
 from tests.tasks.conftest import SAMPLES
 
@@ -47,6 +48,7 @@ def tiny(monkeypatch):
     settings["sst2"]["recipe"] |= dict(steps=2, batch_size=4)
     settings["wmt16"]["recipe"] |= dict(steps=2, batch_tokens=128, max_generated=8)
     monkeypatch.setattr(study, "small_settings", lambda: settings)
+    return settings
 
 
 def test_a_small_table_runs_once_and_prints_the_papers_beside_it(models, folder, tiny, tmp_path):
@@ -114,6 +116,20 @@ def test_translation_and_the_two_paths_curves(models, folder, tiny, tmp_path):
     assert len(curves) == 4
     for one, other in curves.values():
         assert one == pytest.approx(other, abs=2e-3) and one
+
+
+def test_figure_4_has_a_line_for_each_form_that_ran(models, folder, tiny, tmp_path):
+    found = TABLES["figure4"]
+    rows = tuple(r for r in found.rows if r.label in ("prefix, l=30", "PA (ffn), r=200"))
+    table = dataclasses.replace(found, rows=rows, tasks=("wmt16",))
+    results, factors = study.Results(tmp_path), {"wmt16": 0.1}
+    assert bottlenecks(table, results, factors, tmp_path / "none.svg") is None
+    tiny["seeds"] = [1]
+    study.run_small(table, folder, models, tmp_path, say=lambda line: None)
+    factors = {"wmt16": study.factor(models["wmt16"], table.width)}
+    drawn = bottlenecks(table, study.Results(tmp_path), factors, tmp_path / "figure4.svg")
+    text = drawn.read_text()
+    assert "<!-- prefix -->" in text and "<!-- PA (ffn) -->" in text
 
 
 def test_the_papers_size_runs_recipes_and_resumes_none_that_is_done(models, tmp_path):
