@@ -52,10 +52,10 @@ def digest(told) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def setting(recipe: Recipe) -> str:
-    """What a task's runs have in common: the model's weights and the recipe, but for what tells one
-    run from another."""
-    told = dataclasses.asdict(recipe)
+def setting(recipe: Recipe, data: dict | None = None) -> str:
+    """What a task's runs have in common: the model's weights, the data's files and counts, and the
+    recipe, but for what tells one run from another."""
+    told = {**dataclasses.asdict(recipe), "data": data}
     for name in ("name", "method", "sizes", "learning_rate", "seed"):
         del told[name]
     weights = Path(recipe.model) / "model.safetensors"
@@ -132,7 +132,7 @@ def small_subject(task: str, folder: Path, model: str, width: int, **changes) ->
     _, tokenizer = load_model(recipe, data.classes)
     rows = tokens_of(data, recipe, tokenizer)
     return Subject(recipe, rows, list(data.finals), data.classes, factor(model, width),
-                   setting(recipe))  # fmt: skip
+                   setting(recipe, own))  # fmt: skip
 
 
 def _paths(folder: Path, files) -> list[Path]:
