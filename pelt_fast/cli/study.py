@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help=models)
     base = "small: of wmt16 and xsum (default: trained in OUTPUT/base)"
     parser.add_argument("--base", type=Path, metavar="FOLDER", help=base)
-    parser.add_argument("--seeds", type=int, nargs="+", help="paper's size (default: 42 2 4)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 42 2 4")
     parser.add_argument("--steps", type=int, help="other than the recipe's")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), metavar="FOLDER")
     parser.add_argument("--print", action="store_true", help="the table of what is done, no run")
@@ -46,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
     if options.small:
         models = _small_models(options, tasks)
         if not options.print:
-            study.run_small(table, _data(options), models, output, tasks=tasks, **changes)
+            study.run_small(table, _data(options), models, output, tasks=tasks,
+                            seeds=options.seeds, **changes)  # fmt: skip
         factors = {task: study.factor(models[task], table.width) for task in tasks}
     else:
         if not options.print:

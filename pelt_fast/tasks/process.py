@@ -2,7 +2,9 @@
 
 import ctypes
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
@@ -19,8 +21,18 @@ def alone(function: Callable, *arguments):
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
         context.set_forkserver_preload(LOADED)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _end_with_parent() -> None:
+    """A study that is killed leaves no run behind."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def keep_freed_memory() -> bool:

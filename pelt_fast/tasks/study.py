@@ -197,9 +197,10 @@ def factor(model: str, width: int) -> float:
 
 
 def run_small(table: Table, folder: Path, models: dict[str, str], output: Path, *,
-              tasks: tuple[str, ...] | None = None, say=print, **changes) -> None:  # fmt: skip
+              tasks: tuple[str, ...] | None = None, seeds: tuple[int, ...] | None = None,
+              say=print, **changes) -> None:  # fmt: skip
     """Run what of a table is not in ``output`` yet. ``models``: a model's folder for each task;
-    ``changes``: of the recipes."""
+    ``seeds``: others than the settings'; ``changes``: of the recipes."""
     _quiet()
     settings, results = small_settings(), Results(output)
     for task in tasks or table.tasks:
@@ -210,7 +211,7 @@ def run_small(table: Table, folder: Path, models: dict[str, str], output: Path, 
             _chosen(subject, config, row, settings, results, output, say)
             for row, config in zip(rows, configs)
         ]
-        for seed in settings["seeds"]:  # every row has as many, wherever it stops
+        for seed in seeds or settings["seeds"]:  # every row has as many, wherever it stops
             for row, config, rate in zip(rows, configs, rates):
                 _once(subject, config, row, rate, seed, "final", results, output, say)
 

@@ -4,7 +4,11 @@ import ctypes
 import os
 import platform
 import resource
+import subprocess
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +26,35 @@ def test_another_process_gives_its_result_and_its_error():
 def test_a_process_that_dies_is_told():
     with pytest.raises(BrokenProcessPool):
         alone(os._exit, 3)
+
+
+def _stays(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks Linux whether it is there")
+def test_a_killed_study_leaves_no_run_behind(tmp_path):
+    pid = tmp_path / "pid"
+    script = tmp_path / "study.py"
+    script.write_text(
+        "from tests.tasks.test_process import _stays, alone\n"
+        f"if __name__ == '__main__':\n    alone(_stays, {str(pid)!r})\n"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    study = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": paths})
+    wait_until(lambda: pid.exists() and pid.read_text())
+    study.kill()
+    study.wait()
+    run = Path("/proc", pid.read_text(), "stat")
+    wait_until(lambda: not run.exists() or run.read_text().split()[2] == "Z")
+
+
+def wait_until(happened, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
 
 
 def _faults_of_a_second_block(keep: bool) -> int:
