@@ -3,7 +3,8 @@
 ``pelt_config.json`` holds the format version, the config and what base it belongs to;
 ``pelt_model.safetensors`` the method's tensors and the task head's. A prefix is stored as its keys
 and values: its reparameterisation ends with training. Both files are written beside their final
-names and moved there when whole.
+names and moved there when whole. What FSDP2 sharded is gathered: every process calls, the first
+writes.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from pelt_fast.modules import PrefixBank
 
 from .count import is_method
 from .inject import eject, inject
+from .sharded import is_sharded, like, resharded, whole, writes
 from .slots import SlotMap, base_of
 from .takeover import takeover_of
 
@@ -46,19 +48,27 @@ def method_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What :func:`save` stores, by name: the method folded, and the trained task head."""
     takeover = takeover_of(model)
     if takeover.config.is_full:
-        return {name: p.detach() for name, p in model.named_parameters()}
+        return {name: whole(p) for name, p in model.named_parameters()}
     own = takeover.own_trained
     banks = {name: m for name, m in model.named_modules() if isinstance(m, PrefixBank)}
-    tensors = {f"{name}.prefix": bank().detach() for name, bank in banks.items()}
+    tensors = {f"{name}.prefix": _folded(bank) for name, bank in banks.items()}
     for name, parameter in model.named_parameters():
         in_bank = any(name.startswith(f"{bank}.") for bank in banks)
         if name in own or (is_method(name) and not in_bank):
-            tensors[name] = parameter.detach()
+            tensors[name] = whole(parameter)
     return tensors
 
 
+def _folded(bank: PrefixBank) -> Tensor:
+    if not is_sharded(bank):
+        return bank().detach()
+    parameters = {name: whole(parameter) for name, parameter in bank.named_parameters()}
+    return torch.func.functional_call(bank, parameters, ()).detach()
+
+
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the injected method to ``folder`` (made if missing).
+    """Write the injected method to ``folder`` (made if missing). Of a model that ``fully_shard``
+    cut every process calls this, and the first writes.
 
     Raises ValueError when nothing is injected or it is merged, and OSError when the disk refuses; a
     checkpoint that was there before is then still whole.
@@ -67,6 +77,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     if takeover.merged:
         raise ValueError("this model is merged into its base: unmerge it before save")
     tensors = {name: t.contiguous().cpu() for name, t in method_tensors(model).items()}
+    if not writes(model):
+        return
     about = {
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(takeover.config),
@@ -104,10 +116,11 @@ def save_trained(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write what trains as it stands, to go on from: :func:`load_trained` reads it."""
     takeover_of(model)
     tensors = {
-        name: parameter.detach().contiguous().cpu()
+        name: whole(parameter).contiguous().cpu()
         for name, parameter in model.named_parameters() if parameter.requires_grad
     }  # fmt: skip
-    write_files(Path(folder), {TRAINED_FILE: lambda to: save_file(tensors, to)}, "what trains")
+    if writes(model):
+        write_files(Path(folder), {TRAINED_FILE: lambda to: save_file(tensors, to)}, "what trains")
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -239,6 +252,6 @@ def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], folder) 
 @torch.no_grad()
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Write tensors into the parameters of their names, in place."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(resharded(model).named_parameters())
     for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+        parameters[name].copy_(like(parameters[name], tensor))

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import pelt_fast
+from pelt_fast.models.checkpoint import load_trained, save_trained
 from pelt_fast.models.slots import base_of, find, stacks_of
 from tests.models.judge import assert_near, exactly
 from tests.parity.grid import past_budget
@@ -86,14 +87,9 @@ def worker(rank: int, port: int, how: str, architecture: str, method: str, folde
         return loss / 2
 
     found = steps(WRAPPED[how](model), half, mean)
-    if how == "fsdp2":
-        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-        whole = {name: tensor for name, tensor in whole.items() if "pelt_" in name}
+    if rank == 0 or how == "fsdp2":  # what is sharded is gathered by both
+        pelt_fast.save(model, folder)
     if rank == 0:
-        if how == "ddp":
-            pelt_fast.save(model, folder)
-        else:
-            torch.save(whole, os.path.join(folder, "whole.pt"))
         torch.save(found, os.path.join(folder, "losses.pt"))
     dist.destroy_process_group()
 
@@ -180,36 +176,60 @@ def run_two(how: str, architecture: str, method: str, folder) -> list[float]:
     return torch.load(folder / "losses.pt")
 
 
-@pytest.mark.parametrize("architecture, method", [("bart", "mam"), ("llama", "lora_ffn")])
-def test_two_processes_train_as_one(architecture, method, tmp_path):
-    both = run_two("ddp", architecture, method, tmp_path)
-    model = built(architecture, method)
+@pytest.mark.parametrize("how, architecture, method", [
+    ("ddp", "bart", "mam"), ("ddp", "llama", "lora_ffn"), ("fsdp2", "bart", "mam"),
+    ("fsdp2", "llama", "lora"),
+])  # fmt: skip
+def test_two_processes_train_and_save_as_one(how, architecture, method, tmp_path):
+    both = run_two(how, architecture, method, tmp_path)
+    pack = how == "ddp"
+    model = built(architecture, method, pack)
     alone = steps(model, batches(model))
     assert both == pytest.approx(alone, rel=1e-5)
     assert alone[-1] != alone[0]
     pelt_fast.save(model, tmp_path / "alone")
     files = [folder / "pelt_model.safetensors" for folder in (tmp_path, tmp_path / "alone")]
     found, wanted = map(load_file, files)
-    exact = built(architecture, method).double()
+    exact = built(architecture, method, pack).double()
     steps(exact, batches(exact))
     pelt_fast.save(exact, tmp_path / "exact")
     miss = past_budget(found, wanted, load_file(tmp_path / "exact" / "pelt_model.safetensors"))
     assert miss is None, miss
+    torch.manual_seed(0)
+    plain = MODELS[architecture](dropout=0.0)
+    pelt_fast.load(plain, tmp_path)  # a sharded model's is a checkpoint like any other
 
 
-@pytest.mark.parametrize("architecture, method", [("bart", "mam"), ("llama", "lora")])
-def test_two_shards_train_as_one(architecture, method, tmp_path):
-    both = run_two("fsdp2", architecture, method, tmp_path)
-    model = built(architecture, method, pack=False)
-    alone = steps(model, batches(model))
-    assert both == pytest.approx(alone, rel=1e-5)
-    whole = torch.load(tmp_path / "whole.pt")
-    trained = {n: p.detach() for n, p in model.named_parameters() if "pelt_" in n}
-    exact = built(architecture, method, pack=False).double()
-    steps(exact, batches(exact))
-    exactly_trained = {n: p.detach() for n, p in exact.named_parameters() if "pelt_" in n}
-    miss = past_budget(whole, trained, exactly_trained)
-    assert miss is None, miss
+def going_on(rank: int, port: int, folder: str) -> None:
+    """What trains, written from shards and read back into shards that a forward has gathered."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = sharded(built("bart", "mam", pack=False)).eval()
+    batch = batches(model)[0]
+    with torch.no_grad():
+        before = model(**batch).logits
+        save_trained(model, folder)
+        dist.barrier()
+        for name, parameter in model.named_parameters():
+            if "pelt_" in name:
+                parameter.zero_()
+        model(**batch)
+        load_trained(model, folder)
+        after = model(**batch).logits
+        for layer in model.modules():
+            if hasattr(layer, "reshard"):
+                layer.reshard()
+        again = model(**batch).logits
+    if rank == 0:
+        torch.save([before, after, again], os.path.join(folder, "logits.pt"))
+    dist.destroy_process_group()
+
+
+def test_shards_go_on_from_what_they_wrote(tmp_path):
+    multiprocessing.spawn(going_on, (free_port(), str(tmp_path)), nprocs=2)
+    before, after, again = torch.load(tmp_path / "logits.pt")
+    assert torch.equal(before, after) and torch.equal(before, again)
 
 
 def test_weights_that_are_to_be_sharded_are_left_where_they_are():

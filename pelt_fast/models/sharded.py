@@ -1,0 +1,42 @@
+"""Parameters that FSDP2 cut (``fully_shard`` after inject): gathered to be read, cut to be written.
+
+Every process makes these calls, in the same order: they communicate.
+"""
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds any of its parameters."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's values, detached; gathered where it is cut."""
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether this process is the one that writes files."""
+    return not is_sharded(model) or dist.get_rank() == 0
+
+
+def resharded(model: nn.Module) -> nn.Module:
+    """The model, every parameter cut again: a forward without a backward leaves some gathered, and
+    what is written there is lost."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # an FSDPModule
+            module.reshard()
+    return model
+
+
+def like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor cut as a parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(parameter.device, parameter.dtype)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
