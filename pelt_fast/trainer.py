@@ -2,8 +2,9 @@
 
 ``PeltTrainer`` and ``PeltSeq2SeqTrainer`` are transformers' own in all but what they write and
 read: the method as :func:`pelt_fast.save` writes it, and beside it what trains as it stands (a
-prefix's MLP, which ``save`` folds away, goes on training after a resume). Needs the extra
-``train``.
+prefix's MLP, which ``save`` folds away, goes on training after a resume). Under accelerate's FSDP2
+(``inject(pack=False)`` first) too: every process gathers the method, the first writes it, and the
+base is in no checkpoint. Needs the extra ``train``.
 """
 
 import json
@@ -11,12 +12,14 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pelt_fast.models.checkpoint import load_trained, save, save_trained
+from pelt_fast.models.sharded import is_sharded, resharded
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
@@ -55,13 +58,33 @@ class MethodCheckpoints:
             self.model if model is None else model, keep_torch_compile=False
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own, which under FSDP would gather the base."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """transformers' own, which under FSDP would write the base beside the optimizer."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        resharded(self.model)  # an evaluation before this left parameters gathered
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
-        if not self.args.should_save:
-            return
         model = self._plain_model()
+        if not self.args.should_save and not is_sharded(model):
+            return
         save(model, folder)
         save_trained(model, folder)
+        if not self.args.should_save:
+            return
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -30,22 +30,19 @@ def run(
 ) -> dict:  # fmt: skip
     """Read, inject, train, score, save; appends the row to ``results`` and returns it.
 
-    ``source`` as for ``data.load``. Of several processes (``accelerate launch``, DDP) the first
-    writes. Raises, before training: what loading raises, ValueError for a recipe that needs more
-    memory than there is or under FSDP, OSError where the disk has no room; after it, RuntimeError
-    where the loss became infinite (nothing is saved as a result).
+    ``source`` as for ``data.load``. Of several processes (``accelerate launch``, DDP or FSDP2) the
+    first writes. Raises, before training: what loading raises, ValueError for a recipe that needs
+    more memory than there is or under FSDP 1, OSError where the disk has no room; after it,
+    RuntimeError where the loss became infinite (nothing is saved as a result).
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise ValueError(
-            "FSDP shards what a checkpoint of the method holds: train under DDP, or with a loop of"
-            " your own (inject(pack=False), fully_shard, torch.distributed.checkpoint)"
-        )
+    fsdp = asks_for_fsdp()
     data = load(task_of(recipe.task), source)
     model, tokenizer = load_model(recipe, data.classes)
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    model.to(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    if not fsdp:  # which cuts it first
+        model.to(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)
-    pelt_fast.inject(model, recipe.config())
+    pelt_fast.inject(model, recipe.config(), pack=not fsdp)
     check_memory(model, recipe)
     check_disk(model, output)
     rows = tokens_of(data, recipe, tokenizer)
@@ -57,10 +54,24 @@ def run(
         raise RuntimeError(f"the loss became {loss}: take a smaller learning_rate or longer warmup")
     row = result(recipe, recipe.config(), model, outcome)
     row |= {"rows": len(data.train), "classes": list(data.classes)}
-    if rank == 0:
+    if rank == 0 or fsdp:  # every process gathers, the first writes
         pelt_fast.save(model, output)
+    if rank == 0:
         append_line(results, row)
     return row
+
+
+def asks_for_fsdp() -> bool:
+    """Whether ``accelerate launch`` said FSDP; ValueError for its first version."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(
+            f"FSDP {version} flattens frozen and trained parameters into one: launch with"
+            " --fsdp_version 2"
+        )
+    return True
 
 
 def tokens_of(data: Data, recipe: Recipe, tokenizer) -> dict:

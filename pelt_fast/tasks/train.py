@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -179,7 +180,13 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
             loader = torch.utils.data.DataLoader(
                 _without_length(train), batch_sampler=sampler, collate_fn=self.data_collator
             )
-            return self.accelerator.prepare(loader)
+            with _uneven(self.accelerator):
+                return self.accelerator.prepare(loader)
+
+        def create_optimizer(self, model=None):
+            if self.optimizer is None:
+                self.optimizer = _optimizer(self.model, recipe)
+            return self.optimizer
 
         def predict(self, *args, **kwargs):
             # whatever is selected by, the last evaluation scores
@@ -198,13 +205,27 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
     run = Run(
         model=model, args=_arguments(recipe, task, output, quiet, keep), data_collator=collate,
         train_dataset=train, eval_dataset=_without_length(_by_length(validation)),
-        optimizers=(_optimizer(model, recipe), None), compute_metrics=on_the_way,
+        compute_metrics=on_the_way,
     )  # fmt: skip
+    # the smoother divides by what Trainer counts; the models' own losses take the count and average
+    # by themselves, and accumulation and processes would multiply them
+    run.model_accepts_loss_kwargs = recipe.label_smoothing > 0
     if quiet:
         run.remove_callback(PrinterCallback)
     if task.generates:
         run.args.predict_with_generate = on_the_way is not None
     return run
+
+
+@contextmanager
+def _uneven(accelerator):
+    """Batches of other sizes than one another; their number is a multiple of the processes'. What
+    is evaluated is evened out, or a process would wait for one that has no batch left."""
+    even, accelerator.even_batches = accelerator.even_batches, False
+    try:
+        yield
+    finally:
+        accelerator.even_batches = even
 
 
 def _without_length(rows):
@@ -241,10 +262,10 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
         gradient_accumulation_steps=recipe.accumulation, max_grad_norm=recipe.max_grad_norm,
         label_smoothing_factor=recipe.label_smoothing, seed=recipe.seed, report_to=[],
         bf16=precision == "bf16", fp16=precision == "fp16",
-        use_cpu=not gpu and precision == "bf16",
+        use_cpu=not gpu,
         logging_steps=10, logging_nan_inf_filter=False, remove_unused_columns=False,
         disable_tqdm=quiet or not sys.stderr.isatty(), dataloader_pin_memory=gpu,
-        accelerator_config=dict(even_batches=False), **saving,
+        **saving,
     )  # fmt: skip
 
 

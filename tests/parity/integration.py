@@ -17,8 +17,10 @@ ROWS = [  # what, which tests
     ("transformers' Trainer: stopped and resumed bit for bit, the method alone written, best model",
      "tests/models/test_trainer.py"),
     ("killed with SIGKILL and resumed, no growth of memory", "tests/models/test_long_run.py"),
-    ("DDP and FSDP2, two gloo processes: the losses of one; a checkpoint in another world size",
-     "tests/models/test_distributed.py"),
+    ("DDP and FSDP2, two gloo processes: the losses of one, saved and gone on from; a checkpoint in"
+     " another world size", "tests/models/test_distributed.py"),
+    ("`pelt-fast train` under accelerate's FSDP2: the losses of DDP, resumed, the base in no"
+     " checkpoint", "tests/tasks/test_fsdp.py"),
     ("quantised bases (extra `quantised`): bitsandbytes nf4 and int8, torchao int8, int8 rows,"
      " GPTQ's packed layout",
      "tests/models/test_quantised.py"),

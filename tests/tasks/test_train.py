@@ -298,15 +298,27 @@ def test_two_processes_train_and_the_first_writes(models, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    assert json.loads(line)["metrics"].keys() == {"accuracy"}
+    row = json.loads(line)
+    assert row["metrics"].keys() == {"accuracy"}
     assert done.stdout.count("saved to") == 1
     assert (tmp_path / "out" / "pelt_config.json").is_file()
+    logged = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]
+    assert logged[-1]["epoch"] == 2 * 4 * 4 / row["rows"], "each has its share of the rows"
+    assert logged[-1]["train_loss"] < 1, "a mean of both, not their sum"
 
 
-def test_fsdp_is_refused_with_the_way_out(models, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"train under DDP, or with a loop of your own"):
-        run(short("sst2", models), SAMPLES / "sst2", tmp_path / "out", quiet=True)
+@pytest.mark.parametrize("name", ["sst2", "wmt16"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_accumulated_batches_is_their_mean(name, smoothing, models, tmp_path):
+    given = dict(steps=2, evaluate_every=2, label_smoothing=smoothing)
+    losses = []
+    for accumulation in (1, 4):
+        recipe = short(name, models, accumulation=accumulation, **given)
+        folder = tmp_path / str(accumulation)
+        run(recipe, SAMPLES / recipe.task, folder, quiet=True, results=tmp_path / "r.jsonl")
+        logged = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+        losses.append(logged[-1]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 def test_a_loss_that_diverges_is_said_and_no_result_is_kept(models, tmp_path):
