@@ -105,6 +105,6 @@ def _base(options: argparse.Namespace) -> Path:
 
     folder = options.base or options.output / "base"
     if not (folder / "config.json").is_file():
-        print(f"training the small base into {folder}", flush=True)
+        print(f"training the small base into {folder}: half an hour on two cores", flush=True)
         small_base.build(_data(options), folder)
     return folder
