@@ -206,10 +206,11 @@ def document(result: dict) -> str:
             f"\n\n{len(both)} runs of each path, same seeds, same masks: training losses (means of"
             f" ten steps, to four decimals) are at most {apart:.4f} apart.\n"
         )
-    devices = ", ".join(sorted({r["device"] for r in result["rows"]}))
-    hours = sum(row["seconds"] for row in result["rows"]) / 3600
+    rows = result["rows"]
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    hours = sum(row["seconds"] for row in rows) / 3600
     blocks.append(
-        f"*{len(result['rows'])} runs, {hours:.1f} h of training; {devices} ({machine['device']}); torch"
+        f"*{len(rows)} runs, {hours:.1f} h of training; {devices} ({machine['device']}); torch"
         f" {machine['versions']['torch']}; recorded {machine['time'][:10]} at {machine['commit']}"
         f" (`{machine['command']}`). Runs may have shared the machine: compare step"
         " seconds loosely.*\n"
