@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds any of its parameters."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    """Whether FSDP2 holds any of its parameters, gathered at the moment or not."""
+    held = any(hasattr(module, "reshard") for module in model.modules())
+    return held or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def whole(parameter: Tensor) -> Tensor:
