@@ -99,13 +99,14 @@ FINDINGS = {
     ),
     "table4": (
         ("heads win at tiny budgets", "MH PA (attn), r=30", "PA (attn), r=30"),
+        ("heads win at tiny budgets, against the FFN", "MH PA (attn), r=30", "PA (ffn), r=30"),
+        ("attention is the better place at tiny budgets", "PA (attn), r=30", "PA (ffn), r=30"),
         ("the gate helps", "prefix, l=30", "prefix, l=30, no gate"),
     ),
     "table5": (("scaling helps", "scaled PA (ffn), s=4", "PA (ffn)"),),
     "table6": (
         ("MAM is close to full fine-tuning", "MAM", "full"),
         ("MAM beats its parts", "MAM", "prefix, l=200"),
-        ("the FFN is the better place at larger budgets", "PA (ffn)", "prefix, l=200"),
         ("prompt tuning is behind", "prefix, l=200", "prompt"),
     ),
 }
