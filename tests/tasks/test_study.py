@@ -10,8 +10,8 @@ import pytest
 
 from pelt_fast import cli
 from pelt_fast.tasks import study
+from pelt_fast.tasks.bottlenecks import bottlenecks
 from pelt_fast.tasks.paper import TABLES
-from pelt_fast.tasks.plots import bottlenecks
 from pelt_fast.tasks.tables import table_rows, text
 from tests.tasks.conftest import SAMPLES
 
