@@ -241,3 +241,12 @@ def randomise(model, scale=0.2):
 def gradients(model) -> dict:
     """Gradients by parameter name."""
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def outputs_and_gradients(model, batch):
+    """Logits and gradients, from one seed."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    out = model(**batch)
+    out.loss.backward()
+    return out.logits.detach(), gradients(model)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import pelt_fast
 from pelt_fast.testing import Tensors, compare
-from tests.models.test_parity import outputs_and_gradients
+from tests.small import outputs_and_gradients
 
 
 def assert_near(actual: Tensor, same: Tensor, exact: Tensor) -> None:

@@ -14,7 +14,8 @@ from pelt_fast.models import attention
 from pelt_fast.models.attention import SLICE
 from pelt_fast.models.slots import base_of, find, stacks_of
 from pelt_fast.ops import support
-from tests.small import MODELS, gradients, inputs, pairs, randomise
+from tests.models.judge import assert_near, exactly
+from tests.small import MODELS, gradients, inputs, outputs_and_gradients, pairs, randomise
 
 METHODS = [name for name in pelt_fast.methods() if name != "linear_probe"]
 PADDINGS = [None, "right", "left"]
@@ -32,14 +33,6 @@ def injected(architecture, method, dropout=0.1, **changes):
     return randomise(pelt_fast.inject(model, config), **changes)
 
 
-def outputs_and_gradients(model, batch):
-    model.zero_grad()
-    torch.manual_seed(3)
-    out = model(**batch)
-    out.loss.backward()
-    return out.logits.detach(), gradients(model)
-
-
 def assert_close(actual, expected, tolerance=2e-5):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
@@ -52,6 +45,8 @@ def assert_fused_equals_reference(model, batch):
     logits, grads = outputs_and_gradients(model, batch)
     with pelt_fast.backend("reference"):
         expected, expected_grads = outputs_and_gradients(model, batch)
+    # fixed: one draw under dropout is up to five times further from fp64 than another, on either
+    # path; tests/parity/grid.py judges every method by a budget over a whole model
     assert torch.allclose(logits, expected, atol=1e-5)
     assert_close(grads, expected_grads)
     return logits, grads
@@ -70,8 +65,9 @@ def test_fused_equals_reference_in_evaluation(architecture, method):
     for padding in PADDINGS:
         batch = inputs(model, padding=padding)
         logits, _ = assert_fused_equals_reference(model, batch)
+        exact = exactly(model, batch)["logits"]
         with torch.no_grad():
-            assert torch.allclose(model(**batch).logits, logits, atol=1e-6)
+            assert_near(model(**batch).logits, logits, exact)
 
 
 def naive_ffn_adapters(model, twin):
@@ -114,14 +110,16 @@ def test_scaled_parallel_adapter_is_the_papers_placement(architecture, padding):
         "scaled_parallel_adapter", dropout=0.0)))  # fmt: skip
     for name, parameter in plain.named_parameters():  # the task head was randomised too
         parameter.data.copy_(dict(model.named_parameters())[name])
+    wide, wide_plain = (copy.deepcopy(m).double().train() for m in (model, plain))
     naive_ffn_adapters(model, plain)
+    naive_ffn_adapters(wide, wide_plain)
     batch = inputs(model, padding=padding)
     logits, grads = outputs_and_gradients(model.train(), batch)
     model.zero_grad()
     plain.train().requires_grad_(False)
     out = plain(**batch)
     out.loss.backward()
-    assert torch.allclose(logits, out.logits, atol=1e-5)
+    assert_near(logits, out.logits, wide_plain(**batch).logits)
     assert_close(grads, gradients(model) | {n: g for n, g in grads.items() if "pelt_" not in n})
 
 
@@ -160,12 +158,13 @@ def test_prefix_equals_concatenation(architecture, padding, choice, monkeypatch)
             module.config._attn_implementation = "pelt_fast_concatenating"
     monkeypatch.setattr(attention, "WRAPPED", ("concatenating",))
     expected, expected_grads = outputs_and_gradients(model, batch)
+    exact = copy.deepcopy(model).double()(**batch).logits
     rows = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if logits.dim() == 3:  # a padding position's own output means nothing
-        logits, expected = logits[rows], expected[rows]
+        logits, expected, exact = logits[rows], expected[rows], exact[rows]
     if architecture == "llama":  # its loss counts padded positions too: compare outputs alone
         grads = expected_grads = {}
-    assert torch.allclose(logits, expected, atol=2e-5)
+    assert_near(logits, expected, exact)
     assert_close(grads, expected_grads)
 
 
@@ -236,7 +235,8 @@ def test_lora_equals_peft(architecture):
     results = [model.train()(**batch) for model in (ours, theirs)]
     for result in results:
         result.loss.backward()
-    assert torch.allclose(results[0].logits, results[1].logits, atol=1e-5)
+    exact = copy.deepcopy(theirs).double()(**batch).logits
+    assert_near(results[0].logits, results[1].logits, exact)
     for mine, peft in pairs:
         assert torch.allclose(mine.grad, peft.grad, rtol=1e-3, atol=1e-6)
 
