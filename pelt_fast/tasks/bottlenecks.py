@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .paper import Table
+from .plots import pyplot_here
 from .study import Results, mean_and_deviation, runs, scaled, score
 
 
@@ -10,16 +11,9 @@ def bottlenecks(table: Table, results: Results, factors: dict, path: Path) -> Pa
     """The paper's Figure 4 to ``path``: a score over the share of parameters that trains, a line
     for each form, the paper's above and ours below (a loss is taken negative). None without
     matplotlib or a run."""
-    points = _points(table, results, factors)
-    try:
-        import matplotlib
-    except ImportError:
+    points, pyplot = _points(table, results, factors), pyplot_here()
+    if pyplot is None or not points:
         return None
-    if not points:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     tasks = [task for task in table.tasks if task in points]
     figure, axes = pyplot.subplots(2, len(tasks), figsize=(4.5 * len(tasks), 6), squeeze=False)
     for column, task in zip(axes.T, tasks):

@@ -6,18 +6,23 @@ from pathlib import Path
 from .meter import LOG
 
 
-def curves(folder: Path) -> Path | None:
-    """Draw loss and metrics over steps to ``curves.svg``; None without a log or matplotlib."""
-    path = folder / LOG
+def pyplot_here():
+    """matplotlib's pyplot without a screen, None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         return None
-    if not path.is_file():
-        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def curves(folder: Path) -> Path | None:
+    """Draw loss and metrics over steps to ``curves.svg``; None without a log or matplotlib."""
+    path, pyplot = folder / LOG, pyplot_here()
+    if pyplot is None or not path.is_file():
+        return None
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     scores = sorted({key for row in rows for key in row if key.startswith("eval_")
                      and key.rpartition("_")[2] in ("accuracy", "bleu", "rouge2")})  # fmt: skip

@@ -7,6 +7,7 @@ has a process of its own. Every run is a line of ``results.jsonl``; a table is m
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import statistics
@@ -60,8 +61,18 @@ def setting(recipe: Recipe, data: dict | None = None) -> str:
         del told[name]
     weights = Path(recipe.model) / "model.safetensors"
     if weights.is_file():
-        told["model"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        told["model"] = _hashed(weights, weights.stat().st_mtime_ns)
     return digest(told)
+
+
+@functools.cache
+def _hashed(path: Path, changed: int) -> str:
+    """A file's digest, taken once for each time that it changed."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 class Results:
