@@ -22,6 +22,7 @@ KINDS = ("encoder", "decoder", "cross")
 READS = ("default", "input", "residual", "query")
 PLACEMENTS = (
     "default", "before_output", "after_output", "before_dropout", "after_dropout", "after_norm",
+    "around_norm",
 )  # fmt: skip
 
 # form, target -> (insertion, compositions) pairs that can be built
@@ -43,7 +44,7 @@ _PLACES = {
     ("attention", "sequential"): ("after_output",),
     ("heads", "parallel"): ("before_output",),
     ("ffn", "parallel"): ("after_dropout", "before_dropout"),
-    ("ffn", "sequential"): ("after_dropout", "after_norm"),
+    ("ffn", "sequential"): ("after_dropout", "after_norm", "around_norm"),
 }
 _READS = {
     ("heads", "parallel"): ("input", "query"),
@@ -80,13 +81,16 @@ class Modification:
     "cross"; a prompt goes to the first stack there is). reparameterization: of a prefix, "mlp"
     (embedding, Linear, Tanh, Linear) or "none"; mlp_dim its hidden width.
 
-    Where libraries differ, "default" is what the paper's code does:
+    Where libraries differ, "default" is what the paper's code does, but on heads:
     reads: of a parallel FFN adapter "input" (the block's) or "residual" (the stream before a
     pre-norm; mBART's default); of a bottleneck on heads "input" (the attention's, split by head,
-    with a down projection of its own) or "query" (the frozen query projection is reused).
+    with a down projection of its own: the paper's Table 1, default) or "query" (the frozen query
+    projection is reused: the paper's code, and the preset ``multi_head_parallel_adapter``).
     placement: of a parallel attention adapter "before_output" (added to the heads, default) or
     "after_output" (to the projected output); of an FFN adapter "after_dropout" (default),
-    "before_dropout" (parallel) or "after_norm" (sequential: on the layer's output, Pfeiffer).
+    "before_dropout" (parallel), "after_norm" (sequential: on the layer's output) or "around_norm"
+    (sequential, Pfeiffer: of a post-norm block y of x, LN(Δ(LN(y + x)) + y + x); of a pre-norm one,
+    where nothing normalises the sum, y + x + Δ(y + x)).
     residual: whether a sequential adapter adds its input to its update.
     """
 
@@ -146,6 +150,9 @@ class Modification:
             )
         if not self.residual and self.insertion != "sequential":
             raise ValueError(f"{point}: residual=False is for sequential insertion")
+        if not self.residual and self.placement == "around_norm":
+            raise ValueError(f"{point}: 'around_norm' adds to the sum in front of the norm:"
+                             " residual=False is for the other placements")  # fmt: skip
 
     def _nearest(self) -> str:
         """The point of the grid that differs in the fewest dimensions, form the last to change."""

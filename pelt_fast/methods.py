@@ -25,7 +25,8 @@ def _mam(name: str, prefix: int, bottleneck: int, scale: float) -> PeltConfig:
     return PeltConfig(name, (_prefix(prefix), ffn))
 
 
-_SEQUENTIAL = dict(insertion="sequential", init="bert", layer_norm="in")
+# the paper's code gives every adapter of an attention a LayerNorm; its scripts give none to the FFN's
+_SEQUENTIAL = dict(insertion="sequential", init="bert")
 _PARALLEL_ATTENTION = dict(insertion="parallel", init="bert", layer_norm="in")
 _PARALLEL = dict(insertion="parallel", init="bert")
 _LORA_FFN = (_lora("ffn.in", 102, 4.0), _lora("ffn.out", 102, 4.0))
@@ -42,15 +43,20 @@ _PRESETS = (
     PeltConfig("lora_ffn", _LORA_FFN),
     PeltConfig(
         "houlsby",
-        (_adapter("attention", 200, **_SEQUENTIAL), _adapter("ffn", 200, **_SEQUENTIAL)),
+        (
+            _adapter("attention", 200, **_SEQUENTIAL, layer_norm="in"),
+            _adapter("ffn", 200, **_SEQUENTIAL),
+        ),
     ),
     PeltConfig(
         "pfeiffer",
-        (_adapter("ffn", 600, "sequential", init="bert", placement="after_norm"),),
+        (_adapter("ffn", 600, "sequential", init="bert", placement="around_norm"),),
     ),
     PeltConfig("parallel_adapter_attn", (_adapter("attention", 200, **_PARALLEL_ATTENTION),)),
     PeltConfig("parallel_adapter_ffn", (_adapter("ffn", 1024, **_PARALLEL),)),
-    PeltConfig("multi_head_parallel_adapter", (_adapter("heads", 200, **_PARALLEL),)),
+    PeltConfig(
+        "multi_head_parallel_adapter", (_adapter("heads", 200, **_PARALLEL, reads="query"),)
+    ),
     PeltConfig("scaled_parallel_adapter", (_adapter("ffn", 512, "parallel", 4.0),)),
     PeltConfig(
         "learned_scale_parallel_adapter",

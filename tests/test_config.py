@@ -91,6 +91,11 @@ BAD = [
         "residual=False is for sequential",
     ),
     (
+        dict(form="bottleneck", target="ffn", size=1, insertion="sequential", residual=False,
+             placement="around_norm"),
+        "adds to the sum in front of the norm: residual=False is for the other placements",
+    ),
+    (
         dict(form="bottleneck", target="heads", size=1, activation="gelu"),
         "ReLU without a LayerNorm: got activation 'gelu'",
     ),
@@ -121,6 +126,14 @@ BAD = [
 def test_a_point_without_meaning_is_refused_with_what_has_one(fields, message):
     with pytest.raises(ValueError, match=message):
         Modification(**fields)
+
+
+def test_the_multi_head_preset_reads_the_query_as_the_papers_code():
+    (preset,) = pelt_fast.methods()["multi_head_parallel_adapter"].modifications
+    assert preset.reads == "query"
+    # in a file of an older preset: its own down projection, as it was trained
+    old = PeltConfig("old", (Modification("bottleneck", "heads", size=2),)).to_json()
+    assert PeltConfig.from_json(old).modifications[0].reads == "default"
 
 
 def test_a_config_refuses_what_cannot_stand_together():

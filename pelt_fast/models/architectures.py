@@ -31,6 +31,7 @@ def _bert_ffn() -> FFNSlot:
     return FFNSlot(
         "intermediate.dense", "intermediate.dense", "output.dense",
         "intermediate.intermediate_act_fn", "hidden_act", output_dropout="output.dropout",
+        norm_after="output.LayerNorm",
     )  # fmt: skip
 
 
@@ -57,22 +58,22 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def _bart_ffn(
-    *attentions: str, activation_dropout: str | None = "activation_dropout", **pre_norm: str
+    *attentions: str, activation_dropout: str | None = "activation_dropout", **norms: str
 ) -> FFNSlot:
     return FFNSlot(
         "fc1", "fc1", "fc2", "activation_fn", "activation_function",
         activation_dropout=activation_dropout, output_dropout="dropout",
-        output_dropout_also=attentions, **pre_norm,
+        output_dropout_also=attentions, **norms,
     )  # fmt: skip
 
 
 _BART_PROMPT = PromptSlot(positions="encoder.embed_positions")
 
 
-def bart(prompt: PromptSlot = _BART_PROMPT, **pre_norm: str) -> tuple[StackSlot, ...]:
+def bart(prompt: PromptSlot = _BART_PROMPT, **norms: str) -> tuple[StackSlot, ...]:
     """BART, mBART, Whisper."""
     own, cross = "self_attn", "encoder_attn"
-    ffns = _bart_ffn(own, **pre_norm), _bart_ffn(own, cross, **pre_norm)
+    ffns = _bart_ffn(own, **norms), _bart_ffn(own, cross, **norms)
     encoder = (attention("encoder", own, PROJECTIONS),)
     decoder = (attention("decoder", own, PROJECTIONS), attention("cross", cross, PROJECTIONS))
     return (
@@ -163,7 +164,7 @@ def t5(gated: bool) -> tuple[StackSlot, ...]:
 
 
 ROWS: list[SlotMap] = [
-    SlotMap("bart", bart()),
+    SlotMap("bart", bart(norm_after="final_layer_norm")),
     SlotMap("bert", bert()),
     SlotMap("deberta-v2", deberta_v2()),
     SlotMap("electra", bert()),

@@ -9,6 +9,7 @@ from pelt_fast.modules import (
     LayerAdapter,
     LoRALinear,
     MultiHeadAdapter,
+    NormAdapter,
     ParallelAttentionAdapter,
     ParallelFFNAdapter,
     PrefixBank,
@@ -162,11 +163,14 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
 
 def _inject_ffn(model, modification, config, stacks, takeover) -> None:
     for place, slot in ffns(base_of(model), modification, stacks):
-        after_norm = modification.placement == "after_norm"
-        ffn = _take_ffn(model, place.layer, slot, None if after_norm else takeover)
+        behind = modification.placement in ("after_norm", "around_norm")
+        ffn = _take_ffn(model, place.layer, slot, None if behind else takeover)
         dtype = _dtype(config, weight_of(ffn.in_proj.module))
         entry, op = slot.entry, "ffn" if modification.insertion == "parallel" else "adapter"
-        if after_norm:
+        if modification.placement == "around_norm" and slot.norm_after is not None:
+            entry = slot.norm_after
+            site = NormAdapter(find(place.layer, entry), ffn, modification, dtype)
+        elif behind:
             site, entry = LayerAdapter(place.layer, ffn, modification, dtype), ""
         elif modification.insertion == "sequential":
             site = SequentialFFNAdapter(ffn, modification, dtype)

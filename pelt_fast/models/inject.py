@@ -14,7 +14,7 @@ from pelt_fast.modules.slot import foreign_forward
 from . import attention
 from .build import BUILDERS, head_dim_of
 from .merge import unmerge
-from .places import attention_slots, attentions, linears, targets
+from .places import attention_slots, attentions, ffns, linears, targets
 from .slots import SlotMap, StackSlot, base_of, find, stacks_of, task_head
 from .takeover import Takeover, takeover_of
 
@@ -113,6 +113,8 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
         if modification.form == "prefix" or modification.reads == "query":
             for _, module in attentions(base, modification, stacks):
                 attention.check(module)
+        if modification.placement == "around_norm":
+            _check_norms(model, modification, stacks)
         if modification.form == "low_rank":
             _check_linears(dict(linears(base, modification, stacks)), modification)
         if modification.form == "bottleneck" and modification.target == "heads":
@@ -178,6 +180,17 @@ def _check_heads(base: nn.Module, modification: Modification, stacks: list[Stack
                 f"{place.name}.{slot.module}: a bottleneck for each head reads a slice of the"
                 f" input, which is {inputs} wide; {out // dim} heads of {dim} make {out}."
                 " reads='query' has no such need"
+            )
+
+
+def _check_norms(model: nn.Module, modification: Modification, stacks: list[StackSlot]) -> None:
+    """Whether a norm stands behind a block is no guess: the row has to say which it has."""
+    for place, slot in ffns(base_of(model), modification, stacks):
+        if slot.norm is None and slot.norm_after is None:
+            raise ValueError(
+                f"{place.name}: an adapter around the norm of a block needs its FFNSlot to name"
+                " norm (in front of a pre-norm block) or norm_after (behind a post-norm one);"
+                " placement='after_norm' puts it on the layer's output, whichever it is"
             )
 
 

@@ -36,7 +36,8 @@ class FFNSlot:
     and ``config_activation`` the config's name for it. A dropout is a module or a float attribute;
     ``output_dropout_also`` names the attentions whose output the same float drops. ``norm`` is the
     norm in front of a pre-norm block, whose input is the residual stream; ``adapter_reads`` what a
-    parallel adapter reads there in the paper's code, "input" or "residual".
+    parallel adapter reads there in the paper's code, "input" or "residual"; ``norm_after`` the norm
+    behind a post-norm block, which reads the sum of the block and its input.
     """
 
     entry: str
@@ -50,6 +51,7 @@ class FFNSlot:
     output_dropout_also: tuple[str, ...] = ()
     norm: str | None = None
     adapter_reads: str = "input"
+    norm_after: str | None = None
 
     @property
     def is_container(self) -> bool:

@@ -4,6 +4,7 @@ from .adapter import ParallelAttentionAdapter, SequentialAdapter
 from .ffn import (
     FrozenFFN,
     LayerAdapter,
+    NormAdapter,
     ParallelFFNAdapter,
     ResidualFFNAdapter,
     SequentialFFNAdapter,
@@ -18,6 +19,7 @@ __all__ = [
     "LayerAdapter",
     "LoRALinear",
     "MultiHeadAdapter",
+    "NormAdapter",
     "ParallelAttentionAdapter",
     "ParallelFFNAdapter",
     "PrefixBank",

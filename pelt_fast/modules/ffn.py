@@ -91,8 +91,8 @@ class SequentialFFNAdapter(_FFNAdapter):
 
 
 class LayerAdapter(_FFNAdapter):
-    """Runs in the place of a whole layer: adapter(layer(..)), after its last add and norm
-    (Pfeiffer)."""
+    """Runs in the place of a whole layer: adapter(layer(..)), after its last add and norm (Pfeiffer
+    in a pre-norm model)."""
 
     def __init__(self, layer: nn.Module, ffn: FrozenFFN, modification: Modification, dtype):
         super().__init__(ffn, modification, dtype)
@@ -103,6 +103,18 @@ class LayerAdapter(_FFNAdapter):
         if isinstance(out, tuple):
             return self.sequential(out[0]), *out[1:]
         return self.sequential(out)
+
+
+class NormAdapter(_FFNAdapter):
+    """Runs in the place of the norm behind a post-norm block, whose input z is the sum of the block
+    and its own input: LN(z + Δ(LN(z))) (Pfeiffer)."""
+
+    def __init__(self, norm: nn.Module, ffn: FrozenFFN, modification: Modification, dtype):
+        super().__init__(ffn, modification, dtype)
+        self.slot = Slot(norm)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.slot(self.parallel(z, self.slot(z)))
 
 
 class ParallelFFNAdapter(_FFNAdapter):

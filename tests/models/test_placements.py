@@ -1,6 +1,7 @@
 """Where each adapter reads and adds, against hooks on an untouched twin."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -141,12 +142,46 @@ def test_multi_head_adapter_on_rotated_grouped_queries():
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("architecture", MODELS)
-def test_pfeiffer_reads_and_adds_at_the_layers_output(architecture, padding):
+def test_adapter_after_the_norm_reads_and_adds_at_the_layers_output(architecture, padding):
     modification = bottleneck("ffn", "sequential", placement="after_norm")
     model, plain, layers = twins(architecture, modification)
     for _, layer, other in layers:
         other.register_forward_hook(lambda m, a, y, site=layer.pelt_ffn_adapter: y + delta(site, y))
     assert_twins(model, plain, padding)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("layer_norm", ["none", "in"])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_pfeiffer_reads_the_norm_and_adds_in_front_of_it(architecture, layer_norm, padding):
+    modification = bottleneck(
+        "ffn", "sequential", "scaled", scale=1.5, placement="around_norm", layer_norm=layer_norm
+    )
+    model, plain, layers = twins(architecture, modification)
+    for stack, layer, other in layers:
+        site, path = layer.pelt_ffn_adapter, stack.ffn.norm_after
+        if path is None:  # pre-norm: nothing normalises the sum
+            other.register_forward_hook(lambda m, a, y, site=site: y + delta(site, y))
+            continue
+
+        def again(norm, args, y, site=site):
+            return F.layer_norm(
+                args[0] + delta(site, y), y.shape[-1:], norm.weight, norm.bias, norm.eps
+            )
+
+        find(other, path).register_forward_hook(again)
+    assert_twins(model, plain, padding)
+
+
+def test_pfeiffer_asks_where_the_norm_is():
+    model = MODELS["roberta"]()
+    (stack,) = stacks_of(model)
+    ffn = dataclasses.replace(stack.ffn, norm_after=None)
+    slots = pelt_fast.SlotMap("roberta", (dataclasses.replace(stack, ffn=ffn),))
+    around = PeltConfig("p", (bottleneck("ffn", "sequential", placement="around_norm"),))
+    with pytest.raises(ValueError, match=r"needs its FFNSlot to name norm .* or norm_after"):
+        pelt_fast.inject(model, around, slots=slots)
+    assert not any("pelt_" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.parametrize("target", ["ffn", "attention"])
