@@ -2,21 +2,19 @@
 
 from torch import Tensor, nn
 
+from .per_thread import PerThread
+
 
 class Caught:
     """Forward pre-hook (with keywords) that keeps a module's first argument until it is taken."""
 
     def __init__(self, keyword: str = "hidden_states"):
         self.keyword = keyword
-        self.x: Tensor | None = None
+        self._x = PerThread()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.x = args[0] if args else kwargs[self.keyword]
+        self._x.put(args[0] if args else kwargs[self.keyword])
 
     def take(self) -> Tensor:
         """The input of this forward, which is then let go."""
-        x, self.x = self.x, None
-        return x
-
-    def __getstate__(self):
-        return {**self.__dict__, "x": None}
+        return self._x.take()
