@@ -10,6 +10,11 @@ def strict() -> bool:
     return os.environ.get("PELT_FAST_STRICT", "0") == "1"
 
 
+def backend() -> str:
+    """``PELT_FAST_BACKEND`` (default auto): what the ops of a thread run that chose nothing."""
+    return os.environ.get("PELT_FAST_BACKEND", "auto")
+
+
 def interpret() -> bool:
     """``TRITON_INTERPRET`` (default 0): Triton's own; 1 interprets the kernels, also on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

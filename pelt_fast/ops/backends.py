@@ -1,6 +1,7 @@
 """The backend in force: what the ops run."""
 
 import importlib.util
+import threading
 from collections.abc import Iterator
 
 from pelt_fast import env
@@ -8,7 +9,6 @@ from pelt_fast import env
 from . import native, native_cuda
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
-_active = "auto"
 
 
 def why_missing(name: str) -> str | None:
@@ -26,9 +26,30 @@ def why_missing(name: str) -> str | None:
     return None
 
 
+def _checked(name: str, asked_by: str) -> str:
+    """``name``, which must be a backend that can run here."""
+    if name not in BACKENDS:
+        raise ValueError(f"{asked_by} must be one of {BACKENDS}, got {name!r}")
+    missing = why_missing(name)
+    if missing is not None:
+        raise RuntimeError(f"{asked_by} {name!r} cannot run here: {missing}")
+    return name
+
+
+class _Active(threading.local):
+    """Each thread's backend: the process's until the thread chooses one."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+_active = _Active(_checked(env.backend(), "PELT_FAST_BACKEND"))
+
+
 def active_backend() -> str:
-    """The name of the backend in force; a Function keeps the one of its forward for backward."""
-    return _active
+    """The name of the calling thread's backend; a Function keeps the one of its forward for
+    backward."""
+    return _active.name
 
 
 class backend:
@@ -37,26 +58,23 @@ class backend:
     ``"auto"`` is the best that is present for the device, ``"triton"`` the Triton kernels (what
     ``"auto"`` runs on a GPU; on a CPU where they are interpreted), ``"cuda"`` the CUDA C++ kernels
     where they take the input and the Triton kernels elsewhere, ``"reference"`` the plain PyTorch
-    specification. Takes effect when created; leaving a ``with`` block restores what was
-    before. Raises ValueError for an unknown name, RuntimeError with the reason for one that is not
-    here.
+    specification. Acts on the calling thread, as ``torch.set_grad_enabled`` does; the others keep
+    theirs, which begins as ``PELT_FAST_BACKEND`` says ("auto" where it is not set). A backward runs
+    the backend of its forward, in whatever thread. Takes effect when created; leaving a ``with``
+    block restores what was before. Raises ValueError for an unknown name, RuntimeError with the
+    reason for one that is not here.
     """
 
     def __init__(self, name: str):
-        global _active
-        if name not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
-        missing = why_missing(name)
-        if missing is not None:
-            raise RuntimeError(f"backend {name!r} cannot run here: {missing}")
-        self.before, _active = _active, name
+        self.name = _checked(name, "backend")
+        self.before, _active.name = _active.name, name
 
     def __enter__(self) -> "backend":
+        _active.name = self.name
         return self
 
     def __exit__(self, *exception) -> None:
-        global _active
-        _active = self.before
+        _active.name = self.before
 
 
 def backends() -> Iterator[tuple[str, str | None]]:

@@ -2,20 +2,11 @@
 
 import copy
 import pickle
-import threading
 
 import torch
 
 from pelt_fast.modules.per_thread import PerThread
-
-
-def in_a_thread(function):
-    """What ``function`` returns when another thread calls it."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(function()))
-    thread.start()
-    thread.join()
-    return found[0]
+from tests.threads import in_a_thread
 
 
 def test_a_value_is_seen_by_the_thread_that_put_it_alone():
