@@ -25,6 +25,8 @@ PLACEMENTS = (
     "around_norm",
 )  # fmt: skip
 
+_OF_NO_LAYER = ("prompt", "bias", "full")
+
 # form, target -> (insertion, compositions) pairs that can be built
 _LINEARS = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.in", "ffn.out")
 _SCALED = ("add", "scaled", "learned_scale", "learned_channel_scale")
@@ -79,7 +81,8 @@ class Modification:
     adapter's bottleneck. layer_norm: of an adapter, "none", "in" or "out". init: "lora" (Kaiming
     down, zero up) or "bert" (normal 0.02). where: which attention / stacks ("encoder", "decoder",
     "cross"; a prompt goes to the first stack there is). reparameterization: of a prefix, "mlp"
-    (embedding, Linear, Tanh, Linear) or "none"; mlp_dim its hidden width.
+    (embedding, Linear, Tanh, Linear) or "none"; mlp_dim its hidden width. layers: the layers of
+    each stack in ``where`` that carry it, from 0; None is all of them.
 
     Where libraries differ, "default" is what the paper's code does, but on heads:
     reads: of a parallel FFN adapter "input" (the block's) or "residual" (the stream before a
@@ -110,6 +113,7 @@ class Modification:
     reads: str = "default"
     placement: str = "default"
     residual: bool = True
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "where", tuple(self.where))
@@ -124,6 +128,7 @@ class Modification:
             _one_of("where", kind, KINDS)
         self._check_point()
         self._check_numbers()
+        self._check_layers()
 
     def _check_point(self):
         """Refuse a point of the grid without meaning, with the nearest one that has one."""
@@ -184,6 +189,25 @@ class Modification:
         if not isinstance(self.mlp_dim, int) or self.mlp_dim < 1:
             raise ValueError(f"mlp_dim must be an integer >= 1, got {self.mlp_dim!r}")
 
+    def _check_layers(self):
+        if self.layers is None:
+            return
+        if self.form in _OF_NO_LAYER:
+            raise ValueError(f"layers is for what stands in layers: a {self.form} does not")
+        layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else ()
+        whole = all(type(layer) is int and layer >= 0 for layer in layers)
+        if not layers or not whole or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"layers must be None or different integers >= 0, at least one, got {self.layers!r}"
+            )
+        object.__setattr__(self, "layers", tuple(sorted(layers)))
+
+    def meets(self, other: "Modification") -> bool:
+        """Whether some layer carries both, were they on one place of it."""
+        if self.layers is None or other.layers is None:
+            return True
+        return not set(self.layers).isdisjoint(other.layers)
+
 
 def _described(insertion: str, form: str, target: str, composition: str) -> str:
     return f"{insertion} {form} on {target}, composition {composition!r}"
@@ -192,6 +216,21 @@ def _described(insertion: str, form: str, target: str, composition: str) -> str:
 def _one_of(name: str, value, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(str, options))}; got {value!r}")
+
+
+def _check_together(m: Modification, other: Modification) -> None:
+    """ValueError where one place would carry two modifications that it can only carry one of."""
+    kinds = [kind for kind in m.where if kind in other.where]
+    if not kinds or not m.meets(other):
+        return
+    if (m.form, m.target) == (other.form, other.target):
+        raise ValueError(f"two {m.form} modifications of {m.target} in {kinds[0]!r}")
+    on_heads = {n.form for n in (m, other) if n.target == "heads"}
+    if on_heads == {"prefix", "bottleneck"} and "query" in (m.reads, other.reads):
+        raise ValueError(
+            f"a prefix and a bottleneck that reads the query in {kinds[0]!r}: one attention carries"
+            " one of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -219,16 +258,9 @@ class PeltConfig:
                 )
         if self.is_full and len(self.modifications) > 1:
             raise ValueError("full fine-tuning already trains every weight: it stands alone")
-        seen = set()
-        for m in self.modifications:
-            for kind in m.where:
-                if (m.form, m.target, kind) in seen:
-                    raise ValueError(f"two {m.form} modifications of {m.target} in {kind!r}")
-                seen.add((m.form, m.target, kind))
-                on_heads = [(form, "heads", kind) in seen for form in ("prefix", "bottleneck")]
-                if all(on_heads) and any(n.reads == "query" for n in self.modifications):
-                    raise ValueError(f"a prefix and a bottleneck that reads the query in {kind!r}:"
-                                     " one attention carries one of them")  # fmt: skip
+        for i, m in enumerate(self.modifications):
+            for other in self.modifications[:i]:
+                _check_together(m, other)
 
     @property
     def is_full(self) -> bool:
@@ -241,9 +273,18 @@ class PeltConfig:
         modifications = [dataclasses.replace(m, **changes) for m in self.modifications]
         return dataclasses.replace(self, modifications=tuple(modifications))
 
+    def as_dict(self) -> dict:
+        """The config as plain data. ``layers`` is there where it says something, so that what was
+        written before it was a field is still the same."""
+        raw = dataclasses.asdict(self)
+        for m in raw["modifications"]:
+            if m["layers"] is None:
+                del m["layers"]
+        return raw
+
     def to_json(self) -> str:
         """The config as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(self.as_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "PeltConfig":

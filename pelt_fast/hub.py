@@ -41,7 +41,8 @@ def model_card(model: nn.Module, repo_id: str = "OWNER/NAME") -> str:
 
 def _line(m: Modification) -> str:
     scale = f", scale {m.scale}" if m.scale != 1 else ""
-    return f"{m.insertion} {m.form} on {m.target}, {m.composition}, size {m.size}{scale}"
+    layers = "" if m.layers is None else f", layers {', '.join(map(str, m.layers))}"
+    return f"{m.insertion} {m.form} on {m.target}, {m.composition}, size {m.size}{scale}{layers}"
 
 
 def push_to_hub(

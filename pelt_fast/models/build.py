@@ -73,21 +73,29 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
         module = find(place.layer, slot.module)
         if slot.kind not in banks:
             owner = find(base, place.stack.owner)
-            bank = _bank(
-                place, slot, module, modification, config, len(find(base, place.stack.layers))
-            )
+            # of each kind the layers it serves, in order
+            count = len(modification.layers or find(base, place.stack.layers))
+            bank = _bank(place, slot, module, modification, config, count)
             banks[slot.kind] = bank
-            takeover.add(owner, f"pelt_{slot.kind}_prefix", bank)
+            takeover.add(owner, _bank_name(slot.kind, modification), bank)
             takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
             takeover.hook(owner.register_forward_pre_hook(bank.before_stack))
         bank = banks[slot.kind]
-        takeover.set(
-            module, attention.SLICE, PrefixSlice(bank, place.index, modification.composition)
-        )
+        index = place.index
+        if modification.layers is not None:
+            index = modification.layers.index(place.index)
+        takeover.set(module, attention.SLICE, PrefixSlice(bank, index, modification.composition))
         queries = shape_of(find(place.layer, slot.q))[0]
         takeover.sites.append(Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank,
                                    attention=module, queries=queries))  # fmt: skip
         attention.wrap(module, takeover)
+
+
+def _bank_name(kind: str, modification: Modification) -> str:
+    """What a bank is registered as: prefixes on other layers of the same kind have names of their
+    own."""
+    first = "" if modification.layers is None else f"_{modification.layers[0]}"
+    return f"pelt_{kind}_prefix{first}"
 
 
 def head_dim_of(module: nn.Module) -> int:
@@ -156,7 +164,7 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
             Site(name, "heads", "bottleneck", site, attention=module, queries=queries)
         )
         attention.wrap(module, takeover)
-        if place.index == 0:
+        if place.index == (modification.layers or (0,))[0]:
             owner = find(base_of(model), place.stack.owner)
             takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
 

@@ -20,11 +20,20 @@ class Place:
     stack: StackSlot
 
 
-def places(base: nn.Module, stacks: list[StackSlot]) -> Iterator[Place]:
-    """Every layer."""
+def places(
+    base: nn.Module, stacks: list[StackSlot], layers: tuple[int, ...] | None = None
+) -> Iterator[Place]:
+    """The layers with these indices in each stack, every layer where there are none. Raises
+    ValueError for one that a stack does not have."""
     for stack in stacks:
-        for index, layer in enumerate(find(base, stack.layers)):
-            yield Place(f"{stack.layers}.{index}", layer, index, stack)
+        there = find(base, stack.layers)
+        for index in range(len(there)) if layers is None else layers:
+            if index >= len(there):
+                raise ValueError(
+                    f"{stack.layers} of {type(base).__name__} has {len(there)} layers, from 0:"
+                    f" there is no layer {index}"
+                )
+            yield Place(f"{stack.layers}.{index}", there[index], index, stack)
 
 
 def attention_slots(
@@ -33,9 +42,13 @@ def attention_slots(
     """The attentions the modification asks for. A decoder without its encoder never runs its
     cross-attention: nothing is put there that could not train."""
     whole = len(stacks) > 1
-    for place in places(base, stacks):
-        for slot in place.stack.attentions:
-            if slot.kind in modification.where and (slot.kind != "cross" or whole):
+    for stack in stacks:
+        asked = [
+            slot for slot in stack.attentions
+            if slot.kind in modification.where and (slot.kind != "cross" or whole)
+        ]  # fmt: skip
+        for place in places(base, [stack] if asked else [], modification.layers):
+            for slot in asked:
                 yield place, slot
 
 
@@ -47,25 +60,31 @@ def attentions(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
 
 def ffns(base, modification, stacks) -> Iterator[tuple[Place, FFNSlot]]:
     """The feed-forward blocks."""
-    for place in places(base, stacks):
-        if place.stack.kind in modification.where:
-            if place.stack.ffn is None:
-                raise ValueError(f"{place.name}: no method on its FFN: {place.stack.no_ffn}")
-            yield place, place.stack.ffn
+    asked = [stack for stack in stacks if stack.kind in modification.where]
+    for place in places(base, asked, modification.layers):
+        if place.stack.ffn is None:
+            raise ValueError(f"{place.name}: no method on its FFN: {place.stack.no_ffn}")
+        yield place, place.stack.ffn
 
 
 def linears(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
     """The linear layers a low-rank modification targets."""
+    for place, path, linear in placed_linears(base, modification, stacks):
+        yield f"{place.name}.{path}", linear
+
+
+def placed_linears(base, modification, stacks) -> Iterator[tuple[Place, str, nn.Module]]:
+    """And the layer each is in, with its path there."""
     group, which = modification.target.split(".")
     if group == "attention":
         for place, slot in attention_slots(base, modification, stacks):
             path = slot.out if which == "o" else getattr(slot, which)
-            yield f"{place.name}.{path}", find(place.layer, path)
+            yield place, path, find(place.layer, path)
         return
     for place, slot in ffns(base, modification, stacks):
         paths = [slot.out_proj] if which == "out" else [slot.gate_proj, slot.in_proj]
         for path in filter(None, paths):
-            yield f"{place.name}.{path}", find(place.layer, path)
+            yield place, path, find(place.layer, path)
 
 
 def prompted(modification: Modification, stacks: list[StackSlot]) -> Iterator[StackSlot]:

@@ -94,7 +94,7 @@ def runs(results: Results, task: str, config: PeltConfig, phase: str) -> list[di
     """The runs of a method, one for each seed and rate, under the task's newest setting."""
     told = task, phase
     found = [row for row in results.rows.values() if (row["task"], row["phase"]) == told]
-    method = digest(dataclasses.asdict(config))
+    method = digest(config.as_dict())
     return [
         row for row in found
         if row["setting"] == found[-1]["setting"] and row["config_key"] == method
@@ -255,7 +255,7 @@ def run_paper(table: Table, data: Path | None, output: Path, *, tasks, model: st
         for row in table.rows:
             for seed in seeds if _wanted(table, row, task) else ():
                 recipe = load_recipe(task).replace(
-                    method=dataclasses.asdict(row.config), sizes={}, seed=seed, **changes
+                    method=row.config.as_dict(), sizes={}, seed=seed, **changes
                 )
                 recipe = recipe.replace(model=model) if model else recipe
                 told = _told(setting(recipe), row.config, recipe.learning_rate, seed, "final")
@@ -295,7 +295,7 @@ def _once(subject, config, row: Row, rate, seed, phase, results, output, say, pa
 
 def _told(setting: str, config: PeltConfig, rate: float, seed: int, phase: str) -> dict:
     """What tells one run from every other."""
-    method = dataclasses.asdict(config)
+    method = config.as_dict()
     return {"setting": setting, "phase": phase, "config_key": digest(method),
             "key": digest([setting, method, rate, seed, phase])}  # fmt: skip
 

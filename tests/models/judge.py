@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import Tensor
 
 import pelt_fast
@@ -14,6 +15,26 @@ def assert_near(actual: Tensor, same: Tensor, exact: Tensor) -> None:
     found = ({"y": t.detach()} for t in (actual, same, exact))
     verdict = compare(*found, actual.dtype)
     assert verdict.ok, verdict
+
+
+def state(model) -> tuple:
+    """What a refusal must leave as it is: values, what trains, every module's own attributes and
+    hooks."""
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = {
+        name: (sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    }
+    return values, [p.requires_grad for p in model.parameters()], modules
+
+
+def assert_untouched(model, before: tuple) -> None:
+    """The model is as :func:`state` found it, bit for bit."""
+    (values, *rest), (same, *others) = before, state(model)
+    assert others == rest
+    assert same.keys() == values.keys()
+    for name, value in values.items():
+        assert torch.equal(same[name], value), name
 
 
 def exactly(model, batch: dict) -> Tensors:
