@@ -13,7 +13,8 @@ from pelt_fast.models.explain import explain
 from pelt_fast.models.inject import eject, inject
 from pelt_fast.models.merge import merge, unmerge
 from pelt_fast.models.peft import accelerate_peft, restore_peft
-from pelt_fast.models.peft_files import export_peft, load_peft
+from pelt_fast.models.peft_export import export_peft
+from pelt_fast.models.peft_files import load_peft
 from pelt_fast.models.several import activate, active, inject_several
 from pelt_fast.models.slots import (
     AttentionSlot,

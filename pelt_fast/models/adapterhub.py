@@ -12,60 +12,102 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.modules import PrefixBank
 
-from .adopt import Factors, adopt, lora_modifications, lora_tensors, read_json, read_weights
+from .adapterhub_config import (
+    bottleneck_modifications,
+    check_config,
+    lora_scale,
+    parts_of,
+    prefix_modifications,
+)
+from .adopt import Factors, Placed, adopt, lora_tensors, place_lora, read_json, read_weights
 from .slots import base_of, stacks_of, task_head
 from .takeover import Site, takeover_of
 
 CONFIG_FILE, HEAD_CONFIG_FILE = "adapter_config.json", "head_config.json"
 WEIGHTS_FILES = "adapter.safetensors", "pytorch_adapter.bin"
 HEAD_FILES = "model_head.safetensors", "pytorch_model_head.bin"
-ACTIVATIONS = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu", "tanh": "tanh",
-                "gelu_new": "gelu_tanh"}  # fmt: skip
 _BERT_LIKE = ("bert", "roberta", "electra", "xlm-roberta")
+_T5_LIKE = ("t5", "mt5")
 _PREFIXES = {"encoder": "encoder_prefix", "decoder": "self_prefix", "cross": "cross_prefix"}
 
 
-def load_adapterhub(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+def load_adapterhub(model: nn.Module, folder: str | os.PathLike, *, head: bool = True) -> nn.Module:
     """Inject the method that AdapterHub's ``save_adapter`` wrote to ``folder``, with its weights
-    and the task head beside it; returns the model.
+    and the task head beside it (``head=False`` leaves that out); returns the model.
 
     Parallel and Houlsby bottlenecks (``par_bn``, ``double_seq_bn``, learned scales), LoRA, prefix
-    tuning and unions of them (``mam``). Raises FileNotFoundError, or ValueError with the reason:
-    Pfeiffer's ``seq_bn``, whose residual leaves out what its LayerNorm adds, gates, Compacter,
-    layers left out, dropout of an adapter's output; the model is then as it was.
+    tuning and unions of them (``mam``), layers left out, on the architectures where they were
+    compared with AdapterHub's own. Raises FileNotFoundError, or ValueError with the reason:
+    Pfeiffer's ``seq_bn``, whose residual leaves out what its LayerNorm adds, gates, Compacter, IA3,
+    a prefix of T5, dropout of an adapter's output, a key or tensor that is not known, a head that
+    is not the model's; the model is then as it was.
     """
     folder = Path(folder)
     about = read_json(folder / CONFIG_FILE)
     if not isinstance(about.get("config"), dict) or not isinstance(about.get("name"), str):
         raise ValueError(f"{folder / CONFIG_FILE} is no AdapterHub config: config or name missing")
-    name, config = about["name"], about["config"]
-    tensors = read_weights(folder, *WEIGHTS_FILES)
-    head = _read_head(model, folder)
-    parts = config["configs"] if config.get("architecture") == "union" else [config]
-    loras = _loras(name, tensors)
+    name, tensors = about["name"], read_weights(folder, *WEIGHTS_FILES)
+    saved_head = _read_head(model, folder) if head else {}
     try:
-        modifications = [m for part in parts for m in _modifications(model, part, loras, folder)]
+        modifications, placed = _read(model, parts_of(about, folder), name, tensors, folder)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is none of adapters 1.x: {error!r}") from None
     _check_sizes(modifications, tensors, folder)
-    method = PeltConfig(name, tuple(modifications), bool(head))
+    method = PeltConfig(name, tuple(modifications), bool(saved_head))
 
     def fill() -> dict[str, Tensor]:
-        found = {**lora_tensors(model, loras), **head}
+        found, used = {**lora_tensors(model, placed), **saved_head}, set()
         names = {module: name for name, module in model.named_modules()}
         for site in takeover_of(model).sites:
             if isinstance(site.module, PrefixBank):
-                found |= _prefix(model, site, name, tensors, names[site.module])
+                keys, values = _prefix(model, site, name, tensors, names[site.module])
             elif site.form == "bottleneck":
-                found |= _bottleneck(model, site, name, tensors, names[site.module])
+                keys, values = _bottleneck(model, site, name, tensors, names[site.module])
+            else:
+                continue
+            used |= keys
+            found |= values
+        _check_used(tensors, used, name, folder)
         return found
 
     return adopt(model, method, fill, folder)
+
+
+def _read(model, parts: list[dict], name: str, tensors, folder) -> tuple[list, Placed]:
+    """The modifications of every part, and the LoRA's factors where they go."""
+    modifications: list[Modification] = []
+    placed: Placed = {}
+    for part in parts:
+        kind = check_config(model, part, folder)
+        if kind == "prefix_tuning":
+            modifications += prefix_modifications(model, part, folder)
+        elif kind == "bottleneck":
+            modifications += bottleneck_modifications(model, part, folder)
+        else:
+            loras = _loras(name, tensors, lora_scale(part, folder))
+            ranks = {factors.a.shape[0] for factors in loras.values()}
+            if ranks != {part["r"]}:
+                raise ValueError(f"{folder}: r={part['r']}, the factors are of rank {ranks or 0}")
+            found, placed = place_lora(model, loras, float(part.get("dropout", 0)), folder)
+            modifications += found
+    return modifications, placed
+
+
+def _check_used(tensors: dict[str, Tensor], used: set[str], name: str, folder) -> None:
+    """ValueError for a tensor nobody took. A prefix is written once more below every attention that
+    shares it: what ends like one that was taken, and is it, is no other."""
+    for key, tensor in tensors.items():
+        if key in used or re.search(rf"\.loras\.{re.escape(name)}\.lora_[AB]$", key):
+            continue
+        end = key[key.find("prefix_tunings.") :]
+        if not any(k.endswith(end) and torch.equal(tensors[k], tensor) for k in used):
+            raise ValueError(f"{folder}: there is no place for {key}")
 
 
 def _check_sizes(modifications: list[Modification], tensors: dict[str, Tensor], folder) -> None:
@@ -81,83 +123,11 @@ def _check_sizes(modifications: list[Modification], tensors: dict[str, Tensor], 
             )
 
 
-def _modifications(model, config: dict, loras: dict[str, Factors], folder) -> list[Modification]:
-    kind = config.get("architecture")
-    for flag in ("use_gating", "phm_layer", "leave_out", "use_dora", "inv_adapter"):
-        if config.get(flag):
-            raise ValueError(f"{folder}: {flag}={config[flag]} of AdapterHub has no place here")
-    if kind == "prefix_tuning":
-        return [_prefix_modification(model, config, folder)]
-    if kind == "lora":
-        scale = config["alpha"] / config["r"]
-        for factors in loras.values():
-            factors.scale = scale
-        if config.get("composition_mode", "add") != "add":
-            raise ValueError(f"{folder}: composition_mode={config['composition_mode']} is no LoRA")
-        return lora_modifications(model, loras, float(config.get("dropout", 0)), folder)
-    if kind is None and "reduction_factor" in config:
-        return _bottleneck_modifications(model, config, folder)
-    raise ValueError(f"{folder} holds {kind}: bottlenecks, lora, prefix_tuning can be read")
-
-
-def _prefix_modification(model, config: dict, folder) -> Modification:
-    if config.get("non_linearity", "tanh") != "tanh" and not config["flat"]:
-        raise ValueError(f"{folder}: a prefix MLP has tanh here, not {config['non_linearity']}")
-    if config.get("dropout"):
-        raise ValueError(f"{folder}: a prefix has no dropout here, got {config['dropout']}")
-    where = ["decoder"] + ["encoder"] * (config["encoder_prefix"] or len(stacks_of(model)) == 1)
-    where += ["cross"] * config["cross_prefix"]
-    return Modification(
-        "prefix", "heads", composition="gated", size=config["prefix_length"], where=tuple(where),
-        reparameterization="none" if config["flat"] else "mlp",
-        mlp_dim=config.get("bottleneck_size") or 1,
-    )  # fmt: skip
-
-
-def _bottleneck_modifications(model, config: dict, folder) -> list[Modification]:
-    parallel = config["is_parallel"]
-    if config["original_ln_before"] and not parallel:
-        raise ValueError(
-            f"{folder}: a bottleneck behind the layer's own LayerNorm (original_ln_before, as"
-            " seq_bn has it) keeps a residual from in front of it: no point of the paper's grid"
-        )
-    activation = config["non_linearity"].lower()
-    wanted = dict(original_ln_after=True, residual_before_ln=True, stochastic_depth=0.0)
-    strange = [key for key, value in wanted.items() if config.get(key, value) != value]
-    strange += [] if activation in ACTIVATIONS else ["non_linearity"]
-    strange += ["reduction_factor"] if isinstance(config["reduction_factor"], dict) else []
-    strange += ["mh_adapter"] if parallel and config["mh_adapter"] else []
-    strange += ["dropout"] if config.get("dropout") else []
-    if strange:
-        what = ", ".join(f"{key}={config[key]}" for key in strange)
-        raise ValueError(f"{folder}: {what} of AdapterHub has no place here")
-    scaling = config.get("scaling", 1.0)
-    learned = {"learned": "learned_scale", "channel": "learned_channel_scale"}
-    composition = learned.get(scaling, "add" if scaling == 1 else "scaled")
-    hidden = base_of(model).config.hidden_size
-    common = dict(
-        insertion="parallel" if parallel else "sequential", composition=composition,
-        size=int(hidden // config["reduction_factor"]), activation=ACTIVATIONS[activation],
-        scale=1.0 if isinstance(scaling, str) else float(scaling),
-        layer_norm="in" if config["ln_before"] else "out" if config["ln_after"] else "none",
-    )  # fmt: skip
-    attended = ("encoder", "decoder") * config["mh_adapter"]
-    attended += ("cross",) * config.get("cross_adapter", False)
-    found = []
-    if attended:
-        found.append(Modification("bottleneck", "attention", where=attended, **common))
-    if config["output_adapter"]:
-        # its parallel adapter reads the stream in front of a pre-norm
-        reads = "residual" if parallel else "default"
-        found.append(Modification("bottleneck", "ffn", reads=reads, **common))
-    return found
-
-
-def _loras(name: str, tensors: dict[str, Tensor]) -> dict[str, Factors]:
+def _loras(name: str, tensors: dict[str, Tensor], scale: float) -> dict[str, Factors]:
     pattern = rf"(.+)\.loras\.{re.escape(name)}\.lora_A"
     found = {key: re.fullmatch(pattern, key) for key in tensors}
     return {
-        match[1]: Factors(tensors[key], tensors[key[:-1] + "B"], 1.0)
+        match[1]: Factors(tensors[key], tensors[key[:-1] + "B"], scale)
         for key, match in found.items() if match
     }  # fmt: skip
 
@@ -171,7 +141,9 @@ def _place_of(model: nn.Module, site: Site, name: str) -> str:
             continue
         layer, slot = found[0], site.name[found.end() + 1 :]
         outs = {attention.out: attention.kind for attention in stack.attentions}
-        if base.config.model_type in _BERT_LIKE:
+        if base.config.model_type in _T5_LIKE:
+            place = ".".join(slot.split(".")[:2])
+        elif base.config.model_type in _BERT_LIKE:
             place = "attention.output" if slot in outs else "output"
         elif slot in outs:
             place = "cross_attention_adapters" if outs[slot] == "cross" else "attention_adapters"
@@ -196,9 +168,10 @@ def bottleneck_keys(model: nn.Module, site: Site, name: str) -> dict[str, str]:
     return {ours: f"{place}.{theirs}" for ours, theirs in keys.items()}
 
 
-def _bottleneck(model, site: Site, name: str, tensors: dict, prefix: str) -> dict[str, Tensor]:
-    keys = bottleneck_keys(model, site, name)
-    return {f"{prefix}.{ours}": tensors[key] for ours, key in keys.items() if key in tensors}
+def _bottleneck(model, site: Site, name: str, tensors: dict, prefix: str) -> tuple[set, dict]:
+    """The keys a site takes, and their tensors by our names."""
+    keys = {o: key for o, key in bottleneck_keys(model, site, name).items() if key in tensors}
+    return set(keys.values()), {f"{prefix}.{ours}": tensors[key] for ours, key in keys.items()}
 
 
 def prefix_key(model: nn.Module, site: Site, name: str) -> str:
@@ -223,20 +196,24 @@ _MLP = {"embedding": "wte.weight", "mlp.0.weight": "control_trans.0.weight",
         "mlp.2.bias": "control_trans.2.bias"}  # fmt: skip
 
 
-def _prefix(model, site: Site, name: str, tensors: dict, ours: str) -> dict[str, Tensor]:
+def _prefix(model, site: Site, name: str, tensors: dict, ours: str) -> tuple[set, dict]:
     key, bank = prefix_key(model, site, name), site.module
     if bank.prefix is None:
-        return {f"{ours}.{mine}": tensors[f"{key}.{theirs}"]
-                for mine, theirs in _MLP.items() if f"{key}.{theirs}" in tensors}  # fmt: skip
+        keys = {mine: f"{key}.{theirs}" for mine, theirs in _MLP.items()}
+        keys = {mine: theirs for mine, theirs in keys.items() if theirs in tensors}
+        return set(keys.values()), {f"{ours}.{mine}": tensors[k] for mine, k in keys.items()}
     flat = tensors.get(f"{key}.control_trans")
     if flat is None or flat.numel() != bank.prefix.numel():
-        return {}
+        return set(), {}
     layers, two, heads, size, dim = bank.shape
-    return {f"{ours}.prefix": flat.view(size, layers, two, heads, dim).permute(1, 2, 3, 0, 4)}
+    both = flat.view(size, layers, two, heads, dim).permute(1, 2, 3, 0, 4)
+    return {f"{key}.control_trans"}, {f"{ours}.prefix": both}
 
 
 def _read_head(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """The task head saved beside an adapter, where it is the model's."""
+    """The task head saved beside an adapter. An output layer is saved with it that did not train:
+    what the model holds already is left there. ValueError for whatever else is not the model's
+    head."""
     if not any((folder / name).is_file() for name in HEAD_FILES):
         return {}
     own = {
@@ -244,4 +221,14 @@ def _read_head(model: nn.Module, folder: Path) -> dict[str, Tensor]:
         for name, child in task_head(model).items() for path, parameter in child.named_parameters()
     }  # fmt: skip
     found = read_weights(folder, *HEAD_FILES)
-    return {name: t for name, t in found.items() if own.get(name) == t.shape}
+    head = {name: tensor for name, tensor in found.items() if own.get(name) == tensor.shape}
+    there = model.state_dict()
+    for name in found.keys() - head.keys():
+        mine = there.get(name)
+        same = mine is not None and torch.equal(mine.cpu(), found[name].to(mine.dtype))
+        if not same:
+            raise ValueError(
+                f"{folder}: {name} of the head is not of the head of {type(model).__name__}, nor"
+                " what the model holds already; head=False reads the adapter without it"
+            )
+    return head

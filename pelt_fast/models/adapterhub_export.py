@@ -11,7 +11,15 @@ from torch import nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.modules import LoRALinear, PrefixBank
 
-from .adapterhub import ACTIVATIONS, CONFIG_FILE, WEIGHTS_FILES, bottleneck_keys, prefix_key
+from .adapterhub import (
+    CONFIG_FILE,
+    HEAD_CONFIG_FILE,
+    HEAD_FILES,
+    WEIGHTS_FILES,
+    bottleneck_keys,
+    prefix_key,
+)
+from .adapterhub_config import ACTIVATIONS, COMPARED
 from .checkpoint import write_files
 from .slots import base_of, stacks_of
 from .takeover import takeover_of
@@ -22,8 +30,9 @@ def export_adapterhub(model: nn.Module, folder: str | os.PathLike, name: str = "
     ``adapters`` 1.x reads it.
 
     Bottlenecks on the FFN and behind the attention, LoRA on whole projections, prefixes, and their
-    combinations; a prefix is written flat. Raises ValueError, before anything is written, for what
-    the format has no place for; OSError when the disk refuses.
+    combinations, on the architectures ``load_adapterhub`` reads; a prefix is written flat, a task
+    head that trains beside it. Raises ValueError, before anything is written, for what the format
+    has no place for; OSError when the disk refuses.
     """
     takeover = takeover_of(model)
     parts, tensors = _configs(model, takeover.config), {}
@@ -39,18 +48,31 @@ def export_adapterhub(model: nn.Module, folder: str | os.PathLike, name: str = "
         else:
             keys = bottleneck_keys(model, site, name)
             tensors |= {key: getattr(module, ours) for ours, key in keys.items()}
-    about = dict(
-        config=parts[0] if len(parts) == 1 else dict(architecture="union", configs=parts),
+    origin = dict(
         hidden_size=base_of(model).config.hidden_size, model_class=type(model).__name__,
         model_name=base_of(model).config._name_or_path, model_type=base_of(model).config.model_type,
-        name=name, version="adapters.1.3.0",
+        version="adapters.1.3.0",
     )  # fmt: skip
+    config = parts[0] if len(parts) == 1 else dict(architecture="union", configs=parts)
+    writers = _writers(
+        WEIGHTS_FILES, tensors, CONFIG_FILE, dict(config=config, name=name, **origin)
+    )
+    if takeover.head:
+        parameters, own = dict(model.named_parameters()), model.config
+        head = dict(config=None, name=None, num_labels=own.num_labels, label2id=own.label2id)
+        writers |= _writers(HEAD_FILES, {name: parameters[name] for name in takeover.head},
+                            HEAD_CONFIG_FILE, head | origin)  # fmt: skip
+    write_files(Path(folder), writers, "the adapter")
+
+
+def _writers(files: tuple[str, str], tensors: dict, config_file: str, about: dict) -> dict:
+    """What writes tensors, in both formats, and the config beside them."""
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-    write_files(Path(folder), {
-        WEIGHTS_FILES[0]: lambda to: save_file(tensors, to, metadata={"format": "pt"}),
-        WEIGHTS_FILES[1]: lambda to: torch.save(tensors, to),
-        CONFIG_FILE: lambda to: to.write_text(json.dumps(about, indent=2) + "\n"),
-    }, "the adapter")  # fmt: skip
+    return {
+        files[0]: lambda to: save_file(tensors, to, metadata={"format": "pt"}),
+        files[1]: lambda to: torch.save(tensors, to),
+        config_file: lambda to: to.write_text(json.dumps(about, indent=2) + "\n"),
+    }
 
 
 def _configs(model: nn.Module, config: PeltConfig) -> list[dict]:
@@ -60,7 +82,18 @@ def _configs(model: nn.Module, config: PeltConfig) -> list[dict]:
     others = [m for m in config.modifications if m not in loras + bottlenecks + prefixes]
     if others or not config.modifications:
         raise ValueError(f"AdapterHub's format has no place for {config.name!r} as it stands here")
-    found = [_prefix_config(m) for m in prefixes]
+    if any(m.layers is not None for m in config.modifications):
+        raise ValueError("AdapterHub's format is written of methods on every layer alone")
+    model_type = base_of(model).config.model_type
+    for kind, found in (("prefix_tuning", prefixes), ("lora", loras), ("bottleneck", bottlenecks)):
+        if found and model_type not in COMPARED[kind]:
+            raise ValueError(
+                f"AdapterHub's {kind} is not written for {model_type!r}; it is for"
+                f" {', '.join(COMPARED[kind])}"
+            )
+    if len(prefixes) > 1:
+        raise ValueError(f"AdapterHub's format has one prefix, this method has {len(prefixes)}")
+    found = [_prefix_config(model, m) for m in prefixes]
     if loras:
         found.append(_lora_config(model, loras))
     if bottlenecks:
@@ -68,9 +101,11 @@ def _configs(model: nn.Module, config: PeltConfig) -> list[dict]:
     return found
 
 
-def _prefix_config(m: Modification) -> dict:
+def _prefix_config(model: nn.Module, m: Modification) -> dict:
     if m.composition != "gated":
         raise ValueError("AdapterHub's prefix is gated: an ungated one has no place in its format")
+    if len(stacks_of(model)) > 1 and "decoder" not in m.where:
+        raise ValueError("AdapterHub's prefix is always on a decoder: this one is not")
     return dict(
         architecture="prefix_tuning", encoder_prefix="encoder" in m.where,
         cross_prefix="cross" in m.where, flat=True, prefix_length=m.size, bottleneck_size=512,
@@ -95,6 +130,11 @@ def _lora_config(model: nn.Module, loras: list[Modification]) -> dict:
         raise ValueError("AdapterHub's LoRA has one rank, scale and dropout, everywhere, on q, k, v"
                          " and the FFN")  # fmt: skip
     targets = {m.target for m in loras}
+    gated = any(stack.ffn is not None and stack.ffn.gate_proj for stack in stacks_of(model))
+    if gated and len(letters) < len(loras):
+        raise ValueError(
+            "AdapterHub's LoRA is on one matrix of a gated FFN alone, here it is on both"
+        )
     return dict(
         architecture="lora", selfattn_lora=bool(letters), intermediate_lora="ffn.in" in targets,
         output_lora="ffn.out" in targets, attn_matrices=letters or ["q", "v"], r=loras[0].size,
@@ -109,9 +149,12 @@ def _bottleneck_config(model: nn.Module, bottlenecks: list[Modification]) -> dic
             for m in bottlenecks}  # fmt: skip
     by_target = {m.target: m for m in bottlenecks}
     parallel = first.insertion == "parallel"
+    back = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}
     residual = all(stack.ffn is None or stack.ffn.norm is None for stack in stacks_of(model))
     strange = (
         len(same) > 1
+        or len(by_target) < len(bottlenecks)
+        or first.activation not in back
         or "heads" in by_target
         or (parallel and "attention" in by_target)
         or any(m.placement not in ("default", "after_dropout", "after_output") for m in bottlenecks)
@@ -127,7 +170,6 @@ def _bottleneck_config(model: nn.Module, bottlenecks: list[Modification]) -> dic
         raise ValueError("AdapterHub's format holds bottlenecks of one size, parallel on the FFN,"
                          " reading the residual stream, or sequential: not these")  # fmt: skip
     scaling = {"learned_scale": "learned", "learned_channel_scale": "channel"}
-    back = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}
     where = by_target["attention"].where if "attention" in by_target else ()
     return dict(
         mh_adapter="encoder" in where or "decoder" in where, cross_adapter="cross" in where,

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast.config import KINDS, Modification, PeltConfig
+from pelt_fast.modules.part import Part, shape_of
 
 from .checkpoint import check_fits, copy_tensors, fold_banks, read_tensors
 from .count import is_method
 from .inject import eject, inject
-from .places import linears
+from .places import placed_linears
 from .slots import base_of, stacks_of
 from .takeover import takeover_of
 
@@ -79,60 +80,107 @@ class Factors:
     def __init__(self, a: Tensor, b: Tensor, scale: float):
         self.a, self.b, self.scale = a, b, scale
 
+    def on(self, linear: nn.Module) -> "Factors":
+        """Those of a part of the layer."""
+        rows = linear.rows if isinstance(linear, Part) else None
+        return self if rows is None else Factors(self.a, self.b[rows], self.scale)
 
-def lora_modifications(
-    model: nn.Module, layers: dict[str, Factors], dropout: float, source: Path
-) -> list[Modification]:
-    """The modifications that LoRA on these layers is. A rank or scale of a single layer's own goes
-    into the factors (zeros fill a rank up). Raises ValueError for a layer that no target has, or a
-    target on some layers only: ``layers`` is then as it was."""
-    base, stacks = base_of(model), stacks_of(model)
+    def brought_to(self, rank: int, scale: float) -> "Factors":
+        """The same update, with zeros up to ``rank``, at another scale."""
+        pad, missing = torch.nn.functional.pad, rank - self.a.shape[0]
+        b = pad(self.b, (0, missing))
+        b = b if scale == self.scale else b * (self.scale / scale)
+        return Factors(pad(self.a, (0, 0, 0, missing)), b, scale)
+
+
+Key = tuple[str, str]  # of a linear layer: its name, and which part of it ("": all)
+Placed = dict[Key, Factors]
+
+
+def place_lora(
+    model: nn.Module, layers: dict[str, Factors], dropout: float, source: Path, parts: bool = False
+) -> tuple[list[Modification], Placed]:
+    """The modifications that LoRA on these layers is, and the factors where they go: on each target
+    of a kind of layer, one for each rank and scale, with the layers that have it. ``parts``: one on
+    a whole fused projection is one on each of its parts, which then have an A of their own. Raises
+    ValueError for a layer that no target has, or for one of two that share a target."""
     names = {module: name for name, module in model.named_modules()}
-    known, points = set(), {}
+    points: dict[tuple, dict[str, tuple | None]] = {}
+    placed: Placed = {}
+    for (target, kind), by_layer in _targets(model).items():
+        found: dict[tuple, list[int]] = {}
+        for index, linears in by_layer.items():
+            keys = {key_of(linear, names): linear for linear in linears}
+            absent = [name for name, part in keys if name not in layers or (part and not parts)]
+            if len(absent) == len(keys):
+                continue
+            if absent:
+                present = next(name for name, _ in keys if name in layers)
+                raise ValueError(
+                    f"{source}: LoRA on {present} but not on {absent[0]}: {target} here is both"
+                )
+            for (name, _), linear in keys.items():
+                _check_factors(layers[name], linear, name, source)
+            factors = {key: layers[key[0]].on(linear) for key, linear in keys.items()}
+            scales = {f.scale for f in factors.values()}
+            scale = scales.pop() if len(scales) == 1 else 1.0
+            rank = max(f.a.shape[0] for f in factors.values())
+            placed |= {key: f.brought_to(rank, scale) for key, f in factors.items()}
+            found.setdefault((rank, scale), []).append(index)
+        for point, indices in found.items():
+            every = len(indices) == len(by_layer)
+            points.setdefault((target, *point), {})[kind] = None if every else tuple(indices)
+    strange = sorted(layers.keys() - {name for name, _ in placed})
+    if strange:
+        raise ValueError(f"{source}: {type(model).__name__} has no place for LoRA on {strange[0]}")
+    return [
+        Modification("low_rank", target, composition="scaled", size=rank, scale=scale,
+                     dropout=dropout, layers=indices,
+                     where=tuple(kind for kind in kinds if kinds[kind] == indices))
+        for (target, rank, scale), kinds in points.items()
+        for indices in dict.fromkeys(kinds.values())
+    ], placed  # fmt: skip
+
+
+def _targets(model: nn.Module) -> dict[tuple[str, str], dict[int, list[nn.Module]]]:
+    """The linear layers of each target of each kind, by the index of their layer."""
+    base, stacks = base_of(model), stacks_of(model)
     bare = {stack.kind for stack in stacks if stack.ffn is None}
+    found: dict[tuple[str, str], dict[int, list[nn.Module]]] = {}
     for target in LORA_TARGETS:
         for kind in KINDS:
             if target.startswith("ffn") and kind in bare:
                 continue
             probe = Modification("low_rank", target, size=1, where=(kind,))
-            places = [names.get(linear) for _, linear in linears(base, probe, stacks)]
-            present = [name for name in places if name in layers]
-            absent = [name for name in places if name not in layers]
-            if present and absent:
-                raise ValueError(
-                    f"{source}: LoRA on {present[0]} but not on {absent[0]}: a method here is on"
-                    f" every layer that {target} names"
-                )
-            known |= set(present)
-            if present:
-                found = [layers[name] for name in present]
-                scales = {factors.scale for factors in found}
-                scale = scales.pop() if len(scales) == 1 else 1.0
-                point = target, max(factors.a.shape[0] for factors in found), scale
-                points.setdefault(point, ([], []))[0].append(kind)
-                points[point][1].extend(found)
-    strange = sorted(layers.keys() - known)
-    if strange:
-        raise ValueError(f"{source}: {type(model).__name__} has no place for LoRA on {strange[0]}")
-    for (_, size, scale), (_, found) in points.items():
-        for factors in found:
-            missing = size - factors.a.shape[0]
-            factors.a = torch.nn.functional.pad(factors.a, (0, 0, 0, missing))
-            factors.b = torch.nn.functional.pad(factors.b, (0, missing)) * (factors.scale / scale)
-    return [
-        Modification("low_rank", target, composition="scaled", size=size, scale=scale,
-                     dropout=dropout, where=tuple(kinds))
-        for (target, size, scale), (kinds, _) in points.items()
-    ]  # fmt: skip
+            for place, _, linear in placed_linears(base, probe, stacks):
+                by_layer = found.setdefault((target, kind), {})
+                by_layer.setdefault(place.index, []).append(linear)
+    return found
 
 
-def lora_tensors(model: nn.Module, layers: dict[str, Factors]) -> dict[str, Tensor]:
+def key_of(linear: nn.Module, names: dict[nn.Module, str]) -> Key:
+    """What a linear layer's factors are kept under."""
+    if isinstance(linear, Part):
+        return names[linear.owner], linear.name
+    return names[linear], ""
+
+
+def _check_factors(factors: Factors, linear: nn.Module, name: str, source: Path) -> None:
+    whole = Part(linear.owner, "", None) if isinstance(linear, Part) else linear
+    (outputs, inputs), a, b = shape_of(whole), tuple(factors.a.shape), tuple(factors.b.shape)
+    if len(a) != 2 or a[1] != inputs or b != (outputs, a[0]):
+        raise ValueError(
+            f"{source}: factors {a} and {b} do not fit {name}, a layer of {inputs} to {outputs}"
+        )
+
+
+def lora_tensors(model: nn.Module, placed: Placed) -> dict[str, Tensor]:
     """The factors by our names."""
     names = {module: name for name, module in model.named_modules()}
     found = {}
     for site in takeover_of(model).sites:
         if site.op == "lora":
-            factors = layers[names[site.module.slot.module]]
+            factors = placed[key_of(site.module.slot.module, names)]
             found[f"{names[site.module]}.lora_a"] = factors.a
             found[f"{names[site.module]}.lora_b"] = factors.b
     return found

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import pelt_fast
-from tests.models.judge import assert_near, exactly
+from tests.models.judge import assert_near, assert_untouched, exactly, state
 from tests.models.test_parity import small_method
-from tests.small import MODELS, inputs, llama, randomise
+from tests.small import MODELS, MORE, inputs, randomise
 
 BN = dict(
     mh_adapter=False, output_adapter=True, reduction_factor=4, non_linearity="relu",
@@ -112,6 +112,74 @@ def test_houlsby_bottlenecks_of_an_encoder(tmp_path):
     assert_is(model, twins, inputs(plain, padding="right"))
 
 
+@pytest.mark.parametrize("leave_out", [[], [0, 3]])
+@pytest.mark.parametrize("architecture", ["t5", "t5, gated", "mt5"])
+def test_bottlenecks_of_t5_are_its_sublayers_and_left_out_layers_have_none(
+    architecture, leave_out, tmp_path
+):
+    torch.manual_seed(0)
+    plain = MORE[architecture](dropout=0.0).eval()
+    places = {0: ("SelfAttention.o", "DenseReluDense.wo"),
+              1: ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")}  # fmt: skip
+    modules, tensors = {}, {}
+    for layer in {0, 1, 2, 3} - set(leave_out):
+        decoder, index = divmod(layer, 2)
+        block = f"{('encoder', 'decoder')[decoder]}.block.{index}"
+        for i, out in enumerate(places[decoder]):
+            found = bottleneck(f"{block}.layer.{i}.adapters.mine")
+            modules[f"{block}.layer.{i}.{out}"] = found
+            tensors |= found
+    config = BN | dict(mh_adapter=True, cross_adapter=True, is_parallel=False, scaling=1.0,
+                       non_linearity="swish", leave_out=leave_out)  # fmt: skip
+    model = pelt_fast.load_adapterhub(copy.deepcopy(plain), fixture(tmp_path, config, tensors))
+    twins = [hooked(plain, modules, dtype, 1.0, True) for dtype in (torch.float32, torch.float64)]
+    assert_is(model, twins, inputs(plain))
+
+
+@pytest.mark.parametrize("architecture, config, message", [
+    ("t5", PREFIX, "position bias counts AdapterHub's prefix"),
+    ("mt5", PREFIX, "position bias counts AdapterHub's prefix"),
+    ("gpt2", BN, "bottleneck is not read for 'gpt2'"),
+    ("qwen2", LORA, "lora is not read for 'qwen2'"),
+])  # fmt: skip
+def test_what_was_never_compared_is_refused(architecture, config, message, tmp_path):
+    plain = MORE[architecture]()
+    before = state(plain)
+    with pytest.raises(ValueError, match=message):
+        pelt_fast.load_adapterhub(plain, fixture(tmp_path, config, {"strange.key": torch.ones(1)}))
+    assert_untouched(plain, before)
+
+
+def test_a_tensor_without_a_place_is_refused_by_name(tmp_path):
+    plain = MODELS["llama"]()
+    tensors = {}
+    for i in range(2):
+        tensors |= bottleneck(f"model.layers.{i}.output_adapters.adapters.mine")
+    before = state(plain)
+    extra = "model.layers.0.output_adapters.adapters.mine.gate.weight"
+    with pytest.raises(ValueError, match=extra):
+        pelt_fast.load_adapterhub(plain, fixture(tmp_path, BN, tensors | {extra: torch.ones(1)}))
+    assert_untouched(plain, before)
+
+
+@pytest.mark.parametrize("head", [
+    {"classifier.weight": torch.ones(2, 32)},
+    {"heads.mine.1.weight": torch.ones(3, 32)},
+])  # fmt: skip
+def test_a_head_that_is_not_the_model_s_is_refused_or_left_out(head, tmp_path):
+    plain = MODELS["bert"]()
+    query = "bert.encoder.layer.{}.attention.self.query.loras.mine.lora_{}"
+    tensors = {query.format(i, "A"): torch.randn(5, 32) for i in range(2)}
+    tensors |= {query.format(i, "B"): torch.randn(32, 5) for i in range(2)}
+    folder, before = fixture(tmp_path, LORA, tensors), state(plain)
+    torch.save(head, folder / "pytorch_model_head.bin")
+    with pytest.raises(ValueError, match="head=False reads the adapter without it"):
+        pelt_fast.load_adapterhub(plain, folder)
+    assert_untouched(plain, before)
+    model = pelt_fast.load_adapterhub(plain, folder, head=False)
+    assert pelt_fast.count_parameters(model).head == 0
+
+
 def test_a_flat_prefix_lies_by_token_layer_key_or_value_head(tmp_path):
     torch.manual_seed(0)
     plain = MODELS["bart"](dropout=0.0).eval()
@@ -183,10 +251,31 @@ def test_there_and_back(architecture, method, tmp_path):
     (BN | dict(is_parallel=False, original_ln_before=True), "keeps a residual from in front"),
     (BN | dict(use_gating=True), "use_gating=True of AdapterHub has no place"),
     (BN | dict(phm_layer=True), "phm_layer=True"),
-    (BN | dict(leave_out=[0]), r"leave_out=\[0\]"),
+    (BN | dict(leave_out=[9]), r"leave_out=\[9\], the model has 2 layers"),
     (BN | dict(dropout=0.1), "dropout=0.1"),
     (dict(architecture="prompt_tuning"), "holds prompt_tuning"),
-    (BN | dict(reduction_factor=32), "does not fit this model: it lacks"),
+    (BN | dict(reduction_factor=32), "there is no place for strange.key"),
+    (BN | dict(new_key=3), "new_key=3 of AdapterHub has no place"),
+    (BN | dict(inv_adapter="nice"), "inv_adapter=nice"),
+    (BN | dict(stochastic_depth=0.5), "stochastic_depth=0.5"),
+    (BN | dict(original_ln_after=False), "original_ln_after=False"),
+    (BN | dict(residual_before_ln="post_add"), "residual_before_ln=post_add"),
+    (BN | dict(mh_adapter=True), "mh_adapter=True"),
+    (BN | dict(cross_adapter=True), "cross_adapter=True"),
+    (BN | dict(ln_after=True, adapter_residual_before_ln=True), "adapter_residual_before_ln"),
+    (BN | dict(ln_before=True, ln_after=True), "one LayerNorm here, not two"),
+    (BN | dict(reduction_factor={"default": 4}), "reduction_factor="),
+    (BN | dict(non_linearity="leakyrelu"), "non_linearity=leakyrelu"),
+    (LORA | dict(use_dora=True), "use_dora=True"),
+    (LORA | dict(composition_mode="scale", init_weights="ia3"), "composition_mode=scale"),
+    (LORA | dict(init_weights="vera", vera_d=0.1, vera_b=0.0), "vera_d=0.1"),
+    (LORA, "r=5, the factors are of rank 0"),
+    (LORA | dict(architecture="mtl_lora"), "holds mtl_lora"),
+    (dict(architecture="reft"), "holds reft"),
+    (dict(architecture="union", configs=[BN], shared=True), "shared=True"),
+    (dict(architecture="union", configs=[BN | dict(use_gating=True)]), "use_gating=True"),
+    (PREFIX | dict(dropout=0.1), "dropout=0.1"),
+    (PREFIX | dict(use_gating=True), "use_gating=True"),
     (BN | dict(reduction_factor=1e-12), "the weights hold none"),
     (BN | dict(reduction_factor=0), "is none of adapters 1.x"),
     (PREFIX | dict(prefix_length=2**60), "the weights hold none"),
@@ -195,16 +284,36 @@ def test_there_and_back(architecture, method, tmp_path):
 def test_what_has_no_place_here_is_refused_and_nothing_changed(config, message, tmp_path):
     plain = MODELS["bert"]()
     folder = fixture(tmp_path, config, {"strange.key": torch.ones(1)})
+    before = state(plain)
     with pytest.raises(ValueError, match=message):
         pelt_fast.load_adapterhub(plain, folder)
-    assert all(p.requires_grad for p in plain.parameters())
+    assert_untouched(plain, before)
 
 
-@pytest.mark.parametrize("method", ["prefix_ungated", "prompt", "multi_head_parallel_adapter",
-                                    "pfeiffer", "parallel_adapter_attn"])  # fmt: skip
-def test_what_the_format_has_no_place_for_is_not_written(method, tmp_path):
-    model = pelt_fast.inject(MODELS["bart"](), small_method(method))
-    with pytest.raises(ValueError, match="AdapterHub"):
+@pytest.mark.parametrize("method, architecture, message", [
+    ("prefix_ungated", "bart", "ungated"),
+    ("prompt", "bart", "no place for 'prompt'"),
+    ("multi_head_parallel_adapter", "bart", "not these"),
+    ("pfeiffer", "bart", "not these"),
+    ("parallel_adapter_attn", "bart", "not these"),
+    ("prefix", "t5", "prefix_tuning is not written for 't5'"),
+    ("lora", "gpt2", "lora is not written for 'gpt2'"),
+    ("lora_ffn", "llama", "on one matrix of a gated FFN"),
+])  # fmt: skip
+def test_what_the_format_has_no_place_for_is_not_written(method, architecture, message, tmp_path):
+    model = pelt_fast.inject({**MODELS, **MORE}[architecture](), small_method(method))
+    with pytest.raises(ValueError, match=message):
+        pelt_fast.export_adapterhub(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(layers=(1,)), "on every layer alone"),
+    (dict(where=("cross", "encoder")), "always on a decoder"),
+])  # fmt: skip
+def test_a_prefix_the_format_has_no_place_for_is_not_written(changes, message, tmp_path):
+    model = pelt_fast.inject(MODELS["bart"](), small_method("prefix", **changes))
+    with pytest.raises(ValueError, match=message):
         pelt_fast.export_adapterhub(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -212,29 +321,47 @@ def test_what_the_format_has_no_place_for_is_not_written(method, tmp_path):
 PEER = os.environ.get("PELT_FAST_ADAPTERS_PYTHON")
 
 
+def result(model, given: dict) -> torch.Tensor:
+    """As the peer's."""
+    with torch.no_grad():
+        out = model(**given, output_hidden_states=model.config.model_type == "mt5")
+    return out.decoder_hidden_states[-1] if model.config.model_type == "mt5" else out.logits
+
+
+def exact_result(model, given: dict) -> torch.Tensor:
+    with pelt_fast.backend("reference"):
+        return result(copy.deepcopy(model).double(), given)
+
+
+def made(architecture: str):
+    changes = dict(num_key_value_heads=4) if architecture in ("llama", "mistral") else {}
+    changes |= dict(sliding_window=None) if architecture == "mistral" else {}
+    return {**MODELS, **MORE}[architecture](**changes)
+
+
 @pytest.mark.skipif(not PEER, reason="PELT_FAST_ADAPTERS_PYTHON names no Python with adapters")
 def test_adapters_itself_both_ways(tmp_path):
     script = str(Path(__file__).with_name("adapterhub_peer.py"))
     subprocess.run([PEER, script, "write", str(tmp_path / "theirs")], check=True)
-    makes = {"bert": MODELS["bert"], "bart": MODELS["bart"]}
-    makes["llama"] = lambda: llama(num_key_value_heads=4)
     for place in sorted((tmp_path / "theirs").iterdir()):
-        out = torch.load(place / "out.pt")
-        model = makes[place.name.split("-")[0]]()
+        out, model = torch.load(place / "out.pt"), made(place.name.split(",")[0]).eval()
+        mt5 = model.config.model_type == "mt5"
+        if mt5:  # tied to its embeddings since transformers 5
+            del out["base"]["lm_head.weight"]
         model.load_state_dict(out["base"], strict=False)
-        pelt_fast.load_adapterhub(model.eval(), place).eval()
-        with torch.no_grad():
-            logits = model(**out["given"]).logits
-            with pelt_fast.backend("reference"):
-                exact = copy.deepcopy(model).double()(**out["given"]).logits
-        assert_near(logits, out["logits"], exact)
-        pelt_fast.export_adapterhub(model, tmp_path / "ours" / place.name, place.name)
-        torch.save(
-            out | dict(logits=logits, exact=exact), tmp_path / "ours" / place.name / "out.pt"
-        )
+        pelt_fast.load_adapterhub(model, place, head=not mt5).eval()
+        given = out["given"]
+        assert_near(out["result"], result(model, given), exact_result(model, given))
+        if "left_out" in place.name:
+            continue
+        randomise(model)  # the head, too
+        ours = tmp_path / "ours" / place.name
+        pelt_fast.export_adapterhub(model, ours, place.name)
+        same, exact = result(model, given), exact_result(model, given)
+        torch.save(out | dict(result=same, exact=exact), ours / "out.pt")
     subprocess.run([PEER, script, "read", str(tmp_path / "ours")], check=True)
     read = sorted((tmp_path / "ours").glob("*/theirs.pt"))
-    assert len(read) == 18
+    assert len(read) == 66
     for place in read:
         out = torch.load(place.with_name("out.pt"))
-        assert_near(torch.load(place), out["logits"], out["exact"])
+        assert_near(torch.load(place), out["result"], out["exact"])
