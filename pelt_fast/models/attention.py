@@ -9,7 +9,6 @@ were.
 """
 
 import inspect
-import sys
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from pelt_fast.modules import PrefixSlice, QuerySlice
 from pelt_fast.ops.backends import backend
 from pelt_fast.reference.heads import context_scores, expand_heads
 
+from .attention_keywords import check_given, check_known
 from .takeover import Takeover
 
 SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
@@ -56,6 +56,7 @@ def check(module: nn.Module) -> None:
             " log-sum-exp of capped scores, which no kernel gives. A config with None there, or a"
             " method without a prefix, works"
         )
+    check_known(module)
     wrapping(module.config._attn_implementation)
 
 
@@ -81,11 +82,6 @@ def still_wrapped(stack: nn.Module, *_) -> None:
             f"this model carries a prefix, but its attention is {choice!r} now, which ignores it:"
             " eject, choose the attention, inject again"
         )
-
-
-def _refuse(kwargs: dict) -> None:
-    if kwargs.get("softcap") is not None:
-        raise ValueError("prefix attention cannot carry softcap of this model's attention")
 
 
 def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) -> Tensor | None:
@@ -127,7 +123,7 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, i
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             is_causal=is_causal, **kwargs,
         )  # fmt: skip
-    _refuse(kwargs)
+    check_given(module, kwargs)
     queries = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = queries > 1 and attention_mask is None and causal
@@ -145,10 +141,10 @@ def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
     context's weights (they sum to 1 - λ) when attentions are asked for."""
     site = _prefixed(module)
     if site is None:
-        own = sys.modules[type(module).__module__].eager_attention_forward
+        own = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
         return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                    **kwargs)  # fmt: skip
-    _refuse(kwargs)
+    check_given(module, kwargs)
     mask = _biased(attention_mask, kwargs.get("position_bias"), False, query, key)
     with backend("reference"):
         out = _attend(module, site, query, key, value, mask, False, dropout, scaling)
