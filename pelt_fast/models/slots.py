@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from pelt_fast.modules.part import part_of
 
@@ -178,16 +179,44 @@ def base_of(model: nn.Module) -> nn.Module:
     return getattr(model, "base_model", model)
 
 
+# what heads are called where nothing else tells them from the base
+_HEADS = frozenset((
+    "classifier", "classification_head", "cls_classifier", "ctc_head", "distillation_classifier",
+    "fc", "head", "pre_classifier", "projector", "qa_outputs", "score",
+))  # fmt: skip
+_PARTS = ("embeddings", "encoder", "backbone", "tower")  # in the name of what is no head
+
+
 def task_head(model: nn.Module) -> dict[str, nn.Module]:
-    """The children of ``model`` that make the task head: all but the base model and what holds
-    the output embeddings, which are the base's own."""
+    """The children of ``model`` that make the task head: all but the base model and its parts, and
+    what holds the output embeddings, which are the base's own.
+
+    A class without a task (transformers' ``..Model`` and ``..Backbone``) has none, whatever stands
+    beside its base. A model that is its own base, or whose base is no model of transformers', has
+    what is named as heads are.
+    """
     base = base_of(model)
-    if base is model:
+    if _is_bare(type(model)):
         return {}
     getter = getattr(model, "get_output_embeddings", None)
     embeddings = getter() if getter is not None else None
+    told = base is not model and isinstance(base, PreTrainedModel)
     return {
         name: child
         for name, child in model.named_children()
         if child is not base and all(module is not embeddings for module in child.modules())
-    }
+        and (told or name in _HEADS) and not _is_part(name, child)
+    }  # fmt: skip
+
+
+def _is_bare(kind: type) -> bool:
+    """Whether a class of transformers' is a base alone."""
+    ends = kind.__name__.endswith(("Model", "Backbone")) and "Head" not in kind.__name__
+    return kind.__module__.startswith("transformers.") and ends
+
+
+def _is_part(name: str, child: nn.Module) -> bool:
+    """Whether a child belongs to a base: a model of its own, or what embeds or encodes."""
+    kinds = (PreTrainedModel, nn.Embedding)
+    named = any(part in name for part in _PARTS)
+    return named or any(isinstance(module, kinds) for module in child.modules())
