@@ -30,6 +30,7 @@ from .places import attention_slots, ffns, linears, prompted
 from .prompt import attach_prompt
 from .slots import FFNSlot, base_of, find
 from .takeover import MovedDropout, Site, Takeover
+from .unnamed import why_beside
 
 # the config's activation names the ops know
 _ACTIVATIONS = {
@@ -226,12 +227,14 @@ def _take_ffn(
 ) -> FrozenFFN:
     """Describe the block and, where the layer spells it out, silence what the site will run
     (without a takeover: nothing)."""
+    why = why_beside(layer, slot)
     ffn = FrozenFFN(
         find(layer, slot.in_proj), find(layer, slot.out_proj),
         None if slot.gate_proj is None else find(layer, slot.gate_proj),
         find(layer, slot.activation),
         _ACTIVATIONS.get(getattr(base_of(model).config, slot.config_activation)),
         _probability(layer, slot.activation_dropout), _probability(layer, slot.output_dropout),
+        None if why is None else find(layer, slot.entry), why,
     )  # fmt: skip
     if slot.is_container or takeover is None:
         return ffn

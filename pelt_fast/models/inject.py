@@ -15,8 +15,10 @@ from . import attention
 from .build import BUILDERS, head_dim_of
 from .merge import unmerge
 from .places import attention_slots, attentions, ffns, linears, targets
+from .selftest import SelfTest
 from .slots import SlotMap, StackSlot, base_of, find, stacks_of, task_head
 from .takeover import Takeover, takeover_of
+from .unnamed import why_beside
 
 logger = logging.getLogger("pelt_fast")
 
@@ -43,6 +45,7 @@ def inject(
     stacks = [] if config.is_full or not config.modifications else stacks_of(model, slots)
     _check(model, config, stacks)
 
+    proof = None if slots is None or not stacks else SelfTest(model, stacks)
     takeover = Takeover(config, pack)
     try:
         _freeze(model, config, stacks, takeover)
@@ -50,6 +53,8 @@ def inject(
             for modification in config.modifications:
                 if modification.form == form:
                     build(model, modification, config, stacks, takeover)
+        if proof is not None:
+            proof.check(takeover)
     except BaseException:
         _restore(model, takeover)
         raise
@@ -119,6 +124,8 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
             _check_linears(dict(linears(base, modification, stacks)), modification)
         if modification.form == "bottleneck" and modification.target == "heads":
             _check_heads(base, modification, stacks)
+        if modification.placement == "before_dropout":
+            _check_inside(base, modification, stacks)
     _check_parts(base, config, stacks)
 
 
@@ -131,6 +138,17 @@ def _check_whole(model: nn.Module) -> None:
                 f"{name} is sharded already ({placements}): inject first, then fully_shard. A"
                 " tensor-parallel plan is not supported: its collectives stand inside the"
                 " projections that a method's sites run in the place of"
+            )
+
+
+def _check_inside(base: nn.Module, modification: Modification, stacks: list[StackSlot]) -> None:
+    """A block that runs itself has its dropout done before anything can be put in front of it."""
+    for place, slot in ffns(base, modification, stacks):
+        why = why_beside(place.layer, slot)
+        if why is not None:
+            raise ValueError(
+                f"{place.name}.{slot.entry}: {why}, so that it runs itself and nothing can be put"
+                " before its dropout: use placement='after_dropout'"
             )
 
 

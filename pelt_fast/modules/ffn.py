@@ -21,6 +21,7 @@ class FrozenFFN:
     """The feed-forward block of one layer: its projections, activation and own dropouts.
 
     ``activation`` is the name the ops know it by, or None; ``activate`` is the model's own.
+    ``block`` is the module that runs the whole block, where it must run itself: ``why_beside``.
     """
 
     def __init__(
@@ -32,6 +33,8 @@ class FrozenFFN:
         activation: str | None,
         activation_dropout_p: float,
         output_dropout_p: float,
+        block: nn.Module | None = None,
+        why_beside: str | None = None,
     ):
         self.in_proj, self.out_proj = Slot(in_proj), Slot(out_proj)
         self.gate_proj = None if gate_proj is None else Slot(gate_proj)
@@ -39,6 +42,7 @@ class FrozenFFN:
         self.activation = activation
         self.activation_dropout_p = activation_dropout_p
         self.output_dropout_p = output_dropout_p
+        self.block, self._why_beside = None if block is None else Slot(block), why_beside
 
     @property
     def projections(self) -> list[Slot]:
@@ -48,6 +52,8 @@ class FrozenFFN:
 
     def why_not_fused(self) -> str | None:
         """The reason the block cannot run as one op, or None."""
+        if self._why_beside is not None:
+            return self._why_beside
         if self.activation is None:
             return "the ops do not know its activation"
         if not all(slot.is_plain for slot in self.projections):
@@ -59,6 +65,8 @@ class FrozenFFN:
 
     def __call__(self, x: Tensor, training: bool, output_dropout: bool = True) -> Tensor:
         """The block as the model itself runs it, output dropout included unless told."""
+        if self.block is not None:
+            return self.block(x)
         if isinstance(self.activate, nn.Module):
             activate = type(self.activate).forward.__get__(self.activate)  # past the takeover
         else:

@@ -1,0 +1,80 @@
+"""What a layer holds that no slot of its row names: what a site in the place of a block would
+leave out."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .slots import FFNSlot, StackSlot, find
+
+
+def unnamed_in_block(layer: nn.Module, slot: FFNSlot) -> list[str]:
+    """Paths from ``layer`` of what the block's module holds and the row does not name: a module, a
+    parameter or buffer of its own, a factor. Empty where the layer spells the block out."""
+    if not slot.is_container:
+        return []
+    named = set(_paths(slot))
+    return [path for path in _held(find(layer, slot.entry), slot.entry) if path not in named]
+
+
+def why_beside(layer: nn.Module, slot: FFNSlot) -> str | None:
+    """Why a block must run its own forward, with the adapter beside it; None where the row says all
+    that it does."""
+    unnamed = ", ".join(unnamed_in_block(layer, slot)[:4])
+    return f"its block holds {unnamed}, which the row does not name" if unnamed else None
+
+
+def unnamed_in_layer(layer: nn.Module, stack: StackSlot) -> list[str]:
+    """Paths from ``layer`` of its innermost modules that neither a slot names nor pelt_fast put
+    there."""
+    named = {path for attention in stack.attentions for path in _attention_paths(attention)}
+    named |= set() if stack.ffn is None else set(_paths(stack.ffn))
+    return [
+        path for path, module in layer.named_modules()
+        if path and path not in named and not list(module.children())
+        and not any(step.startswith("pelt_") for step in path.split("."))
+    ]  # fmt: skip
+
+
+def dropouts_of(layer: nn.Module) -> Iterator[str]:
+    """Paths of a layer's dropouts: modules, and numbers that are named so."""
+    for path, module in layer.named_modules():
+        if isinstance(module, nn.Dropout):
+            yield path
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                yield f"{path}.{name}".removeprefix(".")
+
+
+def _held(block: nn.Module, path: str) -> Iterator[str]:
+    """What ``block`` holds: its own tensors and numbers, and the innermost modules below it."""
+    for name in _own(block):
+        yield f"{path}.{name}"
+    for name, child in block.named_children():
+        below = f"{path}.{name}"
+        if type(child) is nn.Identity or "pelt_" in name:
+            continue
+        if any("pelt_" not in inner for inner, _ in child.named_children()):
+            yield from _held(child, below)
+        else:
+            yield below
+
+
+def _own(module: nn.Module) -> list[str]:
+    """Names of a module's own tensors, and of numbers that may be factors or dropouts."""
+    tensors = [name for name, tensor in (*module._parameters.items(), *module._buffers.items())
+               if tensor is not None]  # fmt: skip
+    numbers = [name for name, value in vars(module).items()
+               if isinstance(value, float) and not name.startswith("_")]  # fmt: skip
+    return tensors + numbers
+
+
+def _paths(slot: FFNSlot) -> Iterator[str]:
+    named = (slot.entry, slot.in_proj, slot.out_proj, slot.gate_proj, slot.activation,
+             slot.activation_dropout, slot.output_dropout, slot.norm)  # fmt: skip
+    return (path.partition(":")[0] for path in named if path)
+
+
+def _attention_paths(slot) -> Iterator[str]:
+    named = (slot.module, slot.q, slot.k, slot.v, slot.out)
+    return (path.partition(":")[0] for path in named)
