@@ -5,7 +5,6 @@ from torch import nn
 
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.modules import (
-    FrozenFFN,
     LayerAdapter,
     LoRALinear,
     MultiHeadAdapter,
@@ -22,27 +21,24 @@ from pelt_fast.modules import (
     SequentialFFNAdapter,
 )
 from pelt_fast.modules.caught import Caught
-from pelt_fast.modules.part import FUSED, LORA, FusedProjection, Part, host_of, shape_of, weight_of
+from pelt_fast.modules.fused_projection import FusedProjection
+from pelt_fast.modules.part import FUSED, LORA, Part, host_of, shape_of, weight_of
 from pelt_fast.modules.slot import Slot
 
 from . import attention
+from .blocks import describe_block, take_block
 from .places import attention_slots, ffns, linears, prompted
 from .prompt import attach_prompt
 from .slots import FFNSlot, base_of, find
-from .takeover import MovedDropout, Site, Takeover
-from .unnamed import why_beside
-
-# the config's activation names the ops know
-_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
-    "silu": "silu", "swish": "silu", "tanh": "tanh",
-}  # fmt: skip
+from .takeover import Site, Takeover
+from .watch import expect
 
 
-def _dtype(config: PeltConfig, weight: torch.Tensor) -> torch.dtype:
-    """The trainable tensors' dtype beside ``weight``: never narrower than it."""
-    wanted = getattr(torch, config.dtype)
-    return wanted if wanted.itemsize >= weight.dtype.itemsize else weight.dtype
+def _dtype(config: PeltConfig, *weights: torch.Tensor) -> torch.dtype:
+    """The trainable tensors' dtype beside ``weights``: never narrower than one of them."""
+    floating = (weight.dtype for weight in weights if weight.is_floating_point())
+    dtypes = [getattr(torch, config.dtype), *floating]
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _inject_lora(model, modification, config, stacks, takeover) -> None:
@@ -143,6 +139,7 @@ def _inject_at_output(model, modification, config, stacks, takeover) -> None:
             site = ParallelAttentionAdapter(linear, width, modification, dtype)
         if modification.insertion == "parallel":
             takeover.hook(module.register_forward_pre_hook(site.caught, with_kwargs=True))
+            expect(base_of(model), place, slot.module, takeover)
         op = "heads" if modification.target == "heads" else "adapter"
         host = host_of(linear)
         takeover.add(host, "pelt_heads" if op == "heads" else "pelt_adapter", site)
@@ -173,8 +170,12 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
 def _inject_ffn(model, modification, config, stacks, takeover) -> None:
     for place, slot in ffns(base_of(model), modification, stacks):
         behind = modification.placement in ("after_norm", "around_norm")
-        ffn = _take_ffn(model, place.layer, slot, None if behind else takeover)
-        dtype = _dtype(config, weight_of(ffn.in_proj.module))
+        base, into, out = base_of(model), slot.in_proj, slot.out_proj
+        if behind:
+            ffn = describe_block(base, place.layer, slot)
+        else:
+            ffn = take_block(base, place, slot, takeover)
+        dtype = _dtype(config, *(weight_of(find(place.layer, path)) for path in (into, out)))
         entry, op = slot.entry, "ffn" if modification.insertion == "parallel" else "adapter"
         if modification.placement == "around_norm" and slot.norm_after is not None:
             entry = slot.norm_after
@@ -189,6 +190,7 @@ def _inject_ffn(model, modification, config, stacks, takeover) -> None:
             catch = Caught("input" if isinstance(norm, nn.LayerNorm) else "hidden_states")
             site.caught = catch
             takeover.hook(norm.register_forward_pre_hook(catch, with_kwargs=True))
+            expect(base, place, slot.norm, takeover)
         else:
             site = ParallelFFNAdapter(ffn, modification, dtype)
         takeover.add(place.layer, "pelt_ffn_adapter", site)
@@ -215,43 +217,6 @@ def _inject_prompt(model, modification, config, stacks, takeover) -> None:
         attach_prompt(base, stack, prompt, takeover)
         name = f"{stack.owner}.embeddings".removeprefix(".")
         takeover.sites.append(Site(name, "prompt", "prompt", prompt))
-
-
-def _probability(layer: nn.Module, path: str | None) -> float:
-    value = 0.0 if path is None else find(layer, path)
-    return float(value.p if isinstance(value, nn.Dropout) else value)
-
-
-def _take_ffn(
-    model: nn.Module, layer: nn.Module, slot: FFNSlot, takeover: Takeover | None
-) -> FrozenFFN:
-    """Describe the block and, where the layer spells it out, silence what the site will run
-    (without a takeover: nothing)."""
-    why = why_beside(layer, slot)
-    ffn = FrozenFFN(
-        find(layer, slot.in_proj), find(layer, slot.out_proj),
-        None if slot.gate_proj is None else find(layer, slot.gate_proj),
-        find(layer, slot.activation),
-        _ACTIVATIONS.get(getattr(base_of(model).config, slot.config_activation)),
-        _probability(layer, slot.activation_dropout), _probability(layer, slot.output_dropout),
-        None if why is None else find(layer, slot.entry), why,
-    )  # fmt: skip
-    if slot.is_container or takeover is None:
-        return ffn
-    for path in (slot.activation, slot.out_proj):
-        parent, _, name = path.rpartition(".")
-        takeover.bypass(find(layer, parent), name)
-    for path in filter(None, (slot.activation_dropout, slot.output_dropout)):
-        parent, _, name = path.rpartition(".")
-        owner = find(layer, parent)
-        if isinstance(getattr(owner, name), nn.Module):
-            takeover.bypass(owner, name)
-        else:
-            takeover.set(owner, name, 0.0)
-    for path in slot.output_dropout_also:
-        hook = MovedDropout(ffn.output_dropout_p)
-        takeover.hook(find(layer, path).register_forward_hook(hook))
-    return ffn
 
 
 # in this order: an adapter wraps a projection with its LoRA

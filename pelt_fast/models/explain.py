@@ -6,13 +6,16 @@ import torch
 from torch import nn
 
 from pelt_fast.modules import (
+    LoRALinear,
     MultiHeadAdapter,
     ParallelFFNAdapter,
     PrefixBank,
     Prompt,
     QueryHeads,
 )
+from pelt_fast.modules.late import in_force
 from pelt_fast.modules.part import shape_of, weight_of
+from pelt_fast.modules.slot import QUANTISED
 from pelt_fast.ops import support
 
 from .count import ParameterCount, count_parameters
@@ -105,12 +108,14 @@ def _report(site: Site, trainable: int) -> SiteReport:
         plan, note = _prefix_plan(module, attention, queries, device)
         saved = _prefix_bytes(module, attention, queries)
     elif isinstance(module, MultiHeadAdapter):
-        p = module.dropout_p if module.training else 0.0
+        p = in_force(module.dropout)
         plan, note = _noted(support.plan("prefix", device, p, **_dtype_and_size(module)))
         saved = _low_rank_bytes(module)
     else:
         plan = support.plan(site.op, device, **_dtype_and_size(module))
         saved = _low_rank_bytes(module)
+    if isinstance(module, LoRALinear) and module.why_beside() not in (None, QUANTISED):
+        plan = support.Plan("own layer + update", module.why_beside())
     if isinstance(module, ParallelFFNAdapter):
         note = module.why_not_fused() or ""
         if note:

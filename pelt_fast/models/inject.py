@@ -9,16 +9,16 @@ from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import method as preset
 from pelt_fast.modules import ParallelFFNAdapter
 from pelt_fast.modules.part import Part, is_linear, shape_of
-from pelt_fast.modules.slot import foreign_forward
 
 from . import attention
+from .blocks import check_block
 from .build import BUILDERS, head_dim_of
 from .merge import unmerge
 from .places import attention_slots, attentions, ffns, linears, targets
 from .selftest import SelfTest
 from .slots import SlotMap, StackSlot, base_of, find, stacks_of, task_head
 from .takeover import Takeover, takeover_of
-from .unnamed import why_beside
+from .watch import expect_sites
 
 logger = logging.getLogger("pelt_fast")
 
@@ -53,6 +53,7 @@ def inject(
             for modification in config.modifications:
                 if modification.form == form:
                     build(model, modification, config, stacks, takeover)
+        expect_sites(base_of(model), stacks, takeover)
         if proof is not None:
             proof.check(takeover)
     except BaseException:
@@ -124,8 +125,9 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
             _check_linears(dict(linears(base, modification, stacks)), modification)
         if modification.form == "bottleneck" and modification.target == "heads":
             _check_heads(base, modification, stacks)
-        if modification.placement == "before_dropout":
-            _check_inside(base, modification, stacks)
+        if modification.form == "bottleneck" and modification.target == "ffn":
+            for place, slot in ffns(base, modification, stacks):
+                check_block(base, place, slot, modification)
     _check_parts(base, config, stacks)
 
 
@@ -138,17 +140,6 @@ def _check_whole(model: nn.Module) -> None:
                 f"{name} is sharded already ({placements}): inject first, then fully_shard. A"
                 " tensor-parallel plan is not supported: its collectives stand inside the"
                 " projections that a method's sites run in the place of"
-            )
-
-
-def _check_inside(base: nn.Module, modification: Modification, stacks: list[StackSlot]) -> None:
-    """A block that runs itself has its dropout done before anything can be put in front of it."""
-    for place, slot in ffns(base, modification, stacks):
-        why = why_beside(place.layer, slot)
-        if why is not None:
-            raise ValueError(
-                f"{place.name}.{slot.entry}: {why}, so that it runs itself and nothing can be put"
-                " before its dropout: use placement='after_dropout'"
             )
 
 
@@ -216,13 +207,6 @@ def _check_linears(linears: dict[str, nn.Module], modification: Modification) ->
     for name, linear in linears.items():
         if not is_linear(linear):
             raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs a linear layer")
-        foreign = foreign_forward(linear)
-        if foreign is not None:
-            what = getattr(foreign, "__qualname__", type(foreign).__name__)
-            raise ValueError(
-                f"the forward of {name} was replaced by another library ({what}): LoRA would run"
-                " the layer's weights past it. Inject before that library patches the model"
-            )
     smallest = min(min(shape_of(linear)) for linear in linears.values())
     if modification.size > smallest:
         logger.warning(

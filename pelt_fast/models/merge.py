@@ -17,7 +17,8 @@ from pelt_fast.modules import (
     ResidualFFNAdapter,
     SequentialAdapter,
 )
-from pelt_fast.modules.part import Part, is_readable
+from pelt_fast.modules.part import Part
+from pelt_fast.modules.slot import QUANTISED
 
 from .takeover import Site, Takeover, takeover_of
 
@@ -77,11 +78,11 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
     """The reason a site cannot be folded, or None."""
     module = site.module
     if isinstance(module, LoRALinear):
-        return _why_not_read(module.slot.module, "LoRA on")
+        return _why_not_read(module, "LoRA on")
     if isinstance(module, SequentialAdapter):
         if module.activation != "identity" or module.layer_norm != "none":
             return "an adapter with an activation or a LayerNorm is not linear"
-        return _why_not_read(module.slot.module, "a projection with")
+        return _why_not_read(module, "a projection with")
     if isinstance(module, ResidualFFNAdapter):
         return "the adapter reads the residual stream, the block its norm"
     if isinstance(module, ParallelFFNAdapter):
@@ -98,13 +99,15 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
     return f"{site.form} on this place is not linear"
 
 
-def _why_not_read(linear: nn.Module, what: str) -> str | None:
+def _why_not_read(module: nn.Module, what: str) -> str | None:
     """Why nothing can be folded into a layer's weight, or None."""
-    if not is_readable(linear):
+    linear, reason = module.slot.module, module.slot.why_not_read()
+    if reason == QUANTISED:
         return f"{what} a quantised weight"
+    if reason is not None:
+        return f"{what} a layer that does more: {reason}"
     holder = linear.owner if isinstance(linear, Part) else linear
-    own = isinstance(linear, (nn.Linear, Part)) and "weight" in holder._parameters
-    return None if own else f"{what} a weight that is computed"
+    return None if "weight" in holder._parameters else f"{what} a weight that is computed"
 
 
 def _folded(site: Site) -> list[tuple[nn.Module, str, Tensor]]:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from pelt_fast.modules.part import part_of
 
+from .known import own_file, why_foreign
+
 
 @dataclass(frozen=True)
 class AttentionSlot:
@@ -166,12 +168,19 @@ def missing_paths(base: nn.Module, stack: StackSlot) -> Iterator[str]:
     """What the stack names and its first layer lacks."""
     layer, ffn = find(base, stack.layers)[0], stack.ffn
     paths = [] if ffn is None else [
-        ffn.entry, ffn.in_proj, ffn.out_proj, ffn.gate_proj, ffn.activation,
-        ffn.activation_dropout, ffn.output_dropout, ffn.norm,
+        ffn.entry, ffn.in_proj, ffn.out_proj, ffn.gate_proj, ffn.norm
     ]  # fmt: skip
+    if ffn is not None and not _runs_itself(base, layer, ffn):
+        paths += [ffn.activation, ffn.activation_dropout, ffn.output_dropout]
     for attention in stack.attentions:
         paths += [attention.module, attention.q, attention.k, attention.v, attention.out]
     return (f"{stack.layers}.0.{path}" for path in paths if path and not has(layer, path))
+
+
+def _runs_itself(base: nn.Module, layer: nn.Module, ffn: FFNSlot) -> bool:
+    """Whether a block runs a forward that nobody knows: what it applies is its own business."""
+    block = has(layer, ffn.entry) and ffn.is_container
+    return block and why_foreign(find(layer, ffn.entry), own_file(base)) is not None
 
 
 def base_of(model: nn.Module) -> nn.Module:

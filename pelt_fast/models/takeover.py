@@ -2,21 +2,23 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.modules.late import Dropout, Taken
 from pelt_fast.modules.slot import passthrough
+
+from .watch import Watch
 
 
 class MovedDropout:
     """Forward hook of an attention whose output dropout moved here from a shared attribute."""
 
-    def __init__(self, p: float):
-        self.p = p
+    def __init__(self, dropout: Dropout):
+        self.dropout = dropout
 
     def __call__(self, module: nn.Module, args, output):
         first, *rest = output
-        return F.dropout(first, self.p, module.training), *rest
+        return self.dropout(first), *rest
 
 
 class Takeover:
@@ -35,6 +37,7 @@ class Takeover:
         self.merged: list[str] = []  # names of the sites folded into the base
         self.base_before: list[tuple] = []  # what gives the base back
         self._undo: list[tuple] = []
+        self._watches: list[tuple[nn.Module, Watch]] = []
 
     @property
     def own_trained(self) -> set[str]:
@@ -53,6 +56,21 @@ class Takeover:
             self.call(value, passthrough)
         else:
             self.set(owner, name, passthrough)
+
+    def take(self, taken: Taken) -> Taken:
+        """Keep what gives a layer's attribute back."""
+        self._undo.append(("taken", taken))
+        return taken
+
+    def watch(self, stack: nn.Module) -> Watch:
+        """What is looked at before each forward of ``stack``."""
+        for known, watch in self._watches:
+            if known is stack:
+                return watch
+        watch = Watch()
+        self.hook(stack.register_forward_pre_hook(watch))
+        self._watches.append((stack, watch))
+        return watch
 
     def set(self, owner, name: str, value) -> None:
         """Set a plain attribute."""
@@ -81,6 +99,8 @@ class Takeover:
                 delattr(*what)
             elif kind == "hook":
                 what[0].remove()
+            elif kind == "taken":
+                what[0].give_back()
             elif kind == "attention":
                 what[0]._attn_implementation = what[1]
             else:

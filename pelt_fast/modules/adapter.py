@@ -9,6 +9,7 @@ from pelt_fast import functional
 from pelt_fast.config import Modification
 
 from .caught import Caught
+from .late import in_force
 from .part import shape_of, weight_of
 from .slot import Foldable, Slot
 
@@ -47,7 +48,7 @@ class Bottleneck(Foldable):
         self.activation = modification.activation
         self.layer_norm = modification.layer_norm
         self.residual = modification.residual
-        self.dropout_p = modification.dropout
+        self.dropout = nn.Dropout(modification.dropout)
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,10 +56,14 @@ class Bottleneck(Foldable):
         return self.down_weight, self.down_bias, self.up_weight, self.up_bias
 
     @property
+    def dropout_p(self) -> float:
+        """The probability of the method's own dropout, in training."""
+        return self.dropout.p
+
+    @property
     def settings(self) -> dict:
         """The keyword arguments every adapter function shares."""
-        return dict(scale=self.scale, activation=self.activation, dropout_p=self.dropout_p,
-                    training=self.training)  # fmt: skip
+        return dict(scale=self.scale, activation=self.activation, dropout_p=in_force(self.dropout))
 
     @property
     def norm(self) -> dict:
@@ -73,7 +78,9 @@ class Bottleneck(Foldable):
         return self.parallel(torch.zeros_like(h), h)
 
     def parallel(self, base: Tensor, x: Tensor) -> Tensor:
-        """base + Δ(x)."""
+        """base + Δ(x), in the dtype of ``base``: a layer kept wider than its neighbours gives a
+        wider one than it reads."""
+        x = x.to(base.dtype)
         return functional.parallel_adapter(base, x, *self.weights, **self.settings, **self.norm)
 
     def extra_repr(self) -> str:

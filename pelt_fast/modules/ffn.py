@@ -1,48 +1,55 @@
 """Adapters on a whole feed-forward block: parallel (a wider FFN, or beside it) and sequential."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pelt_fast import functional
 from pelt_fast.config import Modification
 from pelt_fast.ops import support
 
+from .activation import described, name_of
 from .adapter import Bottleneck
 from .caught import Caught
+from .late import Attribute, Dropout
 from .packing import Packing
 from .part import parameter_of, shape_of, weight_of
 from .slot import Slot
 
 
 class FrozenFFN:
-    """The feed-forward block of one layer: its projections, activation and own dropouts.
+    """The feed-forward block of one layer: its projections, its activation and its own dropouts,
+    the last two read when they are needed.
 
-    ``activation`` is the name the ops know it by, or None; ``activate`` is the model's own.
-    ``block`` is the module that runs the whole block, where it must run itself: ``why_beside``.
+    ``block`` is the module whose call is the whole block, None where the layer spells it out.
+    ``places`` are where the projections were found; ``why_itself`` says why the block does more
+    than this class knows, if so: it then runs its own forward.
     """
 
     def __init__(
         self,
+        block: nn.Module | None,
         in_proj: nn.Module,
         out_proj: nn.Module,
         gate_proj: nn.Module | None,
-        activate: Callable[[Tensor], Tensor],
-        activation: str | None,
-        activation_dropout_p: float,
-        output_dropout_p: float,
-        block: nn.Module | None = None,
-        why_beside: str | None = None,
+        activation: Attribute,
+        activation_dropout: Dropout,
+        output_dropout: Dropout,
+        places: list[Attribute],
+        why_itself: str | None = None,
     ):
         self.in_proj, self.out_proj = Slot(in_proj), Slot(out_proj)
         self.gate_proj = None if gate_proj is None else Slot(gate_proj)
-        self.activate = activate
-        self.activation = activation
-        self.activation_dropout_p = activation_dropout_p
-        self.output_dropout_p = output_dropout_p
-        self.block, self._why_beside = None if block is None else Slot(block), why_beside
+        self.activate = activation
+        self.activation_dropout, self.output_dropout = activation_dropout, output_dropout
+        self.block = None if block is None else Slot(block)
+        self._forward = None if block is None else type(block).forward
+        self._found = [(place, place.value) for place in places]
+        self._why_itself = why_itself
+
+    @property
+    def activation(self) -> str | None:
+        """The name the ops know the activation by, or None."""
+        return name_of(self.activate.value)
 
     @property
     def projections(self) -> list[Slot]:
@@ -52,32 +59,35 @@ class FrozenFFN:
 
     def why_not_fused(self) -> str | None:
         """The reason the block cannot run as one op, or None."""
-        if self._why_beside is not None:
-            return self._why_beside
+        if self._why_itself is not None:
+            return self._why_itself
+        if self.block is not None and type(self.block.module).forward is not self._forward:
+            return "the forward of the block's class was replaced"
         if self.activation is None:
-            return "the ops do not know its activation"
+            return f"the ops do not know its activation ({described(self.activate.value)})"
+        if not all(place.value is found for place, found in self._found):
+            return "a projection is not the one that was there at inject"
         if not all(slot.is_plain for slot in self.projections):
             return (
-                "a projection is not a plain frozen nn.Linear (LoRA on it, trained, patched or"
-                " quantised)"
+                "a projection is not a plain frozen nn.Linear (LoRA on it, trained, hooked,"
+                " patched or quantised)"
             )
+        if len({slot.module.weight.dtype for slot in self.projections}) > 1:
+            return "its projections are of several dtypes"
+        if any(p is None or p >= 1 for p in (self.activation_dropout.p, self.output_dropout.p)):
+            return "the ops do not know its dropout"
         return None
 
-    def __call__(self, x: Tensor, training: bool, output_dropout: bool = True) -> Tensor:
+    def __call__(self, x: Tensor, output_dropout: bool = True) -> Tensor:
         """The block as the model itself runs it, output dropout included unless told."""
-        if self.block is not None:
-            return self.block(x)
-        if isinstance(self.activate, nn.Module):
-            activate = type(self.activate).forward.__get__(self.activate)  # past the takeover
-        else:
-            activate = self.activate
+        if self.block is not None and (output_dropout or self.output_dropout.at is None):
+            return self.block.bare(x)
         if self.gate_proj is None:
-            h = activate(self.in_proj(x))
+            h = self.activate.run(self.in_proj(x))
         else:
-            h = activate(self.gate_proj(x)) * self.in_proj(x)
-        h = F.dropout(h, self.activation_dropout_p, training)
-        y = self.out_proj(h)
-        return F.dropout(y, self.output_dropout_p, training) if output_dropout else y
+            h = self.activate.run(self.gate_proj(x)) * self.in_proj(x)
+        y = self.out_proj(self.activation_dropout(h))
+        return self.output_dropout(y) if output_dropout else y
 
 
 class _FFNAdapter(Bottleneck):
@@ -95,7 +105,7 @@ class SequentialFFNAdapter(_FFNAdapter):
     """Runs in the place of the block: adapter(ffn(x)), after the output dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sequential(self.ffn(x, self.training))
+        return self.sequential(self.ffn(x))
 
 
 class LayerAdapter(_FFNAdapter):
@@ -137,10 +147,10 @@ class ParallelFFNAdapter(_FFNAdapter):
         super().__init__(ffn, modification, dtype)
         # before the output dropout the update is part of what it drops: the op then has none
         self.before_dropout = modification.placement == "before_dropout"
-        self.output_dropout_p = 0.0 if self.before_dropout else ffn.output_dropout_p
+        self.output_dropout = Dropout() if self.before_dropout else ffn.output_dropout
         stacked, out = self._frozen
         self.packed_in = None if None in stacked else Packing(0, modification.size)
-        columns = self.output_dropout_p == 0 and out is not None
+        columns = self.output_dropout.p == 0 and out is not None
         self.packed_out = Packing(1, modification.size) if columns else None
 
     def why_not_fused(self) -> str | None:
@@ -156,15 +166,15 @@ class ParallelFFNAdapter(_FFNAdapter):
     def forward(self, x: Tensor) -> Tensor:
         adapter_x = self.adapter_input()
         if self.is_folded():
-            return self.ffn(x, self.training)
+            return self.ffn(x)
         reason = self.why_not_fused()
         if reason is not None:
             support.fall_back(f"parallel adapter beside the model's own FFN, because {reason}")
-            base = self.ffn(x, self.training, not self.before_dropout)
+            base = self.ffn(x, not self.before_dropout)
             y = self.parallel(base, x if adapter_x is None else adapter_x)
         else:
             y = self._widened(x, adapter_x)
-        return F.dropout(y, self.ffn.output_dropout_p, self.training) if self.before_dropout else y
+        return self.ffn.output_dropout(y) if self.before_dropout else y
 
     def _widened(self, x: Tensor, adapter_x: Tensor | None) -> Tensor:
         ffn = self.ffn
@@ -174,8 +184,8 @@ class ParallelFFNAdapter(_FFNAdapter):
             x, in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias, *self.weights,
             adapter_x=adapter_x, gate_weight=None if gate is None else gate.weight,
             gate_bias=None if gate is None else gate.bias,
-            ffn_activation=ffn.activation, activation_dropout_p=ffn.activation_dropout_p,
-            output_dropout_p=self.output_dropout_p, **self._packed_now(), **self.settings,
+            ffn_activation=ffn.activation, activation_dropout_p=ffn.activation_dropout.now,
+            output_dropout_p=self.output_dropout.now, **self._packed_now(), **self.settings,
         )  # fmt: skip
 
     @property

@@ -7,6 +7,7 @@ from pelt_fast import functional
 from pelt_fast.config import Modification
 
 from .caught import Caught
+from .late import in_force
 from .part import shape_of, weight_of
 from .slot import Slot
 
@@ -24,7 +25,12 @@ class _Heads(nn.Module):
         else:
             nn.init.normal_(self.down_weight, std=0.02)
             nn.init.normal_(self.up_weight, std=0.02)
-        self.scale, self.dropout_p = modification.scale, modification.dropout
+        self.scale, self.dropout = modification.scale, nn.Dropout(modification.dropout)
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of the method's own dropout, in training."""
+        return self.dropout.p
 
     def extra_repr(self) -> str:
         heads, rank, dim = self.down_weight.shape
@@ -47,7 +53,7 @@ class MultiHeadAdapter(_Heads):
         nothing = q.new_empty(q.shape[0], count, 0, dim)
         update = functional.prefix_attention(
             q, nothing, nothing, self.down_weight, self.scale * self.up_weight, scale=1.0,
-            form="relu", composition="add", dropout_p=self.dropout_p, training=self.training,
+            form="relu", composition="add", dropout_p=in_force(self.dropout),
         )  # fmt: skip
         return self.slot(heads + update.transpose(1, 2).flatten(2).view_as(heads))
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast import functional
+from pelt_fast.ops import support
 
-from .part import is_readable, shape_of, weight_of
-from .slot import Foldable, Slot
+from .late import in_force
+from .part import shape_of, weight_of
+from .slot import QUANTISED, Foldable, Slot
 
 
 class LoRALinear(Foldable):
@@ -22,7 +24,7 @@ class LoRALinear(Foldable):
                  dtype: torch.dtype):  # fmt: skip
         super().__init__()
         self.slot = Slot(linear)
-        self.scale, self.dropout_p = scale, dropout_p
+        self.scale, self.dropout = scale, nn.Dropout(dropout_p)
         out_features, in_features = shape_of(linear)
         place = dict(device=weight_of(linear).device, dtype=dtype)
         self.lora_a = nn.Parameter(torch.empty(rank, in_features, **place))
@@ -33,24 +35,34 @@ class LoRALinear(Foldable):
             nn.init.normal_(self.lora_a, std=0.02)
             nn.init.normal_(self.lora_b, std=0.02)
 
+    @property
+    def dropout_p(self) -> float:
+        """The probability of the method's own dropout, in training."""
+        return self.dropout.p
+
+    def why_beside(self) -> str | None:
+        """Why the update is added to what the layer itself returns, or None."""
+        return self.slot.why_not_read()
+
     def forward(self, x: Tensor) -> Tensor:
-        linear = self.slot.module
-        if not is_readable(linear):
-            return self._beside(x)
         if self.is_folded():
-            return nn.functional.linear(x, linear.weight, linear.bias)
+            return self.slot.bare(x)
+        reason = self.why_beside()
+        if reason is not None:
+            if reason != QUANTISED:
+                support.fall_back(f"LoRA beside the layer's own output, because {reason}")
+            return self.added(self.slot.bare(x), x, self.lora_b, self.scale)
+        linear = self.slot.module
         return functional.lora_linear(
             x, linear.weight, linear.bias, self.lora_a, self.lora_b, scale=self.scale,
-            dropout_p=self.dropout_p, training=self.training,
+            dropout_p=in_force(self.dropout),
         )  # fmt: skip
 
-    def _beside(self, x: Tensor) -> Tensor:
-        """The rank update on whatever a quantised layer returns."""
-        base = self.slot.bare(x).to(x.dtype)
-        dropped = nn.functional.dropout(x, self.dropout_p, self.training)
+    def added(self, base: Tensor, x: Tensor, lora_b: Tensor, scale: float = 1.0) -> Tensor:
+        """base + scale * drop(x) Aᵀ lora_bᵀ, in the dtype of what the layer returned."""
         return functional.parallel_adapter(
-            base, dropped, self.lora_a, None, self.lora_b, None, scale=self.scale,
-            activation="identity", training=self.training,
+            base, self.dropout(x).to(base.dtype), self.lora_a, None, lora_b, None, scale=scale,
+            activation="identity",
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from pelt_fast import functional
-
 LORA = "pelt_lora"  # the child a LoRA site is registered as, on the linear it modifies
 FUSED = "pelt_fused"  # the child that runs in the place of a fused projection
 
@@ -50,39 +48,6 @@ class Part(nn.Module):
         return before
 
 
-class FusedProjection(nn.Module):
-    """Runs in the place of a projection whose parts carry LoRA: one GEMM of the whole matrix, one
-    rank update with the factors stacked, A one under the other, B on a block diagonal. The parts
-    read the same dropped input."""
-
-    def __init__(self, owner: nn.Module):
-        super().__init__()
-        self.__dict__["owner"] = owner
-
-    def part(self, part: Part) -> Part:
-        """Hold ``part``, so that what is put on it is the model's."""
-        self.add_module(part.name, part)
-        return part
-
-    def forward(self, x: Tensor) -> Tensor:
-        whole = Part(self.owner, "", None)
-        sites = [(part.rows, part._modules[LORA]) for part in self.children()
-                 if LORA in part._modules and not part._modules[LORA].is_folded()]  # fmt: skip
-        if not sites:
-            return whole(x)
-        outputs, ranks = whole.weight.shape[0], [site.lora_a.shape[0] for _, site in sites]
-        lora_b, first = sites[0][1].lora_b.new_zeros(outputs, sum(ranks)), 0
-        for (rows, site), rank in zip(sites, ranks):
-            block = F.pad(site.scale * site.lora_b, (first, sum(ranks) - first - rank))
-            lora_b = lora_b + F.pad(block, (0, 0, rows.start, outputs - rows.stop))
-            first += rank
-        p = {site.dropout_p for _, site in sites}.pop()
-        return functional.lora_linear(
-            x, whole.weight, whole.bias, torch.cat([site.lora_a for _, site in sites]), lora_b,
-            scale=1.0, dropout_p=p, training=self.training,
-        )  # fmt: skip
-
-
 def part_of(owner: nn.Module, name: str, config) -> Part:
     """The part ``name`` of a projection: "" all of it, "q", "k" or "v" of three by the heads of
     ``config``, "i/n" the i-th of n equal ones; the one that is there already, where one is."""
@@ -96,7 +61,7 @@ def part_of(owner: nn.Module, name: str, config) -> Part:
         )
     if name == "":
         return Part(owner, name, None)
-    outputs = Part(owner, "", None).weight.shape[0]
+    outputs, _ = shape_of(owner)
     if name in ("q", "k", "v"):
         queries = config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or queries
@@ -126,7 +91,11 @@ def parameter_of(linear: nn.Module) -> nn.Parameter | None:
 def shape_of(linear: nn.Module) -> tuple[int, int]:
     """(N, K) of a linear layer, however its weight is stored."""
     if isinstance(linear, Part):
-        return tuple(linear.weight.shape)
+        outputs, inputs = shape_of(linear.owner)
+        rows = linear.rows
+        return outputs if rows is None else rows.stop - rows.start, inputs
+    if isinstance(linear, Conv1D):
+        return linear.nf, linear.nx
     return linear.out_features, linear.in_features
 
 
@@ -140,6 +109,7 @@ def is_linear(module: nn.Module) -> bool:
 def weight_of(linear: nn.Module) -> Tensor:
     """The weight; of a layer that has none, the first tensor of floats it holds: it tells where the
     layer is and how precise."""
+    linear = linear.owner if isinstance(linear, Part) else linear
     weight = getattr(linear, "weight", None)
     if weight is not None:
         return weight
@@ -147,9 +117,13 @@ def weight_of(linear: nn.Module) -> Tensor:
     return next((tensor for tensor in held if tensor.is_floating_point()), held[0])
 
 
-def is_readable(linear: nn.Module) -> bool:
-    """Whether the weight is a matrix of numbers an op can read: not quantised, not a subclass that
-    is one only to its own library's kernels (bitsandbytes, torchao, GPTQ)."""
+def holds_numbers(linear: nn.Module) -> bool:
+    """Whether the weight is numbers an op can read: not quantised, not a subclass that is one only
+    to its own library's kernels (bitsandbytes, torchao, GPTQ)."""
     weight = getattr(linear, "weight", None)
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    return plain and tuple(weight.shape) == shape_of(linear)
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+
+
+def is_readable(linear: nn.Module) -> bool:
+    """Whether the weight is the matrix (N, K) of numbers that the layer multiplies by."""
+    return holds_numbers(linear) and tuple(linear.weight.shape) == shape_of(linear)

@@ -4,18 +4,39 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from .part import LORA, Part, host_of, is_readable
+from .part import LORA, Part, holds_numbers, host_of, is_readable
+
+# the forwards that are nothing but x Wᵀ + b, as they are written: one patched later is another
+_LINEAR = (nn.Linear.forward, Conv1D.forward)
+QUANTISED = "its weight is quantised"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def foreign_forward(module: nn.Module) -> Callable | None:
     """The forward that somebody else (Liger, accelerate's hooks) put on this very module, or None.
-    What pelt_fast puts there is a site's own forward or :func:`passthrough`."""
+    What pelt_fast puts there is a site's own forward or :func:`passthrough`; a site knows what it
+    found there."""
     module = module.owner if isinstance(module, Part) else module
     found = module.__dict__.get("forward")
-    owner = type(getattr(found, "__self__", found))
-    ours = found is passthrough or owner.__module__.startswith("pelt_fast.")
-    return None if found is None or ours else found
+    if found is None or found is passthrough:
+        return None
+    owner = getattr(found, "__self__", found)
+    if not type(owner).__module__.startswith("pelt_fast."):
+        return found
+    below = getattr(owner, "slot", None)
+    return None if below is None else below.foreign
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody's hooks hang on a module: they run where it is called, and nowhere else."""
+    return any(getattr(module, name) for name in HOOKS)
+
+
+def described(function) -> str:
+    """A function or callable in a message."""
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 class Slot:
@@ -28,12 +49,32 @@ class Slot:
     @property
     def is_plain(self) -> bool:
         """Whether this is an ordinary frozen ``nn.Linear``, or a part of one, that nothing else
-        modifies."""
-        module = self.module
-        holder = module.owner if isinstance(module, Part) else module
+        modifies: an op may do its work without calling it."""
+        holder = self._holder
         frozen = not any(p.requires_grad for p in holder.parameters(recurse=False))
-        own = LORA not in host_of(module)._modules and self.foreign is None
-        return type(module) in (nn.Linear, Part) and own and frozen and is_readable(module)
+        own = LORA not in host_of(self.module)._modules and not is_hooked(holder)
+        exact = type(holder) in (nn.Linear, Conv1D)
+        return exact and own and frozen and self.why_not_read() is None
+
+    @property
+    def _holder(self) -> nn.Module:
+        return self.module.owner if isinstance(self.module, Part) else self.module
+
+    def why_not_read(self) -> str | None:
+        """Why an op must not read the weight of a linear layer where the layer would run, or None.
+
+        The rule of all sites: the forward that runs is ``nn.Linear``'s or Conv1D's own, and the
+        weight is a matrix of numbers. Anything else runs itself, and the update is added to it.
+        """
+        if not holds_numbers(self._holder):
+            return QUANTISED
+        if self.foreign is not None:
+            return (
+                f"the layer's forward was replaced by another library ({described(self.foreign)})"
+            )
+        if type(self._holder).forward not in _LINEAR:
+            return f"the layer has a forward of its own ({type(self._holder).__name__})"
+        return None if is_readable(self.module) else "its weight has another shape than the layer"
 
     def __call__(self, *args, **kwargs):
         """The module's own forward, with the LoRA it may carry, past any takeover of ours."""
@@ -44,7 +85,8 @@ class Slot:
         """The module's own forward alone."""
         if self.foreign is not None:
             return self.foreign(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        module = host_of(self.module)
+        return type(module).forward(module, *args, **kwargs)
 
 
 class Foldable(nn.Module):

@@ -1,0 +1,62 @@
+"""Which function an activation really applies, by the name the ops know it by.
+
+What counts is the module or function that is there, not the name in a config: exact types with the
+forward they were written with, and the functions of torch.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import activations as hf
+
+from .slot import foreign_forward, is_hooked
+
+_FUNCTIONS = (
+    (F.gelu, "gelu"), (F.relu, "relu"), (torch.relu, "relu"), (Tensor.relu, "relu"),
+    (F.silu, "silu"), (torch.tanh, "tanh"), (F.tanh, "tanh"), (Tensor.tanh, "tanh"),
+)  # fmt: skip
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's word for the formula
+_MODULES = {
+    nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Identity: "identity",
+    hf.SiLUActivation: "silu", hf.NewGELUActivation: "gelu_tanh", hf.LinearActivation: "identity",
+}  # fmt: skip
+# those that choose a formula when they are made: by the function they hold
+_HOLDERS = {hf.GELUActivation: "gelu", hf.GELUTanh: "gelu_tanh"}
+_PYTHON = (hf.GELUActivation._gelu_python, hf.GELUTanh._gelu_tanh_python)
+# as the classes are written: one that is patched later is another function
+_FORWARDS = {kind: kind.forward for kind in (nn.GELU, *_MODULES, *_HOLDERS)}
+
+
+def name_of(activation) -> str | None:
+    """The ops' name for what a module or function computes; None where they have none."""
+    if not isinstance(activation, nn.Module):
+        return _function(activation)
+    kind = type(activation)
+    if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind]:
+        return None
+    if is_hooked(activation) or foreign_forward(activation) is not None:
+        return None
+    if kind is nn.GELU:
+        return _GELUS.get(activation.approximate)
+    if kind in _HOLDERS:
+        held = activation.act
+        python = getattr(held, "__func__", None) in _PYTHON
+        return _HOLDERS[kind] if python or _function(held) == _HOLDERS[kind] else None
+    return _MODULES[kind]
+
+
+def _function(function) -> str | None:
+    if isinstance(function, functools.partial):
+        if function.func is not F.gelu or function.args:
+            return None
+        return _GELUS.get(function.keywords.get("approximate", "none"))
+    return next((name for known, name in _FUNCTIONS if function is known), None)
+
+
+def described(activation) -> str:
+    """An activation in a message."""
+    if isinstance(activation, nn.Module):
+        return type(activation).__name__
+    return getattr(activation, "__name__", type(activation).__name__)

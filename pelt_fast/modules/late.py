@@ -1,0 +1,118 @@
+"""What a layer's own code reads when it runs, read by a site when it runs: activation, dropouts."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .slot import Slot, foreign_forward, is_hooked, passthrough
+
+
+def in_force(dropout: nn.Dropout) -> float:
+    """The probability a method's own dropout drops with now."""
+    return dropout.p if dropout.training else 0.0
+
+
+class Attribute:
+    """``owner.name``: whatever is there when it is asked for, None where nothing is."""
+
+    def __init__(self, owner: nn.Module, name: str):
+        self.owner, self.name = owner, name
+
+    @property
+    def value(self):
+        """What is there now."""
+        return getattr(self.owner, self.name, None)
+
+    def run(self, x: Tensor) -> Tensor:
+        """What is there now, applied."""
+        return self.value(x)
+
+
+class Taken(Attribute):
+    """An attribute of a layer whose work a site does: the layer finds something that does nothing,
+    the site what was there, and what somebody writes there later.
+
+    In the place of a probability stands False, which drops nothing and which nobody else writes; in
+    that of a function, and of a module's forward, ``passthrough``.
+    """
+
+    def __init__(self, owner: nn.Module, name: str):
+        super().__init__(owner, name)
+        self._value, self._slot = None, None
+        self.take()
+
+    @property
+    def value(self):
+        """What the layer would find there, were it not for the site."""
+        return self._value
+
+    def take(self) -> None:
+        """Take over what is there, unless that is done."""
+        found = getattr(self.owner, self.name, None)
+        if found is None or found is False or found is passthrough:
+            return
+        if isinstance(found, nn.Module):
+            if found is self._value and found.__dict__.get("forward") is passthrough:
+                return
+            self._release()
+            self._slot = Slot(found)
+            found.forward = passthrough
+        else:
+            self._release()
+            setattr(self.owner, self.name, passthrough if callable(found) else False)
+        self._value = found
+
+    def give_back(self) -> None:
+        """Let the layer find again what is in force."""
+        found = getattr(self.owner, self.name, None)
+        if self._slot is None and (found is False or found is passthrough):
+            setattr(self.owner, self.name, self._value)
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of a module that was taken."""
+        slot, self._slot = self._slot, None
+        if slot is None or slot.module.__dict__.get("forward") is not passthrough:
+            return
+        if slot.foreign is None:
+            del slot.module.forward
+        else:
+            slot.module.forward = slot.foreign
+
+    def run(self, x: Tensor) -> Tensor:
+        """What was there, applied."""
+        return self._value(x) if self._slot is None else self._slot.bare(x)
+
+
+class Dropout:
+    """A dropout of the model's own: a module, which knows its mode, or a probability, whose mode is
+    its owner's. None is no dropout."""
+
+    def __init__(self, at: Attribute | None = None):
+        self.at = at
+
+    @property
+    def p(self) -> float | None:
+        """The probability, whatever the mode; None of a module that is not known."""
+        value = None if self.at is None else self.at.value
+        if value is None or type(value) is nn.Identity:
+            return 0.0
+        if not isinstance(value, nn.Module):
+            return float(value)
+        ours = type(value) is nn.Dropout and foreign_forward(value) is None
+        return value.p if ours and not is_hooked(value) else None
+
+    @property
+    def now(self) -> float | None:
+        """The probability in force."""
+        if self.at is None:
+            return 0.0
+        value, p = self.at.value, self.p
+        mode = value if isinstance(value, nn.Module) else self.at.owner
+        return p if mode.training or p is None else 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.at is None:
+            return x
+        if callable(self.at.value):
+            return self.at.run(x)
+        return F.dropout(x, float(self.at.value or 0.0), self.at.owner.training)
