@@ -25,7 +25,7 @@ def _mam(name: str, prefix: int, bottleneck: int, scale: float) -> PeltConfig:
     return PeltConfig(name, (_prefix(prefix), ffn))
 
 
-# the paper's code gives every adapter of an attention a LayerNorm; its scripts give none to the FFN's
+# the paper's code gives the adapters of an attention a LayerNorm, its scripts none to the FFN's
 _SEQUENTIAL = dict(insertion="sequential", init="bert")
 _PARALLEL_ATTENTION = dict(insertion="parallel", init="bert", layer_norm="in")
 _PARALLEL = dict(insertion="parallel", init="bert")

@@ -91,8 +91,14 @@ BAD = [
         "residual=False is for sequential",
     ),
     (
-        dict(form="bottleneck", target="ffn", size=1, insertion="sequential", residual=False,
-             placement="around_norm"),
+        dict(
+            form="bottleneck",
+            target="ffn",
+            size=1,
+            insertion="sequential",
+            residual=False,
+            placement="around_norm",
+        ),
         "adds to the sum in front of the norm: residual=False is for the other placements",
     ),
     (

@@ -102,15 +102,13 @@ def test_gate_and_up_in_the_wrong_order_are_refused():
         pelt_fast.inject(model, "scaled_parallel_adapter", slots=swapped)
 
 
-@pytest.mark.parametrize("width, match", [(32, "no slot names: .*intermediate_act_fn.1"),
-                                          (48, "runs without the method, and with it fails")])  # fmt: skip
-def test_a_norm_between_that_no_slot_names_is_refused(width, match):
-    model = bert(intermediate_size=width)
+def test_a_norm_between_that_no_slot_names_is_refused():
+    model = bert()
     for layer in model.bert.encoder.layer:
         act = layer.intermediate.intermediate_act_fn
-        layer.intermediate.intermediate_act_fn = nn.Sequential(act, nn.LayerNorm(width))
+        layer.intermediate.intermediate_act_fn = nn.Sequential(act, nn.LayerNorm(48))
     slots = changed(BERT, activation="intermediate.intermediate_act_fn.0")
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match="intermediate_act_fn: Sequential is not a class of"):
         pelt_fast.inject(model, "scaled_parallel_adapter", slots=slots)
     assert "pelt" not in str(model)
 
@@ -140,7 +138,7 @@ def row(kind: str, mlp: str = "mlp", norm: str | None = None) -> SlotMap:
     return SlotMap(kind, (StackSlot("decoder", "", "layers", own, ffn),))
 
 
-@pytest.mark.parametrize("method", ["scaled_parallel_adapter", "houlsby", "pfeiffer", "mam"])
+@pytest.mark.parametrize("method", ["scaled_parallel_adapter", "houlsby", "mam"])
 @pytest.mark.parametrize(
     "make, slots, unnamed",
     [(sub_normed, row("bitnet"), "mlp.ffn_sub_norm"),
