@@ -47,7 +47,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     about = read_json(folder / CONFIG_FILE)
     tensors = read_weights(folder, WEIGHTS_FILE, OLD_WEIGHTS_FILE)
     kind = about.get("peft_type")
-    if kind not in READ:
+    if not isinstance(kind, str) or kind not in READ:
         raise ValueError(f"{folder} holds {kind}: {', '.join(READ)} can be read")
     check_config(about, folder, CONFIG_FILE)
     return _READERS[kind](model, about, tensors, folder)

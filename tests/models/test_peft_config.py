@@ -229,6 +229,7 @@ def edited(folder, to, **changes):
     (dict(modules_to_save="norm"), "must be a list of names"),
     (dict(peft_type="P_TUNING"), "holds P_TUNING"),
     (dict(peft_type="ADALORA"), "holds ADALORA"),
+    (dict(peft_type=["LORA"]), "holds .'LORA'."),
 ], ids=str)  # fmt: skip
 def test_a_config_that_says_more_is_refused_by_name(changes, message, saved, tmp_path):
     plain, folder = saved
