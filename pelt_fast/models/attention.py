@@ -76,12 +76,20 @@ def _asks_the_interface(module: nn.Module) -> bool:
 def still_wrapped(stack: nn.Module, *_) -> None:
     """Forward pre-hook of a stack with a prefix: RuntimeError when its attention was changed after
     inject, for the prefix would be dropped without a word."""
-    choice = stack.config._attn_implementation
+    choice = _config_of(stack)._attn_implementation
     if choice not in map(_NAME.format, WRAPPED):
         raise RuntimeError(
             f"this model carries a prefix, but its attention is {choice!r} now, which ignores it:"
             " eject, choose the attention, inject again"
         )
+
+
+def _config_of(stack: nn.Module):
+    """The config that a stack's attentions ask: its own, or theirs where it has none
+    (DistilBERT)."""
+    config = getattr(stack, "config", None)
+    carriers = (module for module in stack.modules() if SLICE in module.__dict__)
+    return next(carriers).config if config is None else config
 
 
 def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) -> Tensor | None:

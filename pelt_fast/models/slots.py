@@ -165,16 +165,26 @@ def stacks_of(model: nn.Module, slots: SlotMap | None = None) -> list[StackSlot]
 
 
 def missing_paths(base: nn.Module, stack: StackSlot) -> Iterator[str]:
-    """What the stack names and its first layer lacks."""
-    layer, ffn = find(base, stack.layers)[0], stack.ffn
-    paths = [] if ffn is None else [
-        ffn.entry, ffn.in_proj, ffn.out_proj, ffn.gate_proj, ffn.norm
-    ]  # fmt: skip
-    if ffn is not None and not _runs_itself(base, layer, ffn):
-        paths += [ffn.activation, ffn.activation_dropout, ffn.output_dropout]
+    """What the stack names and one of its layers lacks, each once."""
+    seen: set[str] = set()
+    for index, layer in enumerate(find(base, stack.layers)):
+        for path in _named_paths(base, layer, stack):
+            if path not in seen and not has(layer, path):
+                seen.add(path)
+                yield f"{stack.layers}.{index}.{path}"
+
+
+def _named_paths(base: nn.Module, layer: nn.Module, stack: StackSlot) -> Iterator[str]:
+    """What a layer must have for a method to be put on it."""
+    ffn, paths = stack.ffn, []
+    if ffn is not None:
+        paths += [ffn.entry, ffn.in_proj, ffn.out_proj, ffn.gate_proj, ffn.norm, ffn.norm_after]
+        paths += ffn.output_dropout_also
+        if not _runs_itself(base, layer, ffn):
+            paths += [ffn.activation, ffn.activation_dropout, ffn.output_dropout]
     for attention in stack.attentions:
         paths += [attention.module, attention.q, attention.k, attention.v, attention.out]
-    return (f"{stack.layers}.0.{path}" for path in paths if path and not has(layer, path))
+    return filter(None, paths)
 
 
 def _runs_itself(base: nn.Module, layer: nn.Module, ffn: FFNSlot) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import BioGptConfig, BioGptForCausalLM
 
 import pelt_fast
@@ -57,13 +58,103 @@ def test_the_draft_of_a_known_layout_is_its_row_but_for_what_names_cannot_tell()
     exec(text, names)  # what it prints is Python
     (stack,) = names["slots"].stacks
     assert (stack.layers, stack.attentions) == ("layers", BIOGPT.stacks[0].attentions)
-    assert (stack.ffn.in_proj, stack.ffn.out_proj) == ("fc1", "fc2")
-    assert (stack.kind, stack.ffn.config_activation) == ("decoder", "hidden_act")
+    assert (stack.kind, stack.ffn) == ("decoder", BIOGPT.stacks[0].ffn)
     gated = draft(llama())
     assert "gate_proj='mlp.gate_proj'" in gated and "FFNSlot('mlp', 'mlp.up_proj'" in gated
     below = draft(bert())
     assert "StackSlot('encoder'" in below and "FFNSlot('?', '?'" in below  # a form to fill in
     assert "'attention.self.query'" in below and "'attention.output.dense'" in below
+
+
+def drafted(model) -> tuple[str, SlotMap]:
+    """The text of a draft, and what it makes."""
+    text, names = draft(model), {}
+    exec(text, names)
+    return text, names["slots"]
+
+
+def little(name: str, **changes):
+    """A causal language model of transformers' with one layer."""
+    fields = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                  num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**(fields | changes))
+    kind = getattr(transformers, f"{name}ForCausalLM", None) or getattr(
+        transformers, f"{name}Model"
+    )
+    return kind(config)
+
+
+DISTIL = dict(dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.3)
+GPTJ = dict(n_embd=32, n_layer=2, n_head=4, n_inner=48, rotary_dim=4, resid_pdrop=0.3)
+DRAFTED = {
+    "DistilBert": (DISTIL, dict(output_dropout="ffn.dropout"), None),
+    "GPTJ": (GPTJ, dict(output_dropout="mlp.dropout"), None),
+    "Cohere": ({}, dict(gate_proj="mlp.gate_proj"), None),
+    "Granite": (dict(residual_multiplier=0.3), {}, None),
+    "BitNet": ({}, {}, "no slot names mlp.ffn_sub_norm: the block runs itself"),
+    "FalconH1": (dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1,
+                      mamba_d_state=8, head_dim=8, mlp_multipliers=[0.5, 0.25]),
+                 {}, "no slot names feed_forward.gate_multiplier"),
+    "BioGpt": (dict(hidden_dropout_prob=0.3, activation_dropout=0.2),
+               dict(activation_dropout="activation_dropout", output_dropout="dropout",
+                    output_dropout_also=("self_attn",)), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["scaled_parallel_adapter", "houlsby", "lora", "prefix"])
+@pytest.mark.parametrize("name", DRAFTED)
+def test_a_draft_loses_nothing(name, method):
+    changes, named, said = DRAFTED[name]
+    text, slots = drafted(little(name, **changes))
+    assert "?" not in text.split("SlotMap(")[1]
+    assert said is None or said in text
+    (stack,) = slots.stacks
+    assert {key: getattr(stack.ffn, key) for key in named} == named
+    model = little(name, **changes)
+    pelt_fast.inject(model, method, slots=slots)  # the self-test is the judge
+    fallbacks = [site.reason for site in pelt_fast.explain(model).sites if site.op == "ffn"]
+    assert all(bool(reason) == bool(said) for reason in fallbacks)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("Qwen2Moe", dict(num_experts=4, shared_expert_intermediate_size=24, moe_intermediate_size=24)),
+    ("Mixtral", dict(num_local_experts=2)),
+    ("GraniteMoeShared", dict(num_local_experts=2, shared_intermediate_size=24)),
+])  # fmt: skip
+def test_experts_are_no_block_of_a_draft(name, changes):
+    _, slots = drafted(little(name, **changes))
+    (stack,) = slots.stacks
+    assert stack.ffn is None and "experts that a router chooses" in stack.no_ffn
+    with pytest.raises(ValueError, match=r"no method on its FFN: .*experts that a router chooses"):
+        pelt_fast.inject(little(name, **changes), "scaled_parallel_adapter", slots=slots)
+    pelt_fast.inject(little(name, **changes), "lora", slots=slots)
+
+
+@pytest.mark.parametrize("name, changes", [("GPTNeoX", {}), ("Bloom", dict(n_layer=1, n_head=4))])
+def test_heads_one_after_another_are_left_open_in_a_draft(name, changes):
+    text, slots = drafted(little(name, **changes))
+    (attention,) = slots.stacks[0].attentions
+    assert (attention.q, attention.k, attention.v) == ("?", "?", "?")
+    assert "query_key_value holds q, k and v" in text
+    with pytest.raises(ValueError, match=r"looked for .*\?"):
+        pelt_fast.inject(little(name, **changes), "lora", slots=slots)
+
+
+def test_a_path_that_one_layer_lacks_is_refused_by_its_name():
+    model = llama()
+    model.model.layers[1].mlp = torch.nn.Identity()
+    text, slots = drafted(model)
+    assert "not in every layer: 1.mlp.up_proj, 1.mlp.down_proj '?'" in text
+    with pytest.raises(ValueError, match=r"looked for layers\.1\.mlp\.up_proj"):
+        pelt_fast.inject(model, "lora", slots=slots)
+
+
+def test_two_blocks_in_a_layer_are_left_open():
+    model = llama()
+    for layer in model.model.layers:
+        layer.second = type(layer.mlp)(model.config)
+    assert "2 blocks in a layer (mlp, second): which one?" in draft(model)
 
 
 def test_explain_prints_the_draft(tmp_path, capsys):
