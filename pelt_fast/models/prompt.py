@@ -1,21 +1,27 @@
 """How a prompt gets in front of a stack, and what it moves: masks, positions, outputs, the cache.
 
 Nothing a caller hands in or gets back changes its length, but for what an encoder hands its
-decoder: token outputs, logits and labels stay aligned with the input ids, and the first token is
-the one that is pooled. The virtual tokens are visible to every token, padded left or right. They
-take no learned positions (as in the paper's code); under rotary ones, which are relative, they take
-the first P and the tokens follow. With a cache they are put in front once, when it is empty.
+decoder and the keys in ``attentions``, of which the first P are the prompt's: token outputs, hidden
+states, logits and labels stay aligned with the input ids, and the first token is the one that is
+pooled. The virtual tokens are visible to every token, padded left or right; in a layer with a
+sliding window as far as the window reaches back, as tokens in their places are. They take no
+learned positions (as in the paper's code); under rotary ones, which are relative, they take the
+first P and the tokens follow. Token embeddings are the stack's own input embeddings, called with
+the hooks they have. With a cache the prompt is put in front once, when it is empty; a cache that
+holds it counts its tokens alone (``prompt_cache``).
 """
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
 
 from pelt_fast.modules import Prompt
+from pelt_fast.modules.per_thread import PerThread
 from pelt_fast.modules.slot import Slot
 
+from .prompt_cache import HeldPrompt, given_cache, held_by, mark_returned
 from .slots import StackSlot, find
 from .takeover import Takeover
 
@@ -24,50 +30,61 @@ def attach_prompt(base: nn.Module, stack: StackSlot, prompt: Prompt, takeover: T
     """Register the hooks that put ``prompt`` in front of ``stack``."""
     slot, owner = stack.prompt, find(base, stack.owner)
     positions = None if slot.positions is None else find(base, slot.positions)
+    strips = slot.strip is not None or stack.kind == "decoder"
     if slot.norm is not None:
-        front = NormFront(prompt, slot.own_mask)
-        takeover.hook(base.register_forward_pre_hook(front.extend_mask, with_kwargs=True))
-        takeover.hook(find(base, slot.norm).register_forward_pre_hook(front.prepend))
+        owner, norm = base, find(base, slot.norm)
+        embeddings = find(base, slot.norm.rpartition(".")[0])
+        front = NormFront(prompt, strips, slot.own_mask)
+        takeover.hook(norm.register_forward_pre_hook(front.prepend))
+        hook = embeddings.register_forward_pre_hook(front.before_embeddings, with_kwargs=True)
+        takeover.hook(hook)
     elif slot.layer is not None:
-        front = LayerFront(prompt)
+        front = LayerFront(prompt, strips)
         takeover.hook(find(base, slot.layer).register_forward_pre_hook(front.prepend))
     elif stack.kind == "encoder":
-        front = EncoderFront(prompt, base.get_input_embeddings(), positions)
-        takeover.hook(owner.register_forward_pre_hook(front.before_encoder, with_kwargs=True))
+        front = EncoderFront(prompt, strips, positions)
         if hasattr(base, "decoder"):
             hook = base.decoder.register_forward_pre_hook(front.before_decoder, with_kwargs=True)
             takeover.hook(hook)
     else:
-        front = DecoderFront(prompt, base.get_input_embeddings(), positions)
-        takeover.hook(owner.register_forward_pre_hook(front.before, with_kwargs=True))
-        takeover.hook(owner.register_forward_hook(front.after))
+        front = DecoderFront(prompt, strips, positions)
+    takeover.hook(owner.register_forward_pre_hook(front.before, with_kwargs=True))
+    takeover.hook(owner.register_forward_hook(front.after, always_call=True))
     if positions is not None:
         takeover.call(positions, front.learned_positions)
     if slot.strip is not None:
         takeover.hook(find(base, slot.strip).register_forward_hook(front.strip))
-        takeover.hook(base.register_forward_hook(front.strip_hidden))
 
 
 def widened(mask: Tensor | None, length: int) -> Tensor | None:
     """A padding mask (B, T) with ``length`` visible places in front; None stays None."""
     if mask is None:
         return None
-    if mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"prompt tuning takes an attention_mask of shape (batch, tokens), got"
-            f" {tuple(mask.shape)}"
+            f"prompt tuning takes an attention_mask of shape (batch, tokens), got {found}"
         )
     return torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
 
 
-def _stripped(outputs, length: int, whole: int):
-    """``hidden_states`` of an output without the virtual tokens, where it carries them."""
-    states = outputs.get("hidden_states") if hasattr(outputs, "get") else None
-    if states:
-        outputs["hidden_states"] = tuple(
-            h[:, length:] if h is not None and h.shape[1] == whole else h for h in states
-        )
-    return outputs
+def aligned(value, call: "Call", length: int):
+    """An output, or each of several, without the virtual tokens where it has a place for them."""
+    if isinstance(value, dict):
+        for name in list(value):
+            value[name] = aligned(value[name], call, length)
+        return value
+    if isinstance(value, tuple):
+        return tuple(aligned(each, call, length) for each in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 3 and value.shape[1] == call.whole:  # hidden states
+        return value[:, length:]
+    if value.dim() == 4 and value.shape[2] == call.whole:  # attentions (B, H, T, S): the queries
+        return value[:, :, length:]
+    if value.dim() == 2 and value.shape[0] == call.rows * call.whole:  # a router's logits
+        return value.unflatten(0, (call.rows, call.whole))[:, length:].flatten(0, 1)
+    return value
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -76,41 +93,79 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     return {**dict(zip(names, args)), **kwargs}
 
 
-class Front:
-    """A prompt in front of a stack; ``whole`` is the length of the last forward with it."""
+@dataclass
+class Call:
+    """One forward of a stack under a prompt."""
 
-    def __init__(self, prompt: Prompt):
-        self.prompt, self.whole = prompt, 0
+    held: HeldPrompt | None = None  # the mark of the cache it was given
+    first: bool = True  # whether the prompt is put in front, and does not lie in the cache
+    rows: int = 0
+    whole: int = 0  # the prompt's length and the tokens', once it is there
+    positioned: bool = False  # whether the positions that were taken over were asked
+
+
+class Front:
+    """A prompt in front of a stack, whose output loses the virtual tokens where it ``strips``.
+    ``call`` is the forward that the stack is in."""
+
+    def __init__(self, prompt: Prompt, strips: bool, positions: nn.Module | None = None):
+        self.prompt, self.strips, self.call = prompt, strips, PerThread()
+        self.positions = None if positions is None else Slot(positions)
+
+    def before(self, module, args, kwargs):
+        """Before the stack."""
+        self.call.put(Call())
+
+    def began(self, kwargs: dict) -> Call:
+        """A forward with the cache it was given: the prompt is put in front where that is empty."""
+        cache, call = given_cache(kwargs, self.prompt.length), Call()
+        if cache is not None:
+            call.held = held_by(cache, self.prompt)
+            call.first, call.held.running = call.held.whole() == 0, True
+        self.call.put(call)
+        return call
+
+    def after(self, module, args, outputs):
+        """After the stack: the tokens' own outputs, and a cache that is known to hold the prompt."""
+        call = self.call.take()
+        if call is not None and call.held is not None:
+            call.held.running = False
+        if call is None or outputs is None:  # None: an exception is on its way
+            return outputs
+        if call.first:
+            self._check_reached(module, call)
+            mark_returned(outputs, self.prompt)
+        return aligned(outputs, call, self.prompt.length) if self.strips else outputs
+
+    def _check_reached(self, module: nn.Module, call: Call) -> None:
+        if not call.whole or (self.positions is not None and not call.positioned):
+            what = "learned positions" if call.whole else "module that the prompt stands before"
+            raise RuntimeError(
+                f"the {what} of this {type(module).__name__} was replaced after inject, and the"
+                " prompt left out: eject, replace it, inject again"
+            )
 
     def strip(self, module, args, outputs):
         """After the layers: the tokens' own outputs, the first of them first."""
-        length = self.prompt.length
-        if isinstance(outputs, Tensor):
-            return outputs[:, length:]
-        if isinstance(outputs, tuple):
-            return outputs[0][:, length:], *outputs[1:]
-        outputs["last_hidden_state"] = outputs.last_hidden_state[:, length:]
-        return _stripped(outputs, length, self.whole)
+        call = self.call.get()
+        return outputs if call is None else aligned(outputs, call, self.prompt.length)
 
-    def strip_hidden(self, module, args, outputs):
-        """After the model."""
-        return _stripped(outputs, self.prompt.length, self.whole)
-
-    def prepend(self, module, args):
-        """Before a module: its input with the prompt in front."""
-        x = self.prompt(args[0])
-        self.whole = x.shape[1]
-        return (x, *args[1:])
+    def in_front(self, x: Tensor) -> Tensor:
+        """[prompt; x], whose length this forward knows from here."""
+        x, call = self.prompt(x), self.call.get()
+        if call is not None:  # None in a checkpoint's second run
+            call.rows, call.whole = x.shape[:2]
+        return x
 
 
 class NormFront(Front):
-    """In front of the LayerNorm of summed embeddings (BERT)."""
+    """In front of the LayerNorm of summed embeddings (BERT, which may be a decoder)."""
 
-    def __init__(self, prompt: Prompt, own_mask: bool):
-        super().__init__(prompt)
+    def __init__(self, prompt: Prompt, strips: bool, own_mask: bool):
+        super().__init__(prompt, strips)
         self.own_mask = own_mask
 
-    def extend_mask(self, module, args, kwargs):
+    def before(self, module, args, kwargs):
         """Before the model: a mask that covers the prompt."""
         kwargs = _by_name(module, args, kwargs)
         mask = kwargs.get("attention_mask")
@@ -118,7 +173,21 @@ class NormFront(Front):
             given = kwargs.get("input_ids")
             given = kwargs["inputs_embeds"] if given is None else given
             mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
-        return (), {**kwargs, "attention_mask": widened(mask, self.prompt.length)}
+        mask = widened(mask, self.prompt.length)
+        self.began(kwargs)
+        return (), {**kwargs, "attention_mask": mask}
+
+    def before_embeddings(self, module, args, kwargs):
+        """Before the embeddings, whose positions go on behind the tokens in the cache."""
+        call = self.call.get()
+        if call is None or call.first or not kwargs.get("cache_length"):
+            return None
+        return args, {**kwargs, "cache_length": kwargs["cache_length"] - self.prompt.length}
+
+    def prepend(self, module, args):
+        """Before the LayerNorm."""
+        call = self.call.get()
+        return (self.in_front(args[0]), *args[1:]) if call is not None and call.first else args
 
 
 class LayerFront(Front):
@@ -130,25 +199,20 @@ class LayerFront(Front):
             raise ValueError(
                 f"a prompt in front of {type(module).__name__} takes no attention_mask"
             )
-        return super().prepend(module, args)
+        return self.in_front(args[0]), *args[1:]
 
 
 class TokenFront(Front):
     """In front of token embeddings; ``positions`` gives learned ones, or is None."""
 
-    def __init__(self, prompt: Prompt, embeddings: nn.Module, positions: nn.Module | None):
-        super().__init__(prompt)
-        self.embeddings = Slot(embeddings)
-        self.positions = None if positions is None else Slot(positions)
-
-    def embedded(self, kwargs: dict) -> Tensor:
+    def embedded(self, stack: nn.Module, kwargs: dict) -> Tensor:
         """The prompt and the tokens behind it."""
         if kwargs.get("token_type_ids") is not None:
             raise ValueError("a prompt has no token_type_ids: leave them away")
         embeds = kwargs.get("inputs_embeds")
-        x = self.prompt(self.embeddings(kwargs["input_ids"]) if embeds is None else embeds)
-        self.whole = x.shape[1]
-        return x
+        if embeds is None:
+            embeds = stack.get_input_embeddings()(kwargs["input_ids"])
+        return self.in_front(embeds)
 
     def behind_prompt(self, positions: Tensor) -> Tensor:
         """The tokens' positions (.., T, d) behind zeros."""
@@ -159,15 +223,20 @@ class TokenFront(Front):
 class EncoderFront(TokenFront):
     """In front of an encoder's token embeddings; a decoder attends to the prompt too (BART, T5)."""
 
-    def before_encoder(self, module, args, kwargs):
+    def before(self, module, args, kwargs):
         """Before the encoder: embeddings with the prompt in front, a mask that covers it."""
         kwargs = _by_name(module, args, kwargs)
         mask = widened(kwargs.get("attention_mask"), self.prompt.length)
-        given = dict(input_ids=None, inputs_embeds=self.embedded(kwargs), attention_mask=mask)
-        return (), {**kwargs, **given}
+        self.call.put(Call())
+        given = dict(input_ids=None, inputs_embeds=self.embedded(module, kwargs))
+        return (), {**kwargs, **given, "attention_mask": mask}
 
     def learned_positions(self, ids: Tensor, *args, **kwargs) -> Tensor:
         """The positions module: the tokens', and none for the prompt."""
+        call = self.call.get()
+        if call is None:
+            return self.positions(ids, *args, **kwargs)
+        call.positioned = True
         return self.behind_prompt(self.positions(ids[:, self.prompt.length :], *args, **kwargs))
 
     def before_decoder(self, module, args, kwargs):
@@ -197,42 +266,38 @@ def _refuse_packed(mask: Tensor | None, positions: Tensor | None) -> None:
 class DecoderFront(TokenFront):
     """In front of a causal decoder's token embeddings (Llama, OPT, GPT-2)."""
 
-    def before(self, model, args, kwargs):
+    def before(self, module, args, kwargs):
         """Before the decoder: the prompt where the cache is empty, and everywhere its places."""
-        kwargs = _by_name(model, args, kwargs)
-        length = self.prompt.length
+        kwargs = _by_name(module, args, kwargs)
         _refuse_packed(kwargs.get("attention_mask"), kwargs.get("position_ids"))
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        if isinstance(cache, StaticCache):
-            raise ValueError(
-                f"a static cache has no place for the {length} virtual tokens of this prompt: use"
-                " the dynamic cache (cache_implementation=None)"
-            )
-        first = cache is None or cache.get_seq_length() == 0
-        kwargs["attention_mask"] = widened(kwargs.get("attention_mask"), length)
+        mask = widened(kwargs.get("attention_mask"), self.prompt.length)
+        call = self.began(kwargs)
+        kwargs["attention_mask"] = mask
         for name in ("position_ids", "cache_position"):
             if kwargs.get(name) is not None:
-                kwargs[name] = self._moved(kwargs[name], first)
-        self.whole = None
-        if first:
-            kwargs |= dict(inputs_embeds=self.embedded(kwargs), input_ids=None)
+                kwargs[name] = self._moved(kwargs[name], call.first)
+        if call.first:
+            kwargs |= dict(inputs_embeds=self.embedded(module, kwargs), input_ids=None)
         return (), kwargs
 
     def learned_positions(self, *args, **kwargs) -> Tensor:
         """The positions module: the tokens' as they were, and none for the prompt. What it is asked
         for counts the prompt; hidden tokens are asked for below zero (OPT)."""
-        length = self.prompt.length
+        call, length = self.call.get(), self.prompt.length
+        if call is None:
+            return self.positions(*args, **kwargs)
+        call.positioned = True
         if "position_ids" in kwargs:
             ids, given = kwargs["position_ids"], kwargs
         else:
             ids, given = args[0], None
-        tokens = ids[:, length:] if self.whole else ids
+        tokens = ids[:, length:] if call.first else ids
         tokens = torch.where(tokens < 0, tokens, tokens - length)
         if given is None:
             found = self.positions(tokens, *args[1:], **kwargs)
         else:
             found = self.positions(*args, **{**kwargs, "position_ids": tokens})
-        return self.behind_prompt(found) if self.whole else found
+        return self.behind_prompt(found) if call.first else found
 
     def _moved(self, positions: Tensor, first: bool) -> Tensor:
         moved = positions + self.prompt.length
@@ -240,7 +305,3 @@ class DecoderFront(TokenFront):
             return moved
         front = torch.arange(self.prompt.length, device=positions.device)
         return torch.cat([front.expand(*positions.shape[:-1], -1), moved], -1)
-
-    def after(self, model, args, outputs):
-        """After the decoder: the tokens' own outputs."""
-        return outputs if self.whole is None else self.strip(model, args, outputs)

@@ -1,0 +1,120 @@
+"""A cache that begins with a prompt: it counts its tokens alone, and is known by what it holds.
+
+Whoever asks such a cache for its length (``generate``, or code by hand) wants to know how many of
+the tokens are in it already; the virtual ones are no tokens of theirs. So ``get_seq_length`` leaves
+them out, but for the stack that runs with the prompt in front, whose keys they are. The mark lies
+on the cache: it copies and pickles with it, and goes on through crops, reordering and resets. Keys
+that the present prompt did not make are refused: those of a cache without the mark, of another
+prompt, or of this one before it was trained, loaded or exchanged.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache, StaticCache
+
+_MARK = "_pelt_prompt"
+_ANEW = "start with an empty cache"
+
+
+class HeldPrompt:
+    """The prompt (P, d) that a cache's ``layers`` begin with."""
+
+    def __init__(self, layers: list, rows: Tensor):
+        # the layers, not the cache: a cycle would keep its memory until Python looks for cycles
+        self.layers, self.rows = layers, rows.detach().clone()
+        self.running = False  # whether the stack that put the prompt there is
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.rows.shape[0]
+
+    def whole(self, layer_idx: int = 0) -> int:
+        """The keys of a layer, or of the first behind it that counts them."""
+        for layer in self.layers[layer_idx:]:
+            if hasattr(layer, "get_seq_length"):
+                return layer.get_seq_length()
+        return 0
+
+    def tokens(self, layer_idx: int = 0) -> int:
+        """The cache's ``get_seq_length``."""
+        whole = self.whole(layer_idx)
+        return whole if self.running else max(whole - self.length, 0)
+
+    def offset(self, layer_idx: int = 0) -> int:
+        """The cache's ``get_query_offset``, which a running model asks for."""
+        if not self.running:
+            raise ValueError(
+                f"this cache begins with the {self.length} virtual tokens of a prompt, which the"
+                f" model that runs now does not carry: {_ANEW}"
+            )
+        return self.whole(layer_idx)
+
+    def check(self, prompt: Tensor) -> None:
+        """ValueError unless the layers begin with ``prompt`` and hold one number of keys each."""
+        lengths = {self.whole(i) for i in range(len(self.layers))} - {0}
+        if self.running or len(lengths) > 1:
+            raise ValueError(f"a forward with this cache broke off and left it half written: {_ANEW}")
+        if self.whole() < self.length:
+            raise ValueError(
+                f"this cache was cropped to {self.whole()} keys, into the {self.length} virtual"
+                f" tokens of its prompt: {_ANEW}"
+            )
+        if torch.compiler.is_compiling():
+            return  # a graph cannot ask for values
+        if self.rows.shape != prompt.shape or not torch.equal(self.rows.to(prompt), prompt):
+            raise ValueError(
+                f"this cache begins with another prompt of {self.length} virtual tokens, or with"
+                f" this one before it changed: {_ANEW}"
+            )
+
+
+def given_cache(kwargs: dict, length: int) -> Cache | None:
+    """The cache of a stack's own keys among a call's arguments; ValueError for a static one, which
+    has no room for ``length`` more."""
+    cache = kwargs.get("cache")
+    cache = _own(kwargs.get("past_key_values") if cache is None else cache)
+    if isinstance(cache, StaticCache):
+        raise ValueError(
+            f"a static cache has no place for the {length} virtual tokens of this prompt: use the"
+            " dynamic cache (cache_implementation=None)"
+        )
+    return cache
+
+
+def held_by(cache: Cache, prompt: nn.Module) -> HeldPrompt:
+    """The mark of a cache that a forward begins with, made where it is empty; ValueError for keys
+    that ``prompt`` did not make."""
+    held = cache.__dict__.get(_MARK)
+    if cache.get_seq_length() == 0 and (held is None or held.whole() == 0):
+        return mark(cache, prompt)
+    if held is None:
+        raise ValueError(
+            f"this cache holds {cache.get_seq_length()} keys and no mark of a prompt: it was filled"
+            f" before inject, by another model or by hand. {_ANEW.capitalize()}; to use one twice,"
+            " take copy.deepcopy(cache) of what this model filled"
+        )
+    held.check(prompt.embedding)
+    return held
+
+
+def mark(cache: Cache, prompt: nn.Module) -> HeldPrompt:
+    """Say that a cache begins with ``prompt``."""
+    held = HeldPrompt(cache.layers, prompt.embedding)
+    setattr(cache, _MARK, held)
+    cache.get_seq_length = partial(HeldPrompt.tokens, held)  # a graph can return no bound method
+    cache.get_query_offset = partial(HeldPrompt.offset, held)
+    return held
+
+
+def mark_returned(outputs, prompt: nn.Module) -> None:
+    """The same of a cache that a model made itself."""
+    for value in outputs.values() if hasattr(outputs, "values") else outputs:
+        if isinstance(value, Cache) and _MARK not in _own(value).__dict__:
+            mark(_own(value), prompt)
+
+
+def _own(cache: Cache | None) -> Cache | None:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
