@@ -10,6 +10,7 @@ from torch import nn
 from pelt_fast.config import Modification
 from pelt_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
 from pelt_fast.models.explain import explain
+from pelt_fast.models.handles import carrier_of
 from pelt_fast.models.slots import SlotMap, base_of
 from pelt_fast.models.takeover import takeover_of
 
@@ -18,6 +19,7 @@ CARD = "README.md"
 
 def model_card(model: nn.Module, repo_id: str = "OWNER/NAME") -> str:
     """What an injected model carries, in the hub's form: base, method, sizes, how to use it."""
+    model = carrier_of(model)
     config, explanation = takeover_of(model).config, explain(model)
     base = base_of(model).config
     name, count = base._name_or_path or base.model_type, explanation.count
@@ -51,16 +53,18 @@ def push_to_hub(
     *,
     private: bool | None = None,
     commit_message: str = "Upload a pelt_fast method",
+    include_trained: bool | None = None,
     api: HfApi | None = None,
 ) -> str:
     """Upload the method of ``model`` and its card to ``repo_id``, made where it is not; returns the
     commit's URL.
 
-    ``api`` is huggingface_hub's, with a token or endpoint of yours. Raises ValueError when nothing
+    ``api`` is huggingface_hub's, with a token or endpoint of yours; ``include_trained`` as for
+    :func:`pelt_fast.save`. Raises ValueError when nothing
     is injected, and huggingface_hub's own errors; nothing is uploaded unless all is written.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save(model, folder)
+        save(model, folder, include_trained=include_trained)
         (Path(folder) / CARD).write_text(model_card(model, repo_id))
         api = api or HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -76,10 +80,11 @@ def load_from_hub(
     token: str | bool | None = None,
     slots: SlotMap | None = None,
     pack: bool = True,
+    head: bool = True,
 ) -> nn.Module:
     """:func:`pelt_fast.load` of what :func:`push_to_hub` put in ``repo_id``; only its two files are
     fetched, or found in the cache."""
     folder = snapshot_download(
         repo_id, revision=revision, token=token, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
     )
-    return load(model, folder, slots=slots, pack=pack)
+    return load(model, folder, slots=slots, pack=pack, head=head)

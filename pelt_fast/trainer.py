@@ -19,6 +19,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pelt_fast.models.checkpoint import load_trained, save, save_trained
+from pelt_fast.models.handles import carrier_of, is_method
 from pelt_fast.models.sharded import is_sharded, resharded
 
 
@@ -46,6 +47,7 @@ class MethodCheckpoints:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """transformers' own; ``True`` goes on from the newest checkpoint that is whole: one that a
         kill cut short is passed over."""
+        carrier_of(self.model)  # refuse now what no checkpoint could be written of
         if resume_from_checkpoint is True:
             found = last_checkpoint(self.args.output_dir)
             if found is None:
@@ -54,9 +56,17 @@ class MethodCheckpoints:
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _plain_model(self, model: nn.Module | None = None) -> nn.Module:
-        return self.accelerator.unwrap_model(
-            self.model if model is None else model, keep_torch_compile=False
+        return carrier_of(
+            self.accelerator.unwrap_model(
+                self.model if model is None else model, keep_torch_compile=False
+            )
         )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """transformers' own, but for a method's learned scale: a factor about one, which decay
+        would pull to zero."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not (is_method(name) and name.endswith(".scale"))]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' own, which under FSDP would gather the base."""
@@ -81,7 +91,7 @@ class MethodCheckpoints:
         model = self._plain_model()
         if not self.args.should_save and not is_sharded(model):
             return
-        save(model, folder)
+        save(model, folder, include_trained=True)
         save_trained(model, folder)
         if not self.args.should_save:
             return

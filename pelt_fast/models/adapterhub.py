@@ -162,7 +162,7 @@ def bottleneck_keys(model: nn.Module, site: Site, name: str) -> dict[str, str]:
             "up_weight": "adapter_up.weight", "up_bias": "adapter_up.bias"}  # fmt: skip
     if module.layer_norm != "none":
         norm = "adapter_norm_before" if module.layer_norm == "in" else "adapter_norm_after"
-        keys |= {"norm_weight": f"{norm}.weight", "norm_bias": f"{norm}.bias"}
+        keys |= {"norm.weight": f"{norm}.weight", "norm.bias": f"{norm}.bias"}
     if isinstance(module.scale, Tensor):
         keys["scale"] = "scaling"
     return {ours: f"{place}.{theirs}" for ours, theirs in keys.items()}

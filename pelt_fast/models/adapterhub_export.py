@@ -21,6 +21,7 @@ from .adapterhub import (
 )
 from .adapterhub_config import ACTIVATIONS, COMPARED
 from .checkpoint import write_files
+from .handles import carrier_of
 from .slots import base_of, stacks_of
 from .takeover import takeover_of
 
@@ -34,6 +35,7 @@ def export_adapterhub(model: nn.Module, folder: str | os.PathLike, name: str = "
     head that trains beside it. Raises ValueError, before anything is written, for what the format
     has no place for; OSError when the disk refuses.
     """
+    model = carrier_of(model)
     takeover = takeover_of(model)
     parts, tensors = _configs(model, takeover.config), {}
     names = {module: path for path, module in model.named_modules()}
@@ -47,7 +49,7 @@ def export_adapterhub(model: nn.Module, folder: str | os.PathLike, name: str = "
             tensors[f"{prefix_key(model, site, name)}.control_trans"] = flat
         else:
             keys = bottleneck_keys(model, site, name)
-            tensors |= {key: getattr(module, ours) for ours, key in keys.items()}
+            tensors |= {key: module.get_parameter(ours) for ours, key in keys.items()}
     origin = dict(
         hidden_size=base_of(model).config.hidden_size, model_class=type(model).__name__,
         model_name=base_of(model).config._name_or_path, model_type=base_of(model).config.model_type,

@@ -12,7 +12,7 @@ from pelt_fast.config import KINDS, Modification, PeltConfig
 from pelt_fast.modules.part import Part, shape_of
 
 from .checkpoint import check_fits, copy_tensors, fold_banks, read_tensors
-from .count import is_method
+from .handles import is_method
 from .inject import eject, inject
 from .places import placed_linears
 from .slots import base_of, stacks_of

@@ -61,10 +61,11 @@ def check(module: nn.Module) -> None:
 
 
 def wrap(module: nn.Module, takeover: Takeover) -> None:
-    """Let the config of an attention module choose the function that wraps the user's choice."""
+    """Let the config of an attention module, by now the model's own (``configs``), choose the
+    function that wraps the user's choice."""
     choice = wrapping(module.config._attn_implementation)
     if module.config._attn_implementation != choice:
-        takeover.set_attention(module.config, choice)
+        module.config._attn_implementation = choice
 
 
 def _asks_the_interface(module: nn.Module) -> bool:

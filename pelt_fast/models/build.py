@@ -22,13 +22,15 @@ from pelt_fast.modules import (
 )
 from pelt_fast.modules.caught import Caught
 from pelt_fast.modules.fused_projection import FusedProjection
-from pelt_fast.modules.part import FUSED, LORA, Part, host_of, shape_of, weight_of
+from pelt_fast.modules.part import FUSED, LORA, Part, host_of, parameter_of, shape_of, weight_of
 from pelt_fast.modules.slot import Slot
 
 from . import attention
 from .blocks import describe_block, take_block
+from .handles import compiled_from
 from .places import attention_slots, ffns, linears, prompted
 from .prompt import attach_prompt
+from .shared import holders_of, is_shared
 from .slots import FFNSlot, base_of, find
 from .takeover import Site, Takeover
 from .watch import expect
@@ -43,6 +45,8 @@ def _dtype(config: PeltConfig, *weights: torch.Tensor) -> torch.dtype:
 
 def _inject_lora(model, modification, config, stacks, takeover) -> None:
     for name, linear in linears(base_of(model), modification, stacks):
+        if LORA in host_of(linear)._modules:
+            continue  # another target's, of the same layer: tied q and k
         fused = isinstance(linear, Part) and linear.rows is not None
         linear = _held(linear, takeover) if fused else linear
         site = LoRALinear(linear, modification.size, modification.scale, modification.dropout,
@@ -65,23 +69,23 @@ def _held(part: Part, takeover: Takeover) -> Part:
 
 def _inject_prefix(model, modification, config, stacks, takeover) -> None:
     base = base_of(model)
-    banks: dict[str, PrefixBank] = {}
+    banks: dict[tuple[str, str], PrefixBank] = {}
     for place, slot in attention_slots(base, modification, stacks):
         module = find(place.layer, slot.module)
-        if slot.kind not in banks:
+        key = place.stack.layers, slot.kind
+        if key not in banks:
             owner = find(base, place.stack.owner)
-            # of each kind the layers it serves, in order
-            count = len(modification.layers or find(base, place.stack.layers))
-            bank = _bank(place, slot, module, modification, config, count)
-            banks[slot.kind] = bank
-            takeover.add(owner, _bank_name(slot.kind, modification), bank)
+            layers = find(base, place.stack.layers)
+            # the layers it serves, each once, in order
+            served = {compiled_from(layers[i]) for i in modification.layers or range(len(layers))}
+            bank = banks[key] = _bank(place, slot, module, modification, config, len(served))
+            takeover.add(owner, _free_name(owner, _bank_name(slot.kind, modification)), bank)
             takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
             takeover.hook(owner.register_forward_pre_hook(bank.before_stack))
-        bank = banks[slot.kind]
-        index = place.index
-        if modification.layers is not None:
-            index = modification.layers.index(place.index)
-        takeover.set(module, attention.SLICE, PrefixSlice(bank, index, modification.composition))
+        bank = banks[key]
+        takeover.set(
+            module, attention.SLICE, PrefixSlice(bank, place.order, modification.composition)
+        )
         queries = shape_of(find(place.layer, slot.q))[0]
         takeover.sites.append(Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank,
                                    attention=module, queries=queries))  # fmt: skip
@@ -93,6 +97,14 @@ def _bank_name(kind: str, modification: Modification) -> str:
     own."""
     first = "" if modification.layers is None else f"_{modification.layers[0]}"
     return f"pelt_{kind}_prefix{first}"
+
+
+def _free_name(owner: nn.Module, name: str) -> str:
+    """A child's name, numbered where stacks of one owner would share it."""
+    free, number = name, 2
+    while free in owner._modules:
+        free, number = f"{name}_{number}", number + 1
+    return free
 
 
 def head_dim_of(module: nn.Module) -> int:
@@ -126,8 +138,15 @@ def _inject_bottleneck(model, modification, config, stacks, takeover) -> None:
 
 def _inject_at_output(model, modification, config, stacks, takeover) -> None:
     """Adapters that run where an attention's output projection is called."""
+    made: dict[nn.Module, nn.Module] = {}  # by projection: one of two attentions has one adapter
     for place, slot in attention_slots(base_of(model), modification, stacks):
         linear, module = find(place.layer, slot.out), find(place.layer, slot.module)
+        host = host_of(linear)
+        if host in made:
+            if modification.insertion == "parallel":
+                caught = made[host].caught
+                takeover.hook(module.register_forward_pre_hook(caught, with_kwargs=True))
+            continue
         dtype = _dtype(config, weight_of(linear))
         if modification.insertion == "sequential":
             site = SequentialAdapter(linear, modification, dtype)
@@ -141,7 +160,7 @@ def _inject_at_output(model, modification, config, stacks, takeover) -> None:
             takeover.hook(module.register_forward_pre_hook(site.caught, with_kwargs=True))
             expect(base_of(model), place, slot.module, takeover)
         op = "heads" if modification.target == "heads" else "adapter"
-        host = host_of(linear)
+        made[host] = site
         takeover.add(host, "pelt_heads" if op == "heads" else "pelt_adapter", site)
         takeover.call(host, site.forward)
         takeover.sites.append(Site(f"{place.name}.{slot.out}", op, "bottleneck", site))
@@ -162,14 +181,19 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
             Site(name, "heads", "bottleneck", site, attention=module, queries=queries)
         )
         attention.wrap(module, takeover)
-        if place.index == (modification.layers or (0,))[0]:
+        if place.order == 0:
             owner = find(base_of(model), place.stack.owner)
             takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
 
 
 def _inject_ffn(model, modification, config, stacks, takeover) -> None:
+    holders, blocks = holders_of(model), set()
     for place, slot in ffns(base_of(model), modification, stacks):
         behind = modification.placement in ("after_norm", "around_norm")
+        block = place.layer if behind else find(place.layer, slot.entry)
+        if block in blocks:
+            continue  # a block that layers share has one adapter
+        blocks.add(block)
         base, into, out = base_of(model), slot.in_proj, slot.out_proj
         if behind:
             ffn = describe_block(base, place.layer, slot)
@@ -197,8 +221,9 @@ def _inject_ffn(model, modification, config, stacks, takeover) -> None:
         takeover.call(find(place.layer, entry), site.forward)
         name = f"{place.name}.{entry}".removesuffix(".")
         takeover.sites.append(Site(name, op, "bottleneck", site))
-        if op == "ffn" and not takeover.pack:
-            site.leave_unpacked()
+        frozen = [parameter_of(held.module) for held in ffn.projections]
+        if op == "ffn" and (not takeover.pack or any(is_shared(holders, p) for p in frozen)):
+            site.leave_unpacked()  # a weight cannot lie in two buffers
         elif op == "ffn" and site.why_not_fused() is None:
             site.pack()
 

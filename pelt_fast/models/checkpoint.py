@@ -3,13 +3,14 @@
 ``pelt_config.json`` holds the format version, the config and what base it belongs to;
 ``pelt_model.safetensors`` the method's tensors and the task head's. A prefix is stored as its keys
 and values: its reparameterisation ends with training. Both files are written beside their final
-names and moved there when whole. What FSDP2 sharded is gathered: every process calls, the first
+names and moved there when whole; the JSON holds a digest of the tensors, so that halves of two
+saves are told. What FSDP2 sharded is gathered: every process calls, the first
 writes.
 """
 
 import dataclasses
-import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,17 @@ from torch import Tensor, nn
 from pelt_fast.config import PeltConfig
 from pelt_fast.modules import PrefixBank
 
-from .count import is_method
-from .inject import eject, inject
+from .digest import digest
+from .fingerprint import fingerprint, fingerprints
+from .handles import (
+    carrier_of,
+    is_method,
+    modules_of,
+    parameters_of,
+    refuse_second,
+    unwrapped,
+)
+from .inject import eject, head_names, inject
 from .sharded import is_sharded, like, resharded, whole, writes
 from .slots import SlotMap, base_of
 from .takeover import takeover_of
@@ -32,27 +42,21 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "pelt_config.json"
 WEIGHTS_FILE = "pelt_model.safetensors"
 TRAINED_FILE = "pelt_training.safetensors"
+_RENAMED = {"norm_weight": "norm.weight", "norm_bias": "norm.bias"}  # of an adapter's LayerNorm
 
-
-def fingerprint(model: nn.Module) -> str:
-    """A digest of the base's parameter names and shapes (not of their values)."""
-    lines = sorted(
-        f"{name} {tuple(parameter.shape)}"
-        for name, parameter in base_of(model).named_parameters()
-        if not is_method(name)
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+logger = logging.getLogger("pelt_fast")
 
 
 def method_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What :func:`save` stores, by name: the method folded, and the trained task head."""
+    model = carrier_of(model)
     takeover = takeover_of(model)
     if takeover.config.is_full:
-        return {name: whole(p) for name, p in model.named_parameters()}
+        return {name: whole(p) for name, p in parameters_of(model).items()}
     own = takeover.own_trained
-    banks = {name: m for name, m in model.named_modules() if isinstance(m, PrefixBank)}
+    banks = {name: m for name, m in modules_of(model).items() if isinstance(m, PrefixBank)}
     tensors = {f"{name}.prefix": _folded(bank) for name, bank in banks.items()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model).items():
         in_bank = any(name.startswith(f"{bank}.") for bank in banks)
         if name in own or (is_method(name) and not in_bank):
             tensors[name] = whole(parameter)
@@ -66,17 +70,44 @@ def _folded(bank: PrefixBank) -> Tensor:
     return torch.func.functional_call(bank, parameters, ()).detach()
 
 
-def save(model: nn.Module, folder: str | os.PathLike) -> None:
+def also_trained(model: nn.Module) -> list[str]:
+    """Names of the base's parameters that train though they are no part of the method: what a user
+    unfroze after inject."""
+    takeover = takeover_of(model)
+    if takeover.config.is_full:
+        return []
+    own = takeover.own_trained
+    return [name for name, parameter in parameters_of(carrier_of(model)).items()
+            if parameter.requires_grad and name not in own and not is_method(name)]  # fmt: skip
+
+
+def save(
+    model: nn.Module, folder: str | os.PathLike, *, include_trained: bool | None = None
+) -> None:
     """Write the injected method to ``folder`` (made if missing). Of a model that ``fully_shard``
     cut every process calls this, and the first writes.
 
-    Raises ValueError when nothing is injected or it is merged, and OSError when the disk refuses; a
-    checkpoint that was there before is then still whole.
+    ``include_trained`` decides about what was unfrozen after inject and is no part of the method
+    (embeddings of new tokens, a norm): True writes it, too, and :func:`load` gives it back and lets
+    it train; False leaves it out; None does so with a warning that names it. Raises ValueError when
+    nothing is injected or it is merged, and OSError when the disk refuses; a checkpoint that was
+    there before is then still whole.
     """
+    model = carrier_of(model)
     takeover = takeover_of(model)
     if takeover.merged:
         raise ValueError("this model is merged into its base: unmerge it before save")
-    tensors = {name: t.contiguous().cpu() for name, t in method_tensors(model).items()}
+    tensors = method_tensors(model)
+    also = also_trained(model)
+    if also and include_trained is None:
+        logger.warning(
+            "save leaves out what trains and is no part of the method: %s. include_trained=True"
+            " writes it, too; include_trained=False leaves it out without this warning",
+            ", ".join(also),
+        )
+    also = also if include_trained else []
+    tensors |= {name: whole(parameters_of(model)[name]) for name in also}
+    tensors = {name: t.contiguous().cpu() for name, t in tensors.items()}
     if not writes(model):
         return
     about = {
@@ -88,6 +119,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
             "fingerprint": fingerprint(model),
         },
         "tensors": {name: list(t.shape) for name, t in tensors.items()},
+        "also_trained": also,
+        "digest": digest(tensors),
     }
     writers = {
         WEIGHTS_FILE: lambda to: save_file(tensors, to, metadata={"format": "pt"}),
@@ -114,10 +147,10 @@ def write_files(folder: Path, writers: dict[str, Callable[[Path], object]], what
 
 def save_trained(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write what trains as it stands, to go on from: :func:`load_trained` reads it."""
-    takeover_of(model)
+    model = carrier_of(model)
     tensors = {
         name: whole(parameter).contiguous().cpu()
-        for name, parameter in model.named_parameters() if parameter.requires_grad
+        for name, parameter in parameters_of(model).items() if parameter.requires_grad
     }  # fmt: skip
     if writes(model):
         write_files(Path(folder), {TRAINED_FILE: lambda to: save_file(tensors, to)}, "what trains")
@@ -129,11 +162,12 @@ def load_trained(model: nn.Module, folder: str | os.PathLike) -> None:
     Raises FileNotFoundError, or ValueError when the file is damaged or does not fit; the model is
     then as it was.
     """
+    model = carrier_of(model)
     path = Path(folder) / TRAINED_FILE
     if not path.is_file():
         raise FileNotFoundError(f"nothing to go on from in {folder}: {TRAINED_FILE} is missing")
-    tensors = read_tensors(path)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = _renamed(read_tensors(path))
+    trained = {name: p for name, p in parameters_of(model).items() if p.requires_grad}
     check_fits(trained, tensors, folder)
     copy_tensors(model, tensors)
 
@@ -145,6 +179,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by today's names."""
+    found = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        if is_method(name) and last in _RENAMED:
+            name = f"{path}.{_RENAMED[last]}"
+        found[name] = tensor
+    return found
 
 
 def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:
@@ -178,40 +223,88 @@ def load(
     *,
     slots: SlotMap | None = None,
     pack: bool = True,
+    head: bool = True,
 ) -> nn.Module:
     """Inject the method saved in ``folder`` into ``model``, with its weights; returns the model.
-    ``slots`` and ``pack`` as for :func:`pelt_fast.inject`.
+    ``slots`` and ``pack`` as for :func:`pelt_fast.inject`. ``head=False`` leaves the saved task
+    head out: the model's own stays, of however many labels, and trains.
 
-    Raises FileNotFoundError, or ValueError when the files are damaged, of another version, of
-    another base, or do not fit the model; the model is then as it was.
+    What was saved beside the method (``include_trained``) is given back and trains; eject returns
+    the values that were there before. The base may be quantised where the one the method was
+    trained on was not, and the other way round. Raises FileNotFoundError, or ValueError when the
+    files are damaged, halves of two saves, of another version, of another base, or do not fit the
+    model; the model is then as it was.
     """
+    handle, model = model, unwrapped(model)
     config, about = read_config(folder)
     base = about["base"]
-    if base["fingerprint"] != fingerprint(model):
+    refuse_second(model)
+    if base["fingerprint"] not in fingerprints(model):
         raise ValueError(
             f"the method in {folder} belongs to another base: it was saved from"
             f" {base['architecture']!r} ({base['name'] or 'no name'}), whose parameters differ in"
             f" name or shape from this {type(model).__name__}'s"
         )
-    tensors = read_tensors(Path(folder) / WEIGHTS_FILE)
-    if {name: list(t.shape) for name, t in tensors.items()} != about["tensors"]:
-        raise ValueError(f"{folder}: {WEIGHTS_FILE} does not hold what {CONFIG_FILE} lists")
+    tensors = _read_saved(Path(folder), about)
     _check_sizes(config, tensors, folder)
     if config.is_full:
-        check_fits(dict(model.named_parameters()), tensors, folder)
+        expected = parameters_of(model)
+        if not head:
+            of_base = expected.keys() - set(head_names(model))
+            expected, tensors = (
+                {name: value for name, value in found.items() if name in of_base}
+                for found in (expected, tensors)
+            )
+        check_fits(expected, tensors, folder)
         inject(model, config)
         copy_tensors(model, tensors)
-        return model
+        return handle
     inject(model, config, slots=slots, pack=pack)
     try:
         fold_banks(model, tensors)
-        expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _unfreeze(model, about.get("also_trained", []), folder)
+        expected = {name: p for name, p in parameters_of(model).items() if p.requires_grad}
+        if not head:
+            expected, tensors = _headless(model, expected, tensors, about)
         check_fits(expected, tensors, folder)
     except BaseException:
         eject(model)
         raise
     copy_tensors(model, tensors)
-    return model
+    return handle
+
+
+def _read_saved(folder: Path, about: dict) -> dict[str, Tensor]:
+    """The tensors that belong to a JSON; ValueError when they do not."""
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    if "digest" in about and about["digest"] != digest(tensors):
+        raise ValueError(
+            f"{folder} holds halves of two saves: {WEIGHTS_FILE} is not the one that {CONFIG_FILE}"
+            " was written with. A save was cut short, or a file changed since: save again"
+        )
+    if {name: list(t.shape) for name, t in tensors.items()} != about["tensors"]:
+        raise ValueError(f"{folder}: {WEIGHTS_FILE} does not hold what {CONFIG_FILE} lists")
+    return _renamed(tensors)
+
+
+def _unfreeze(model: nn.Module, names: list[str], folder) -> None:
+    """Let what was saved beside the method train; eject gives the values of before back."""
+    parameters, takeover = parameters_of(model), takeover_of(model)
+    for name in names:
+        if name not in parameters:
+            raise ValueError(f"{folder}: {type(model).__name__} has no {name} to give back")
+        takeover.values_before[name] = parameters[name].detach().clone()
+        parameters[name].requires_grad_(True)
+
+
+def _headless(model: nn.Module, expected: dict, tensors: dict, about: dict) -> tuple[dict, dict]:
+    """What is expected and what is there, but for task heads."""
+    takeover = takeover_of(model)
+    kept = {*takeover.biases, *about.get("also_trained", [])}
+    return tuple(
+        {name: value for name, value in found.items() if is_method(name) or name in kept}
+        for found in (expected, tensors)
+    )
 
 
 def _check_sizes(config: PeltConfig, tensors: dict[str, Tensor], folder) -> None:
@@ -227,7 +320,7 @@ def _check_sizes(config: PeltConfig, tensors: dict[str, Tensor], folder) -> None
 
 def fold_banks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Fold the prefixes that ``tensors`` holds folded."""
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if isinstance(module, PrefixBank) and f"{name}.prefix" in tensors:
             module.fold(tensors[f"{name}.prefix"])
 
@@ -239,19 +332,26 @@ def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], folder) 
         raise ValueError(
             f"the method in {folder} does not fit this model: it lacks"
             f" {', '.join(sorted(missing)[:3]) or 'nothing'} and has no use for"
-            f" {', '.join(sorted(unexpected)[:3]) or 'nothing'}"
+            f" {', '.join(sorted(unexpected)[:3]) or 'nothing'}{_about_head(missing | unexpected)}"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{name} in {folder} has shape {tuple(tensor.shape)},"
-                f" the model wants {tuple(expected[name].shape)}"
+                f" the model wants {tuple(expected[name].shape)}{_about_head({name})}"
             )
+
+
+def _about_head(names: set[str]) -> str:
+    """What helps where what does not fit is no site's."""
+    if any(is_method(name) for name in names):
+        return ""
+    return ". Is it another task head? load(..., head=False) leaves the saved one out"
 
 
 @torch.no_grad()
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Write tensors into the parameters of their names, in place."""
-    parameters = dict(resharded(model).named_parameters())
+    parameters = parameters_of(resharded(model))
     for name, tensor in tensors.items():
         parameters[name].copy_(like(parameters[name], tensor))

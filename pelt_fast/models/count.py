@@ -6,6 +6,7 @@ from torch import nn
 
 from pelt_fast.modules import PrefixBank
 
+from .handles import carrier_of, is_method, parameters_of
 from .takeover import takeover_of
 
 _MATRICES = ("lora_a", "lora_b", "down_weight", "up_weight", "embedding")
@@ -29,15 +30,11 @@ class ParameterCount:
         return 100 * self.paper / self.base
 
 
-def is_method(name: str) -> bool:
-    """Whether a parameter's name belongs to an injected site."""
-    return any(step.startswith("pelt_") for step in name.split("."))
-
-
 def count_parameters(model: nn.Module) -> ParameterCount:
     """The :class:`ParameterCount` of an injected model; ValueError when nothing is injected."""
+    model = carrier_of(model)
     takeover = takeover_of(model)
-    named = dict(model.named_parameters())
+    named = parameters_of(model)
     base = sum(p.numel() for name, p in named.items() if not is_method(name))
     trainable = sum(p.numel() for p in named.values() if p.requires_grad)
     head = sum(named[name].numel() for name in takeover.head)

@@ -19,6 +19,7 @@ from pelt_fast.modules.slot import QUANTISED
 from pelt_fast.ops import support
 
 from .count import ParameterCount, count_parameters
+from .handles import carrier_of
 from .takeover import Site, takeover_of
 
 
@@ -82,6 +83,7 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """The :class:`Explanation` of an injected model; ValueError when nothing is injected."""
+    model = carrier_of(model)
     takeover = takeover_of(model)
     seen: set[int] = set()
     sites = []

@@ -12,9 +12,11 @@ from pelt_fast.modules.part import Part, is_linear, shape_of
 
 from . import attention
 from .blocks import check_block
-from .build import BUILDERS, head_dim_of
+from .build import BUILDERS, head_dim_of, reads_residual
+from .configs import own_configs, return_configs
+from .handles import carrier_of, mark, parameters_of, refuse_second, unwrapped
 from .merge import unmerge
-from .places import attention_slots, attentions, ffns, linears, targets
+from .places import attention_slots, attentions, ffns, identity, linears, targets
 from .selftest import SelfTest
 from .slots import SlotMap, StackSlot, base_of, find, stacks_of, task_head
 from .takeover import Takeover, takeover_of
@@ -32,22 +34,26 @@ def inject(
     ``slots`` a row of your own for an architecture the table has none for. ``pack=False`` leaves
     frozen FFN weights in their own storage, where FSDP2 (``fully_shard``) wants them; else a
     widened FFN moves them into one buffer with room for the adapter. What trains afterwards is the
-    method and, unless the config says otherwise, the task head. Raises before anything is
+    method and, unless the config says otherwise, the task head. A wrapper (torch.compile, DDP,
+    PEFT) stands for the model in it, and is what is returned. Raises before anything is
     changed: ValueError for an unknown method, a model that already carries one, an architecture
     without a row, a place the method cannot be put on, an attention that cannot carry a prefix.
     """
     config = preset(method) if isinstance(method, str) else method
     if not isinstance(config, PeltConfig):
         raise TypeError(f"method must be a name or a PeltConfig, got {type(method).__name__}")
-    if "_pelt" in model.__dict__:
-        present = model._pelt.config.name
-        raise ValueError(f"this {type(model).__name__} already carries {present!r}: eject it first")
+    handle, model = model, unwrapped(model)
+    refuse_second(model)
     stacks = [] if config.is_full or not config.modifications else stacks_of(model, slots)
     _check(model, config, stacks)
 
     proof = None if slots is None or not stacks else SelfTest(model, stacks)
     takeover = Takeover(config, pack)
     try:
+        base = base_of(model)
+        mark(model, [base, *(find(base, s.owner) for s in stacks)], takeover)
+        if any(m.form == "prefix" or m.reads == "query" for m in config.modifications):
+            own_configs(model, takeover)
         _freeze(model, config, stacks, takeover)
         for form, build in BUILDERS.items():
             for modification in config.modifications:
@@ -60,7 +66,7 @@ def inject(
         _restore(model, takeover)
         raise
     model._pelt = takeover
-    return model
+    return handle
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -69,6 +75,7 @@ def eject(model: nn.Module) -> nn.Module:
     The task head gets its weights of before back. Raises ValueError when nothing was injected, or
     when full fine-tuning, or a merge that kept no copy, has made the base itself the method.
     """
+    handle, model = model, carrier_of(model)
     takeover = takeover_of(model)
     if takeover.config.is_full:
         raise ValueError("full fine-tuning trains the base itself: there is nothing to eject")
@@ -76,16 +83,16 @@ def eject(model: nn.Module) -> nn.Module:
         unmerge(model)
     _restore(model, takeover)
     del model._pelt
-    model.__dict__.pop("_pelt_several", None)
-    return model
+    return handle
 
 
 def _restore(model: nn.Module, takeover: Takeover) -> None:
     for site in takeover.sites:
         if isinstance(site.module, ParallelFFNAdapter):
             site.module.unpack()
+    return_configs(takeover)
     takeover.undo()
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     for name, trainable in takeover.trainable_before.items():
         parameters[name].requires_grad_(trainable)
     with torch.no_grad():
@@ -129,6 +136,39 @@ def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> Non
             for place, slot in ffns(base, modification, stacks):
                 check_block(base, place, slot, modification)
     _check_parts(base, config, stacks)
+    _check_shared(base, config, stacks)
+
+
+def _check_shared(base: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> None:
+    """What stands on a layer that is in two places has to be one thing in both."""
+    loras: dict[tuple, tuple[str, tuple]] = {}
+    for modification in config.modifications:
+        if modification.form == "low_rank":
+            wanted = (modification.size, modification.scale, modification.dropout,
+                      modification.init)  # fmt: skip
+            for name, linear in linears(base, modification, stacks):
+                first, there = loras.setdefault(identity(linear), (name, wanted))
+                if there != wanted:
+                    raise ValueError(
+                        f"{first} and {name} are one layer: two LoRA of other size, scale, dropout"
+                        " or init cannot both be on it"
+                    )
+        if modification.form == "bottleneck" and modification.target == "ffn":
+            _check_blocks(base, modification, stacks)
+
+
+def _check_blocks(base: nn.Module, modification: Modification, stacks: list[StackSlot]) -> None:
+    blocks: dict[nn.Module, str] = {}
+    if modification.placement in ("after_norm", "around_norm"):
+        return
+    for place, slot in ffns(base, modification, stacks):
+        name = f"{place.name}.{slot.entry}"
+        first = blocks.setdefault(find(place.layer, slot.entry), name)
+        if first != name and (not slot.is_container or reads_residual(modification, slot)):
+            raise ValueError(
+                f"{first} and {name} are one block, which two layers run each in its own way: an"
+                " adapter on it cannot be in both. Give each layer its own, or leave the FFN out"
+            )
 
 
 def _check_whole(model: nn.Module) -> None:
@@ -165,10 +205,10 @@ def bias_names(model: nn.Module, modification: Modification, stacks: list[StackS
     ``model``."""
     base = base_of(model)
     owners = [stack.owner for stack in stacks if stack.kind in modification.where]
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in parameters_of(model).items()}
     return [
         names[parameter]
-        for name, parameter in base.named_parameters()
+        for name, parameter in parameters_of(base).items()
         if name.split(".")[-1] == "bias" and any(_inside(name, owner, stacks) for owner in owners)
     ]
 
@@ -220,17 +260,22 @@ def _freeze(
 ) -> None:
     """Freeze the base; keep what is needed to undo it."""
     if config.train_head and not config.is_full:
-        takeover.head = [
-            f"{name}.{tensor}"
-            for name, child in task_head(model).items()
-            for tensor, _ in child.named_parameters()
-        ]
+        takeover.head = head_names(model)
     for modification in config.modifications:
         if modification.form == "bias":
             takeover.biases = bias_names(model, modification, stacks)
     trained = takeover.own_trained
-    for name, parameter in model.named_parameters():
+    if not config.is_full:
+        takeover.add(model, "pelt_before", takeover.before)
+    for name, parameter in parameters_of(model).items():
         takeover.trainable_before[name] = parameter.requires_grad
         if name in trained:
             takeover.values_before[name] = parameter.detach().clone()
         parameter.requires_grad_(config.is_full or name in trained)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The task head's parameters; one that the base reads, too, is the base's."""
+    head = {p for child in task_head(model).values() for p in child.parameters()}
+    head -= set(base_of(model).parameters())
+    return [name for name, parameter in parameters_of(model).items() if parameter in head]

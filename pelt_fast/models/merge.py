@@ -20,6 +20,9 @@ from pelt_fast.modules import (
 from pelt_fast.modules.part import Part
 from pelt_fast.modules.slot import QUANTISED
 
+from .handles import carrier_of, parameters_of
+from .reload import say
+from .shared import holders_of, refuse_shared
 from .takeover import Site, Takeover, takeover_of
 
 
@@ -29,9 +32,13 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
     ``widen_ffn`` also folds parallel adapters whose activation is the block's own into a wider
     block. The products are made in fp32 (at least) and rounded once. ``keep_base=False`` keeps no
     copy of what was overwritten: unmerge then refuses, and when every site was folded the model is
-    a plain one again. Raises ValueError, before anything is changed, when nothing can be folded or
-    the model is merged already.
+    a plain one again, whose config says its biases and widths: what save_pretrained writes loads as
+    the same model. The copy that is kept is moved and cast with the model. Raises ValueError,
+    before anything is changed, when nothing can be folded, a weight to fold into is read in another
+    place as well, no config can say what ``keep_base=False`` would leave, or the model is merged
+    already.
     """
+    handle, model = model, carrier_of(model)
     takeover = takeover_of(model)
     if takeover.merged:
         raise ValueError(f"this {type(model).__name__} is merged already: unmerge it first")
@@ -44,34 +51,73 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
             f" {'; '.join(found) or 'it has no sites'}"
         )
     whole = len(folded) == len(takeover.sites) and not keep_base
+    holders = holders_of(model)
+    for parameter in (p for site in folded for p in _written(site)):
+        refuse_shared(holders, parameter)
+    before = []
     with torch.no_grad():
-        values = [value for site in folded for value in _folded(site)]
+        for site in folded:  # in the order they run: an adapter folds into what its LoRA made
+            before += [_set(module, name, value) for module, name, value in _folded(site)]
     if whole:
+        try:
+            _let_the_config_say(model, before)
+        except ValueError:
+            _give_back(before)
+            raise
         _remove(model, takeover)
-    before = [_set(module, name, value) for module, name, value in values]
-    if not whole:
-        for site in folded:
-            site.module.merged = True
-        takeover.merged = [site.name for site in folded]
-        takeover.base_before = before if keep_base else []
-    return model
+        return handle
+    for site in folded:
+        site.module.merged = True
+    takeover.merged = [site.name for site in folded]
+    takeover.before.base = before if keep_base else []
+    return handle
+
+
+def _written(site: Site) -> list[nn.Parameter]:
+    """The parameters that folding a site writes into."""
+    module = site.module
+    if isinstance(module, ParallelFFNAdapter):
+        linears = [module.ffn.in_proj.module, module.ffn.out_proj.module]
+    else:
+        linears = [module.slot.module]
+    names = ("weight",) if isinstance(module, LoRALinear) else ("weight", "bias")
+    holders = [linear.owner if isinstance(linear, Part) else linear for linear in linears]
+    found = (getattr(holder, name) for holder in holders for name in names)
+    return [parameter for parameter in found if parameter is not None]
+
+
+def _let_the_config_say(model: nn.Module, before: list[tuple]) -> None:
+    """Where a merge changed a name or a shape: ``model.config`` says it from here on."""
+    pairs = [(value, getattr(module, name)) for module, name, value in before]
+    if all(old is not None and old.shape == new.shape for old, new in pairs):
+        return
+    widths = {}
+    for old, new in pairs:
+        if old is not None:
+            widths |= {a: b for a, b in zip(old.shape, new.shape) if a != b}
+    say(model, widths)
+
+
+def _give_back(before: list[tuple]) -> None:
+    for module, name, value in reversed(before):
+        _set(module, name, value)
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Take :func:`merge` back: the base's weights bit for bit, the sites at work; returns the
     model. Raises ValueError when nothing is merged or no copy was kept."""
+    handle, model = model, carrier_of(model)
     takeover = takeover_of(model)
     if not takeover.merged:
         raise ValueError(f"this {type(model).__name__} is not merged")
-    if not takeover.base_before:
+    if not takeover.before.base:
         raise ValueError("it was merged with keep_base=False: no copy of the base is left")
-    for module, name, value in reversed(takeover.base_before):
-        _set(module, name, value)
+    _give_back(takeover.before.base)
     for site in takeover.sites:
         if site.name in takeover.merged:
             site.module.merged = False
-    takeover.merged, takeover.base_before = [], []
-    return model
+    takeover.merged, takeover.before.base = [], []
+    return handle
 
 
 def why_not(site: Site, widen_ffn: bool) -> str | None:
@@ -82,6 +128,8 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
     if isinstance(module, SequentialAdapter):
         if module.activation != "identity" or module.layer_norm != "none":
             return "an adapter with an activation or a LayerNorm is not linear"
+        if isinstance(module.slot.module, Part) and module.slot.module.bias is None:
+            return "a projection that shares its matrix has no place for a bias"
         return _why_not_read(module, "a projection with")
     if isinstance(module, ResidualFFNAdapter):
         return "the adapter reads the residual stream, the block its norm"
@@ -95,6 +143,8 @@ def why_not(site: Site, widen_ffn: bool) -> str | None:
                 f"the block's activation is {module.ffn.activation}, the adapter's"
                 f" {module.activation}"
             )
+        if any(isinstance(slot.module, Part) for slot in module.ffn.projections):
+            return "a block whose matrices are fused or lie transposed (Conv1D) cannot grow"
         return module.ffn.why_not_fused()
     return f"{site.form} on this place is not linear"
 
@@ -184,6 +234,8 @@ def _set(
 def _remove(model: nn.Module, takeover: Takeover) -> None:
     """Take the sites out; the task head stays as it was trained."""
     takeover.undo()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(takeover.trainable_before[name])
+    trainable = takeover.trainable_before
+    for name, parameter in parameters_of(model).items():
+        beside = f"{name.rpartition('.')[0]}.weight"  # of a bias that a merge made
+        parameter.requires_grad_(trainable.get(name, trainable.get(beside, True)))
     del model._pelt

@@ -14,6 +14,7 @@ from pelt_fast import functional
 from pelt_fast.config import PeltConfig
 
 from . import attention
+from .configs import own_configs, return_configs
 from .places import places
 from .slots import base_of, find, stacks_of
 from .takeover import Takeover
@@ -47,6 +48,7 @@ def restore_peft(peft_model: nn.Module) -> nn.Module:
     takeover = peft_model.__dict__.get(_STATE)
     if takeover is None:
         raise ValueError("this model was not accelerated: call accelerate_peft first")
+    return_configs(takeover)
     takeover.undo()
     delattr(peft_model, _STATE)
     return peft_model
@@ -124,6 +126,7 @@ def _accelerate_prefix(peft_model: nn.Module, takeover: Takeover) -> None:
     slots = [(place, slot) for place in places(base, stacks) for slot in place.stack.attentions]
     for place, slot in slots:
         attention.wrapping(find(place.layer, slot.module).config._attn_implementation)
+    own_configs(model, takeover)
     for place, slot in slots:
         module = find(place.layer, slot.module)
         takeover.set(module, attention.SLICE, PeftSlice(bank, place.index))

@@ -6,34 +6,43 @@ from dataclasses import dataclass
 from torch import nn
 
 from pelt_fast.config import Modification
+from pelt_fast.modules.part import Part
 
+from .handles import compiled_from
 from .slots import AttentionSlot, FFNSlot, StackSlot, find
 
 
 @dataclass(frozen=True)
 class Place:
-    """One layer, where it is, and its slots."""
+    """One layer, where it is (``index`` in the stack's list, ``order`` among the places asked for),
+    and its slots."""
 
     name: str
     layer: nn.Module
     index: int
     stack: StackSlot
+    order: int
 
 
 def places(
     base: nn.Module, stacks: list[StackSlot], layers: tuple[int, ...] | None = None
 ) -> Iterator[Place]:
-    """The layers with these indices in each stack, every layer where there are none. Raises
-    ValueError for one that a stack does not have."""
+    """The layers with these indices in each stack, every layer where there are none; one that is
+    there twice is one place. Raises ValueError for one that a stack does not have."""
+    seen: set[nn.Module] = set()
     for stack in stacks:
-        there = find(base, stack.layers)
+        there, order = find(base, stack.layers), 0
         for index in range(len(there)) if layers is None else layers:
             if index >= len(there):
                 raise ValueError(
                     f"{stack.layers} of {type(base).__name__} has {len(there)} layers, from 0:"
                     f" there is no layer {index}"
                 )
-            yield Place(f"{stack.layers}.{index}", there[index], index, stack)
+            layer = compiled_from(there[index])
+            if layer not in seen:
+                seen.add(layer)
+                yield Place(f"{stack.layers}.{index}", layer, index, stack, order)
+                order += 1
 
 
 def attention_slots(
@@ -42,6 +51,7 @@ def attention_slots(
     """The attentions the modification asks for. A decoder without its encoder never runs its
     cross-attention: nothing is put there that could not train."""
     whole = len(stacks) > 1
+    seen: set[nn.Module] = set()
     for stack in stacks:
         asked = [
             slot for slot in stack.attentions
@@ -49,7 +59,10 @@ def attention_slots(
         ]  # fmt: skip
         for place in places(base, [stack] if asked else [], modification.layers):
             for slot in asked:
-                yield place, slot
+                module = find(place.layer, slot.module)
+                if module not in seen:
+                    seen.add(module)
+                    yield place, slot
 
 
 def attentions(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
@@ -68,13 +81,26 @@ def ffns(base, modification, stacks) -> Iterator[tuple[Place, FFNSlot]]:
 
 
 def linears(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers a low-rank modification targets."""
+    """The linear layers a low-rank modification targets, one that layers share once."""
     for place, path, linear in placed_linears(base, modification, stacks):
         yield f"{place.name}.{path}", linear
 
 
 def placed_linears(base, modification, stacks) -> Iterator[tuple[Place, str, nn.Module]]:
     """And the layer each is in, with its path there."""
+    seen = set()
+    for place, path, linear in _every_linear(base, modification, stacks):
+        if identity(linear) not in seen:
+            seen.add(identity(linear))
+            yield place, path, linear
+
+
+def identity(linear: nn.Module) -> tuple[nn.Module, str]:
+    """What tells one linear layer from another: a part is made anew each time it is looked for."""
+    return (linear.owner, linear.name) if isinstance(linear, Part) else (linear, "")
+
+
+def _every_linear(base, modification, stacks) -> Iterator[tuple[Place, str, nn.Module]]:
     group, which = modification.target.split(".")
     if group == "attention":
         for place, slot in attention_slots(base, modification, stacks):

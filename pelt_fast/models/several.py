@@ -9,6 +9,7 @@ writes into the tensors that are there: nothing is compiled again.
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,8 +18,18 @@ from torch import Tensor, nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import method as preset
 
+from .before import Follower
 from .checkpoint import copy_tensors, fold_banks, load, method_tensors
-from .count import is_method, method_modules
+from .count import method_modules
+from .handles import (
+    carrier_of,
+    elsewhere,
+    is_method,
+    modules_of,
+    parameters_of,
+    refuse_second,
+    unwrapped,
+)
 from .inject import eject, inject
 from .slots import SlotMap
 from .takeover import takeover_of
@@ -27,6 +38,7 @@ from .takeover import takeover_of
 _RANK_AXIS = {"lora_a": 0, "lora_b": 1, "down_weight": 0, "down_bias": 0, "up_weight": 1,
               "prefix": 3, "embedding": 0}  # fmt: skip
 _UPDATE = ("lora_b", "up_weight", "up_bias")  # what a weight multiplies
+_WAITING = "pelt_several"  # the child that holds the methods that wait
 _VISIBLE = ("prefix", "prompt")  # forms whose tokens are there or not
 
 
@@ -39,13 +51,23 @@ class Kept:
     plain: dict[str, Tensor]
 
 
-class Several:
-    """The named methods of one model, and which of them work; copies and pickles with it."""
+class Several(Follower):
+    """The named methods of one model, and which of them work; copies and pickles with it. Hangs on
+    the model (``_WAITING``) so that those that wait are moved and cast with it."""
 
     def __init__(self, slots: SlotMap | None, pack: bool):
+        super().__init__()
         self.options = dict(slots=slots, pack=pack)
         self.kept: dict[str, Kept] = {}
         self.weights: dict[str, float] = {}
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for name, kept in self.kept.items():
+            trained, plain = (
+                {key: fn(tensor) for key, tensor in tensors.items()}
+                for tensors in (kept.trained, kept.plain)
+            )
+            self.kept[name] = Kept(kept.config, trained, plain)
 
     @property
     def single(self) -> str | None:
@@ -78,6 +100,8 @@ def inject_several(
     for name, config in configs.items():
         if isinstance(config, PeltConfig) and config.is_full:
             raise ValueError(f"{name!r} is full fine-tuning, which leaves no base for the others")
+    handle, model = model, unwrapped(model)
+    refuse_second(model)
     several = Several(slots, pack)
     for name, config in configs.items():
         if isinstance(config, os.PathLike):
@@ -91,8 +115,8 @@ def inject_several(
     first = next(iter(configs))
     several.weights = {first: 1.0}
     _put(model, several, *_what(several, several.weights, model))
-    model._pelt_several = several
-    return model
+    _hang(model, several)
+    return handle
 
 
 def active(model: nn.Module) -> dict[str, float]:
@@ -111,7 +135,8 @@ def activate(model: nn.Module, weights: str | dict[str, float]) -> nn.Module:
     is not finite, a merged model, methods that no sum can hold (two adapters with a LayerNorm, a
     place modified in two ways).
     """
-    several, takeover = _several_of(model), takeover_of(model)
+    several, handle, model = _several_of(model), model, carrier_of(model)
+    takeover = takeover_of(model)
     weights = {weights: 1.0} if isinstance(weights, str) else dict(weights)
     for name, weight in weights.items():
         if name not in several.kept:
@@ -135,8 +160,8 @@ def activate(model: nn.Module, weights: str | dict[str, float]) -> nn.Module:
     else:
         several.weights = {name: float(weight) for name, weight in weights.items()}
     finally:
-        model._pelt_several = several
-    return model
+        _hang(model, several)
+    return handle
 
 
 def _what(several: Several, weights: dict[str, float], model: nn.Module) -> tuple:
@@ -149,16 +174,23 @@ def _what(several: Several, weights: dict[str, float], model: nn.Module) -> tupl
 
 
 def _several_of(model: nn.Module) -> Several:
-    several = model.__dict__.get("_pelt_several")
-    if several is None:
-        raise ValueError(f"this {type(model).__name__} has no named methods: use inject_several")
-    return several
+    model = unwrapped(model)
+    if _WAITING not in model._modules:
+        none = f"this {type(model).__name__} has no named methods: use inject_several"
+        raise ValueError(("_pelt" not in model.__dict__ and elsewhere(model)) or none)
+    return model._modules[_WAITING]
+
+
+def _hang(model: nn.Module, several: Several) -> None:
+    """Let the methods that wait be the model's until it ejects, or merges for good."""
+    if _WAITING not in model._modules:
+        takeover_of(model).add(model, _WAITING, several)
 
 
 def _own(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are the method: its sites', and the model's own that it trains."""
     own = takeover_of(model).own_trained
-    return {n: p for n, p in model.named_parameters() if is_method(n) or n in own}
+    return {n: p for n, p in parameters_of(model).items() if is_method(n) or n in own}
 
 
 @torch.no_grad()
@@ -166,7 +198,7 @@ def _capture(model: nn.Module) -> Kept:
     trained = {name: p.detach().clone() for name, p in _own(model).items()}
     plain = {name: tensor.clone() for name, tensor in method_tensors(model).items()}
     ours = set(method_modules(model))
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if module not in ours or not hasattr(module, "scale"):
             continue
         scale = plain.pop(f"{name}.scale", module.scale)
@@ -240,7 +272,7 @@ def _sum_config(chosen: dict[str, tuple[Kept, float]]) -> PeltConfig:
 @torch.no_grad()
 def _sum_tensors(chosen: dict, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the method that the weighted sum is, by name."""
-    base = {**dict(model.named_parameters()), **takeover_of(model).values_before}
+    base = {**parameters_of(model), **takeover_of(model).values_before}
     found: dict[str, list[tuple[Tensor, float]]] = {}
     for kept, weight in chosen.values():
         for name, tensor in kept.plain.items():

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from pelt_fast.modules.part import part_of
 
+from .handles import compiled_from
 from .known import own_file, why_foreign
 
 
@@ -113,7 +114,7 @@ def find(module: nn.Module, path: str):
     path, colon, name = path.partition(":")
     parent = module
     for step in path.split(".") if path else ():
-        parent, module = module, getattr(module, step)
+        parent, module = module, compiled_from(getattr(module, step))
     return part_of(module, name, getattr(parent, "config", None)) if colon else module
 
 
@@ -195,7 +196,7 @@ def _runs_itself(base: nn.Module, layer: nn.Module, ffn: FFNSlot) -> bool:
 
 def base_of(model: nn.Module) -> nn.Module:
     """The model without its task head."""
-    return getattr(model, "base_model", model)
+    return compiled_from(getattr(model, "base_model", model))
 
 
 # what heads are called where nothing else tells them from the base
@@ -223,7 +224,8 @@ def task_head(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: child
         for name, child in model.named_children()
-        if child is not base and all(module is not embeddings for module in child.modules())
+        if compiled_from(child) is not base
+        and all(module is not embeddings for module in child.modules())
         and (told or name in _HEADS) and not _is_part(name, child)
     }  # fmt: skip
 

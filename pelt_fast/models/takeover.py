@@ -7,6 +7,8 @@ from pelt_fast.config import PeltConfig
 from pelt_fast.modules.late import Dropout, Taken
 from pelt_fast.modules.slot import passthrough
 
+from .before import Before
+from .handles import carrier_of
 from .watch import Watch
 
 
@@ -33,9 +35,9 @@ class Takeover:
         self.head: list[str] = []  # names of the task head's parameters
         self.biases: list[str] = []  # and of the base's biases that are the method
         self.trainable_before: dict[str, bool] = {}
-        self.values_before: dict[str, torch.Tensor] = {}
         self.merged: list[str] = []  # names of the sites folded into the base
-        self.base_before: list[tuple] = []  # what gives the base back
+        self.before = Before()  # the values that eject and unmerge give back
+        self.configs: list = []  # the copies that stand in the place of the model's configs
         self._undo: list[tuple] = []
         self._watches: list[tuple[nn.Module, Watch]] = []
 
@@ -43,6 +45,11 @@ class Takeover:
     def own_trained(self) -> set[str]:
         """Names of the model's own parameters that train."""
         return {*self.head, *self.biases}
+
+    @property
+    def values_before(self) -> dict[str, torch.Tensor]:
+        """The values, by name, that the model's own parameters that train had before."""
+        return self.before.values
 
     def call(self, module: nn.Module, forward) -> None:
         """Let ``module`` run ``forward`` when called; what another library put there comes back."""
@@ -77,11 +84,6 @@ class Takeover:
         self._undo.append(("attribute", owner, name, owner.__dict__.get(name, _Absent)))
         setattr(owner, name, value)
 
-    def set_attention(self, config, choice: str) -> None:
-        """Choose a config's attention implementation."""
-        self._undo.append(("attention", config, config._attn_implementation))
-        config._attn_implementation = choice
-
     def add(self, owner: nn.Module, name: str, child: nn.Module) -> None:
         """Register a site's module, in the mode (training or not) its owner is in."""
         self._undo.append(("child", owner, name))
@@ -101,8 +103,6 @@ class Takeover:
                 what[0].remove()
             elif kind == "taken":
                 what[0].give_back()
-            elif kind == "attention":
-                what[0]._attn_implementation = what[1]
             else:
                 owner, name, value = what
                 delattr(owner, name) if value is _Absent else setattr(owner, name, value)
@@ -121,8 +121,5 @@ class Site:
 
 
 def takeover_of(model: nn.Module) -> Takeover:
-    """The model's takeover; ValueError when nothing was injected."""
-    takeover = model.__dict__.get("_pelt")
-    if takeover is None:
-        raise ValueError(f"nothing is injected into this {type(model).__name__}: call inject first")
-    return takeover
+    """The takeover of the model a handle stands for (``handles.carrier_of``)."""
+    return carrier_of(model)._pelt

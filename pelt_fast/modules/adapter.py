@@ -16,7 +16,8 @@ from .slot import Foldable, Slot
 
 class Bottleneck(Foldable):
     """down_weight (R, K), down_bias (R), up_weight (N, R), up_bias (N), and what the modification
-    asks for: norm_weight, norm_bias (adapter LayerNorm), scale (learned).
+    asks for: norm (adapter LayerNorm: its type and name keep its parameters out of a Trainer's
+    weight decay), scale (learned).
 
     Init "lora": Kaiming uniform down, zero up, zero biases. "bert": normal 0.02, zero biases.
     """
@@ -36,11 +37,10 @@ class Bottleneck(Foldable):
         else:
             nn.init.normal_(self.down_weight, std=0.02)
             nn.init.normal_(self.up_weight, std=0.02)
-        self.norm_weight = self.norm_bias = None
+        self.register_module("norm", None)
         if modification.layer_norm != "none":
             width = inputs if modification.layer_norm == "in" else outputs
-            self.norm_weight = nn.Parameter(torch.ones(width, **place))
-            self.norm_bias = nn.Parameter(torch.zeros(width, **place))
+            self.norm = nn.LayerNorm(width, **place)
         self.scale = modification.scale
         if modification.composition.startswith("learned"):
             size = outputs if modification.composition == "learned_channel_scale" else 1
@@ -66,22 +66,38 @@ class Bottleneck(Foldable):
         return dict(scale=self.scale, activation=self.activation, dropout_p=in_force(self.dropout))
 
     @property
-    def norm(self) -> dict:
+    def norm_weight(self) -> nn.Parameter | None:
+        """The adapter LayerNorm's weight."""
+        return None if self.norm is None else self.norm.weight
+
+    @property
+    def norm_bias(self) -> nn.Parameter | None:
+        """The adapter LayerNorm's bias."""
+        return None if self.norm is None else self.norm.bias
+
+    @property
+    def normed(self) -> dict:
         """The adapter LayerNorm's keyword arguments."""
         return dict(layer_norm=self.layer_norm, norm_weight=self.norm_weight,
                     norm_bias=self.norm_bias)  # fmt: skip
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        for last in ("weight", "bias"):  # as earlier versions named them
+            if f"{prefix}norm_{last}" in state_dict:
+                state_dict[f"{prefix}norm.{last}"] = state_dict.pop(f"{prefix}norm_{last}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def sequential(self, h: Tensor) -> Tensor:
         """h + Δ(h), or Δ(h) alone without its residual."""
         if self.residual:
-            return functional.sequential_adapter(h, *self.weights, **self.settings, **self.norm)
+            return functional.sequential_adapter(h, *self.weights, **self.settings, **self.normed)
         return self.parallel(torch.zeros_like(h), h)
 
     def parallel(self, base: Tensor, x: Tensor) -> Tensor:
         """base + Δ(x), in the dtype of ``base``: a layer kept wider than its neighbours gives a
         wider one than it reads."""
         x = x.to(base.dtype)
-        return functional.parallel_adapter(base, x, *self.weights, **self.settings, **self.norm)
+        return functional.parallel_adapter(base, x, *self.weights, **self.settings, **self.normed)
 
     def extra_repr(self) -> str:
         rank, inputs = self.down_weight.shape
