@@ -126,7 +126,7 @@ class Front:
         return call
 
     def after(self, module, args, outputs):
-        """After the stack: the tokens' own outputs, and a cache that is known to hold the prompt."""
+        """After the stack: the tokens' own outputs; a cache is known to hold the prompt."""
         call = self.call.take()
         if call is not None and call.held is not None:
             call.held.running = False
