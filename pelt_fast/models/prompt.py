@@ -126,7 +126,7 @@ class Front:
         return call
 
     def after(self, module, args, outputs):
-        """After the stack: the tokens' own outputs; a cache is known to hold the prompt."""
+        """After the stack: the tokens' own outputs, and a cache known to hold the prompt."""
         call = self.call.take()
         if call is not None and call.held is not None:
             call.held.running = False
@@ -251,16 +251,24 @@ class EncoderFront(TokenFront):
         return args, kwargs
 
 
-def _refuse_packed(mask: Tensor | None, positions: Tensor | None) -> None:
-    """ValueError for a row that holds several sequences: one prompt in front of it would be the
-    first one's alone."""
+def _one_sequence(kwargs: dict) -> Tensor | None:
+    """The attention_mask of rows that hold one sequence each; ValueError for several in a row: one
+    prompt in front of it would be the first one's alone."""
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None or positions is None or torch.compiler.is_compiling():
-        return
+        return mask
     if (positions.diff(dim=-1) != 1).any():
         raise ValueError(
             "position_ids start again within a row: prompt tuning cannot take packed sequences (a"
             " prompt stands in front of a row). Pad them, or use a prefix, which each of them sees"
         )
+    no_cache = kwargs.get("cache") is None and kwargs.get("past_key_values") is None
+    if not no_cache or not (positions[..., 0] != 0).any():
+        return None
+    # behind the prompt they leave a gap, where transformers would see a new sequence begin
+    given = kwargs.get("input_ids")
+    given = kwargs["inputs_embeds"] if given is None else given
+    return torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
 
 
 class DecoderFront(TokenFront):
@@ -269,8 +277,8 @@ class DecoderFront(TokenFront):
     def before(self, module, args, kwargs):
         """Before the decoder: the prompt where the cache is empty, and everywhere its places."""
         kwargs = _by_name(module, args, kwargs)
-        _refuse_packed(kwargs.get("attention_mask"), kwargs.get("position_ids"))
-        mask = widened(kwargs.get("attention_mask"), self.prompt.length)
+        mask = _one_sequence(kwargs)
+        mask = widened(mask, self.prompt.length)
         call = self.began(kwargs)
         kwargs["attention_mask"] = mask
         for name in ("position_ids", "cache_position"):

@@ -56,7 +56,9 @@ class HeldPrompt:
         """ValueError unless the layers begin with ``prompt`` and hold one number of keys each."""
         lengths = {self.whole(i) for i in range(len(self.layers))} - {0}
         if self.running or len(lengths) > 1:
-            raise ValueError(f"a forward with this cache broke off half way: {_ANEW}")
+            raise ValueError(
+                f"a forward with this cache broke off and left it half written: {_ANEW}"
+            )
         if self.whole() < self.length:
             raise ValueError(
                 f"this cache was cropped to {self.whole()} keys, into the {self.length} virtual"

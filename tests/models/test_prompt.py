@@ -106,7 +106,10 @@ def test_decoder_positions_given_by_the_caller_move_behind_the_prompt():
     given = torch.arange(9)[None] + 3
     embeds = torch.cat([prompt_of(model)[None], plain.model.embed_tokens(ids)], 1)
     positions = torch.cat([torch.arange(P)[None], given + P], 1)
-    expected = plain(inputs_embeds=embeds, position_ids=positions).logits[:, P:]
+    # a mask, for transformers takes the gap behind the prompt for a new sequence's beginning
+    mask = torch.ones_like(positions)
+    expected = plain(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
+    expected = expected.logits[:, P:]
     assert close(model(ids, position_ids=given).logits, expected)
 
 
