@@ -64,7 +64,7 @@ def export_adapterhub(model: nn.Module, folder: str | os.PathLike, name: str = "
         head = dict(config=None, name=None, num_labels=own.num_labels, label2id=own.label2id)
         writers |= _writers(HEAD_FILES, {name: parameters[name] for name in takeover.head},
                             HEAD_CONFIG_FILE, head | origin)  # fmt: skip
-    write_files(Path(folder), writers, "the adapter")
+    write_files(Path(folder), writers, "the adapter", CONFIG_FILE)
 
 
 def _writers(files: tuple[str, str], tensors: dict, config_file: str, about: dict) -> dict:

@@ -129,14 +129,25 @@ def save(
     write_files(Path(folder), writers, "the method")
 
 
-def write_files(folder: Path, writers: dict[str, Callable[[Path], object]], what: str) -> None:
-    """Write every file whole or none: beside their places first."""
+def write_files(
+    folder: Path,
+    writers: dict[str, Callable[[Path], object]],
+    what: str,
+    key: str | None = None,
+) -> None:
+    """Write every file whole or none: beside their places first.
+
+    ``key`` is the file without which the others are no checkpoint, of a format that has no digest:
+    it goes before the first is moved and comes last, so that a cut leaves none and no mixture.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f".{name}.{os.getpid()}.part" for name in writers}
     try:
         for name, write in writers.items():
             write(parts[name])
-        for name, part in parts.items():
+        if key is not None:
+            (folder / key).unlink(missing_ok=True)
+        for name, part in sorted(parts.items(), key=lambda item: item[0] == key):
             os.replace(part, folder / name)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not save {what} to {folder}: {error}") from error

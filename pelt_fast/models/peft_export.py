@@ -14,6 +14,7 @@ from pelt_fast.modules.part import Part, shape_of
 
 from .adopt import Factors
 from .checkpoint import write_files
+from .handles import carrier_of, parameters_of
 from .peft_files import (
     CONFIG_FILE,
     EMBEDDINGS,
@@ -41,6 +42,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     at once or others, several dropouts, a prefix that is ungated or on some layers only, a prefix
     or prompt in front of learned positions; OSError when the disk refuses.
     """
+    model = carrier_of(model)
     takeover = takeover_of(model)
     sites = list(dict.fromkeys(site.module for site in takeover.sites))
     kinds = {type(site) for site in sites}
@@ -55,13 +57,13 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
         task_type=_task(model), modules_to_save=heads or None, inference_mode=True,
         base_model_name_or_path=base_of(model).config._name_or_path or None,
     )  # fmt: skip
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     tensors |= {f"{PREFIX}{name}": parameters[name] for name in takeover.head}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     write_files(Path(folder), {
         WEIGHTS_FILE: lambda to: save_file(tensors, to, metadata={"format": "pt"}),
         CONFIG_FILE: lambda to: to.write_text(json.dumps(config, indent=2) + "\n"),
-    }, "the adapter")  # fmt: skip
+    }, "the adapter", CONFIG_FILE)  # fmt: skip
 
 
 def _write_lora(model: nn.Module, sites: list[LoRALinear]) -> tuple[dict, dict]:

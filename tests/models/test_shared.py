@@ -52,6 +52,7 @@ def twice(architecture: str):
     model = MODELS[architecture](dropout=0.0)
     layers = layers_of(model, architecture)
     layers[1] = layers[0]
+    model.config.use_cache = False  # which would get the layer's keys twice
     return model
 
 

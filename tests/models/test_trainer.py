@@ -1,10 +1,11 @@
 """transformers' Trainer: an interrupted run ends as an unbroken one, and writes the method alone."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pelt_fast
 from pelt_fast.trainer import PeltTrainer
@@ -118,3 +119,26 @@ def test_a_checkpoint_of_another_method_or_none_is_refused(tmp_path):
         trainer("roberta", "lora", tmp_path).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-10")
         )
+
+
+@pytest.mark.parametrize("method", [name for name in pelt_fast.methods() if name != "full"])
+@pytest.mark.parametrize("layer_norm", ["in", "out"])
+def test_matrices_are_decayed_and_norms_biases_and_learned_scales_are_not(
+    method, layer_norm, tmp_path
+):
+    config = pelt_fast.methods()[method]
+    changes = dict(layer_norm=layer_norm, composition="learned_scale")
+    modifications = tuple(
+        dataclasses.replace(m, **changes) if (m.form, m.target) == ("bottleneck", "ffn") else m
+        for m in config.modifications
+    )
+    bottleneck = modifications != config.modifications
+    config = dataclasses.replace(config, modifications=modifications)
+    model = pelt_fast.inject(MODELS["roberta"](), config)
+    run = PeltTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    decayed = set(run.get_decay_parameter_names(model))
+    ours = {n: p for n, p in model.named_parameters() if "pelt_" in n}
+    assert {n for n, p in ours.items() if p.dim() > 1} == decayed & ours.keys()
+    assert not bottleneck or any(".norm." in name for name in ours)
+    plain = set(Trainer.get_decay_parameter_names(run, model)) & ours.keys()
+    assert {n.rpartition(".")[2] for n in plain - decayed} <= {"scale"}
