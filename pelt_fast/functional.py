@@ -6,6 +6,10 @@ back in fp32. Frozen weights have the activation's dtype. Under autocast the act
 weights of a layer follow it, as ``F.linear``'s do; inside an op it is off.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -19,6 +23,9 @@ from pelt_fast.ops.low_rank import AdapterFunction, LoRALinearFunction
 from pelt_fast.reference.activations import ACTIVATIONS
 from pelt_fast.reference.low_rank import fold_scale
 from pelt_fast.reference.philox import draw_seed, threshold
+
+if TYPE_CHECKING:
+    from pelt_fast.modules.packing import Packings
 
 LAYER_NORMS = ("none", "in", "out")
 
@@ -221,6 +228,7 @@ def ffn_parallel_adapter(
     output_dropout_p: float = 0.0,
     packed: Tensor | None = None,
     packed_out: Tensor | None = None,
+    packings: Packings | None = None,
     training: bool = True,
 ) -> Tensor:
     """A frozen FFN and its parallel adapter as one wider FFN (design note I3).
@@ -234,7 +242,10 @@ def ffn_parallel_adapter(
     ``packed`` (F + R or more, K) is [gate_weight; in_weight; down_weight; zeros] stacked: one GEMM
     then reads x once (not with an ``adapter_x``: ValueError). ``packed_out`` (N, F + R or more) is
     [out_weight | scale * up_weight | zeros] side by side: without an output dropout, one GEMM then
-    writes y once. The frozen weights get no gradient: an error says so if one wants it.
+    writes y once. Both are saved for backward: they must not change before it. ``packings`` in
+    their place are buffers that hold the frozen weights and that each call fills for itself
+    (:class:`pelt_fast.modules.packing.Packings`). The frozen weights get no gradient: an error says
+    so if one wants it.
     Saved for backward: x' and the pre-activations (M, F + R).
     """
     checks.activation_tensor("x", x, 1)
@@ -286,7 +297,8 @@ def ffn_parallel_adapter(
         WidenedFFNFunction,
         _rows(x), None if adapter_x is None else _rows(adapter_x), in_weight, in_bias, gate_weight,
         gate_bias, out_weight, out_bias, down_weight, down_bias, up_weight, up_bias, packed,
-        packed_out, ffn_activation, activation, float(scale), *map(float, probabilities), seed,
+        packed_out, packings, ffn_activation, activation, float(scale),
+        *map(float, probabilities), seed,
     )  # fmt: skip
     return y.view(*x.shape[:-1], channels)
 

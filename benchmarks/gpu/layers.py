@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from benchmarks.common import newest, table
 from pelt_fast import functional
 from pelt_fast.kernels import config
-from pelt_fast.modules.packing import Packing
+from pelt_fast.modules.packing import Packing, Packings
 from pelt_fast.ops import native_cuda
 
 from .measure import milliseconds
@@ -97,14 +97,14 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
         b1, b2 = randn(inner), randn(k)
         small = trained(r, k), trained(1, r), trained(k, r), trained(1, k)
         frozen_weights = [torch.nn.Parameter(w, requires_grad=False) for w in (w1, w2)]
-        packings = Packing(0, r), Packing(1, r)
+        packings = Packings(Packing(0, r), Packing(1, r))
+        packings.pack(frozen_weights[:1], frozen_weights[1])
 
         def widened(x, w=frozen_weights, b=(b1, b2), small=small, packings=packings):
             down, d, up, u = small
             return functional.ffn_parallel_adapter(
                 x, w[0], b[0], w[1], b[1], down, d.view(-1), up, u.view(-1), scale=4.0,
-                packed=packings[0].filled(w[:1], down.detach()),
-                packed_out=packings[1].filled(w[1:], up.detach(), 4.0),
+                packings=packings,
             )  # fmt: skip
 
         def frozen(x, w=(w1, b1, w2, b2)):

@@ -11,7 +11,7 @@ from benchmarks.problems import Problem, Provider
 from benchmarks.whole import Trained, trainable
 from pelt_fast import backend, functional
 from pelt_fast.kernels import config
-from pelt_fast.modules.packing import Packing
+from pelt_fast.modules.packing import Packing, Packings
 
 NAME = "pelt_fast"
 LORA_PLANS = ("accumulate", "tail", "tail_descriptor")
@@ -94,19 +94,20 @@ def _adapter(problem: Problem):
 def _ffn(problem: Problem):
     frozen, trained, scale = problem.frozen, problem.trained, problem.options["scale"]
     rank = trained["down_weight"].shape[0]
-    firsts = [frozen[name] for name in ("gate_weight", "in_weight") if name in frozen]
-    weights = [torch.nn.Parameter(w, requires_grad=False) for w in (*firsts, frozen["out_weight"])]
-    packings = Packing(0, rank), Packing(1, rank)
+    weights = {
+        name: torch.nn.Parameter(frozen[name], requires_grad=False)
+        for name in ("gate_weight", "in_weight", "out_weight") if name in frozen
+    }  # fmt: skip
+    packings = Packings(Packing(0, rank), Packing(1, rank) if problem.p == 0 else None)
+    *stacked, out = weights.values()
+    packings.pack(stacked, out)
 
     def call(x):
-        down, up = trained["down_weight"].detach(), trained["up_weight"].detach()
         return functional.ffn_parallel_adapter(
-            x, frozen["in_weight"], frozen.get("in_bias"), frozen["out_weight"],
-            frozen.get("out_bias"), *trained.values(), gate_weight=frozen.get("gate_weight"),
+            x, weights["in_weight"], frozen.get("in_bias"), out, frozen.get("out_bias"),
+            *trained.values(), gate_weight=weights.get("gate_weight"),
             gate_bias=frozen.get("gate_bias"), ffn_activation=problem.shape.activation,
-            scale=scale, dropout_p=problem.p, output_dropout_p=problem.p,
-            packed=packings[0].filled(weights[:-1], down),
-            packed_out=packings[1].filled(weights[-1:], up, scale) if problem.p == 0 else None,
+            scale=scale, dropout_p=problem.p, output_dropout_p=problem.p, packings=packings,
         )  # fmt: skip
 
     return call

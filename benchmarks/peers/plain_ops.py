@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelt_fast import functional
-from pelt_fast.modules.packing import Packing
 from pelt_fast.reference.activations import activate
 
 
@@ -49,7 +48,8 @@ def sequential_adapter(h, *weights, **settings):
 def ffn_parallel_adapter(
     x, in_weight, in_bias, out_weight, out_bias, *weights, adapter_x=None, gate_weight=None,
     gate_bias=None, ffn_activation="gelu", activation="relu", scale=1.0, dropout_p=0.0,
-    activation_dropout_p=0.0, output_dropout_p=0.0, packed=None, packed_out=None, training=True,
+    activation_dropout_p=0.0, output_dropout_p=0.0, packed=None, packed_out=None, packings=None,
+    training=True,
 ):  # fmt: skip
     """The block and the module beside it."""
     inner = F.linear(x, in_weight, in_bias)
@@ -98,9 +98,8 @@ FUNCTIONS = (lora_linear, parallel_adapter, sequential_adapter, ffn_parallel_ada
 
 @contextlib.contextmanager
 def as_plain() -> Iterator[None]:
-    """Inside, the functions are plain PyTorch, and nothing is packed for them."""
+    """Inside, the functions are plain PyTorch."""
     with contextlib.ExitStack() as stack:
         for function in FUNCTIONS:
             stack.enter_context(mock.patch.object(functional, function.__name__, function))
-        stack.enter_context(mock.patch.object(Packing, "filled", lambda *_: None))
         yield

@@ -11,7 +11,7 @@ from .activation import described, name_of
 from .adapter import Bottleneck
 from .caught import Caught
 from .late import Attribute, Dropout
-from .packing import Packing
+from .packing import Packing, Packings
 from .part import parameter_of, shape_of, weight_of
 from .slot import Slot
 
@@ -139,8 +139,8 @@ class ParallelFFNAdapter(_FFNAdapter):
     """Runs in the place of the block: one wider FFN (design note I3).
 
     The frozen in-projection (and gate) lives above the rows of the trainable down projection, which
-    are copied there before each call; the out-projection likewise beside the columns of the up
-    projection, where no output dropout stands between the two.
+    each call of the op copies there first, forward and backward; the out-projection likewise beside
+    the columns of the up projection, where no output dropout stands between the two.
     """
 
     def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
@@ -149,9 +149,11 @@ class ParallelFFNAdapter(_FFNAdapter):
         self.before_dropout = modification.placement == "before_dropout"
         self.output_dropout = Dropout() if self.before_dropout else ffn.output_dropout
         stacked, out = self._frozen
-        self.packed_in = None if None in stacked else Packing(0, modification.size)
         columns = self.output_dropout.p == 0 and out is not None
-        self.packed_out = Packing(1, modification.size) if columns else None
+        self.packings = Packings(
+            None if None in stacked else Packing(0, modification.size),
+            Packing(1, modification.size) if columns else None,
+        )
 
     def why_not_fused(self) -> str | None:
         """The reason this runs as the model's own FFN and an adapter beside it, or None."""
@@ -185,7 +187,8 @@ class ParallelFFNAdapter(_FFNAdapter):
             adapter_x=adapter_x, gate_weight=None if gate is None else gate.weight,
             gate_bias=None if gate is None else gate.bias,
             ffn_activation=ffn.activation, activation_dropout_p=ffn.activation_dropout.now,
-            output_dropout_p=self.output_dropout.now, **self._packed_now(), **self.settings,
+            output_dropout_p=self.output_dropout.now, packings=self._packings_now(),
+            **self.settings,
         )  # fmt: skip
 
     @property
@@ -195,52 +198,41 @@ class ParallelFFNAdapter(_FFNAdapter):
         *stacked, out = (parameter_of(slot.module) for slot in self.ffn.projections)
         return list(dict.fromkeys(stacked)), out
 
-    @property
-    def _packings(self) -> dict[str, tuple[Packing, list[nn.Parameter]]]:
-        """By the op's name for the buffer: each packing with the frozen weights it holds."""
-        stacked, out = self._frozen
-        own = {"packed": (self.packed_in, stacked), "packed_out": (self.packed_out, [out])}
-        return {name: held for name, held in own.items() if held[0] is not None}
-
-    def _packed_now(self) -> dict[str, Tensor]:
-        """The packed buffers with the trainable weights of this moment; none while tracing."""
+    def _packings_now(self) -> Packings | None:
+        """The buffers, for the op to fill; none while tracing."""
         if torch.compiler.is_compiling():
-            return {}  # a buffer written on every call would be one more graph input
+            return None  # a buffer written on every call would be one more graph input
         if getattr(self, "_is_fsdp_managed_module", False):
-            return {}  # FSDP2 gathers the weights into storage of its own
-        blocks = dict(packed=(self.down_weight, 1), packed_out=(self.up_weight, self.scale))
-        return {
-            name: packing.filled(frozen, blocks[name][0].detach(), blocks[name][1])
-            for name, (packing, frozen) in self._packings.items()
-        }
+            return None  # FSDP2 gathers the weights into storage of its own
+        self.packings.pack_again(*self._frozen)
+        return self.packings
 
     @property
     def is_packed(self) -> bool:
         """Whether the frozen weights live in the packed buffers."""
-        return bool(self._packings) and all(
-            packing.holds(frozen) for packing, frozen in self._packings.values()
-        )
+        return self.packings.hold(*self._frozen)
 
     def pack(self) -> None:
         """Move the frozen weights into buffers with room for the trainable blocks."""
-        for packing, frozen in self._packings.values():
-            packing.pack(frozen)
+        self.packings.pack(*self._frozen)
 
     def leave_unpacked(self) -> None:
         """Give up the buffers for good: each frozen weight keeps storage of its own."""
         self.unpack()
-        self.packed_in = self.packed_out = None
+        self.packings = Packings(None, None)
 
     def unpack(self) -> None:
         """Give the frozen weights storage of their own again, bit for bit."""
-        for packing, frozen in self._packings.values():
-            packing.unpack(frozen)
+        self.packings.unpack(*self._frozen)
 
     def _apply(self, fn, recurse=True):
-        # the weights above this module move after it: pack again on the next call
-        for packing, _ in self._packings.values():
-            packing.forget()
-        return super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)
+        self.packings.forget(*self._frozen)  # pack what is there now on the next call
+        return result
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.packings.adopt(*self._frozen)  # assign=True registers other parameters
 
 
 class ResidualFFNAdapter(ParallelFFNAdapter):
@@ -250,7 +242,7 @@ class ResidualFFNAdapter(ParallelFFNAdapter):
 
     def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
         super().__init__(ffn, modification, dtype)
-        self.packed_in, self.caught = None, Caught()
+        self.packings.stacked, self.caught = None, Caught()
 
     def adapter_input(self) -> Tensor:
         return self.caught.take()

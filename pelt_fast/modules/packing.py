@@ -1,4 +1,13 @@
-"""Frozen weights side by side in one buffer, with room for a trainable block beside them."""
+"""Frozen weights side by side in one buffer, with room for a trainable block beside them.
+
+Whoever reads a buffer fills it first with the block of its own call, forward and backward alike,
+and keeps the others out until its op has been called: what another forward, or another thread, left
+there is never read.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,68 +17,194 @@ ALIGNMENT = 16  # rows or columns of the buffer: a multiple of the tensor core's
 
 class Packing:
     """Weights stacked along ``dim`` (0: rows, 1: columns) of one buffer, then a block of ``room``,
-    then zeros.
+    then zeros. Columns are kept as the rows of the transpose: each weight is one run of memory.
 
-    The parameters stay themselves and look into the buffer; ``state_dict`` shows what it always
-    did. A move to another device or dtype gives them storage of their own: ``filled`` then packs
-    again. Copies and pickles hold no buffer.
+    The parameters stay themselves and look into the buffer, each through a storage of its own over
+    its run: what saves by storage (safetensors, torch.save) finds none that is shared, none that
+    holds more. A move to another device or dtype gives them memory of their own; they are packed
+    again where they are still the parameters that were packed. Copies and pickles hold no buffer.
     """
 
     def __init__(self, dim: int, room: int):
         self.dim, self.room = dim, room
-        self.buffer: Tensor | None = None
+        self.buffer: Tensor | None = None  # rows, whatever the dim
+        self.own: list[nn.Parameter] = []  # what may be moved: never a tensor put there for a call
 
-    def holds(self, frozen: list[nn.Parameter]) -> bool:
-        """Whether the weights live in the buffer."""
-        if self.buffer is None:
+    def holds(self, frozen: Sequence[Tensor]) -> bool:
+        """Whether these weights live in the buffer."""
+        if self.buffer is None or self.buffer.dtype != frozen[0].dtype:
             return False
-        first = 0
-        for weight in frozen:
-            place = self.buffer.narrow(self.dim, first, weight.shape[self.dim])
-            if weight.data_ptr() != place.data_ptr() or weight.stride() != place.stride():
-                return False
-            first += weight.shape[self.dim]
-        return True
+        return all(
+            _has_memory(weight)
+            and weight.data_ptr() == place.data_ptr()
+            and weight.stride() == place.stride()
+            for weight, place in zip(frozen, self._places(frozen))
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def pack(self, frozen: list[nn.Parameter]) -> None:
         """Move the weights into the buffer: an ordinary tensor, whoever calls first."""
-        shape = list(frozen[0].shape)
-        shape[self.dim] = self.room + -self.room % ALIGNMENT
-        parts = [*(weight.data for weight in frozen), frozen[0].new_zeros(shape)]
-        self.buffer = torch.cat(parts, self.dim)
-        first = 0
-        for weight in frozen:
-            weight.data = self.buffer.narrow(self.dim, first, weight.shape[self.dim])
-            first += weight.shape[self.dim]
+        self.own = frozen
+        if any(_is_shared(weight) for weight in frozen):
+            return  # other processes look at this memory
+        rows = [self._turned(weight.data) for weight in frozen]
+        room = rows[0].new_zeros(self.room + -self.room % ALIGNMENT, rows[0].shape[1])
+        self.buffer = torch.cat([*rows, room])
+        for weight, place in zip(frozen, self._places(frozen)):
+            weight.data = _with_own_storage(place)
+
+    def pack_again(self, frozen: list[Tensor]) -> None:
+        """Pack parameters that were moved since: they themselves, not what stands in for them
+        during one call (``torch.func.functional_call``)."""
+        if self.buffer is None and _same(frozen, self.own):
+            self.pack(frozen)
 
     @torch.no_grad()
     def unpack(self, frozen: list[nn.Parameter]) -> None:
-        """Give the weights storage of their own again, bit for bit."""
+        """Give the weights memory of their own again, bit for bit."""
         if self.holds(frozen):
             for weight in frozen:
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
         self.buffer = None
 
-    def forget(self) -> None:
-        """Let the buffer go; the weights are moved by somebody else."""
-        self.buffer = None
+    def forget(self, frozen: list[nn.Parameter]) -> None:
+        """Let the buffer go; the weights, ``frozen`` from now on, were moved by somebody else."""
+        self.own, self.buffer = frozen, None
+
+    def adopt(self, frozen: list[nn.Parameter]) -> None:
+        """Where other parameters were registered since: these are to be packed from now on."""
+        if not _same(frozen, self.own):
+            self.forget(frozen)
 
     @torch.no_grad()
-    def filled(
-        self, frozen: list[nn.Parameter], block: Tensor, scale: float | Tensor = 1
-    ) -> Tensor:
-        """The buffer with ``scale * block`` in its room, packed first where it is not."""
-        if not self.holds(frozen):
-            self.pack(frozen)
-        first = sum(weight.shape[self.dim] for weight in frozen)
-        # .data: backward reads the block only through the trainable weight's own version check
-        place = self.buffer.data.narrow(self.dim, first, self.room)
-        if isinstance(scale, Tensor):
-            scale = scale.reshape(-1, 1)
-        place.copy_(block if isinstance(scale, (int, float)) and scale == 1 else block * scale)
-        return self.buffer
+    def filled(self, block: Tensor, scale: float = 1) -> Tensor:
+        """The stacked weights, ``scale * block`` among them."""
+        first = self.buffer.shape[0] - self.room - -self.room % ALIGNMENT
+        place = self._turned(self.buffer.narrow(0, first, self.room))
+        place.copy_(block if scale == 1 else block * scale)
+        return self._turned(self.buffer)
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        """From the weights' own shape to the buffer's, and back."""
+        return matrix if self.dim == 0 else matrix.t()
+
+    def _places(self, frozen: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Where in the buffer each weight belongs."""
+        first = 0
+        for weight in frozen:
+            yield self._turned(self.buffer.narrow(0, first, weight.shape[self.dim]))
+            first += weight.shape[self.dim]
 
     def __getstate__(self):
         return {**self.__dict__, "buffer": None}
+
+
+class Packings:
+    """The buffers of one widened FFN: [gate; in; D] and [out | s U], either or none."""
+
+    def __init__(self, stacked: Packing | None, out: Packing | None):
+        self.stacked, self.out = stacked, out
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextlib.contextmanager
+    def filled(
+        self,
+        in_weight: Tensor,
+        gate_weight: Tensor | None,
+        out_weight: Tensor,
+        down_weight: Tensor,
+        up_weight: Tensor,
+        scale: float,
+    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """``packed`` and ``packed_out`` of the op for one call of it; None where the frozen weights
+        of this call are not those that live in the buffer."""
+        stack = [in_weight] if gate_weight is None else [gate_weight, in_weight]
+        with self._lock:
+            packed = packed_out = None
+            if self.stacked is not None and self.stacked.holds(stack):
+                self._follow(self.stacked.buffer.device)
+                packed = self.stacked.filled(down_weight)
+            if self.out is not None and self.out.holds([out_weight]):
+                self._follow(self.out.buffer.device)
+                packed_out = self.out.filled(up_weight, scale)
+            yield packed, packed_out
+
+    def _each(self, stacked: list[Tensor], out: Tensor) -> list[tuple[Packing, list[Tensor]]]:
+        """Each buffer that is there, with the weights it is for."""
+        pairs = ((self.stacked, stacked), (self.out, [out]))
+        return [(packing, frozen) for packing, frozen in pairs if packing is not None]
+
+    def hold(self, stacked: list[Tensor], out: Tensor) -> bool:
+        """Whether all these weights live in the buffers."""
+        each = self._each(stacked, out)
+        return bool(each) and all(packing.holds(frozen) for packing, frozen in each)
+
+    def pack(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
+        """Move the weights into the buffers."""
+        with self._lock:
+            for packing, frozen in self._each(stacked, out):
+                packing.pack(frozen)
+
+    def pack_again(self, stacked: list[Tensor], out: Tensor) -> None:
+        """Pack what a move, a copy or a merge has unpacked."""
+        with self._lock:
+            for packing, frozen in self._each(stacked, out):
+                packing.pack_again(frozen)
+
+    def unpack(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
+        """Give the weights memory of their own again."""
+        with self._lock:
+            for packing, frozen in self._each(stacked, out):
+                packing.unpack(frozen)
+
+    def forget(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
+        """Let the buffers go; the weights were moved by somebody else."""
+        with self._lock:
+            for packing, frozen in self._each(stacked, out):
+                packing.forget(frozen)
+
+    def adopt(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
+        """Take the weights as they are registered now for those to pack."""
+        with self._lock:
+            for packing, frozen in self._each(stacked, out):
+                packing.adopt(frozen)
+
+    def _follow(self, device: torch.device) -> None:
+        """On a GPU the lock orders launches: the work of another thread's stream comes first."""
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def __getstate__(self):
+        return {"stacked": self.stacked, "out": self.out}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._begin()
+
+
+def _same(first: list, second: list) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor lies somewhere: not a fake one, not what a torch.func transform wraps."""
+    return type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor)
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_shared()
+
+
+def _with_own_storage(view: Tensor) -> Tensor:
+    """The same memory through a storage that begins and ends where ``view`` does."""
+    real = _has_memory(view) and view.device.type != "meta"
+    return torch.from_dlpack(view) if real else view

@@ -1,5 +1,7 @@
 """Ops ``ffn_*``, the widened FFN: schemas, fakes, autograd Function."""
 
+import contextlib
+
 from torch.autograd.function import once_differentiable
 
 from pelt_fast.plans import ffn as plans
@@ -11,6 +13,8 @@ from .function import OpFunction
 from .fused import fused_or_plan
 from .library import Op
 from .low_rank import keep_needed
+
+PACKINGS, SCALE = 14, 2  # places among the Function's arguments, and among its settings
 
 
 def _width(in_weight, gate_weight, down_weight, packed):
@@ -70,35 +74,45 @@ ffn_bwd = Op(
 ffn_fwd.register(
     plans.ffn_forward,
     fused_or_plan(
-        "ffn", "ffn.ffn_forward", plans.ffn_forward, lambda a: a[8].shape[0], frozen=(2, 4, 6)
+        "ffn", "ffn.ffn_forward", plans.ffn_forward, lambda a: a[8].shape[0], frozen=(2, 4, 6, 13)
     ),
 )
 ffn_bwd.register(
     plans.ffn_backward,
     fused_or_plan(
-        "ffn", "ffn.ffn_backward", plans.ffn_backward, lambda a: a[6].shape[0], frozen=(3, 4, 5)
+        "ffn", "ffn.ffn_backward", plans.ffn_backward, lambda a: a[6].shape[0], frozen=(3, 4, 5, 9)
     ),
 )
+
+
+def _filled(packings, packed, packed_out, *weights):
+    """packed and packed_out of one call: a site's own buffers, filled and kept from the others, or
+    what the caller of the public function made."""
+    if packings is None:
+        return contextlib.nullcontext((packed, packed_out))
+    return packings.filled(*weights)
 
 
 class WidenedFFNFunction(OpFunction):
     """A frozen FFN with a parallel adapter, one function of x (M, K).
 
     Saves what the adapter read, x or adapter_x, and the pre-activations (M, F + R); T (M, R) alone
-    of these when dx is not needed.
+    of these when dx is not needed. ``packings`` are buffers that other calls write too: backward
+    fills them again, with the weights that forward saved.
     """
 
     @staticmethod
     def forward(
         ctx, x, adapter_x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias,
-        down_weight, down_bias, up_weight, up_bias, packed, packed_out, *settings_and_seed,
+        down_weight, down_bias, up_weight, up_bias, packed, packed_out, packings,
+        *settings_and_seed,
     ):  # fmt: skip
         backend = active_backend()
         *settings, seed = settings_and_seed
-        y, pre = ffn_fwd(
+        y, pre = _forward(
             x, adapter_x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias,
-            down_weight, down_bias, up_weight, up_bias, packed, packed_out, *settings, seed, True,
-            backend=backend,
+            down_weight, down_bias, up_weight, up_bias, packed, packed_out, packings, *settings,
+            seed, True,
         )  # fmt: skip
         rank = down_weight.shape[0]
         if not ctx.needs_input_grad[0]:
@@ -111,21 +125,37 @@ class WidenedFFNFunction(OpFunction):
         )  # fmt: skip
         ctx.settings = (*settings, backend)
         ctx.separate = adapter_x is not None
+        # only dx reads the frozen weights
+        ctx.packings = packings if ctx.needs_input_grad[0] else None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, pre, *weights, seed = ctx.saved_tensors
+        x, pre, in_weight, gate_weight, out_weight, *small, packed, packed_out, seed = (
+            ctx.saved_tensors
+        )
         *settings, backend = ctx.settings
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[8:12], ctx.needs_input_grad[1]]
-        grads = ffn_bwd(
-            dy.contiguous(), empty_like_nothing(dy) if x is None else x, pre, *weights, *settings,
-            seed, ctx.separate, needs, backend=backend,
-        )  # fmt: skip
+        weights = (in_weight, gate_weight, out_weight, *small)
+        with _filled(ctx.packings, packed, packed_out, *weights, settings[SCALE]) as both:
+            grads = ffn_bwd(
+                dy.contiguous(), empty_like_nothing(dy) if x is None else x, pre, *weights, *both,
+                *settings, seed, ctx.separate, needs, backend=backend,
+            )  # fmt: skip
         dx, *small, d_adapter_x = keep_needed(grads, needs)
-        return dx, d_adapter_x, *[None] * 6, *small, *[None] * 10
+        return dx, d_adapter_x, *[None] * 6, *small, *[None] * 11
 
     @staticmethod
     def infer(*args):
-        return ffn_fwd(*args, False, backend=active_backend())[0]
+        return _forward(*args, False)[0]
+
+
+def _forward(*args):
+    """y and pre of ``ffn_fwd``'s arguments, a site's packings behind ``packed_out``."""
+    *first, packed, packed_out, packings = args[: PACKINGS + 1]
+    _, _, in_weight, _, gate_weight, _, out_weight, _, down_weight, _, up_weight, _ = first
+    settings = args[PACKINGS + 1 :]
+    weights = in_weight, gate_weight, out_weight, down_weight, up_weight
+    with _filled(packings, packed, packed_out, *weights, settings[SCALE]) as both:
+        return ffn_fwd(*first, *both, *settings, backend=active_backend())

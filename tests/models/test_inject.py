@@ -159,7 +159,7 @@ def test_the_out_projection_is_packed_where_no_dropout_follows_it(learned, tmp_p
     site = model.model.layers[0].pelt_ffn_adapter
     model(**batch).loss.backward()
     out = model.model.layers[0].mlp.down_proj.weight
-    assert site.is_packed and out.data_ptr() == site.packed_out.buffer.data_ptr()
+    assert site.is_packed and out.data_ptr() == site.packings.out.buffer.data_ptr()
     assert_fused_is_the_reference(model, batch)
     # a strided weight is still a weight to save
     assert same({n: v for n, v in model.state_dict().items() if n in before}, before)
@@ -183,7 +183,7 @@ def test_a_model_moved_and_evaluated_first_still_trains(architecture):
 def test_a_block_with_output_dropout_packs_only_what_it_reads():
     model = pelt_fast.inject(MODELS["bart"](), small_method("mam"))
     site = model.model.encoder.layers[0].pelt_ffn_adapter
-    assert site.packed_out is None and site.is_packed
+    assert site.packings.out is None and site.is_packed
 
 
 def test_a_move_to_another_dtype_packs_again():
