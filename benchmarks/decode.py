@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 import pelt_fast
 from benchmarks.common import table, write
 from benchmarks.timing import rounds
+from pelt_fast.models.generate import generating
 
 BATCHES, SOURCE, PAST, STEPS = (1, 8, 32), 64, 32, 8
 # sizes near half a percent to one percent of BART-base, as for an adapted model that is served
@@ -54,10 +55,11 @@ def decoding(model: BartForConditionalGeneration, batch: int):
 
     @torch.inference_mode()
     def steps(_):
-        for _ in range(STEPS):
-            hidden = decoder(past[:, :1], encoder_hidden_states=encoded, past_key_values=cache,
-                             use_cache=True).last_hidden_state  # fmt: skip
-            model.lm_head(hidden)
+        with generating(model):  # what model.generate runs its steps in
+            for _ in range(STEPS):
+                hidden = decoder(past[:, :1], encoder_hidden_states=encoded, past_key_values=cache,
+                                 use_cache=True).last_hidden_state  # fmt: skip
+                model.lm_head(hidden)
         cache.self_attention_cache.crop(-STEPS)
 
     return steps

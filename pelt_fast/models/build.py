@@ -27,6 +27,7 @@ from pelt_fast.modules.slot import Slot
 
 from . import attention
 from .blocks import describe_block, take_block
+from .generate import take_generate
 from .handles import compiled_from
 from .places import attention_slots, ffns, linears, prompted
 from .prompt import attach_prompt
@@ -82,6 +83,7 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
             takeover.add(owner, _free_name(owner, _bank_name(slot.kind, modification)), bank)
             takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
             takeover.hook(owner.register_forward_pre_hook(bank.before_stack))
+            takeover.hook(owner.register_forward_hook(bank.after_stack))
         bank = banks[key]
         takeover.set(
             module, attention.SLICE, PrefixSlice(bank, place.order, modification.composition)
@@ -90,6 +92,7 @@ def _inject_prefix(model, modification, config, stacks, takeover) -> None:
         takeover.sites.append(Site(f"{place.name}.{slot.module}", "prefix", "prefix", bank,
                                    attention=module, queries=queries))  # fmt: skip
         attention.wrap(module, takeover)
+    take_generate(model, takeover)
 
 
 def _bank_name(kind: str, modification: Modification) -> str:

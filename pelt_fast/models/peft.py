@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 from pelt_fast.config import PeltConfig
+from pelt_fast.modules.per_thread import PerThread
+from pelt_fast.modules.prefix_run import PrefixRuns
 
 from . import attention
 from .configs import own_configs, return_configs
@@ -134,6 +136,7 @@ def _accelerate_prefix(peft_model: nn.Module, takeover: Takeover) -> None:
     owner = find(base, stacks[0].owner)
     takeover.hook(owner.register_forward_pre_hook(attention.still_wrapped))
     takeover.hook(owner.register_forward_pre_hook(bank.before_decoder, with_kwargs=True))
+    takeover.hook(owner.register_forward_hook(bank.after_decoder))
     takeover.set(peft_model, "forward", bank.forward)
     takeover.set(peft_model, "generate", bank.generate)
 
@@ -143,9 +146,8 @@ class PeftPrefix:
 
     def __init__(self, peft_model: nn.Module):
         self.peft_model = peft_model
-        self.entering = False  # whether the PEFT model's own forward is running
-        self.on = False  # whether the last forward was; kept for a checkpoint's recomputation
-        self.current: Tensor | None = None
+        self._entering = PerThread()  # whether the PEFT model's own forward is running
+        self.runs = PrefixRuns()
 
     @property
     def length(self) -> int:
@@ -167,10 +169,10 @@ class PeftPrefix:
 
     def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict):
         """The prefix of this forward; positions that begin behind it, as PEFT counts them."""
-        self.on = self.entering
-        if not self.on:
+        entering = self._entering.get()
+        self.runs.begin(self.values() if entering else None)
+        if not entering:
             return None
-        self.current = self.values()
         names = ("input_ids", "attention_mask", "position_ids")
         kwargs = {**dict(zip(names, args)), **kwargs}
         positions = kwargs.get("position_ids")
@@ -182,12 +184,16 @@ class PeftPrefix:
             positions = torch.arange(past, past + given.shape[1], device=given.device)[None]
         return (), {**kwargs, "position_ids": positions + self.length}
 
+    def after_decoder(self, *_) -> None:
+        """The prefix of this forward is let go."""
+        self.runs.end()
+
     def _run(self, function, *args, **kwargs):
-        self.entering = True
+        self._entering.put(True)
         try:
             return function(*args, **kwargs)
         finally:
-            self.entering = False
+            self._entering.put(None)
 
     def forward(self, *args, task_ids=None, **kwargs):
         """The PEFT model's forward: the base model's own, with the prefix at work."""
@@ -209,8 +215,9 @@ class PeftSlice:
     @property
     def on(self) -> bool:
         """Whether the prefix acts: not while PEFT has its adapters disabled."""
-        return self.bank.on
+        run = self.bank.runs.now()
+        return run is not None and run.values is not None
 
     def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
         """prefix_k and prefix_v (Hkv, P, D)."""
-        return self.bank.current[self.index, 0], self.bank.current[self.index, 1]
+        return self.bank.runs.now().layer(self.index)

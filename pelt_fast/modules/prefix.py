@@ -1,32 +1,19 @@
 """Prefix tuning: the bank of trainable keys and values of one stack, and each layer's slice.
 
 The bank's reparameterisation (an embedding, Linear, Tanh, Linear; PAPER 3.4) runs once per
-forward of the stack, never per batch row, and is cached while nothing changes in evaluation.
+forward of the stack, never per batch row; while a thread generates, once for all its steps.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from pelt_fast.config import Modification
 
-
-class Rejoined(torch.autograd.Function):
-    """One layer's keys and values in the backward of a reentrant checkpoint, which is a backward of
-    its own for each layer: their gradient goes on into the graph that all layers share, and leaves
-    it standing for the next one."""
-
-    @staticmethod
-    def forward(ctx, bank: "PrefixBank", index: int, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        # not an input of the graph: a nested backward must not walk into it, and free it
-        ctx.current, ctx.index = bank.current, index
-        return bank.current[index, 0].clone(), bank.current[index, 1].clone()
-
-    @staticmethod
-    def backward(ctx, d_keys: Tensor, d_values: Tensor):
-        with torch.enable_grad():
-            both = ctx.current[ctx.index]
-        torch.autograd.backward(both, torch.stack([d_keys, d_values]), retain_graph=True)
-        return None, None, None
+from .per_thread import PerThread
+from .prefix_run import PrefixRun, PrefixRuns
 
 
 class PrefixBank(nn.Module):
@@ -55,10 +42,7 @@ class PrefixBank(nn.Module):
         else:
             self.prefix = nn.Parameter(torch.empty(self.shape, **place))
             nn.init.normal_(self.prefix, std=0.02)
-        self.current: Tensor | None = None
-        self._current_of: tuple | None = None
-        self._with_grad = False  # whether this forward of the stack began with autograd on
-        self._reentrant = False  # and its layers run without it
+        self._runs, self._generation = PrefixRuns(), PerThread()
 
     def forward(self) -> Tensor:
         """The keys and values of every layer (L, 2, Hkv, P, D)."""
@@ -70,28 +54,36 @@ class PrefixBank(nn.Module):
 
     def before_stack(self, *_) -> None:
         """Forward pre-hook of the stack: make the prefix of this forward."""
-        self._with_grad, self._reentrant = torch.is_grad_enabled(), False
+        self._runs.begin(self._values())
+
+    def after_stack(self, *_) -> None:
+        """Forward hook of the stack: let it go."""
+        self._runs.end()
+
+    def _values(self) -> Tensor:
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
-            self.current, self._current_of = self(), None
-            return
-        state = tuple((p.data_ptr(), p._version) for p in self.parameters())
-        if self.current is None or self._current_of != state:
-            self.current, self._current_of = self(), state
+            return self()
+        made = self._generation.get()
+        if made is None:
+            return self()
+        if not made:
+            made.append(self())
+        return made[0]
+
+    @contextlib.contextmanager
+    def made_once(self) -> Iterator[None]:
+        """Inside, this thread's forwards without autograd make the prefix once."""
+        before = self._generation.get()
+        self._generation.put([])
+        try:
+            yield
+        finally:
+            self._generation.put(before)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """prefix_k and prefix_v (Hkv, P, D) of one layer, from this forward's run."""
-        if self.current is None:
-            self.current = self()
-        if not torch.compiler.is_compiling():
-            if self._with_grad and not torch.is_grad_enabled():
-                self._reentrant = True  # the layer runs again in backward, with autograd
-            elif self._reentrant and self.current.requires_grad:
-                return Rejoined.apply(self, index, self._anchor())
-        return self.current[index, 0], self.current[index, 1]
-
-    def _anchor(self) -> Tensor:
-        """What makes autograd come by: a part of a layer's graph, not of the prefix's."""
-        return torch.empty(0, device=self.current.device, requires_grad=True)
+        run = self._runs.now()
+        return (PrefixRun(self()) if run is None else run).layer(index)
 
     @torch.no_grad()
     def fold(self, values: Tensor | None = None) -> None:
@@ -100,16 +92,8 @@ class PrefixBank(nn.Module):
         like = next(self.parameters())
         if values is None:
             values = self().detach()
-        self.embedding = self.mlp = self.current = None
+        self.embedding = self.mlp = None
         self.prefix = nn.Parameter(values.to(like.device, like.dtype).clone())
-
-    def _apply(self, fn, recurse=True):
-        self.current = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        # the current prefix may hang on a graph: a copy or a pickle makes its own
-        return {**self.__dict__, "current": None, "_current_of": None}
 
     def extra_repr(self) -> str:
         layers, _, heads, size, head_dim = self.shape
