@@ -28,7 +28,7 @@ from .attention import SLICE
 from .slots import StackSlot, base_of, find
 from .synthetic import synthetic_batch, why_no_run
 from .takeover import Takeover
-from .unnamed import dropouts_of, unnamed_in_layer
+from .unnamed import unnamed_dropouts, unnamed_in_layer
 
 logger = logging.getLogger("pelt_fast")
 
@@ -96,9 +96,7 @@ class SelfTest:
 
     def _message(self, name: str, error: float, training: bool) -> str:
         stack, layer = self.layers[name]
-        unnamed = unnamed_in_layer(layer, stack)
-        if training:
-            unnamed = [p for p in dropouts_of(layer) if p in unnamed or not _is_module(layer, p)]
+        unnamed = (unnamed_dropouts if training else unnamed_in_layer)(layer, stack)
         listed = ", ".join(unnamed[:8]) or "nothing: a factor, or a step that is no module"
         mode = "training mode (dropouts)" if training else "evaluation mode"
         return (
@@ -290,7 +288,3 @@ def _error(before: Tensor, after: Tensor) -> float:
         return torch.inf
     error = (after.double() - before.double()).norm() / before.double().norm().clamp_min(1e-30)
     return error.item() if error.isfinite() else torch.inf
-
-
-def _is_module(layer: nn.Module, path: str) -> bool:
-    return isinstance(find(layer, path), nn.Module)

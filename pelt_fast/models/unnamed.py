@@ -27,8 +27,7 @@ def why_beside(layer: nn.Module, slot: FFNSlot) -> str | None:
 def unnamed_in_layer(layer: nn.Module, stack: StackSlot) -> list[str]:
     """Paths from ``layer`` of its innermost modules that neither a slot names nor pelt_fast put
     there."""
-    named = {path for attention in stack.attentions for path in _attention_paths(attention)}
-    named |= set() if stack.ffn is None else set(_paths(stack.ffn))
+    named = _named_in(stack)
     return [
         path for path, module in layer.named_modules()
         if path and path not in named and not list(module.children())
@@ -36,14 +35,25 @@ def unnamed_in_layer(layer: nn.Module, stack: StackSlot) -> list[str]:
     ]  # fmt: skip
 
 
-def dropouts_of(layer: nn.Module) -> Iterator[str]:
-    """Paths of a layer's dropouts: modules, and numbers that are named so."""
+def unnamed_dropouts(layer: nn.Module, stack: StackSlot) -> list[str]:
+    """Paths of a layer's dropouts that no slot names: modules, and numbers that are called so."""
+    return [path for path in _dropouts(layer) if path not in _named_in(stack)]
+
+
+def _dropouts(layer: nn.Module) -> Iterator[str]:
     for path, module in layer.named_modules():
+        if "pelt_" in path:
+            continue
         if isinstance(module, nn.Dropout):
             yield path
         for name, value in vars(module).items():
             if isinstance(value, float) and "drop" in name:
                 yield f"{path}.{name}".removeprefix(".")
+
+
+def _named_in(stack: StackSlot) -> set[str]:
+    named = {path for attention in stack.attentions for path in _attention_paths(attention)}
+    return named if stack.ffn is None else named | set(_paths(stack.ffn))
 
 
 def _held(block: nn.Module, path: str) -> Iterator[str]:

@@ -102,15 +102,24 @@ def test_gate_and_up_in_the_wrong_order_are_refused():
         pelt_fast.inject(model, "scaled_parallel_adapter", slots=swapped)
 
 
-def test_a_norm_between_that_no_slot_names_is_refused():
-    model = bert()
+@pytest.mark.parametrize("width", [32, 48])  # the norm's width is the layer's too, or is not
+def test_a_norm_between_that_no_slot_names_is_refused(width):
+    model = bert(intermediate_size=width)
     for layer in model.bert.encoder.layer:
         act = layer.intermediate.intermediate_act_fn
-        layer.intermediate.intermediate_act_fn = nn.Sequential(act, nn.LayerNorm(48))
+        layer.intermediate.intermediate_act_fn = nn.Sequential(act, nn.LayerNorm(width))
     slots = changed(BERT, activation="intermediate.intermediate_act_fn.0")
-    with pytest.raises(ValueError, match="intermediate_act_fn: Sequential is not a class of"):
+    why = "no slot names|with it fails|forward is not known"
+    with pytest.raises(ValueError, match=why):
         pelt_fast.inject(model, "scaled_parallel_adapter", slots=slots)
     assert "pelt" not in str(model)
+
+
+def test_the_message_says_what_no_slot_names():
+    model, lost = biogpt(), changed(BIOGPT, activation_dropout=None)
+    model.biogpt.layers[0].activation_dropout = 0.3
+    with pytest.raises(ValueError, match=r"no slot names: .*activation_dropout.*Name what belongs"):
+        pelt_fast.inject(model, "scaled_parallel_adapter", slots=lost)
 
 
 def sub_normed():
