@@ -25,7 +25,9 @@ class Found:
     def why_not(self) -> str | None:
         """What happened to it, or None."""
         found = getattr(self.owner, self.name, None)
-        if found is self.module or self.count not in (None, len(self.owner)):
+        if found is self.module:
+            return None
+        if self.count is not None and len(self.owner) != self.count:
             return None  # layers that were taken out took their sites with them
         if not self.alone and isinstance(found, nn.Module) and self.module in found.modules():
             return None
