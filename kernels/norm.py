@@ -161,11 +161,10 @@ def norm_gradients_kernel(
         inside = mask_r[:, None] & mask_k[None, :]
         rows = offs_r.to(tl.int64)[:, None]
         g = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        total = tl.zeros((BLOCK_R,), tl.float32)
+        total = tl.load(dt_sum_ptr + offs_r, mask=mask_r, other=0.0)
         place = g_ptr + rows * K + offs_k[None, :]
-        for j in range(0, J):
+        for _ in range(0, J):
             g += tl.load(place, mask=inside, other=0.0)
-            total += tl.load(dt_sum_ptr + j * R + offs_r, mask=mask_r, other=0.0)
             place += tl.cast(R, tl.int64) * K
         down = tl.load(down_ptr + rows * stride_dr + offs_k[None, :], mask=inside, other=0.0)
         down = down.to(tl.float32)
@@ -230,11 +229,11 @@ def norm_gradients(
     """Return the gradients of down (R, K), its bias (R), and the LayerNorm's weight and bias (K),
     each in the dtype of what it belongs to, from one read of x."""
     R, K = down.shape
-    parts, bias_parts = rank_down_parts(dt, x, with_bias=True, moments=moments)
+    parts, dt_sum = rank_down_parts(dt, x, moments=moments), dt.sum(0, dtype=torch.float32)
     d_down, d_down_bias = down.new_empty(R, K), down.new_empty(R)
     d_weight, d_bias = weight.new_empty(K), bias.new_empty(K)
     norm_gradients_kernel[(triton.cdiv(K, COLUMNS),)](
-        parts, bias_parts, down, weight, bias, d_down, d_down_bias, d_weight, d_bias,
+        parts, dt_sum, down, weight, bias, d_down, d_down_bias, d_weight, d_bias,
         parts.shape[0], K, R, down.stride(0),
         BLOCK_K=COLUMNS, BLOCK_R=min(padded(R), 32), num_warps=4,
     )  # fmt: skip

@@ -6,9 +6,12 @@ Shapes   x (M, K), a (R, K), bias (R), s and h (M, R); ds (M, R), da (R, K); las
 Maths    forward   s = drop(x) aᵀ + bias,  h = drop_h(f(s)) where asked for
          backward  da = dsᵀ drop(x),  d_bias = Σ_m ds
          LayerNorm x -> n w + b forward, x -> n backward, n = (x - mean) rstd (``norm``)
+         d_bias is a sum of its own: beside the product, ds would have two users, and Triton 3.6
+         then lets the copy of the next tile overwrite what wgmma still reads (docs/facts.md)
          dx += drop(ds a) is ``rank_up`` with the mask on the update.
 Traffic  forward   reads M K + R K, writes M R (split over K: 2 J M R fp32 more, J parts)
-         backward  reads M K + M R, writes R K (2 J R K fp32 more, J <= 64 parts over M)
+         backward  reads M K + M R, writes R K (2 J R K fp32 more, J <= 64 parts over M);
+                   d_bias reads M R once more: R / K of what da reads
 Flops    2 M K R each: memory-bound for R <= 128. Above one rank block x is read again for each,
          from the L2 cache where its programs run side by side.
 """
@@ -112,7 +115,6 @@ def rank_down_bwd_kernel_da(
     bits_ptr,
     moments_ptr,
     da_ptr,
-    d_bias_ptr,
     threshold,
     keep_scale,
     M,
@@ -121,7 +123,6 @@ def rank_down_bwd_kernel_da(
     part_m,
     stride_dm,
     stride_xm,
-    HAS_BIAS: tl.constexpr,
     DROP: tl.constexpr,
     HAS_BITS: tl.constexpr,
     NORM: tl.constexpr,
@@ -139,7 +140,6 @@ def rank_down_bwd_kernel_da(
     mask_k, mask_r = (offs_k < K)[None, :], (offs_r < R)[None, :]
     last = tl.minimum(tl.cast(M, tl.int64), (part + 1) * part_m)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
     x_place = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
     ds_place = ds_ptr + offs_m[:, None] * stride_dm + offs_r[None, :]
     for m in range(0, part_m, BLOCK_M):
@@ -158,17 +158,12 @@ def rank_down_bwd_kernel_da(
             rstd = tl.load(place + M, mask=mask_m, other=0.0)
             x = ((x.to(tl.float32) - mean) * rstd).to(x.dtype)
         acc = dot(tl.trans(x), ds, acc)
-        if HAS_BIAS:
-            total += tl.sum(ds.to(tl.float32), 0)
         x_place += BLOCK_M * tl.cast(stride_xm, tl.int64)
         ds_place += BLOCK_M * tl.cast(stride_dm, tl.int64)
     if DROP:
         acc *= tl.cast(keep_scale, tl.float32)
     place = da_ptr + (part * R + offs_r)[None, :] * K + offs_k[:, None]
     tl.store(place, acc, mask=(offs_k < K)[:, None] & mask_r)
-    if HAS_BIAS:
-        first_column = offs_r < tl.where(tl.program_id(1) == 0, R, 0)
-        tl.store(d_bias_ptr + part * R + offs_r, total, mask=first_column)
 
 
 def rank_down(
@@ -223,12 +218,11 @@ def rank_down_parts(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    with_bias: bool = False,
     bits: Tensor | None = None,
     moments: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The first stage of :func:`rank_down_bwd`: parts of da (J, R, K) and of the bias gradient
-    (J, 1, R), fp32. With ``moments`` (2, M), x is normalised as it is read."""
+) -> Tensor:
+    """The first stage of :func:`rank_down_bwd`: parts of da (J, R, K), fp32. With ``moments``
+    (2, M), x is normalised as it is read."""
     (M, K), R = x.shape, ds.shape[1]
     name = "rank_down_bwd" if moments is None else "rank_down_bwd_norm"
     tile = pick(name, 8 * x.element_size(), R, x.device)
@@ -236,17 +230,16 @@ def rank_down_parts(
     programs = triton.cdiv(K, tile.block_k) * triton.cdiv(R, block_r)
     part_blocks, parts = split(programs, triton.cdiv(M, tile.block_m), x.device)
     da_parts = x.new_empty(parts, R, K, dtype=torch.float32)
-    bias_parts = x.new_empty(parts, 1, R, dtype=torch.float32) if with_bias else None
     grid = (triton.cdiv(R, block_r), triton.cdiv(K, tile.block_k), parts)
     rank_down_bwd_kernel_da[grid](
-        ds, x, seed, bits, moments, da_parts, bias_parts,
+        ds, x, seed, bits, moments, da_parts,
         philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         M, K, R, part_blocks * tile.block_m, ds.stride(0), x.stride(0),
-        HAS_BIAS=with_bias, DROP=seed is not None, HAS_BITS=bits is not None,
+        DROP=seed is not None, HAS_BITS=bits is not None,
         NORM=moments is not None, ALIGNED=K % 8 == 0,
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, **tile.launch,
     )  # fmt: skip
-    return da_parts, bias_parts
+    return da_parts
 
 
 def rank_down_bwd(
@@ -264,12 +257,6 @@ def rank_down_bwd(
     ``bits`` (M, K / 8), from ``mask_bits``, is the mask where it was made already.
     """
     R, K = ds.shape[1], x.shape[1]
-    mask = dict(dropout_p=dropout_p, seed=seed, bits=bits)
-    da_parts, bias_parts = rank_down_parts(ds, x, with_bias=with_bias, **mask)
     da = x.new_empty(R, K, dtype=dtype)
-    reduce_parts(da_parts, da)
-    if bias_parts is None:
-        return da, None
-    d_bias = x.new_empty(1, R, dtype=dtype)
-    reduce_parts(bias_parts, d_bias)
-    return da, d_bias.view(R)
+    reduce_parts(rank_down_parts(ds, x, dropout_p=dropout_p, seed=seed, bits=bits), da)
+    return da, ds.sum(0, dtype=torch.float32).to(dtype) if with_bias else None

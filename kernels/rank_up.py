@@ -156,10 +156,16 @@ def rank_up_bwd_kernel(
             t = tl.load(
                 t_ptr + rows[:, None] * stride_tm + offs_r[None, :], mask=mask_m & mask_r, other=0.0
             )  # [BLOCK_M, BLOCK_R]
+            kept = tl.cast(keep_scale, tl.float32)
             h = bottleneck(
-                t.to(tl.float32), seed_ptr, rows, 0, R, threshold,
-                tl.cast(keep_scale, tl.float32), ACTIVATION, DROP, ALIGNED, BLOCK_R,
+                t.to(tl.float32), seed_ptr, rows, 0, R, threshold, kept, ACTIVATION, DROP, ALIGNED,
+                BLOCK_R,
             )  # fmt: skip
+            if HAS_BIAS and ACTIVATION == "identity" and not DROP:
+                # h goes through registers (kept is 1), so that db is waited for in this turn: dy,
+                # summed too, gets a buffer too few of Triton 3.6, and the copy of the next tile
+                # would overwrite what wgmma still reads (docs/facts.md)
+                h *= kept
             db = dot(tl.trans(dy), h.to(dy.dtype), db)
         if HAS_BIAS:
             total += tl.sum(dy.to(tl.float32), 0)

@@ -16,6 +16,8 @@ from triton.runtime import jit
 
 from pelt_fast.kernels import config
 
+from .races import races
+
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm90": GPUTarget("cuda", 90, 32),
@@ -86,6 +88,7 @@ def _compile(kernel, target_name: str, args, kwargs) -> Machine:
     counts["slow_dots"] = slow_dots(asm["ttgir"])
     counts["tf32"] = asm.get("ptx", "").count("tf32")
     counts["long_products"] = len(re.findall(r"m(?:ul|ad)\.lo\.s64", asm.get("ptx", "")))
+    counts["races"] = len(races(asm["ttgir"])) if target.backend == "cuda" else 0
     counts["narrow_strides"] = len(narrow_strides(asm["ttir"]))
     if target.backend == "hip":
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))

@@ -84,6 +84,12 @@ def low_rank(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 lambda ds=ds, drop=drop, b=bits_: rank_down_bwd(ds, x, torch.float32, bits=b, **drop),
                 True,
             )  # fmt: skip
+            if r == 16:
+                yield Launch(
+                    f"rank_down_bwd R={r} bias, own draws {tag}",
+                    lambda ds=ds, drop=drop: rank_down_bwd(ds, x, torch.float32, with_bias=True, **drop),
+                    True,
+                )  # fmt: skip
         for r in _ranks("rank_up", target, bits, seed is not None):
             h, b = empty(M, r, dtype=dtype), empty(N, r, dtype=torch.float32)
             a, u = empty(r, K, dtype=torch.float32), empty(N, dtype=torch.float32)
@@ -105,6 +111,12 @@ def low_rank(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                     f"rank_up_bwd R={r} {f} {tag}",
                     lambda t=t, b=b, f=f, drop=drop: rank_up_bwd(dy, t, b, activation=f, need_bias=True, **drop),
                     True,
+                )  # fmt: skip
+            for parts in ("dt", "db", "dt db", "db bias"):
+                needs = {f"need_{part}": part in parts.split() for part in ("dt", "db", "bias")}
+                yield Launch(
+                    f"rank_up_bwd R={r} {parts} alone {tag}",
+                    lambda t=t, b=b, n=needs, drop=drop: rank_up_bwd(dy, t, b, **n, **drop), True,
                 )  # fmt: skip
     yield Launch(f"mask {name}", lambda: mask_bits(SEED, P, M, K))
     yield Launch(f"dropout {name}", lambda: dropout(x, P, SEED), True)

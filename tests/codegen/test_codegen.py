@@ -25,6 +25,7 @@ def problems(target: str, row: dict) -> list[str]:
         "needs more registers than there are": row["registers"] <= REGISTERS.get(target, 255),
         "multiplies a stride in 32 bits": counts["narrow_strides"] == 0,
         "computes fp32 products in tf32": counts["tf32"] == 0,
+        "has a race of asynchronous work": counts["races"] == 0,
     }
     if row["launch"].startswith("huge"):
         claims["has no 64-bit product in its addresses"] = counts["long_products"] > 0

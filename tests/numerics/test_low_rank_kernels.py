@@ -46,8 +46,9 @@ def test_rank_down_matches_fp64_oracle(shape, dtype, p):
     s, h = rank_down(x, a, bias, dropout_p=p, seed=row)
     assert h is None
     a = a.to(dtype)
-    check(s, expression(x, a, bias), expression(*f64(x, a, bias.to(dtype))), dtype)
-    assert torch.equal(s, rank_down(x, a.float(), bias, dropout_p=p, seed=row)[0])
+    same, oracle = expression(x, a, bias), expression(*f64(x, a, bias.to(dtype)))
+    check(s, same, oracle, dtype)
+    check(rank_down(x, a.float(), bias, dropout_p=p, seed=row)[0], same, oracle, dtype)
 
 
 @every_dtype
@@ -117,10 +118,19 @@ def test_bits_are_the_mask_and_the_kernels_take_them(dtype):
     assert torch.equal(
         (bits[:, :, None] >> torch.arange(8, device=x.device)) & 1, keep.view(37, 9, 8).byte()
     )
-    da, _ = rank_down_bwd(ds, x, torch.float32, dropout_p=0.3, seed=row, bits=bits)
-    assert torch.equal(da, rank_down_bwd(ds, x, torch.float32, dropout_p=0.3, seed=row)[0])
-    made = rank_up(ds, a.t(), dx, update_dropout_p=0.3, seed=row)
-    assert torch.equal(made, rank_up(ds, a.t(), dx, update_dropout_p=0.3, seed=row, bits=bits))
+
+    # another kernel than the one that draws the mask: the same numbers, not the same bits
+    def expressions(ds, x, dx, a):
+        return ds.t() @ dropout(x, 0.3, row), dx + dropout(ds @ a, 0.3, row)
+
+    inputs = ds, x, dx, a.to(dtype)
+    wanted = expressions(*f64(*inputs))
+    same = expressions(*(t.float() for t in inputs))[0], expressions(*inputs)[1]
+    for given in (bits, None):
+        da, _ = rank_down_bwd(ds, x, torch.float32, dropout_p=0.3, seed=row, bits=given)
+        made = rank_up(ds, a.t(), dx, update_dropout_p=0.3, seed=row, bits=given)
+        check(da, same[0], wanted[0], torch.float32)
+        check(made, same[1], wanted[1], dtype)
 
 
 def test_rank_up_takes_a_transposed_factor():
@@ -156,10 +166,12 @@ def test_rank_up_bwd_matches_fp64_oracle(shape, dtype, p, activation):
 
 def test_rank_up_bwd_skips_what_is_not_needed():
     dy, t, b = dense(20, 33), dense(20, 4), dense(33, 4)
-    everything = rank_up_bwd(dy, t, b, need_bias=True)
-    assert rank_up_bwd(dy, t, b, need_dt=False)[0] is None
-    assert torch.equal(rank_up_bwd(dy, t, b, need_dt=False)[1], everything[1])
-    assert torch.equal(rank_up_bwd(dy, t, b, need_db=False)[0], everything[0])
+    dt, db, none = rank_up_bwd(dy, t, b, need_dt=False)
+    assert dt is None and none is None
+    check(db, dy.t() @ t, dy.double().t() @ t.double(), torch.float32)
+    dt, db, none = rank_up_bwd(dy, t, b, need_db=False)
+    assert db is None and none is None
+    check(dt, dy @ b, dy.double() @ b.double(), torch.float32)
 
 
 @pytest.mark.parametrize("width", [8, 64, 13])

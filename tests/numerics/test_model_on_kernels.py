@@ -21,7 +21,10 @@ def loss_and_gradients(model, inputs, name):
 @pytest.mark.parametrize("method", ["lora", "houlsby", "mam"])
 @pytest.mark.parametrize("make", [small.bart, small.llama], ids=["bart", "llama"])
 def test_model_on_kernels_is_the_model_on_the_reference(make, method):
-    model = pelt_fast.inject(make(), method).to(DEVICE).eval()
+    # smooth: at a ReLU's corner two roundings differ by a whole row (the reference's was the wrong
+    # one, 0.5 % from fp64 where the kernels were 1e-7)
+    config = pelt_fast.methods()[method].replace(activation="tanh")
+    model = pelt_fast.inject(make(), config).to(DEVICE).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)

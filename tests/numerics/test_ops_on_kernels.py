@@ -47,13 +47,14 @@ def test_op_drops_the_same_elements_as_the_reference(case):
 
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=identity)
-def test_inference_gives_the_same_bits(case):
+def test_inference_gives_the_same_numbers(case):
+    """Not the same bits: a kernel that keeps nothing for backward is another kernel."""
     tensors = case.tensors(torch.float16, torch.float32, DEVICE)
     with backend("triton"):
         expected = run(case.call, tensors)["y"]
         torch.manual_seed(2)
         with torch.no_grad():
-            assert torch.equal(case.call(tensors), expected)
+            check(case.call(tensors), expected, expected.double(), torch.float16)
 
 
 @pytest.mark.parametrize("case", CASES, ids=identity)
