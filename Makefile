@@ -1,5 +1,5 @@
 # make demo   a real pretrained encoder on real text, five methods side by side
-# make test   the tests, in parallel
+# make test   the tests, in parallel; then a share of them under a smaller instruction set
 # make bench  what each method costs here beside every peer, in minutes
 # make report the tables and figures of README and docs, from committed results
 # make asan   the C++ ops under the address and undefined-behaviour sanitizers
@@ -24,6 +24,7 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
+	$(if $(PYTEST),,$(BIN)/python -m tests.capped)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
