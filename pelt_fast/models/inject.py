@@ -275,7 +275,8 @@ def _freeze(
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """The task head's parameters; one that the base reads, too, is the base's."""
-    head = {p for child in task_head(model).values() for p in child.parameters()}
-    head -= set(base_of(model).parameters())
+    """The task head's parameters; one that is read outside of it, too, is the base's."""
+    inside = {module for child in task_head(model).values() for module in child.modules()}
+    outside = {p for m in model.modules() if m not in inside for p in m._parameters.values()}
+    head = {p for module in inside for p in module._parameters.values()} - outside
     return [name for name, parameter in parameters_of(model).items() if parameter in head]
