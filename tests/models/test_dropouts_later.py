@@ -109,7 +109,7 @@ def test_the_dropped_share_is_the_written_one():
     residual = []
     layer.self_attn_layer_norm.register_forward_hook(lambda m, a, y: residual.append(y))
     model(**inputs(model, batch=16, length=32))
-    dropped = (seen[0] - residual[0])
+    dropped = seen[0] - residual[0]
     assert set((3 * dropped).round().unique().tolist()) == {0.0, 4.0}
     assert abs((dropped == 0).float().mean().item() - 0.25) < 0.02
 
