@@ -242,3 +242,25 @@ def test_encoder_outputs_of_the_caller_s(architecture, padding):
     for more in ({}, dict(num_beams=1)):
         found = model.generate(**main, encoder_outputs=states, **mask, **options, **more)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "bert", "bart"])
+def test_one_graph_under_compile_and_a_cache_that_comes_out_of_it(architecture):
+    _, model = prompted(ALL[architecture])
+    model.requires_grad_(False)
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    batch = {name: t for name, t in inputs(model).items() if name != "labels"}
+    out = compiled(**batch)
+    assert close(out.logits, model(**batch).logits) and len(graphs) == 1
+    if architecture in ("llama", "opt"):
+        ids = inputs(model, length=4)["input_ids"]
+        whole = model(torch.cat([batch["input_ids"], ids], 1), use_cache=False).logits
+        assert out.cache.get_seq_length() == 9
+        assert close(model(ids, cache=out.cache).logits, whole[:, 9:])
