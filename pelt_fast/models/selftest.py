@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pelt_fast.modules import ParallelFFNAdapter, PrefixBank, Prompt
+from pelt_fast.modules.part import host_of
 
 from .attention import SLICE
 from .slots import StackSlot, base_of, find
@@ -49,6 +50,7 @@ class SelfTest:
         self.layers = dict(_unlike_layers(self.base, stacks))
         self.why_not = why_no_run(self.base)
         self.before: dict[bool, dict[str, Tensor]] = {}
+        self.astray: list[str] = []  # what is wrong with the norms that the row names
         if self.why_not is None:
             self._capture()
 
@@ -56,6 +58,7 @@ class SelfTest:
         try:
             self.batch = synthetic_batch(self.base)
             self.before = {training: self._run(training) for training in (False, True)}
+            self.astray = self._norms_astray()
             again = {training: self._run(training) for training in (False, True)}
         except Exception as error:  # whatever a model of any kind says to an input that is not its
             self.why_not = f"the base does not run on it ({type(error).__name__}: {error})"
@@ -76,6 +79,10 @@ class SelfTest:
                 " zero with the base yourself", self.why_not,
             )  # fmt: skip
             return
+        if self.astray:
+            raise ValueError(
+                f"the slots do not describe this {type(self.model).__name__}: {self.astray[0]}"
+            )
         for training in (False, True):
             with _zero_update(takeover, training):
                 try:
@@ -104,6 +111,34 @@ class SelfTest:
             f" {name} is off by {error:.2g} of its output in {mode}. In it no slot names: {listed}."
             " Name what belongs to the block, or put the method elsewhere"
         )
+
+    def _norms_astray(self) -> list[str]:
+        """Where a block does not read what the norm named for it gives: an adapter that reads the
+        stream in front of that norm would read another one."""
+        seen: dict[str, Tensor] = {}
+        pairs = [(name, layer, stack.ffn) for name, (stack, layer) in self.layers.items()
+                 if stack.ffn is not None and stack.ffn.norm is not None]  # fmt: skip
+
+        def keep(key: str, output: bool):
+            def hook(module, args, kwargs, *outputs):
+                seen[key] = outputs[0] if output else (*args, *kwargs.values())[0]
+
+            return hook
+
+        with contextlib.ExitStack() as guards:
+            for name, layer, slot in pairs:
+                norm, entry = find(layer, slot.norm), host_of(find(layer, slot.entry))
+                for handle in (
+                    norm.register_forward_hook(keep(f"{name} out", True), with_kwargs=True),
+                    entry.register_forward_pre_hook(keep(f"{name} in", False), with_kwargs=True),
+                ):
+                    guards.callback(handle.remove)
+            self._run(False)
+        return [
+            f"{name}.{slot.entry} does not read what {slot.norm} gives"
+            for name, _, slot in pairs
+            if not _same(seen.get(f"{name} out"), seen.get(f"{name} in"))
+        ]
 
     @torch.no_grad()
     def _run(self, training: bool) -> dict[str, Tensor]:
@@ -276,6 +311,10 @@ def _kind(layer: nn.Module) -> tuple:
         and not any(part in name for part in ("idx", "index", "layer", "training"))
     )
     return modules, shapes, flags
+
+
+def _same(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is not None and two is not None and torch.equal(one, two)
 
 
 def _eps(tensor: Tensor) -> float:
