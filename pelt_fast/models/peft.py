@@ -17,6 +17,7 @@ from pelt_fast.modules.prefix_run import PrefixRuns
 
 from . import attention
 from .configs import own_configs, return_configs
+from .known_cache import mark_known, refuse_unknown
 from .places import places
 from .slots import base_of, find, stacks_of
 from .takeover import Takeover
@@ -29,8 +30,9 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
 
     Outputs and gradients are PEFT's to rounding; with dropout on, of the same distribution, each
     module its own mask. LoRA: rank-stabilised scale, biases, any target. Prefix: causal language
-    models of the architecture table. Raises TypeError when it is not a PEFT model, ValueError when
-    there is nothing to accelerate or it was done already.
+    models of the architecture table; a cache that PEFT filled before is refused. Raises TypeError
+    when it is not a PEFT model, ValueError when there is nothing to accelerate or it was done
+    already.
     """
     kind = _peft_type(peft_model)
     if hasattr(peft_model, _STATE):
@@ -175,6 +177,7 @@ class PeftPrefix:
             return None
         names = ("input_ids", "attention_mask", "position_ids")
         kwargs = {**dict(zip(names, args)), **kwargs}
+        refuse_unknown(kwargs)
         positions = kwargs.get("position_ids")
         if positions is None:
             given = kwargs.get("inputs_embeds")
@@ -197,7 +200,7 @@ class PeftPrefix:
 
     def forward(self, *args, task_ids=None, **kwargs):
         """The PEFT model's forward: the base model's own, with the prefix at work."""
-        return self._run(self.peft_model.get_base_model(), *args, **kwargs)
+        return mark_known(self._run(self.peft_model.get_base_model(), *args, **kwargs))
 
     def generate(self, *args, **kwargs):
         """The base model's own generate, with the prefix at work."""

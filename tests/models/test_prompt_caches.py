@@ -301,6 +301,27 @@ def test_second_turns_under_a_prefix_which_no_cache_holds(architecture, method):
     assert_generated(model, model.generate(ids, cache=out.cache, **KW), ids.shape[1])
 
 
+def test_second_turns_of_an_accelerated_peft_prefix_and_none_on_peft_s_caches():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = llama()
+    base.generation_config.eos_token_id = None
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    own = randomise(peft.get_peft_model(base, config), 0.5).eval().double()
+    ids = inputs(base, length=14)["input_ids"]
+    theirs = own(ids[:, :5]).cache
+    model = pelt_fast.accelerate_peft(own).requires_grad_(False)
+    logits, cache = in_pieces(model, ids, None, [5, 6, 9])
+    assert close(logits, model(ids, use_cache=False).logits)
+    cache.crop(-3)
+    for known in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert_generated(model, model.generate(input_ids=ids, cache=known, **KW), 14)
+    with pytest.raises(ValueError, match="holds 9 keys that the accelerated PEFT model did not"):
+        model(ids[:, 5:], cache=theirs)
+    with pytest.raises(ValueError, match="holds 9 keys that the accelerated PEFT model did not"):
+        model.generate(input_ids=ids, cache=theirs, **KW)
+
+
 def test_a_quantised_cache_counts_its_tokens_alone():
     pytest.importorskip("optimum.quanto")
     _, model = ready("llama")
