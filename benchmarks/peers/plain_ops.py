@@ -79,6 +79,8 @@ def prefix_attention(
     if is_causal:
         ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
         attn_mask = ones.tril(keys - queries)
+    elif attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(q.dtype)  # of another dtype torch's kernel may misread it
     if composition == "add":
         out = F.scaled_dot_product_attention(q, k, v, attn_mask, p, scale=scale)
         scores = scale * q @ prefix_k.transpose(-1, -2)
