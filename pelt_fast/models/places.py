@@ -50,19 +50,18 @@ def attention_slots(
 ) -> Iterator[tuple[Place, AttentionSlot]]:
     """The attentions the modification asks for. A decoder without its encoder never runs its
     cross-attention: nothing is put there that could not train."""
-    whole = len(stacks) > 1
+    asked = {
+        stack: [slot for slot in stack.attentions
+                if slot.kind in modification.where and (slot.kind != "cross" or len(stacks) > 1)]
+        for stack in stacks
+    }  # fmt: skip
     seen: set[nn.Module] = set()
-    for stack in stacks:
-        asked = [
-            slot for slot in stack.attentions
-            if slot.kind in modification.where and (slot.kind != "cross" or whole)
-        ]  # fmt: skip
-        for place in places(base, [stack] if asked else [], modification.layers):
-            for slot in asked:
-                module = find(place.layer, slot.module)
-                if module not in seen:
-                    seen.add(module)
-                    yield place, slot
+    for place in places(base, [stack for stack in stacks if asked[stack]], modification.layers):
+        for slot in asked[place.stack]:
+            module = find(place.layer, slot.module)
+            if module not in seen:
+                seen.add(module)
+                yield place, slot
 
 
 def attentions(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
