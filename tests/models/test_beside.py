@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import pelt_fast
 from pelt_fast.models.slots import base_of, find, stacks_of
 from tests.models.formula import assert_is_the_formula
+from tests.models.test_bf16 import without_kinks
 from tests.models.test_inject import refused
 from tests.models.test_parity import small_method
 from tests.models.test_read_late import (
@@ -85,10 +86,21 @@ def test_a_projection_that_does_more_than_its_weight(architecture, name, change)
     found = pelt_fast.explain(model)
     if name == "scaled_parallel_adapter" or (change is not hooked and name != "houlsby"):
         assert found.fallbacks
-    with pytest.raises(ValueError, match="merge"):
-        pelt_fast.merge(model) if change is not hooked else pelt_fast.unmerge(model)
     pelt_fast.eject(model)
     assert torch.equal(model(**batch).logits, changed(**batch).logits)
+
+
+@pytest.mark.parametrize("change", [subclass, patched])
+def test_a_layer_that_does_more_is_not_merged(change):
+    model = base("llama")
+    change(model.model.layers[0].self_attn.q_proj)
+    randomise(pelt_fast.inject(model, method("lora")))
+    batch = inputs(model)
+    logits = model(**batch).logits
+    pelt_fast.merge(model)
+    assert torch.allclose(model(**batch).logits, logits, atol=1e-5)
+    plans = [site.plan for site in pelt_fast.explain(model).sites]
+    assert plans == ["own layer + update", "merged", "merged", "merged"]
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_ffn", "houlsby", "parallel_adapter_attn",
@@ -132,12 +144,14 @@ def test_t5_in_half_precision_keeps_wo_in_float32(architecture, name, dtype):
     model = base(architecture).to(dtype)
     for layer, slot in layers_and_ffns(model):
         find(layer, slot.out_proj).float()
-    changed = copy.deepcopy(model)
-    pelt_fast.inject(model, method(name))
+    changed = copy.deepcopy(model).requires_grad_(False)  # torch's CPU GEMMs ask for it
+    pelt_fast.inject(model, without_kinks(small_method(name)))
     batch = inputs(model)
     if name != "houlsby":
         assert torch.equal(model(**batch).logits, changed(**batch).logits)
-    assert_is_the_formula(changed, randomise(model, 0.1), batch)
+    # the gradients by fp16: of a small tensor in bf16 two roundings are two draws
+    gradients = dtype == torch.float16
+    assert_is_the_formula(changed, randomise(model, 0.1), batch, gradients)
 
 
 @pytest.mark.parametrize("name", [n for n in pelt_fast.methods() if n not in SITELESS])
