@@ -21,7 +21,7 @@ from pelt_fast.modules import Prompt
 from pelt_fast.modules.per_thread import PerThread
 from pelt_fast.modules.slot import Slot
 
-from .prompt_cache import HeldPrompt, given_cache, held_by, mark_returned
+from .prompt_cache import HeldPrompt, check_cross_keys, given_cache, held_by, mark_returned
 from .slots import StackSlot, find
 from .takeover import Takeover
 
@@ -244,6 +244,7 @@ class EncoderFront(TokenFront):
         mask, states = (
             kwargs.get(name) for name in ("encoder_attention_mask", "encoder_hidden_states")
         )
+        check_cross_keys(kwargs, states)
         if mask is not None and states is not None:
             missing = states.shape[1] - mask.shape[1]
             if missing == self.prompt.length:

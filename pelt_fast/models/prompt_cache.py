@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, EncoderDecoderCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 _MARK = "_pelt_prompt"
 _ANEW = "start with an empty cache"
@@ -116,6 +116,19 @@ def mark_returned(outputs, prompt: nn.Module) -> None:
     for value in outputs.values() if hasattr(outputs, "values") else outputs:
         if isinstance(value, Cache) and _MARK not in _own(value).__dict__:
             mark(_own(value), prompt)
+
+
+def check_cross_keys(kwargs: dict, states: Tensor | None) -> None:
+    """ValueError for a decoder's cache whose cross-attention is of other encoder outputs than
+    ``states``, by their length: of those without the prompt."""
+    cross = getattr(kwargs.get("cache"), "cross_attention_cache", None)
+    if states is None or not isinstance(cross, DynamicCache):
+        return
+    if cross.get_seq_length() not in (0, states.shape[1]):
+        raise ValueError(
+            f"this cache holds {cross.get_seq_length()} keys of an encoder that returned"
+            f" {states.shape[1]} now, the prompt's among them: {_ANEW}"
+        )
 
 
 def _own(cache: Cache | None) -> Cache | None:

@@ -264,3 +264,14 @@ def test_one_graph_under_compile_and_a_cache_that_comes_out_of_it(architecture):
         whole = model(torch.cat([batch["input_ids"], ids], 1), use_cache=False).logits
         assert out.cache.get_seq_length() == 9
         assert close(model(ids, cache=out.cache).logits, whole[:, 9:])
+
+
+@pytest.mark.parametrize("architecture", ["bart", "mbart", "t5", "mt5"])
+def test_a_decoder_s_cache_of_an_encoder_without_the_prompt_is_refused(architecture):
+    plain, model = prompted(ALL[architecture])
+    batch = wide(inputs(model))
+    batch.pop("labels")
+    ids = batch.pop("decoder_input_ids", batch.get("input_ids"))
+    cache = plain(**batch, decoder_input_ids=ids[:, :4], use_cache=True).cache
+    with pytest.raises(ValueError, match="keys of an encoder that returned"):
+        model(**batch, decoder_input_ids=ids[:, 4:], cache=cache)
