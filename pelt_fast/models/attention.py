@@ -116,6 +116,7 @@ def _prefixed(module: nn.Module) -> PrefixSlice | QuerySlice | None:
 
 def _attend(module, site, q, k, v, mask, causal, dropout, scaling) -> Tensor:
     prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
+    prefix_k, prefix_v = prefix_k.to(q.device), prefix_v.to(q.device)  # layers on several devices
     out = functional.prefix_attention(
         q, k, v, prefix_k, prefix_v, attn_mask=mask, is_causal=causal, scale=scaling,
         form=site.form, composition=site.composition, dropout_p=dropout, training=module.training,

@@ -9,12 +9,12 @@ from pelt_fast.modules import FrozenFFN
 from pelt_fast.modules.late import Attribute, Dropout, Taken
 from pelt_fast.modules.part import host_of
 
+from .conditions import Alone, Unhooked, Unpatched
 from .known import own_file, why_foreign
 from .places import Place
 from .slots import FFNSlot, find
 from .takeover import MovedDropout, Takeover
 from .unnamed import why_beside
-from .watch import Unhooked, Unpatched, expect
 
 
 def check_block(base: nn.Module, place: Place, slot: FFNSlot, modification: Modification) -> None:
@@ -57,15 +57,17 @@ def take_block(base: nn.Module, place: Place, slot: FFNSlot, takeover: Takeover)
 
     def take(owner: nn.Module, name: str) -> Attribute:
         taken = takeover.take(Taken(owner, name))
-        watch.taken.append(taken)
+        conditions.taken.append(taken)
         return taken
 
-    watch = takeover.watch(find(base, place.stack.owner))
+    conditions = takeover.conditions_of(find(base, place.stack.owner))
     ffn = describe_block(base, layer, slot, take)
-    for path in (slot.in_proj, slot.out_proj):
-        expect(base, place, path, takeover, alone=True)
-    watch.conditions += [Unpatched(_joined(place.name, p), m) for p, m in _around(layer, slot)]
-    watch.conditions += _unhooked(place, slot)
+    conditions.conditions += [
+        *(Alone(_joined(place.name, p), *_owner_and_name(layer, p))
+          for p in (slot.in_proj, slot.out_proj)),
+        *(Unpatched(_joined(place.name, path), module) for path, module in _around(layer, slot)),
+        *_unhooked(place, slot),
+    ]  # fmt: skip
     takeover.bypass(*_owner_and_name(layer, slot.out_proj))
     for path in slot.output_dropout_also:
         hook = MovedDropout(ffn.output_dropout)

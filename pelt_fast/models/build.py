@@ -22,7 +22,16 @@ from pelt_fast.modules import (
 )
 from pelt_fast.modules.caught import Caught
 from pelt_fast.modules.fused_projection import FusedProjection
-from pelt_fast.modules.part import FUSED, LORA, Part, host_of, parameter_of, shape_of, weight_of
+from pelt_fast.modules.part import (
+    FUSED,
+    LORA,
+    Part,
+    device_of,
+    host_of,
+    parameter_of,
+    shape_of,
+    weight_of,
+)
 from pelt_fast.modules.slot import Slot
 
 from . import attention
@@ -34,7 +43,6 @@ from .prompt import attach_prompt
 from .shared import holders_of, is_shared
 from .slots import FFNSlot, base_of, find
 from .takeover import Site, Takeover
-from .watch import expect
 
 
 def _dtype(config: PeltConfig, *weights: torch.Tensor) -> torch.dtype:
@@ -54,7 +62,7 @@ def _inject_lora(model, modification, config, stacks, takeover) -> None:
                           modification.init, _dtype(config, weight_of(linear)))  # fmt: skip
         takeover.add(host_of(linear), LORA, site)
         if not fused:  # else what holds the part runs
-            takeover.call(host_of(linear), site.forward)
+            takeover.call(host_of(linear), site.__call__)
         takeover.sites.append(Site(name, "lora", "low_rank", site))
 
 
@@ -63,7 +71,7 @@ def _held(part: Part, takeover: Takeover) -> Part:
     if FUSED not in part.owner._modules:
         fused = FusedProjection(part.owner)
         takeover.add(part.owner, FUSED, fused)
-        takeover.call(part.owner, fused.forward)
+        takeover.call(part.owner, fused.__call__)
     fused = part.owner._modules[FUSED]
     return fused._modules.get(part.name) or fused.part(part)
 
@@ -127,7 +135,7 @@ def _bank(place, slot, module, modification, config, layers: int) -> PrefixBank:
     key, head_dim = find(place.layer, slot.k), head_dim_of(module)
     out_features, width = shape_of(key)
     return PrefixBank(layers, out_features // head_dim, head_dim, width, modification,
-                      weight_of(key).device, _dtype(config, weight_of(key)))  # fmt: skip
+                      device_of(key), _dtype(config, weight_of(key)))  # fmt: skip
 
 
 def _inject_bottleneck(model, modification, config, stacks, takeover) -> None:
@@ -161,11 +169,10 @@ def _inject_at_output(model, modification, config, stacks, takeover) -> None:
             site = ParallelAttentionAdapter(linear, width, modification, dtype)
         if modification.insertion == "parallel":
             takeover.hook(module.register_forward_pre_hook(site.caught, with_kwargs=True))
-            expect(base_of(model), place, slot.module, takeover)
         op = "heads" if modification.target == "heads" else "adapter"
         made[host] = site
         takeover.add(host, "pelt_heads" if op == "heads" else "pelt_adapter", site)
-        takeover.call(host, site.forward)
+        takeover.call(host, site.__call__)
         takeover.sites.append(Site(f"{place.name}.{slot.out}", op, "bottleneck", site))
 
 
@@ -174,7 +181,7 @@ def _inject_query_heads(model, modification, config, stacks, takeover) -> None:
         module, key = find(place.layer, slot.module), find(place.layer, slot.k)
         head_dim = head_dim_of(module)
         heads, dtype = shape_of(key)[0] // head_dim, _dtype(config, weight_of(key))
-        site = QueryHeads(heads, head_dim, modification, weight_of(key).device, dtype)
+        site = QueryHeads(heads, head_dim, modification, device_of(key), dtype)
         site.slot = Slot(key)
         takeover.add(module, "pelt_heads", site)
         takeover.set(module, attention.SLICE, QuerySlice(site))
@@ -217,11 +224,10 @@ def _inject_ffn(model, modification, config, stacks, takeover) -> None:
             catch = Caught("input" if isinstance(norm, nn.LayerNorm) else "hidden_states")
             site.caught = catch
             takeover.hook(norm.register_forward_pre_hook(catch, with_kwargs=True))
-            expect(base, place, slot.norm, takeover)
         else:
             site = ParallelFFNAdapter(ffn, modification, dtype)
         takeover.add(place.layer, "pelt_ffn_adapter", site)
-        takeover.call(find(place.layer, entry), site.forward)
+        takeover.call(find(place.layer, entry), site.__call__)
         name = f"{place.name}.{entry}".removesuffix(".")
         takeover.sites.append(Site(name, op, "bottleneck", site))
         frozen = [parameter_of(held.module) for held in ffn.projections]
@@ -235,12 +241,12 @@ def _inject_prompt(model, modification, config, stacks, takeover) -> None:
     base = base_of(model)
     for stack in prompted(modification, stacks):
         if stack.prompt.layer is None:
-            weight = base.get_input_embeddings().weight
-            width = weight.shape[1]
+            embedded = base.get_input_embeddings()
+            weight, width = embedded.weight, embedded.weight.shape[1]
         else:
-            query = find(find(base, stack.prompt.layer), stack.attentions[0].q)
-            weight, width = weight_of(query), shape_of(query)[1]
-        prompt = Prompt(modification, width, weight.device, _dtype(config, weight))
+            embedded = find(find(base, stack.prompt.layer), stack.attentions[0].q)
+            weight, width = weight_of(embedded), shape_of(embedded)[1]
+        prompt = Prompt(modification, width, device_of(embedded), _dtype(config, weight))
         takeover.add(find(base, stack.owner), "pelt_prompt", prompt)
         attach_prompt(base, stack, prompt, takeover)
         name = f"{stack.owner}.embeddings".removeprefix(".")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pelt_fast.config import PeltConfig
 from pelt_fast.modules import PrefixBank
+from pelt_fast.modules.hooked import at_hand, holders
 
 from .digest import digest
 from .fingerprint import fingerprint, fingerprints
@@ -36,7 +37,7 @@ from .handles import (
 from .inject import eject, head_names, inject
 from .sharded import is_sharded, like, resharded, whole, writes
 from .slots import SlotMap, base_of
-from .takeover import takeover_of
+from .takeover import Takeover, takeover_of
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "pelt_config.json"
@@ -51,6 +52,14 @@ def method_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What :func:`save` stores, by name: the method folded, and the trained task head."""
     model = carrier_of(model)
     takeover = takeover_of(model)
+    names = {name for name, _ in model.named_parameters()}
+    if not takeover.config.is_full:
+        names = {name for name in names if is_method(name) or name in takeover.own_trained}
+    with at_hand(holders(model, names)):
+        return _method_tensors(model, takeover)
+
+
+def _method_tensors(model: nn.Module, takeover: Takeover) -> dict[str, Tensor]:
     if takeover.config.is_full:
         return {name: whole(p) for name, p in parameters_of(model).items()}
     own = takeover.own_trained
@@ -159,10 +168,12 @@ def write_files(
 def save_trained(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write what trains as it stands, to go on from: :func:`load_trained` reads it."""
     model = carrier_of(model)
-    tensors = {
-        name: whole(parameter).contiguous().cpu()
-        for name, parameter in parameters_of(model).items() if parameter.requires_grad
-    }  # fmt: skip
+    trained = {name for name, p in parameters_of(model).items() if p.requires_grad}
+    with at_hand(holders(model, trained)):
+        tensors = {
+            name: whole(parameter).contiguous().cpu()
+            for name, parameter in parameters_of(model).items() if name in trained
+        }  # fmt: skip
     if writes(model):
         write_files(Path(folder), {TRAINED_FILE: lambda to: save_file(tensors, to)}, "what trains")
 
@@ -363,6 +374,8 @@ def _about_head(names: set[str]) -> str:
 @torch.no_grad()
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Write tensors into the parameters of their names, in place."""
-    parameters = parameters_of(resharded(model))
-    for name, tensor in tensors.items():
-        parameters[name].copy_(like(parameters[name], tensor))
+    resharded(model)
+    with at_hand(holders(model, tensors), write=True):
+        parameters = parameters_of(model)
+        for name, tensor in tensors.items():
+            parameters[name].copy_(like(parameters[name], tensor))

@@ -36,7 +36,7 @@ def own_configs(model: nn.Module, takeover: Takeover) -> None:
             if isinstance(value, PreTrainedConfig):
                 own = copy.deepcopy(value, memo)
                 pairs.setdefault(id(value), OwnConfig(value, own))
-                takeover.set(module, name, own)
+                takeover.set(module, name, own, watched=False)
     takeover.configs = list(pairs.values())
 
 

@@ -14,7 +14,7 @@ from pelt_fast.modules import (
     QueryHeads,
 )
 from pelt_fast.modules.late import in_force
-from pelt_fast.modules.part import shape_of, weight_of
+from pelt_fast.modules.part import device_of, shape_of, weight_of
 from pelt_fast.modules.slot import QUANTISED
 from pelt_fast.ops import support
 
@@ -99,7 +99,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _report(site: Site, trainable: int) -> SiteReport:
-    module, device, note = site.module, next(site.module.parameters()).device, ""
+    module, device, note = site.module, _device(site.module), ""
     if getattr(module, "merged", False):
         return SiteReport(site.name, site.op, "merged", False, "", 0, trainable)
     if isinstance(module, Prompt):
@@ -129,6 +129,12 @@ def _report(site: Site, trainable: int) -> SiteReport:
         site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved,
         trainable,
     )  # fmt: skip
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a site computes."""
+    holder = next(inner for inner in module.modules() if list(inner.parameters(recurse=False)))
+    return device_of(holder)
 
 
 def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[support.Plan, str]:

@@ -38,4 +38,4 @@ class Generate:
 def take_generate(model: nn.Module, takeover: Takeover) -> None:
     """Let ``model`` say when it generates, where it can."""
     if hasattr(type(model), "generate"):
-        takeover.set(model, "generate", Generate(model))
+        takeover.set(model, "generate", Generate(model), watched=False)

@@ -112,4 +112,5 @@ def mark(model: nn.Module, parts: list[nn.Module], takeover) -> None:
     """Let the parts of a model that can be handles themselves say what is around them."""
     for part in dict.fromkeys(parts):
         if part is not model:
-            takeover.set(part, INSIDE, (takeover.config.name, type(model).__name__))
+            inside = takeover.config.name, type(model).__name__
+            takeover.set(part, INSIDE, inside, watched=False)

@@ -8,6 +8,7 @@ from torch import nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import method as preset
 from pelt_fast.modules import ParallelFFNAdapter
+from pelt_fast.modules.hooked import at_hand, holders
 from pelt_fast.modules.part import Part, is_linear, shape_of
 
 from . import attention
@@ -20,7 +21,7 @@ from .places import attention_slots, attentions, ffns, identity, linears, target
 from .selftest import SelfTest
 from .slots import SlotMap, StackSlot, base_of, find, stacks_of, task_head
 from .takeover import Takeover, takeover_of
-from .watch import expect_sites
+from .watch import check_free, watch
 
 logger = logging.getLogger("pelt_fast")
 
@@ -59,9 +60,9 @@ def inject(
             for modification in config.modifications:
                 if modification.form == form:
                     build(model, modification, config, stacks, takeover)
-        expect_sites(base_of(model), stacks, takeover)
         if proof is not None:
             proof.check(takeover)
+        watch(model, [find(base_of(model), stack.owner) for stack in stacks], takeover)
     except BaseException:
         _restore(model, takeover)
         raise
@@ -72,18 +73,33 @@ def inject(
 def eject(model: nn.Module) -> nn.Module:
     """Take the method out again: the base as it was before inject, bit for bit; returns it.
 
-    The task head gets its weights of before back. Raises ValueError when nothing was injected, or
-    when full fine-tuning, or a merge that kept no copy, has made the base itself the method.
+    The task head gets its weights of before back. A hook of accelerate keeps its place around what
+    was there before. Raises ValueError when nothing was injected, or when full fine-tuning, or a
+    merge that kept no copy, has made the base itself the method; RuntimeError when another
+    library's wrapper holds the method, and says what to take off first.
     """
     handle, model = model, carrier_of(model)
     takeover = takeover_of(model)
     if takeover.config.is_full:
         raise ValueError("full fine-tuning trains the base itself: there is nothing to eject")
-    if takeover.merged:
-        unmerge(model)
-    _restore(model, takeover)
+    check_free(model, takeover)
+    with at_hand(holders(model, _moved(model, takeover)), write=True):
+        if takeover.merged:
+            unmerge(model)
+        _restore(model, takeover)
     del model._pelt
     return handle
+
+
+def _moved(model: nn.Module, takeover: Takeover) -> set[str]:
+    """The model's own parameters that training changed."""
+    before = takeover.values_before
+    with at_hand(holders(model, before)):
+        return {
+            name
+            for name, parameter in model.named_parameters()
+            if name in before and not (parameter.is_meta or torch.equal(parameter, before[name]))
+        }
 
 
 def _restore(model: nn.Module, takeover: Takeover) -> None:
@@ -94,11 +110,14 @@ def _restore(model: nn.Module, takeover: Takeover) -> None:
     takeover.undo()
     parameters = parameters_of(model)
     for name, trainable in takeover.trainable_before.items():
-        parameters[name].requires_grad_(trainable)
+        if name in parameters:  # a module may have been replaced
+            parameters[name].requires_grad_(trainable)
     with torch.no_grad():
         for name, value in takeover.values_before.items():
-            parameters[name].copy_(value)
-            parameters[name].grad = None
+            parameter = parameters.get(name)
+            if parameter is not None and not parameter.is_meta:  # else away, and as it was
+                parameter.copy_(value)
+                parameter.grad = None
 
 
 def _check(model: nn.Module, config: PeltConfig, stacks: list[StackSlot]) -> None:
@@ -267,11 +286,12 @@ def _freeze(
     trained = takeover.own_trained
     if not config.is_full:
         takeover.add(model, "pelt_before", takeover.before)
-    for name, parameter in parameters_of(model).items():
-        takeover.trainable_before[name] = parameter.requires_grad
-        if name in trained:
-            takeover.values_before[name] = parameter.detach().clone()
-        parameter.requires_grad_(config.is_full or name in trained)
+    with at_hand(holders(model, trained)):
+        for name, parameter in parameters_of(model).items():
+            takeover.trainable_before[name] = parameter.requires_grad
+            if name in trained:
+                takeover.values_before[name] = parameter.detach().clone()
+            parameter.requires_grad_(config.is_full or name in trained)
 
 
 def head_names(model: nn.Module) -> list[str]:

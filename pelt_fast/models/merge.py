@@ -17,6 +17,7 @@ from pelt_fast.modules import (
     ResidualFFNAdapter,
     SequentialAdapter,
 )
+from pelt_fast.modules.hooked import is_away
 from pelt_fast.modules.part import Part
 from pelt_fast.modules.slot import QUANTISED
 
@@ -112,6 +113,11 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise ValueError(f"this {type(model).__name__} is not merged")
     if not takeover.before.base:
         raise ValueError("it was merged with keep_base=False: no copy of the base is left")
+    if any(is_away(module) for module, *_ in takeover.before.base):
+        raise ValueError(
+            "this model is merged, and its weights were offloaded since: accelerate.hooks."
+            "remove_hook_from_submodules(model) first, then unmerge or eject"
+        )
     _give_back(takeover.before.base)
     for site in takeover.sites:
         if site.name in takeover.merged:
@@ -154,6 +160,8 @@ def _why_not_read(module: nn.Module, what: str) -> str | None:
     linear, reason = module.slot.module, module.slot.why_not_read()
     if reason == QUANTISED:
         return f"{what} a quantised weight"
+    if is_away(linear):
+        return f"{what} an offloaded weight (take accelerate's hooks off first)"
     if reason is not None:
         return f"{what} a layer that does more: {reason}"
     holder = linear.owner if isinstance(linear, Part) else linear

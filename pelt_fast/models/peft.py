@@ -21,6 +21,7 @@ from .known_cache import mark_known, refuse_unknown
 from .places import places
 from .slots import base_of, find, stacks_of
 from .takeover import Takeover
+from .watch import check_free, watch
 
 _STATE = "_pelt_peft"
 
@@ -42,6 +43,7 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
         _accelerate_prefix(peft_model, takeover)
     else:
         _accelerate_lora(peft_model, kind, takeover)
+    watch(peft_model.get_base_model(), [], takeover)
     object.__setattr__(peft_model, _STATE, takeover)
     return peft_model
 
@@ -52,6 +54,7 @@ def restore_peft(peft_model: nn.Module) -> nn.Module:
     takeover = peft_model.__dict__.get(_STATE)
     if takeover is None:
         raise ValueError("this model was not accelerated: call accelerate_peft first")
+    check_free(peft_model, takeover)
     return_configs(takeover)
     takeover.undo()
     delattr(peft_model, _STATE)

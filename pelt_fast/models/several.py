@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.methods import method as preset
+from pelt_fast.modules.hooked import at_hand, holders
 
 from .before import Follower
 from .checkpoint import copy_tensors, fold_banks, load, method_tensors
@@ -195,7 +196,8 @@ def _own(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _capture(model: nn.Module) -> Kept:
-    trained = {name: p.detach().clone() for name, p in _own(model).items()}
+    with at_hand(holders(model, _own(model))):
+        trained = {name: p.detach().clone() for name, p in _own(model).items()}
     plain = {name: tensor.clone() for name, tensor in method_tensors(model).items()}
     ours = set(method_modules(model))
     for name, module in modules_of(model).items():

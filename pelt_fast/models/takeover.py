@@ -1,15 +1,18 @@
 """Every change injection makes to a model, recorded so that eject can take it back."""
 
+import types
+
 import torch
 from torch import nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.modules.hooked import INNER, give_back, put, wrappers
 from pelt_fast.modules.late import Dropout, Taken
 from pelt_fast.modules.slot import passthrough
 
 from .before import Before
+from .conditions import Conditions
 from .handles import carrier_of
-from .watch import Watch
 
 
 class MovedDropout:
@@ -39,7 +42,7 @@ class Takeover:
         self.before = Before()  # the values that eject and unmerge give back
         self.configs: list = []  # the copies that stand in the place of the model's configs
         self._undo: list[tuple] = []
-        self._watches: list[tuple[nn.Module, Watch]] = []
+        self._conditions: list[tuple[nn.Module, Conditions]] = []
 
     @property
     def own_trained(self) -> set[str]:
@@ -52,9 +55,9 @@ class Takeover:
         return self.before.values
 
     def call(self, module: nn.Module, forward) -> None:
-        """Let ``module`` run ``forward`` when called; what another library put there comes back."""
-        self._undo.append(("attribute", module, "forward", module.__dict__.get("forward", _Absent)))
-        module.forward = forward
+        """Let ``module`` run ``forward`` when called, inside the hook of accelerate it may have;
+        what another library put there comes back."""
+        self._undo.append(("forward", module, put(module, forward), forward))
 
     def bypass(self, owner: nn.Module, name: str) -> None:
         """Let the module or function ``owner.name`` return its input."""
@@ -69,20 +72,42 @@ class Takeover:
         self._undo.append(("taken", taken))
         return taken
 
-    def watch(self, stack: nn.Module) -> Watch:
-        """What is looked at before each forward of ``stack``."""
-        for known, watch in self._watches:
+    def conditions_of(self, stack: nn.Module) -> Conditions:
+        """What has to hold before each forward of ``stack``."""
+        for known, conditions in self._conditions:
             if known is stack:
-                return watch
-        watch = Watch()
-        self.hook(stack.register_forward_pre_hook(watch))
-        self._watches.append((stack, watch))
-        return watch
+                return conditions
+        conditions = Conditions()
+        self.hook(stack.register_forward_pre_hook(conditions))
+        self._conditions.append((stack, conditions))
+        return conditions
 
-    def set(self, owner, name: str, value) -> None:
-        """Set a plain attribute."""
-        self._undo.append(("attribute", owner, name, owner.__dict__.get(name, _Absent)))
+    def set(self, owner, name: str, value, watched: bool = True) -> None:
+        """Set a plain attribute. One that is not watched may be set by others as well, and stays
+        what they made of it."""
+        kind = "attribute" if watched else "loose"
+        self._undo.append((kind, owner, name, owner.__dict__.get(name, _Absent), value))
         setattr(owner, name, value)
+
+    def taken(self) -> tuple[dict, dict, dict]:
+        """What has to stay as it is, the last change of each: forwards {module: ours}, attributes
+        and children {(module, name): value}."""
+        forwards, attributes, children = {}, {}, {}
+        for kind, *what in self._undo:
+            if kind == "forward":
+                module, _, ours = what
+                forwards[module] = ours
+            elif kind in ("attribute", "child"):
+                owner, name, *_ = what
+                held = attributes if kind == "attribute" else children
+                held[owner, name] = getattr(owner, name)
+        return forwards, attributes, children
+
+    def hooked(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of ``model`` that our hooks sit on."""
+        tables = {id(what[0].hooks_dict_ref()) for kind, *what in self._undo if kind == "hook"}
+        return [m for m in model.modules()
+                if {id(m._forward_pre_hooks), id(m._forward_hooks)} & tables]  # fmt: skip
 
     def add(self, owner: nn.Module, name: str, child: nn.Module) -> None:
         """Register a site's module, in the mode (training or not) its owner is in."""
@@ -97,15 +122,47 @@ class Takeover:
         """Take every change back, the last first."""
         while self._undo:
             kind, *what = self._undo.pop()
-            if kind == "child":
-                delattr(*what)
+            if kind == "forward":
+                give_back(*what)
+            elif kind == "child":
+                owner, name = what
+                owner._modules.pop(name, None)
             elif kind == "hook":
                 what[0].remove()
             elif kind == "taken":
                 what[0].give_back()
             else:
-                owner, name, value = what
-                delattr(owner, name) if value is _Absent else setattr(owner, name, value)
+                owner, name, before, ours = what
+                if kind == "loose" and owner.__dict__.get(name) is not ours:
+                    continue
+                delattr(owner, name) if before is _Absent else setattr(owner, name, before)
+
+
+def holds(module: nn.Module, ours) -> bool:
+    """Whether somebody's forward of ``module`` may call ours from where it cannot be taken."""
+    if ours in (module.__dict__.get("forward"), module.__dict__.get(INNER)):
+        return False
+    kept = [value for name, value in module.__dict__.items() if name != "forward"]
+    return _reaches(list(wrappers(module)), ours) or any(value is ours for value in kept)
+
+
+def _reaches(values: list, ours, depth: int = 6) -> bool:
+    """Whether ``ours`` is among the values, or what they are made of: closures, bound arguments,
+    attributes of callables."""
+    for value in values:
+        if value is ours:
+            return True
+        if depth == 0 or isinstance(value, (nn.Module, torch.Tensor, type)) or not callable(value):
+            continue
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()
+                 if cell != types.CellType()]  # fmt: skip
+        bound = [getattr(value, name, None) for name in ("__func__", "__self__", "func")]
+        given = [*getattr(value, "args", ()), *getattr(value, "keywords", {}).values()]
+        defaults = list(getattr(value, "__defaults__", None) or ())
+        held = list(getattr(value, "__dict__", {}).values())
+        if _reaches([*cells, *bound, *given, *defaults, *held], ours, depth - 1):
+            return True
+    return False
 
 
 class _Absent:

@@ -1,113 +1,169 @@
-"""What a method's sites rest on, looked at before each forward of a stack.
+"""Every takeover looked at again, whenever a stack begins to run.
 
-A module that a site sits on may be replaced after inject, and a site that nobody calls says nothing
-itself. What may change and is read when it runs (activations, dropouts) is taken over again.
+After inject another library may patch a module that a site runs in the place of, or put another
+module where it is: the site is then dead without a word. The watch is a forward pre-hook of each
+stack: it compares what was taken by identity, and says who stands there instead.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
-from pelt_fast.modules.late import Taken
-from pelt_fast.modules.slot import HOOKS
+from pelt_fast.modules.hooked import wrappers
 
-from .places import Place, places
-from .slots import StackSlot, find
+from .takeover import Takeover, holds
 
 
-class Found:
-    """A module that was found at ``owner.name``. Something that calls it may stand there as well (a
-    wrapper), unless it is ``alone``: a site then does the work of what stands beside it too."""
+def watch(model: nn.Module, owners: list[nn.Module], takeover: Takeover) -> None:
+    """Look at what ``takeover`` took in ``model`` whenever one of ``owners``, or the model for what
+    lies outside of them, begins its forward; undone with the rest."""
+    paths = {module: path for path, module in model.named_modules()}
+    forwards, attributes, children = takeover.taken()
+    modules = [*forwards, *(owner for owner, _ in (*attributes, *children)),
+               *takeover.hooked(model)]  # fmt: skip
+    if not modules:
+        return
+    inner: dict[nn.Module, nn.Module] = {}
+    for owner in owners:
+        for module in owner.modules():
+            inner.setdefault(module, owner)
+    watches = {owner: Watch(takeover.config.name) for owner in (model, *owners)}
+    for owner in dict.fromkeys(owners):
+        watches[model].children += _steps(model, owner, paths)
+    for module in dict.fromkeys(modules):
+        if module in paths:  # PEFT's own wrapper is around the model
+            owner = inner.get(module, model)
+            watches[owner].children += _steps(owner, module, paths)
+    for module, ours in forwards.items():
+        if module in paths:
+            found = watches[inner.get(module, model)]
+            found.forwards.append((paths[module], module, ours))
+    for (module, name), value in attributes.items():
+        if module in paths:
+            found = watches[inner.get(module, model)]
+            found.attributes.append((f"{paths[module]}.{name}", module, name, value))
+    for (module, name), child in children.items():
+        if module in paths:
+            found = watches[inner.get(module, model)]
+            found.children.append((f"{paths[module]}.{name}", module, (name,), child, None))
+    for owner, found in watches.items():
+        if found.settle():
+            takeover.hook(owner.register_forward_pre_hook(found, prepend=True))
 
-    def __init__(self, path: str, owner: nn.Module, name: str):
-        self.path, self.owner, self.name, self.alone = path, owner, name, False
-        self.module = getattr(owner, name)
-        self.count = len(owner) if isinstance(owner, nn.ModuleList) else None
 
-    def why_not(self) -> str | None:
-        """What happened to it, or None."""
-        found = getattr(self.owner, self.name, None)
-        if found is self.module:
-            return None
-        if self.count is not None and len(self.owner) != self.count:
-            return None  # layers that were taken out took their sites with them
-        if not self.alone and isinstance(found, nn.Module) and self.module in found.modules():
-            return None
-        was, now = type(self.module).__name__, type(found).__name__
-        return f"was replaced after inject (it was a {was}, now it is a {now})"
-
-
-class Unpatched:
-    """A module whose class's forward is the one it was."""
-
-    def __init__(self, path: str, module: nn.Module):
-        self.path, self.module, self.forward = path, module, type(module).forward
-
-    def why_not(self) -> str | None:
-        """What happened to it, or None."""
-        same = type(self.module).forward is self.forward
-        return None if same else "runs another forward since its class was patched after inject"
-
-
-class Unhooked:
-    """A module whose work a site does at another place: hooks on it would see other tensors.
-    ``entry``: the site runs in its call, so that a hook of its input sees the right one."""
-
-    def __init__(self, path: str, module: nn.Module, entry: bool):
-        self.path, self.module = path, module
-        self.hooks = tuple(name for name in HOOKS if not (entry and name == "_forward_pre_hooks"))
-
-    def why_not(self) -> str | None:
-        """What is on it, or None."""
-        if any(getattr(self.module, name) for name in self.hooks):
-            return "carries a hook, and the method does its work at another place"
-        return None
+def _steps(owner: nn.Module, module: nn.Module, paths: dict) -> list[tuple]:
+    """The way from ``owner`` down to ``module``: (path, parent, steps, child, count), a list of so
+    many layers passed over with the step after it."""
+    top = paths[owner]
+    below = paths[module].removeprefix(top).removeprefix(".")
+    found, parent, at, steps, count = [], owner, owner, (), None
+    for step in below.split(".") if below else ():
+        at, steps, top = at._modules[step], (*steps, step), f"{top}.{step}".removeprefix(".")
+        if isinstance(at, (nn.ModuleList, nn.ModuleDict)):
+            count = len(at)
+        else:
+            found.append((top, parent, steps, at, count))
+            parent, steps, count = at, (), None
+    return found
 
 
 class Watch:
-    """Forward pre-hook of a stack: RuntimeError where the method would not run as it should."""
+    """Forward pre-hook: RuntimeError when what was taken over is not what runs any more."""
 
-    def __init__(self):
-        self.conditions: list[Found | Unpatched | Unhooked] = []
-        self.taken: list[Taken] = []
-        self._found: dict[tuple[int, str], Found] = {}  # while the sites are made
+    def __init__(self, method: str):
+        self.method = method
+        self.forwards: list | tuple = []  # (path, module, ours)
+        self.attributes: list | tuple = []  # (path, module, name, value)
+        self.children: list | tuple = []  # (path, parent, steps, child, layers of a list between)
 
-    def __call__(self, stack: nn.Module, *_) -> None:
-        # twice: a module that two places share may have been let go of by one
-        for taken in (*self.taken, *self.taken):
-            taken.take()
-        for condition in self.conditions:
-            why = condition.why_not()
-            if why is not None:
-                raise RuntimeError(
-                    f"{condition.path} {why}: the model would not be the method on its base. Eject"
-                    " first, then change the model, then inject again"
-                )
+    def settle(self) -> bool:
+        """Each once, and no more of them; whether there is any."""
+        self.forwards, self.attributes = tuple(self.forwards), tuple(self.attributes)
+        self.children = tuple(dict.fromkeys(self.children))
+        return bool(self.forwards or self.attributes or self.children)
 
-    def expect(self, place: Place, layers: nn.ModuleList, inside: str, alone: bool) -> None:
-        """Expect what a layer holds at ``inside`` to stay, and all that holds it."""
-        steps = [str(place.index), *filter(None, inside.partition(":")[0].split("."))]
-        path, owner = place.stack.layers, layers
-        for step in steps:
-            path = f"{path}.{step}"
-            if (id(owner), step) not in self._found:
-                self._found[id(owner), step] = found = Found(path, owner, step)
-                self.conditions.append(found)
-            owner, last = getattr(owner, step), self._found[id(owner), step]
-        last.alone |= alone
+    def __call__(self, *_) -> None:
+        """Look; while a graph is traced once, as a constant: its guards know each forward."""
+        if torch.compiler.is_compiling():
+            _look_now(self)
+        else:
+            self.look()
+
+    def look(self) -> None:
+        """Compare everything."""
+        for path, module, ours in self.forwards:
+            if module.__dict__.get("forward") is not ours:
+                self._wrapped(path, module, ours)
+        for path, module, name, value in self.attributes:
+            found = module.__dict__.get(name)
+            if found is not value and not (isinstance(value, (int, float)) and found == value):
+                self._refuse(f"{path} is {_what(found)} now")
+        for path, parent, steps, child, count in self.children:
+            found, *above = _down(parent, steps)
+            if count is not None and above and len(above[0]._modules) != count:
+                continue  # layers that were taken out took their sites with them
+            if found is not child and not _contains(found, child):
+                self._refuse(f"{path} is {_what(found)} now, not the {type(child).__name__}")
+
+    def _wrapped(self, path: str, module: nn.Module, ours: Callable) -> None:
+        """Somebody else's forward: it has to say that it wraps ours."""
+        if not any(found is ours for found in wrappers(module)):
+            found = module.__dict__.get("forward", type(module).forward)
+            self._refuse(f"{path}.forward is {_what(found)} now", holds(module, ours))
+
+    def _refuse(self, what: str, first: bool = False) -> None:
+        raise RuntimeError(
+            f"{what}, put there after {self.method!r} was injected, which no longer runs there."
+            f" {'Take that off again' if first else 'Eject, make that change, and inject again'}"
+        )
 
 
-def expect(base: nn.Module, place: Place, inside: str, takeover, alone: bool = False) -> None:
-    """Let the stack of a place expect what its layer holds at ``inside``."""
-    watch = takeover.watch(find(base, place.stack.owner))
-    watch.expect(place, find(base, place.stack.layers), inside, alone)
+def _down(parent: nn.Module, steps: tuple[str, ...]) -> list[nn.Module | None]:
+    """The modules on the way, the last first; None, and no more, where a step is missing."""
+    way = [parent]
+    for step in steps:
+        way.insert(0, way[0]._modules.get(step))
+        if way[0] is None:
+            break
+    return way
 
 
-def expect_sites(base: nn.Module, stacks: list[StackSlot], takeover) -> None:
-    """Let each stack expect the modules its sites sit on."""
-    known = {place.name: place for place in places(base, stacks)}
-    for site in takeover.sites:
-        steps = site.name.split(".")
-        for depth in range(len(steps), 0, -1):
-            place = known.get(".".join(steps[:depth]))
-            if place is not None:
-                expect(base, place, ".".join(steps[depth:]), takeover)
-                break
+@torch.compiler.assume_constant_result
+def _look_now(found: Watch) -> bool:
+    """What a trace does instead of reading every comparison into its guards."""
+    found.look()
+    return True
+
+
+def _contains(found: nn.Module | None, child: nn.Module) -> bool:
+    """Whether a wrapper (a compiled or checkpointed layer, PEFT's) stands around ``child``."""
+    return found is not None and any(module is child for module in found.modules())
+
+
+def _what(found) -> str:
+    """Who that is: module and name of a function, class of anything else."""
+    if found is None:
+        return "gone"
+    found = getattr(found, "func", found)  # a partial's
+    found = getattr(found, "__func__", found)  # a method's
+    if hasattr(found, "__code__"):  # its own name, whatever functools.wraps wrote over it
+        name = getattr(found.__code__, "co_qualname", found.__code__.co_name)
+        return f"{found.__globals__['__name__']}.{name}"
+    named = found if hasattr(found, "__qualname__") else type(found)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_free(model: nn.Module, takeover: Takeover) -> None:
+    """RuntimeError when another library's wrapper holds a forward of ours where eject cannot reach
+    it: the method would stay alive in there."""
+    paths = {module: path for path, module in model.named_modules()}
+    forwards, *_ = takeover.taken()
+    for module, ours in forwards.items():
+        if holds(module, ours):
+            found = module.__dict__.get("forward", type(module).forward)
+            raise RuntimeError(
+                f"{paths.get(module, type(module).__name__)}.forward is {_what(found)}, which keeps"
+                f" {takeover.config.name!r} inside: take that wrapper off first (what put it there"
+                " has a call for it), then eject"
+            )

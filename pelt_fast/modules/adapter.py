@@ -10,7 +10,7 @@ from pelt_fast.config import Modification
 
 from .caught import Caught
 from .late import in_force
-from .part import shape_of, weight_of
+from .part import device_of, shape_of
 from .slot import Foldable, Slot
 
 
@@ -113,7 +113,7 @@ class SequentialAdapter(Bottleneck):
 
     def __init__(self, linear: nn.Linear, modification: Modification, dtype: torch.dtype):
         width, _ = shape_of(linear)
-        super().__init__(width, width, modification, weight_of(linear).device, dtype)
+        super().__init__(width, width, modification, device_of(linear), dtype)
         self.slot = Slot(linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class ParallelAttentionAdapter(Bottleneck):
     def __init__(self, linear: nn.Linear, width: int, modification: Modification, dtype):
         before_output = modification.placement != "after_output"
         outputs = shape_of(linear)[1 if before_output else 0]
-        super().__init__(width, outputs, modification, weight_of(linear).device, dtype)
+        super().__init__(width, outputs, modification, device_of(linear), dtype)
         self.before_output = before_output
         self.slot, self.caught = Slot(linear), Caught()
 

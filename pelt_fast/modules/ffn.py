@@ -12,7 +12,7 @@ from .adapter import Bottleneck
 from .caught import Caught
 from .late import Attribute, Dropout
 from .packing import Packing, Packings
-from .part import parameter_of, shape_of, weight_of
+from .part import device_of, parameter_of, shape_of
 from .slot import Slot
 
 
@@ -70,7 +70,7 @@ class FrozenFFN:
         if not all(slot.is_plain for slot in self.projections):
             return (
                 "a projection is not a plain frozen nn.Linear (LoRA on it, trained, hooked,"
-                " patched or quantised)"
+                " patched, offloaded or quantised)"
             )
         if len({slot.module.weight.dtype for slot in self.projections}) > 1:
             return "its projections are of several dtypes"
@@ -94,10 +94,10 @@ class _FFNAdapter(Bottleneck):
     """A bottleneck from the block's input width to its output width."""
 
     def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
-        weight, (outputs, _) = weight_of(ffn.in_proj.module), shape_of(ffn.out_proj.module)
+        device, (outputs, _) = device_of(ffn.in_proj.module), shape_of(ffn.out_proj.module)
         width = shape_of(ffn.in_proj.module)[1]
         inputs = outputs if modification.insertion == "sequential" else width
-        super().__init__(inputs, outputs, modification, weight.device, dtype)
+        super().__init__(inputs, outputs, modification, device, dtype)
         self.ffn = ffn
 
 

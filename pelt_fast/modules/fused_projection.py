@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from pelt_fast import functional
 from pelt_fast.ops import support
 
+from .hooked import at_hand, is_away
 from .late import in_force
 from .part import LORA, Part, shape_of
 from .slot import Slot
@@ -36,6 +37,12 @@ class FusedProjection(nn.Module):
                  if LORA in part._modules and not part._modules[LORA].is_folded()]  # fmt: skip
         if not sites:
             return self.slot.bare(x)
+        if any(is_away(site) for _, site in sites):  # read here, so that their hooks do not run
+            with at_hand(site for _, site in sites):
+                return self._updated(x, sites)
+        return self._updated(x, sites)
+
+    def _updated(self, x: Tensor, sites: list) -> Tensor:
         probabilities = {in_force(site.dropout) for _, site in sites}
         reason = self.why_beside()
         if reason is not None:

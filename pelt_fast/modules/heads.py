@@ -8,7 +8,7 @@ from pelt_fast.config import Modification
 
 from .caught import Caught
 from .late import in_force
-from .part import shape_of, weight_of
+from .part import device_of, shape_of
 from .slot import Slot
 
 
@@ -42,8 +42,8 @@ class MultiHeadAdapter(_Heads):
     head's slice of the attention's own input (paper section 3.3, multi-head)."""
 
     def __init__(self, linear: nn.Linear, heads: int, modification: Modification, dtype):
-        weight, width = weight_of(linear), shape_of(linear)[1]
-        super().__init__(heads, width // heads, modification, weight.device, dtype)
+        width = shape_of(linear)[1]
+        super().__init__(heads, width // heads, modification, device_of(linear), dtype)
         self.slot, self.caught = Slot(linear), Caught()
 
     def forward(self, heads: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .hooked import give_back, place_of, put
 from .slot import Slot, foreign_forward, is_hooked, passthrough
 
 
@@ -37,7 +38,7 @@ class Taken(Attribute):
 
     def __init__(self, owner: nn.Module, name: str):
         super().__init__(owner, name)
-        self._value, self._slot = None, None
+        self._value, self._slot, self._before = None, None, None
         self.take()
 
     @property
@@ -51,11 +52,11 @@ class Taken(Attribute):
         if found is None or found is False or found is passthrough:
             return
         if isinstance(found, nn.Module):
-            if found is self._value and found.__dict__.get("forward") is passthrough:
+            if found is self._value and found.__dict__.get(place_of(found)) is passthrough:
                 return
             self._release()
             self._slot = Slot(found)
-            found.forward = passthrough
+            self._before = put(found, passthrough)
         else:
             self._release()
             setattr(self.owner, self.name, passthrough if callable(found) else False)
@@ -71,12 +72,8 @@ class Taken(Attribute):
     def _release(self) -> None:
         """Let go of a module that was taken."""
         slot, self._slot = self._slot, None
-        if slot is None or slot.module.__dict__.get("forward") is not passthrough:
-            return
-        if slot.foreign is None:
-            del slot.module.forward
-        else:
-            slot.module.forward = slot.foreign
+        if slot is not None:
+            give_back(slot.module, self._before, passthrough)
 
     def run(self, x: Tensor) -> Tensor:
         """What was there, applied."""

@@ -9,7 +9,7 @@ from pelt_fast import functional
 from pelt_fast.ops import support
 
 from .late import in_force
-from .part import shape_of, weight_of
+from .part import device_of, shape_of
 from .slot import QUANTISED, Foldable, Slot
 
 
@@ -26,7 +26,7 @@ class LoRALinear(Foldable):
         self.slot = Slot(linear)
         self.scale, self.dropout = scale, nn.Dropout(dropout_p)
         out_features, in_features = shape_of(linear)
-        place = dict(device=weight_of(linear).device, dtype=dtype)
+        place = dict(device=device_of(linear), dtype=dtype)
         self.lora_a = nn.Parameter(torch.empty(rank, in_features, **place))
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, **place))
         if init == "lora":

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .hooked import brought_to, is_away
+
 LORA = "pelt_lora"  # the child a LoRA site is registered as, on the linear it modifies
 FUSED = "pelt_fused"  # the child that runs in the place of a fused projection
 
@@ -115,6 +117,11 @@ def weight_of(linear: nn.Module) -> Tensor:
         return weight
     held = (*linear.parameters(), *linear.buffers())
     return next((tensor for tensor in held if tensor.is_floating_point()), held[0])
+
+
+def device_of(linear: nn.Module) -> torch.device:
+    """Where a layer computes: where its weight is, or is brought to."""
+    return brought_to(linear) if is_away(linear) else weight_of(linear).device
 
 
 def holds_numbers(linear: nn.Module) -> bool:

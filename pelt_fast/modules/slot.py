@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .part import LORA, Part, holds_numbers, host_of, is_readable
+from .hooked import holder_of, is_away, place_of, run
+from .part import LORA, holds_numbers, host_of, is_readable
 
 # the forwards that are nothing but x Wᵀ + b, as they are written: one patched later is another
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
@@ -15,12 +16,13 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def foreign_forward(module: nn.Module) -> Callable | None:
-    """The forward that somebody else (Liger, accelerate's hooks) put on this very module, or None.
-    What pelt_fast puts there is a site's own forward or :func:`passthrough`; a site knows what it
-    found there."""
-    module = module.owner if isinstance(module, Part) else module
-    found = module.__dict__.get("forward")
-    if found is None or found is passthrough:
+    """The forward that somebody else (Liger) put on this very module, or None. What pelt_fast puts
+    there is a call of a site's or :func:`passthrough`, and a site knows what it found there;
+    accelerate's hook runs the module's own."""
+    module = holder_of(module)
+    found = module.__dict__.get(place_of(module))
+    own = getattr(found, "__func__", None) is type(module).forward
+    if found is None or found is passthrough or own:
         return None
     owner = getattr(found, "__self__", found)
     if not type(owner).__module__.startswith("pelt_fast."):
@@ -58,7 +60,7 @@ class Slot:
 
     @property
     def _holder(self) -> nn.Module:
-        return self.module.owner if isinstance(self.module, Part) else self.module
+        return holder_of(self.module)
 
     def why_not_read(self) -> str | None:
         """Why an op must not read the weight of a linear layer where the layer would run, or None.
@@ -68,6 +70,8 @@ class Slot:
         """
         if not holds_numbers(self._holder):
             return QUANTISED
+        if is_away(self._holder):
+            return "its weight is offloaded"
         if self.foreign is not None:
             return (
                 f"the layer's forward was replaced by another library ({described(self.foreign)})"
@@ -82,11 +86,10 @@ class Slot:
         return self.bare(*args, **kwargs) if lora is None else lora(*args, **kwargs)
 
     def bare(self, *args, **kwargs):
-        """The module's own forward alone."""
-        if self.foreign is not None:
-            return self.foreign(*args, **kwargs)
+        """The module's own forward alone, under the hook that brings its weights."""
         module = host_of(self.module)
-        return type(module).forward(module, *args, **kwargs)
+        own = self.foreign or type(module).forward.__get__(module)
+        return run(self._holder, own, args, kwargs)
 
 
 class Foldable(nn.Module):
