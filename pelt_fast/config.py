@@ -179,6 +179,11 @@ class Modification:
         return _described(*min(points, key=distance))
 
     def _check_numbers(self):
+        if self.reads == "query" and self.dropout:
+            raise ValueError(
+                "a bottleneck that reads the query is a part of the attention, which drops with the"
+                f" model's own probability: dropout must be 0, got {self.dropout}, or reads 'input'"
+            )
         if self.form not in ("full", "bias") and (not isinstance(self.size, int) or self.size < 1):
             raise ValueError(f"size (rank, bottleneck or prefix length) must be an integer >= 1,"
                              f" got {self.size!r}")  # fmt: skip

@@ -54,8 +54,10 @@ _PRESETS = (
     ),
     PeltConfig("parallel_adapter_attn", (_adapter("attention", 200, **_PARALLEL_ATTENTION),)),
     PeltConfig("parallel_adapter_ffn", (_adapter("ffn", 1024, **_PARALLEL),)),
+    # it drops with the attention's own probability
     PeltConfig(
-        "multi_head_parallel_adapter", (_adapter("heads", 200, **_PARALLEL, reads="query"),)
+        "multi_head_parallel_adapter",
+        (Modification("bottleneck", "heads", size=200, reads="query", init="bert"),),
     ),
     PeltConfig("scaled_parallel_adapter", (_adapter("ffn", 512, "parallel", 4.0),)),
     PeltConfig(

@@ -91,6 +91,10 @@ BAD = [
         "residual=False is for sequential",
     ),
     (
+        dict(form="bottleneck", target="heads", size=1, reads="query", dropout=0.1),
+        "a bottleneck that reads the query is a part of the attention",
+    ),
+    (
         dict(
             form="bottleneck",
             target="ffn",

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .hooked import give_back, place_of, put
+from .hooked import give_back, put, wrappers
 from .slot import Slot, foreign_forward, is_hooked, passthrough
 
 
@@ -52,7 +52,7 @@ class Taken(Attribute):
         if found is None or found is False or found is passthrough:
             return
         if isinstance(found, nn.Module):
-            if found is self._value and found.__dict__.get(place_of(found)) is passthrough:
+            if found is self._value and any(f is passthrough for f in wrappers(found)):
                 return
             self._release()
             self._slot = Slot(found)

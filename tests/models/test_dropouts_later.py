@@ -17,7 +17,7 @@ def injected(architecture, name, dropout=0.5, own=0.5):
     model = ALL[architecture](dropout=dropout)
     config = small_method(name)
     for form in ("low_rank", "bottleneck"):
-        if all(m.form == form for m in config.modifications):
+        if all(m.form == form and m.reads != "query" for m in config.modifications):
             config = config.replace(dropout=own)
     return randomise(pelt_fast.inject(model, config)).train()
 
@@ -46,8 +46,7 @@ def test_dropout_that_trl_disables_is_off(architecture, name):
     assert spread(model) == 0
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_ffn", "houlsby", "parallel_adapter_ffn",
-                                  "multi_head_parallel_adapter"])  # fmt: skip
+@pytest.mark.parametrize("name", ["lora", "lora_ffn", "houlsby", "parallel_adapter_ffn"])
 def test_a_methods_own_dropout_is_a_module(name):
     model = injected("gpt2", name, dropout=0.0)
     assert spread(model) > 0
@@ -150,7 +149,7 @@ def test_a_module_replaced_under_a_site_is_an_error(architecture, name, owner, a
     layer, _ = next(layers_and_ffns(model))
     other, _ = next(layers_and_ffns(twin))
     setattr(layer.get_submodule(owner), attribute, getattr(other.get_submodule(owner), attribute))
-    with pytest.raises(RuntimeError, match=rf"{attribute} was replaced after inject"):
+    with pytest.raises(RuntimeError, match=rf"{attribute} is .* now, not the"):
         model(**inputs(model))
 
 

@@ -27,8 +27,10 @@ def injected(architecture, method):
 
 
 def taken(model):
-    """(path, module) of what runs something of ours."""
-    return [(path, module) for path, module in model.named_modules() if "forward" in vars(module)]
+    """(path, module) of what runs something of ours; an activation or a dropout whose work a site
+    does is read when it runs, and may be replaced."""
+    return [(path, module) for path, module in model.named_modules()
+            if "forward" in vars(module) and any(True for _ in module.parameters())]  # fmt: skip
 
 
 OF_FORWARDS = [(a, m) for a, m in PAIRS if taken(injected(a, m))]
