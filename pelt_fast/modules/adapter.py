@@ -9,6 +9,7 @@ from pelt_fast import functional
 from pelt_fast.config import Modification
 
 from .caught import Caught
+from .hooked import at_hand, is_away
 from .late import in_force
 from .part import device_of, shape_of
 from .slot import Foldable, Slot
@@ -90,14 +91,22 @@ class Bottleneck(Foldable):
     def sequential(self, h: Tensor) -> Tensor:
         """h + Δ(h), or Δ(h) alone without its residual."""
         if self.residual:
-            return functional.sequential_adapter(h, *self.weights, **self.settings, **self.normed)
+            return self._run(functional.sequential_adapter, h)
         return self.parallel(torch.zeros_like(h), h)
 
     def parallel(self, base: Tensor, x: Tensor) -> Tensor:
         """base + Δ(x), in the dtype of ``base``: a layer kept wider than its neighbours gives a
         wider one than it reads."""
         x = x.to(base.dtype)
-        return functional.parallel_adapter(base, x, *self.weights, **self.settings, **self.normed)
+        return self._run(functional.parallel_adapter, base, x)
+
+    def _run(self, function, *inputs: Tensor) -> Tensor:
+        """``function`` of the adapter, its LayerNorm's weights brought where they are offloaded:
+        it is never called itself."""
+        if self.norm is not None and is_away(self.norm):
+            with at_hand([self.norm]):
+                return function(*inputs, *self.weights, **self.settings, **self.normed)
+        return function(*inputs, *self.weights, **self.settings, **self.normed)
 
     def extra_repr(self) -> str:
         rank, inputs = self.down_weight.shape
