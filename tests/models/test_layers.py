@@ -10,6 +10,7 @@ import pelt_fast
 from pelt_fast.models.count import is_method
 from pelt_fast.models.places import places
 from pelt_fast.models.slots import base_of, find, stacks_of
+from pelt_fast.models.watch import Watch
 from pelt_fast.modules import PrefixBank
 from tests.models.judge import assert_near, assert_untouched, state
 from tests.models.test_parity import small_method
@@ -30,8 +31,13 @@ def on_layers(method: str, layers=ON) -> pelt_fast.PeltConfig:
 
 
 def plain_elsewhere(plain, everywhere, layers):
-    """The model with the method everywhere, its other layers put back."""
+    """The model with the method everywhere, its other layers put back, which a watch would refuse
+    to run."""
     mixed, base = copy.deepcopy(everywhere), base_of(plain)
+    for module in mixed.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, Watch):
+                del module._forward_pre_hooks[key]
     for place in places(base, stacks_of(plain)):
         if place.index not in layers:
             stack = find(base_of(mixed), place.stack.layers)
