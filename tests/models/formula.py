@@ -44,7 +44,7 @@ def plain(base: nn.Module, injected: nn.Module, dtype: torch.dtype | None = None
             read = write = module.slot.module
         else:
             raise TypeError(type(module))
-        tensors = {n: leaves[own[p]] for n, p in module.named_parameters(recurse=False)}
+        tensors = {n: leaves[own[p]] for n, p in module.named_parameters()}
         rows = write.rows if isinstance(write, Part) else None
         reader, writer = (
             base_of(twin).get_submodule(names[m.owner if isinstance(m, Part) else host_of(m)])
@@ -77,7 +77,7 @@ class Added:
             x = x.to(y.dtype)
             t = {name: tensor.to(x.dtype) for name, tensor in t.items()}
             if site.layer_norm == "in":
-                x = F.layer_norm(x, x.shape[-1:], t["norm_weight"], t["norm_bias"])
+                x = F.layer_norm(x, x.shape[-1:], t["norm.weight"], t["norm.bias"])
             inner = activate(site.activation, F.linear(x, t["down_weight"], t["down_bias"]))
             scale = t.get("scale", site.scale)
             update = scale * F.linear(inner, t["up_weight"], t["up_bias"])
