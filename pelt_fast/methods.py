@@ -29,6 +29,8 @@ def _mam(name: str, prefix: int, bottleneck: int, scale: float) -> PeltConfig:
 _SEQUENTIAL = dict(insertion="sequential", init="bert")
 _PARALLEL_ATTENTION = dict(insertion="parallel", init="bert", layer_norm="in")
 _PARALLEL = dict(insertion="parallel", init="bert")
+# on the query: the attention's own dropout acts
+_HEADS = Modification("bottleneck", "heads", size=200, init="bert", reads="query")
 _LORA_FFN = (_lora("ffn.in", 102, 4.0), _lora("ffn.out", 102, 4.0))
 
 _PRESETS = (
@@ -54,11 +56,7 @@ _PRESETS = (
     ),
     PeltConfig("parallel_adapter_attn", (_adapter("attention", 200, **_PARALLEL_ATTENTION),)),
     PeltConfig("parallel_adapter_ffn", (_adapter("ffn", 1024, **_PARALLEL),)),
-    # it drops with the attention's own probability
-    PeltConfig(
-        "multi_head_parallel_adapter",
-        (Modification("bottleneck", "heads", size=200, reads="query", init="bert"),),
-    ),
+    PeltConfig("multi_head_parallel_adapter", (_HEADS,)),
     PeltConfig("scaled_parallel_adapter", (_adapter("ffn", 512, "parallel", 4.0),)),
     PeltConfig(
         "learned_scale_parallel_adapter",

@@ -25,16 +25,11 @@ class _Heads(nn.Module):
         else:
             nn.init.normal_(self.down_weight, std=0.02)
             nn.init.normal_(self.up_weight, std=0.02)
-        self.scale, self.dropout = modification.scale, nn.Dropout(modification.dropout)
-
-    @property
-    def dropout_p(self) -> float:
-        """The probability of the method's own dropout, in training."""
-        return self.dropout.p
+        self.scale = modification.scale
 
     def extra_repr(self) -> str:
         heads, rank, dim = self.down_weight.shape
-        return f"{heads} heads, {dim} -> {rank} -> {dim}, scale={self.scale}, p={self.dropout_p}"
+        return f"{heads} heads, {dim} -> {rank} -> {dim}, scale={self.scale}"
 
 
 class MultiHeadAdapter(_Heads):
@@ -44,7 +39,16 @@ class MultiHeadAdapter(_Heads):
     def __init__(self, linear: nn.Linear, heads: int, modification: Modification, dtype):
         width = shape_of(linear)[1]
         super().__init__(heads, width // heads, modification, device_of(linear), dtype)
+        self.dropout = nn.Dropout(modification.dropout)
         self.slot, self.caught = Slot(linear), Caught()
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of the method's own dropout, in training."""
+        return self.dropout.p
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.dropout_p}"
 
     def forward(self, heads: Tensor) -> Tensor:
         x = self.caught.take()
@@ -60,7 +64,8 @@ class MultiHeadAdapter(_Heads):
 
 class QueryHeads(_Heads):
     """The same on the frozen query projection: the attention function adds s ReLU(q Dᵀ) U. The
-    query is not scaled: the attention's scale is taken off the keys, as ReLU lets it through."""
+    query is not scaled: the attention's scale is taken off the keys, as ReLU lets it through. The
+    attention's own dropout is the one that acts on ReLU(q Dᵀ)."""
 
     def forward(self, scaling: float) -> tuple[Tensor, Tensor]:
         """prefix_k and prefix_v of the op, whose scores are multiplied by ``scaling``."""

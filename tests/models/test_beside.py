@@ -17,6 +17,7 @@ from tests.models.test_parity import small_method
 from tests.models.test_read_late import (
     assert_starts_at,
     base,
+    batch_of,
     layers_and_ffns,
     method,
     randomise,
@@ -77,7 +78,7 @@ def test_a_projection_that_does_more_than_its_weight(architecture, name, change)
         refused(model, method(name), ValueError, r"fc1 carries a hook")
         return
     pelt_fast.inject(model, method(name))
-    batch = inputs(model)
+    batch = batch_of(model)
     if name != "houlsby":
         assert_starts_at(changed, model, batch)
     randomise(model)
@@ -95,7 +96,7 @@ def test_a_layer_that_does_more_is_not_merged(change):
     model = base("llama")
     change(model.model.layers[0].self_attn.q_proj)
     randomise(pelt_fast.inject(model, method("lora")))
-    batch = inputs(model)
+    batch = batch_of(model)
     logits = model(**batch).logits
     pelt_fast.merge(model)
     assert torch.allclose(model(**batch).logits, logits, atol=1e-5)
@@ -120,7 +121,7 @@ def test_a_model_that_peft_has_wrapped(architecture, name):
     peft.inject_adapter_in_model(settings, model)
     changed = copy.deepcopy(model)
     zeroed(pelt_fast.inject(model, method(name)))
-    batch = inputs(model)
+    batch = batch_of(model)
     if name != "prefix":
         assert_starts_at(changed, model, batch)
     if name in ("lora", "lora_ffn", "houlsby"):
@@ -145,8 +146,8 @@ def test_t5_in_half_precision_keeps_wo_in_float32(architecture, name, dtype):
     for layer, slot in layers_and_ffns(model):
         find(layer, slot.out_proj).float()
     changed = copy.deepcopy(model).requires_grad_(False)  # torch's CPU GEMMs ask for it
-    pelt_fast.inject(model, without_kinks(small_method(name)))
-    batch = inputs(model)
+    pelt_fast.inject(model, without_kinks(method(name)))
+    batch = batch_of(model)
     if name != "houlsby":
         assert torch.equal(model(**batch).logits, changed(**batch).logits)
     # the gradients by fp16: of a small tensor in bf16 two roundings are two draws
@@ -172,8 +173,8 @@ def test_one_projection_in_another_dtype_under_autocast(name):
     for layer in model.model.layers:
         layer.mlp.down_proj.float()
     changed = copy.deepcopy(model)
-    pelt_fast.inject(model, method(name))
-    batch = inputs(model)
+    pelt_fast.inject(model, without_kinks(method(name)))
+    batch = batch_of(model)
     with torch.autocast("cpu", torch.bfloat16):
         if name != "houlsby":
             assert torch.equal(model(**batch).logits, changed(**batch).logits)

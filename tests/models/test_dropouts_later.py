@@ -12,10 +12,10 @@ from tests.small import inputs
 PRESETS = [n for n in pelt_fast.methods() if n not in ("full", "linear_probe", "bitfit")]
 
 
-def injected(architecture, name, dropout=0.5, own=0.5):
+def injected(architecture, name, dropout=0.5, own=0.5, **changes):
     torch.manual_seed(0)
     model = ALL[architecture](dropout=dropout)
-    config = small_method(name)
+    config = small_method(name, **changes)
     for form in ("low_rank", "bottleneck"):
         if all(m.form == form and m.reads != "query" for m in config.modifications):
             config = config.replace(dropout=own)
@@ -46,9 +46,12 @@ def test_dropout_that_trl_disables_is_off(architecture, name):
     assert spread(model) == 0
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_ffn", "houlsby", "parallel_adapter_ffn"])
-def test_a_methods_own_dropout_is_a_module(name):
-    model = injected("gpt2", name, dropout=0.0)
+@pytest.mark.parametrize("name, changes", [
+    ("lora", {}), ("lora_ffn", {}), ("houlsby", {}), ("parallel_adapter_ffn", {}),
+    ("multi_head_parallel_adapter", dict(reads="input")),
+])  # fmt: skip
+def test_a_methods_own_dropout_is_a_module(name, changes):
+    model = injected("gpt2", name, dropout=0.0, **changes)
     assert spread(model) > 0
     keys = set(model.state_dict())
     own = [m for n, m in model.named_modules() if "pelt_" in n and isinstance(m, nn.Dropout)]
@@ -58,6 +61,18 @@ def test_a_methods_own_dropout_is_a_module(name):
     assert spread(model) == 0
     model.eval()
     own[0].train()  # MC dropout of one site
+    assert spread(model) > 0
+
+
+def test_the_attentions_dropout_acts_on_what_reads_its_query():
+    model = injected("gpt2", "multi_head_parallel_adapter", dropout=0.0)
+    assert spread(model) == 0
+    assert not any("pelt_" in n and isinstance(m, nn.Dropout) for n, m in model.named_modules())
+    attention = model.transformer.h[0].attn
+    attention.attn_dropout.p = 0.5
+    for key_or_value in attention.c_attn.weight.data[:, 32:].split(32, 1):
+        key_or_value.zero_()  # the context gives nothing that could be dropped
+    attention.c_attn.bias.data[32:] = 0
     assert spread(model) > 0
 
 
