@@ -79,11 +79,11 @@ class Modification:
     ``scale`` (scalar) or "learned_channel_scale" (per channel); "gated" (1 - λ) h + λ Δh.
     size: rank R, bottleneck R, prefix or prompt length P. dropout: on a LoRA's input or an
     adapter's bottleneck (in an attention function, on a prefix and on what reads the query, the
-    attention's own acts instead). layer_norm: of an adapter, "none", "in" or "out". init: "lora" (Kaiming
-    down, zero up) or "bert" (normal 0.02). where: which attention / stacks ("encoder", "decoder",
-    "cross"; a prompt goes to the first stack there is). reparameterization: of a prefix, "mlp"
-    (embedding, Linear, Tanh, Linear) or "none"; mlp_dim its hidden width. layers: the layers of
-    each stack in ``where`` that carry it, from 0; None is all of them.
+    attention's own acts instead). layer_norm: of an adapter, "none", "in" or "out". init: "lora"
+    (Kaiming down, zero up) or "bert" (normal 0.02). where: which attention / stacks ("encoder",
+    "decoder", "cross"; a prompt goes to the first stack there is). reparameterization: of a prefix,
+    "mlp" (embedding, Linear, Tanh, Linear) or "none"; mlp_dim its hidden width. layers: the layers
+    of each stack in ``where`` that carry it, from 0; None is all of them.
 
     Where libraries differ, "default" is what the paper's code does, but on heads:
     reads: of a parallel FFN adapter "input" (the block's) or "residual" (the stream before a

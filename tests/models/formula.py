@@ -102,8 +102,8 @@ def results(model: nn.Module, batch: dict, leaves: dict | None = None) -> dict:
 def assert_is_the_formula(
     base: nn.Module, injected: nn.Module, batch: dict, gradients: bool = True
 ) -> None:
-    """Logits and, unless told, gradients of ``injected`` are those of ``base`` with the updates added, by the
-    budget that plain torch sets in the same dtype around fp64."""
+    """Logits and, unless told, gradients of ``injected`` are those of ``base`` with the updates
+    added, by the budget that plain torch sets in the same dtype around fp64."""
     wide = {n: t.double() if t.is_floating_point() else t for n, t in batch.items()}
     same, exact = (
         results(twin, given, leaves)
