@@ -8,7 +8,7 @@ over again. Whether what was taken over still runs is ``watch``'s.
 from torch import nn
 
 from pelt_fast.modules.late import Taken
-from pelt_fast.modules.slot import HOOKS
+from pelt_fast.modules.slot import HOOKS, is_repatched
 
 
 class Alone:
@@ -36,8 +36,9 @@ class Unpatched:
 
     def why_not(self) -> str | None:
         """What happened to it, or None."""
-        same = type(self.module).forward is self.forward
-        return None if same else "runs another forward since its class was patched after inject"
+        if is_repatched(self.module, self.forward):
+            return "runs another forward since its class was patched after inject"
+        return None
 
 
 class Unhooked:

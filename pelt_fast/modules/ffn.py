@@ -13,7 +13,7 @@ from .caught import Caught
 from .late import Attribute, Dropout
 from .packing import Packing, Packings
 from .part import device_of, parameter_of, shape_of
-from .slot import Slot
+from .slot import Slot, is_repatched
 
 
 class FrozenFFN:
@@ -61,7 +61,7 @@ class FrozenFFN:
         """The reason the block cannot run as one op, or None."""
         if self._why_itself is not None:
             return self._why_itself
-        if self.block is not None and type(self.block.module).forward is not self._forward:
+        if self.block is not None and is_repatched(self.block.module, self._forward):
             return "the forward of the block's class was replaced"
         if self.activation is None:
             return f"the ops do not know its activation ({described(self.activate.value)})"

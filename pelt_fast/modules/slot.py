@@ -1,5 +1,6 @@
 """How a site refers to the frozen modules it modifies, without owning them."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,13 @@ def foreign_forward(module: nn.Module) -> Callable | None:
         return found
     below = getattr(owner, "slot", None)
     return None if below is None else below.foreign
+
+
+def is_repatched(module: nn.Module, forward: Callable) -> bool:
+    """Whether the class of ``module`` runs another forward than ``forward``, which it ran before.
+    A class that somebody derives for it (FSDP2) may wrap the same one."""
+    found = type(module).forward
+    return found is not forward and inspect.unwrap(found) is not inspect.unwrap(forward)
 
 
 def is_hooked(module: nn.Module) -> bool:
