@@ -1,6 +1,5 @@
 """How a site refers to the frozen modules it modifies, without owning them."""
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -34,9 +33,12 @@ def foreign_forward(module: nn.Module) -> Callable | None:
 
 def is_repatched(module: nn.Module, forward: Callable) -> bool:
     """Whether the class of ``module`` runs another forward than ``forward``, which it ran before.
-    A class that somebody derives for it (FSDP2) may wrap the same one."""
+    A class that somebody derives for it (FSDP2) has the same one, under one more of the wrappers
+    that transformers gives each class of layers; anybody else's wrapper may do anything."""
     found = type(module).forward
-    return found is not forward and inspect.unwrap(found) is not inspect.unwrap(forward)
+    again = getattr(found, "__wrapped__", None) is forward
+    rewrapped = again and found.__globals__["__name__"] == "transformers.modeling_layers"
+    return found is not forward and not rewrapped
 
 
 def is_hooked(module: nn.Module) -> bool:
