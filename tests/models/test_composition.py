@@ -68,7 +68,7 @@ def test_a_linear_layer_whose_forward_was_replaced():
     batch = inputs(model)
     before, exact = model.eval()(**batch).logits, twin(**batch).logits
     for method, name, reason in (
-        ("lora", "encoder.layer.0.attention.self.query", "another library replaced"),
+        ("lora", "encoder.layer.0.attention.self.query", "replaced by another library"),
         ("scaled_parallel_adapter", "encoder.layer.0.intermediate.dense", "patched"),
     ):
         pelt_fast.inject(model, small_method(method))
