@@ -6,7 +6,6 @@ projection that shares its matrix is a part of it: "attn.c_attn:q" of fused q, k
 The rows are in ``architectures``; a :class:`SlotMap` of the user's makes one more.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -153,42 +152,17 @@ def stacks_of(model: nn.Module, slots: SlotMap | None = None) -> list[StackSlot]
             " the FFN's in, out and gate projections, activation and dropouts: pass one as"
             " inject(..., slots=SlotMap(...)); pelt-fast explain prints a draft"
         )
-    missing, partial = [], []
+    missing = []
     for row in rows:
         present = [stack for stack in row.stacks if has(base, stack.layers)]
         absent = [path for stack in present for path in missing_paths(base, stack)]
         if present and not absent:
             return present
         missing = missing or absent or [stack.layers for stack in row.stacks]
-        partial = partial or _without_ffn(base, present)
-    if partial:
-        return partial
     raise ValueError(
         f"{type(model).__name__} does not fit the table row {model_type!r}: looked for"
         f" {', '.join(missing)} in {type(base).__name__}"
     )
-
-
-def _without_ffn(base: nn.Module, stacks: list[StackSlot]) -> list[StackSlot]:
-    """The stacks, their blocks closed to methods where another library's class stands in for the
-    model's own (Liger's); nothing where more than a block is missing."""
-    found = []
-    for stack in stacks:
-        absent = list(missing_paths(base, stack))
-        if absent and stack.ffn is not None:
-            layer = find(base, stack.layers)[0]
-            entry = find(layer, stack.ffn.entry) if has(layer, stack.ffn.entry) else layer
-            reason = (
-                f"looked for {', '.join(absent)} in {type(base).__name__}, and"
-                f" {type(entry).__module__}.{type(entry).__qualname__} stands there: make the model"
-                " without that library's patch of its classes"
-            )
-            stack = dataclasses.replace(stack, ffn=None, no_ffn=reason)
-            absent = list(missing_paths(base, stack))
-        if absent:
-            return []
-        found.append(stack)
-    return found
 
 
 def missing_paths(base: nn.Module, stack: StackSlot) -> Iterator[str]:

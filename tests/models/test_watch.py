@@ -11,6 +11,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 import pelt_fast
 from tests.models.test_parity import small_method
@@ -206,6 +207,8 @@ def test_a_graph_of_before_inject_is_not_used_after_it(architecture, method, com
 def test_liger_through_the_trainer_is_said_and_eject_leaves_its_patch(tmp_path, monkeypatch):
     """Its patch is on the instances: the adapters would be dead."""
     swiglu = pytest.importorskip("liger_kernel.transformers.swiglu")
+    # its change of the class is taken back
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", modeling_llama.LlamaMLP)
     multiply = staticmethod(lambda gate, up, *_: nn.functional.silu(gate) * up)
     monkeypatch.setattr(swiglu, "LigerSiLUMulFunction", type("InTorch", (), dict(apply=multiply)))
     model = pelt_fast.inject(llama(), small_method("mam"))
