@@ -12,5 +12,6 @@ def digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        # of a copy: numpy fixes the size of a storage, which FSDP2 frees by its size
+        found.update(memoryview(tensor.reshape(-1).view(torch.uint8).clone().numpy()))
     return found.hexdigest()
