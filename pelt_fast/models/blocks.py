@@ -8,6 +8,7 @@ from pelt_fast.config import Modification
 from pelt_fast.modules import FrozenFFN
 from pelt_fast.modules.late import Attribute, Dropout, Taken
 from pelt_fast.modules.part import host_of
+from pelt_fast.modules.slot import passthrough
 
 from .conditions import Alone, Unhooked, Unpatched
 from .known import own_file, why_foreign
@@ -68,7 +69,7 @@ def take_block(base: nn.Module, place: Place, slot: FFNSlot, takeover: Takeover)
         *(Unpatched(_joined(place.name, path), module) for path, module in _around(layer, slot)),
         *_unhooked(place, slot),
     ]  # fmt: skip
-    takeover.bypass(*_owner_and_name(layer, slot.out_proj))
+    takeover.call(host_of(find(layer, slot.out_proj)), passthrough)
     for path in slot.output_dropout_also:
         hook = MovedDropout(ffn.output_dropout)
         takeover.hook(find(layer, path).register_forward_hook(hook))

@@ -36,12 +36,13 @@ class FFNSlot:
     """The feed-forward block of a layer.
 
     ``entry`` is the module whose call is taken over: the block's own module, or ``in_proj`` where
-    the layer spells the block out. ``activation`` is the module or attribute of the activation
-    and ``config_activation`` the config's name for it. A dropout is a module or a float attribute;
-    ``output_dropout_also`` names the attentions whose output the same float drops. ``norm`` is the
-    norm in front of a pre-norm block, whose input is the residual stream; ``adapter_reads`` what a
-    parallel adapter reads there in the paper's code, "input" or "residual"; ``norm_after`` the norm
-    behind a post-norm block, which reads the sum of the block and its input.
+    the layer spells the block out. ``activation`` is the module or attribute of the activation; the
+    config's name for it, ``config_activation``, is there for rows written before and is not read.
+    A dropout is a module or a float attribute; ``output_dropout_also`` names the attentions whose
+    output the same float drops. ``norm`` is the norm in front of a pre-norm block, whose input is
+    the residual stream; ``adapter_reads`` what a parallel adapter reads there in the paper's code,
+    "input" or "residual"; ``norm_after`` the norm behind a post-norm block, which reads the sum of
+    the block and its input.
     """
 
     entry: str

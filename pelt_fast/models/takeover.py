@@ -8,7 +8,6 @@ from torch import nn
 from pelt_fast.config import PeltConfig
 from pelt_fast.modules.hooked import INNER, give_back, put, wrappers
 from pelt_fast.modules.late import Dropout, Taken
-from pelt_fast.modules.slot import passthrough
 
 from .before import Before
 from .conditions import Conditions
@@ -58,14 +57,6 @@ class Takeover:
         """Let ``module`` run ``forward`` when called, inside the hook of accelerate it may have;
         what another library put there comes back."""
         self._undo.append(("forward", module, put(module, forward), forward))
-
-    def bypass(self, owner: nn.Module, name: str) -> None:
-        """Let the module or function ``owner.name`` return its input."""
-        value = getattr(owner, name)
-        if isinstance(value, nn.Module):
-            self.call(value, passthrough)
-        else:
-            self.set(owner, name, passthrough)
 
     def take(self, taken: Taken) -> Taken:
         """Keep what gives a layer's attribute back."""

@@ -100,11 +100,13 @@ class Watch:
             if found is not value and not (isinstance(value, (int, float)) and found == value):
                 self._refuse(f"{path} is {_what(found)} now")
         for path, parent, steps, child, count in self.children:
-            found, *above = _down(parent, steps)
-            if count is not None and above and len(above[0]._modules) != count:
+            found = _down(parent, steps)
+            if found is child or _contains(found, child):
+                continue
+            layers = None if count is None else _down(parent, steps[:-1])
+            if layers is not None and len(layers._modules) != count:
                 continue  # layers that were taken out took their sites with them
-            if found is not child and not _contains(found, child):
-                self._refuse(f"{path} is {_what(found)} now, not the {type(child).__name__}")
+            self._refuse(f"{path} is {_what(found)} now, not the {type(child).__name__}")
 
     def _wrapped(self, path: str, module: nn.Module, ours: Callable) -> None:
         """Somebody else's forward: it has to say that it wraps ours."""
@@ -119,14 +121,11 @@ class Watch:
         )
 
 
-def _down(parent: nn.Module, steps: tuple[str, ...]) -> list[nn.Module | None]:
-    """The modules on the way, the last first; None, and no more, where a step is missing."""
-    way = [parent]
+def _down(parent: nn.Module, steps: tuple[str, ...]) -> nn.Module | None:
+    """The module that the steps lead to; None where one is missing."""
     for step in steps:
-        way.insert(0, way[0]._modules.get(step))
-        if way[0] is None:
-            break
-    return way
+        parent = None if parent is None else parent._modules.get(step)
+    return parent
 
 
 @torch.compiler.assume_constant_result

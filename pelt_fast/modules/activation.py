@@ -53,10 +53,3 @@ def _function(function) -> str | None:
             return None
         return _GELUS.get(function.keywords.get("approximate", "none"))
     return next((name for known, name in _FUNCTIONS if function is known), None)
-
-
-def described(activation) -> str:
-    """An activation in a message."""
-    if isinstance(activation, nn.Module):
-        return type(activation).__name__
-    return getattr(activation, "__name__", type(activation).__name__)

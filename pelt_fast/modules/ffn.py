@@ -7,13 +7,13 @@ from pelt_fast import functional
 from pelt_fast.config import Modification
 from pelt_fast.ops import support
 
-from .activation import described, name_of
+from .activation import name_of
 from .adapter import Bottleneck
 from .caught import Caught
 from .late import Attribute, Dropout
 from .packing import Packing, Packings
 from .part import device_of, parameter_of, shape_of
-from .slot import Slot, is_repatched
+from .slot import Slot, described, is_repatched
 
 
 class FrozenFFN:

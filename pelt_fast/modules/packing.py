@@ -7,7 +7,7 @@ there is never read.
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -146,33 +146,29 @@ class Packings:
 
     def pack(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
         """Move the weights into the buffers."""
-        with self._lock:
-            for packing, frozen in self._each(stacked, out):
-                packing.pack(frozen)
+        self._do(Packing.pack, stacked, out)
 
     def pack_again(self, stacked: list[Tensor], out: Tensor) -> None:
         """Pack what a move, a copy or a merge has unpacked."""
-        with self._lock:
-            for packing, frozen in self._each(stacked, out):
-                packing.pack_again(frozen)
+        self._do(Packing.pack_again, stacked, out)
 
     def unpack(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
         """Give the weights memory of their own again."""
-        with self._lock:
-            for packing, frozen in self._each(stacked, out):
-                packing.unpack(frozen)
+        self._do(Packing.unpack, stacked, out)
 
     def forget(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
         """Let the buffers go; the weights were moved by somebody else."""
-        with self._lock:
-            for packing, frozen in self._each(stacked, out):
-                packing.forget(frozen)
+        self._do(Packing.forget, stacked, out)
 
     def adopt(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
         """Take the weights as they are registered now for those to pack."""
+        self._do(Packing.adopt, stacked, out)
+
+    def _do(self, what: Callable[[Packing, list], None], stacked: list, out: Tensor) -> None:
+        """``what`` to each buffer with the weights it is for, while nobody reads them."""
         with self._lock:
             for packing, frozen in self._each(stacked, out):
-                packing.adopt(frozen)
+                what(packing, frozen)
 
     def _follow(self, device: torch.device) -> None:
         """On a GPU the lock orders launches: the work of another thread's stream comes first."""

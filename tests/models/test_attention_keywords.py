@@ -92,7 +92,7 @@ def test_a_prefix_is_a_concatenation_under_every_mask(name, choice, concatenatio
     assert (wanted - base).norm() > 1e-3 * base.norm()
     seen = batch["attention_mask"].bool()
     rows = seen if wanted.shape[:2] == seen.shape else slice(None)
-    torch.testing.assert_close(found[rows], wanted[rows], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[rows], wanted[rows], rtol=1e-12, atol=1e-12)
 
 
 def test_every_keyword_that_transformers_names_is_in_a_list():

@@ -15,6 +15,21 @@ from tests.models.test_parity import small_method
 from tests.small import MODELS, MORE, inputs, randomise
 
 
+def both_ways(ours, plain, folder):
+    """PEFT loads what we wrote and we load it again, to our outputs: PEFT's model, our logits, the
+    exact ones, the batch."""
+    pelt_fast.export_peft(ours, folder)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
+    again = pelt_fast.load_peft(copy.deepcopy(plain), folder).eval()
+    batch = inputs(ours, padding="right")
+    exact = exactly(ours, batch)["logits"]
+    with torch.no_grad():
+        logits = ours(**batch).logits
+        assert_near(theirs(**batch).logits, logits, exact)
+        assert_near(again(**batch).logits, logits, exact)
+    return theirs, logits, exact, batch
+
+
 @pytest.mark.parametrize("method", ["lora", "lora_ffn"])
 @pytest.mark.parametrize("architecture", ["bart", "mbart", "roberta", "llama", "t5", "gpt2", "phi3",
                                           "modernbert"])  # fmt: skip
@@ -22,15 +37,8 @@ def test_peft_loads_it_and_gives_our_outputs(architecture, method, tmp_path):
     torch.manual_seed(0)
     plain = {**MODELS, **MORE}[architecture](dropout=0.0).eval()
     ours = randomise(pelt_fast.inject(copy.deepcopy(plain), small_method(method))).eval()
-    pelt_fast.export_peft(ours, tmp_path)
-    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
-    batch = inputs(ours, padding="right")
-    exact = exactly(ours, batch)["logits"]
+    theirs, logits, exact, batch = both_ways(ours, plain, tmp_path)
     with torch.no_grad():
-        logits = ours(**batch).logits
-        assert_near(theirs(**batch).logits, logits, exact)
-        again = pelt_fast.load_peft(copy.deepcopy(plain), tmp_path).eval()
-        assert_near(again(**batch).logits, logits, exact)
         if architecture != "gpt2":  # and back: PEFT's model on our ops
             assert_near(pelt_fast.accelerate_peft(theirs)(**batch).logits, logits, exact)
 
@@ -82,15 +90,7 @@ def test_ranks_scales_and_layers_stand_in_peft_s_patterns(architecture, changes,
     torch.manual_seed(0)
     plain = {**MODELS, **MORE}[architecture](dropout=0.0).eval()
     ours = randomise(pelt_fast.inject(copy.deepcopy(plain), two(**changes))).eval()
-    pelt_fast.export_peft(ours, tmp_path)
-    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
-    again = pelt_fast.load_peft(copy.deepcopy(plain), tmp_path).eval()
-    batch = inputs(ours, padding="right")
-    exact = exactly(ours, batch)["logits"]
-    with torch.no_grad():
-        logits = ours(**batch).logits
-        assert_near(theirs(**batch).logits, logits, exact)
-        assert_near(again(**batch).logits, logits, exact)
+    both_ways(ours, plain, tmp_path)
 
 
 def test_several_dropouts_are_refused(tmp_path):
