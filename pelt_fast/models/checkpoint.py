@@ -8,7 +8,6 @@ saves are told. What FSDP2 sharded is gathered: every process calls, the first
 writes.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -121,7 +120,7 @@ def save(
         return
     about = {
         "format_version": FORMAT_VERSION,
-        "config": dataclasses.asdict(takeover.config),
+        "config": takeover.config.as_dict(),
         "base": {
             "architecture": base_of(model).config.model_type,
             "name": base_of(model).config._name_or_path,
