@@ -64,9 +64,10 @@ class Conditions:
         self.taken: list[Taken] = []
 
     def __call__(self, stack: nn.Module, *_) -> None:
-        # twice: a module that two places share may have been let go of by one
-        for taken in (*self.taken, *self.taken):
-            taken.take()
+        again = [taken for taken in self.taken if taken.take()]  # each, not the first alone
+        if again:
+            for taken in self.taken:  # a module that two places share, let go of by one
+                taken.take()
         for condition in self.conditions:
             why = condition.why_not()
             if why is not None:

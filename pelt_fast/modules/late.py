@@ -46,14 +46,14 @@ class Taken(Attribute):
         """What the layer would find there, were it not for the site."""
         return self._value
 
-    def take(self) -> None:
-        """Take over what is there, unless that is done."""
+    def take(self) -> bool:
+        """Take over what is there, unless that is done; whether it was not."""
         found = getattr(self.owner, self.name, None)
         if found is None or found is False or found is passthrough:
-            return
+            return False
         if isinstance(found, nn.Module):
             if found is self._value and any(f is passthrough for f in wrappers(found)):
-                return
+                return False
             self._release()
             self._slot = Slot(found)
             self._before = put(found, passthrough)
@@ -61,6 +61,7 @@ class Taken(Attribute):
             self._release()
             setattr(self.owner, self.name, passthrough if callable(found) else False)
         self._value = found
+        return True
 
     def give_back(self) -> None:
         """Let the layer find again what is in force."""

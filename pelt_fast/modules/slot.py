@@ -63,10 +63,11 @@ class Slot:
         """Whether this is an ordinary frozen ``nn.Linear``, or a part of one, that nothing else
         modifies: an op may do its work without calling it."""
         holder = self._holder
-        frozen = not any(p.requires_grad for p in holder.parameters(recurse=False))
-        own = LORA not in host_of(self.module)._modules and not is_hooked(holder)
-        exact = type(holder) in (nn.Linear, Conv1D)
-        return exact and own and frozen and self.why_not_read() is None
+        if type(holder) not in (nn.Linear, Conv1D) or is_hooked(holder):
+            return False
+        if any(p is not None and p.requires_grad for p in holder._parameters.values()):
+            return False
+        return LORA not in host_of(self.module)._modules and self.why_not_read() is None
 
     @property
     def _holder(self) -> nn.Module:
