@@ -161,13 +161,13 @@ def norm_gradients_kernel(
         inside = mask_r[:, None] & mask_k[None, :]
         rows = offs_r.to(tl.int64)[:, None]
         g = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        total = tl.load(dt_sum_ptr + offs_r, mask=mask_r, other=0.0)
         place = g_ptr + rows * K + offs_k[None, :]
         for _ in range(0, J):
             g += tl.load(place, mask=inside, other=0.0)
             place += tl.cast(R, tl.int64) * K
         down = tl.load(down_ptr + rows * stride_dr + offs_k[None, :], mask=inside, other=0.0)
         down = down.to(tl.float32)
+        total = tl.load(dt_sum_ptr + offs_r, mask=mask_r, other=0.0)
         d_down = g * weight[None, :] + total[:, None] * bias[None, :]
         place = d_down_ptr + rows * K + offs_k[None, :]
         tl.store(place, d_down.to(d_down_ptr.dtype.element_ty), mask=inside)
