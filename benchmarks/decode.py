@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 import pelt_fast
 from benchmarks.common import table, write
 from benchmarks.timing import rounds
-from pelt_fast.models.generate import generating
+from pelt_fast.injection.generate import generating
 
 BATCHES, SOURCE, PAST, STEPS = (1, 8, 32), 64, 32, 8
 # sizes near half a percent to one percent of BART-base, as for an adapted model that is served

@@ -14,7 +14,7 @@ import torch
 from benchmarks import decode, demo, figures, layer, model, predict, profile, targets, traffic
 from benchmarks.common import REPOSITORY, merged, newest, not_superseded, parts, table
 from pelt_fast import PeltConfig, inject
-from pelt_fast.methods import formula, methods
+from pelt_fast.presets import formula, methods
 from tests.small import MODELS
 
 DOCS = REPOSITORY / "docs"

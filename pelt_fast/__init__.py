@@ -1,41 +1,76 @@
-"""pelt_fast: parameter-efficient fine-tuning at the cost of the frozen model."""
+"""pelt_fast: parameter-efficient fine-tuning at the cost of the frozen model.
 
-from pelt_fast import functional
+Each name is imported when it is first used, so that ``import pelt_fast`` needs torch alone.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from pelt_fast import deprecated
 from pelt_fast._version import __version__
-from pelt_fast.config import Modification, PeltConfig
-from pelt_fast.hub import load_from_hub, push_to_hub
-from pelt_fast.methods import methods
-from pelt_fast.models.adapterhub import load_adapterhub
-from pelt_fast.models.adapterhub_export import export_adapterhub
-from pelt_fast.models.checkpoint import load, save
-from pelt_fast.models.count import count_parameters
-from pelt_fast.models.explain import explain
-from pelt_fast.models.inject import eject, inject
-from pelt_fast.models.merge import merge, unmerge
-from pelt_fast.models.peft import accelerate_peft, restore_peft
-from pelt_fast.models.peft_export import export_peft
-from pelt_fast.models.peft_files import load_peft
-from pelt_fast.models.several import activate, active, inject_several
-from pelt_fast.models.slots import (
-    AttentionSlot,
-    FFNSlot,
-    PromptSlot,
-    SlotMap,
-    StackSlot,
-)  # fmt: skip
-from pelt_fast.ops.backends import backend
+
+if TYPE_CHECKING:
+    from pelt_fast import functional
+    from pelt_fast.compose.merge import merge, unmerge
+    from pelt_fast.compose.named_methods import active, inject_named, set_active
+    from pelt_fast.config import Modification, PeltConfig
+    from pelt_fast.formats.adapterhub_reader import load_adapterhub
+    from pelt_fast.formats.adapterhub_writer import export_adapterhub
+    from pelt_fast.formats.checkpoint import load, save
+    from pelt_fast.formats.hub import load_from_hub, push_to_hub
+    from pelt_fast.formats.peft_reader import load_peft
+    from pelt_fast.formats.peft_writer import export_peft
+    from pelt_fast.injection.count import count_parameters
+    from pelt_fast.injection.explain import explain
+    from pelt_fast.injection.inject import eject, inject
+    from pelt_fast.integrations.accelerate_peft import accelerate_peft, restore_peft
+    from pelt_fast.layouts.layout import (
+        AttentionLayout,
+        FFNLayout,
+        Layout,
+        PromptLayout,
+        StackLayout,
+    )
+    from pelt_fast.ops.backends import backend
+    from pelt_fast.presets import methods
+
+# where each public name is defined
+_HOMES = {
+    "compose.merge": ("merge", "unmerge"),
+    "compose.named_methods": ("active", "inject_named", "set_active"),
+    "config": ("Modification", "PeltConfig"),
+    "formats.adapterhub_reader": ("load_adapterhub",),
+    "formats.adapterhub_writer": ("export_adapterhub",),
+    "formats.checkpoint": ("load", "save"),
+    "formats.hub": ("load_from_hub", "push_to_hub"),
+    "formats.peft_reader": ("load_peft",),
+    "formats.peft_writer": ("export_peft",),
+    "injection.count": ("count_parameters",),
+    "injection.explain": ("explain",),
+    "injection.inject": ("eject", "inject"),
+    "integrations.accelerate_peft": ("accelerate_peft", "restore_peft"),
+    "layouts.layout": (
+        "AttentionLayout",
+        "FFNLayout",
+        "Layout",
+        "PromptLayout",
+        "StackLayout",
+    ),
+    "presets": ("methods",),
+    "ops.backends": ("backend",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AttentionSlot",
-    "FFNSlot",
+    "AttentionLayout",
+    "FFNLayout",
+    "Layout",
     "Modification",
     "PeltConfig",
-    "PromptSlot",
-    "SlotMap",
-    "StackSlot",
+    "PromptLayout",
+    "StackLayout",
     "__version__",
     "accelerate_peft",
-    "activate",
     "active",
     "backend",
     "count_parameters",
@@ -45,7 +80,7 @@ __all__ = [
     "export_peft",
     "functional",
     "inject",
-    "inject_several",
+    "inject_named",
     "load",
     "load_adapterhub",
     "load_from_hub",
@@ -55,5 +90,24 @@ __all__ = [
     "push_to_hub",
     "restore_peft",
     "save",
+    "set_active",
     "unmerge",
 ]
+
+
+def __getattr__(name: str):
+    if name == "functional":
+        return importlib.import_module("pelt_fast.functional")
+    if name in deprecated.RENAMED:
+        new = deprecated.RENAMED[name]
+        deprecated.warn(f"pelt_fast.{name}", f"pelt_fast.{new}")
+        return getattr(importlib.import_module("pelt_fast"), new)
+    if name not in _HOME:
+        raise AttributeError(f"module 'pelt_fast' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"pelt_fast.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,8 +11,8 @@ from torch import nn
 
 from benchmarks.problems import Absent, Problem, Provider
 from benchmarks.whole import Trained, named
-from pelt_fast.models.places import linears as targets
-from pelt_fast.models.slots import base_of, stacks_of
+from pelt_fast.injection.targets import linears as targets
+from pelt_fast.layouts.lookup import base_of, stacks_of
 
 NAME = "PEFT"
 

@@ -23,9 +23,9 @@ def run(options: argparse.Namespace) -> int:
     from transformers import AutoConfig, AutoModel
 
     import pelt_fast
-    from pelt_fast.methods import method
-    from pelt_fast.models.architectures import rows_of
-    from pelt_fast.models.draft import draft
+    from pelt_fast.layouts.discovery import draft
+    from pelt_fast.layouts.table import rows_of
+    from pelt_fast.presets import method
     from pelt_fast.tasks.pretrained import from_pretrained
 
     method(options.method)  # an unknown name is said before anything is loaded

@@ -4,7 +4,7 @@ import argparse
 import itertools
 
 from pelt_fast.config import GRID, Modification
-from pelt_fast.methods import formula, method, methods
+from pelt_fast.presets import formula, method, methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -53,7 +53,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 
 def _preset(name: str) -> str:
-    from pelt_fast.methods import method
+    from pelt_fast.presets import method
 
     method(name)
     return name

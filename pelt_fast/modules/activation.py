@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import activations as hf
 
-from .slot import foreign_forward, is_hooked
+from .frozen_module import foreign_forward, is_hooked
 
 _FUNCTIONS = (
     (F.gelu, "gelu"), (F.relu, "relu"), (torch.relu, "relu"), (Tensor.relu, "relu"),

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from pelt_fast import functional
 from pelt_fast.config import Modification
 
-from .caught import Caught
+from .frozen_module import Foldable, FrozenModule
 from .hooked import at_hand, is_away
+from .kept_input import KeptInput
 from .late import in_force
-from .part import device_of, shape_of
-from .slot import Foldable, Slot
+from .projection_view import device_of, shape_of
 
 
 class Bottleneck(Foldable):
@@ -123,10 +123,10 @@ class SequentialAdapter(Bottleneck):
     def __init__(self, linear: nn.Linear, modification: Modification, dtype: torch.dtype):
         width, _ = shape_of(linear)
         super().__init__(width, width, modification, device_of(linear), dtype)
-        self.slot = Slot(linear)
+        self.frozen = FrozenModule(linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.slot(x)
+        y = self.frozen(x)
         return y if self.is_folded() else self.sequential(y)
 
 
@@ -139,10 +139,10 @@ class ParallelAttentionAdapter(Bottleneck):
         outputs = shape_of(linear)[1 if before_output else 0]
         super().__init__(width, outputs, modification, device_of(linear), dtype)
         self.before_output = before_output
-        self.slot, self.caught = Slot(linear), Caught()
+        self.frozen, self.kept_input = FrozenModule(linear), KeptInput()
 
     def forward(self, heads: Tensor) -> Tensor:
-        x = self.caught.take()
+        x = self.kept_input.take()
         if self.before_output:
-            return self.slot(self.parallel(heads, x))
-        return self.parallel(self.slot(heads), x)
+            return self.frozen(self.parallel(heads, x))
+        return self.parallel(self.frozen(heads), x)

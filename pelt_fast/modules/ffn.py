@@ -9,11 +9,11 @@ from pelt_fast.ops import support
 
 from .activation import name_of
 from .adapter import Bottleneck
-from .caught import Caught
+from .frozen_module import FrozenModule, described, is_repatched
+from .kept_input import KeptInput
 from .late import Attribute, Dropout
 from .packing import Packing, Packings
-from .part import device_of, parameter_of, shape_of
-from .slot import Slot, described, is_repatched
+from .projection_view import device_of, parameter_of, shape_of
 
 
 class FrozenFFN:
@@ -37,11 +37,11 @@ class FrozenFFN:
         places: list[Attribute],
         why_itself: str | None = None,
     ):
-        self.in_proj, self.out_proj = Slot(in_proj), Slot(out_proj)
-        self.gate_proj = None if gate_proj is None else Slot(gate_proj)
+        self.in_proj, self.out_proj = FrozenModule(in_proj), FrozenModule(out_proj)
+        self.gate_proj = None if gate_proj is None else FrozenModule(gate_proj)
         self.activate = activation
         self.activation_dropout, self.output_dropout = activation_dropout, output_dropout
-        self.block = None if block is None else Slot(block)
+        self.block = None if block is None else FrozenModule(block)
         self._forward = None if block is None else type(block).forward
         self._found = [(place, place.value) for place in places]
         self._why_itself = why_itself
@@ -52,7 +52,7 @@ class FrozenFFN:
         return name_of(self.activate.value)
 
     @property
-    def projections(self) -> list[Slot]:
+    def projections(self) -> list[FrozenModule]:
         """gate (if any), in, out."""
         gate = [] if self.gate_proj is None else [self.gate_proj]
         return [*gate, self.in_proj, self.out_proj]
@@ -67,12 +67,12 @@ class FrozenFFN:
             return f"the ops do not know its activation ({described(self.activate.value)})"
         if not all(place.value is found for place, found in self._found):
             return "a projection is not the one that was there at inject"
-        if not all(slot.is_plain for slot in self.projections):
+        if not all(projection.is_plain for projection in self.projections):
             return (
                 "a projection is not a plain frozen nn.Linear (LoRA on it, trained, hooked,"
                 " patched, offloaded or quantised)"
             )
-        if len({slot.module.weight.dtype for slot in self.projections}) > 1:
+        if len({projection.module.weight.dtype for projection in self.projections}) > 1:
             return "its projections are of several dtypes"
         if any(p is None or p >= 1 for p in (self.activation_dropout.p, self.output_dropout.p)):
             return "the ops do not know its dropout"
@@ -114,10 +114,10 @@ class LayerAdapter(_FFNAdapter):
 
     def __init__(self, layer: nn.Module, ffn: FrozenFFN, modification: Modification, dtype):
         super().__init__(ffn, modification, dtype)
-        self.slot = Slot(layer)
+        self.frozen = FrozenModule(layer)
 
     def forward(self, *args, **kwargs):
-        out = self.slot(*args, **kwargs)
+        out = self.frozen(*args, **kwargs)
         if isinstance(out, tuple):
             return self.sequential(out[0]), *out[1:]
         return self.sequential(out)
@@ -129,10 +129,10 @@ class NormAdapter(_FFNAdapter):
 
     def __init__(self, norm: nn.Module, ffn: FrozenFFN, modification: Modification, dtype):
         super().__init__(ffn, modification, dtype)
-        self.slot = Slot(norm)
+        self.frozen = FrozenModule(norm)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.slot(self.parallel(z, self.slot(z)))
+        return self.frozen(self.parallel(z, self.frozen(z)))
 
 
 class ParallelFFNAdapter(_FFNAdapter):
@@ -195,7 +195,7 @@ class ParallelFFNAdapter(_FFNAdapter):
     def _frozen(self) -> tuple[list[nn.Parameter | None], nn.Parameter | None]:
         """The parameters that hold gate and in, each once, and out; None for one that lies
         transposed."""
-        *stacked, out = (parameter_of(slot.module) for slot in self.ffn.projections)
+        *stacked, out = (parameter_of(projection.module) for projection in self.ffn.projections)
         return list(dict.fromkeys(stacked)), out
 
     def _packings_now(self) -> Packings | None:
@@ -242,7 +242,7 @@ class ResidualFFNAdapter(ParallelFFNAdapter):
 
     def __init__(self, ffn: FrozenFFN, modification: Modification, dtype: torch.dtype):
         super().__init__(ffn, modification, dtype)
-        self.packings.stacked, self.caught = None, Caught()
+        self.packings.stacked, self.kept_input = None, KeptInput()
 
     def adapter_input(self) -> Tensor:
-        return self.caught.take()
+        return self.kept_input.take()

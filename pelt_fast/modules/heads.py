@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from pelt_fast import functional
 from pelt_fast.config import Modification
 
-from .caught import Caught
+from .frozen_module import FrozenModule
+from .kept_input import KeptInput
 from .late import in_force
-from .part import device_of, shape_of
-from .slot import Slot
+from .projection_view import device_of, shape_of
 
 
 class _Heads(nn.Module):
@@ -40,7 +40,7 @@ class MultiHeadAdapter(_Heads):
         width = shape_of(linear)[1]
         super().__init__(heads, width // heads, modification, device_of(linear), dtype)
         self.dropout = nn.Dropout(modification.dropout)
-        self.slot, self.caught = Slot(linear), Caught()
+        self.frozen, self.kept_input = FrozenModule(linear), KeptInput()
 
     @property
     def dropout_p(self) -> float:
@@ -51,7 +51,7 @@ class MultiHeadAdapter(_Heads):
         return f"{super().extra_repr()}, p={self.dropout_p}"
 
     def forward(self, heads: Tensor) -> Tensor:
-        x = self.caught.take()
+        x = self.kept_input.take()
         count, _, dim = self.down_weight.shape
         q = x.unflatten(-1, (count, dim)).transpose(1, 2)  # (B, H, T, D)
         nothing = q.new_empty(q.shape[0], count, 0, dim)
@@ -59,7 +59,7 @@ class MultiHeadAdapter(_Heads):
             q, nothing, nothing, self.down_weight, self.scale * self.up_weight, scale=1.0,
             form="relu", composition="add", dropout_p=in_force(self.dropout),
         )  # fmt: skip
-        return self.slot(heads + update.transpose(1, 2).flatten(2).view_as(heads))
+        return self.frozen(heads + update.transpose(1, 2).flatten(2).view_as(heads))
 
 
 class QueryHeads(_Heads):

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .frozen_module import FrozenModule, foreign_forward, is_hooked, passthrough
 from .hooked import give_back, put, wrappers
-from .slot import Slot, foreign_forward, is_hooked, passthrough
 
 
 def in_force(dropout: nn.Dropout) -> float:
@@ -38,7 +38,7 @@ class Taken(Attribute):
 
     def __init__(self, owner: nn.Module, name: str):
         super().__init__(owner, name)
-        self._value, self._slot, self._before = None, None, None
+        self._value, self._frozen, self._before = None, None, None
         self.take()
 
     @property
@@ -55,7 +55,7 @@ class Taken(Attribute):
             if found is self._value and any(f is passthrough for f in wrappers(found)):
                 return False
             self._release()
-            self._slot = Slot(found)
+            self._frozen = FrozenModule(found)
             self._before = put(found, passthrough)
         else:
             self._release()
@@ -66,19 +66,19 @@ class Taken(Attribute):
     def give_back(self) -> None:
         """Let the layer find again what is in force."""
         found = getattr(self.owner, self.name, None)
-        if self._slot is None and (found is False or found is passthrough):
+        if self._frozen is None and (found is False or found is passthrough):
             setattr(self.owner, self.name, self._value)
         self._release()
 
     def _release(self) -> None:
         """Let go of a module that was taken."""
-        slot, self._slot = self._slot, None
-        if slot is not None:
-            give_back(slot.module, self._before, passthrough)
+        frozen, self._frozen = self._frozen, None
+        if frozen is not None:
+            give_back(frozen.module, self._before, passthrough)
 
     def run(self, x: Tensor) -> Tensor:
         """What was there, applied."""
-        return self._value(x) if self._slot is None else self._slot.bare(x)
+        return self._value(x) if self._frozen is None else self._frozen.bare(x)
 
 
 class Dropout:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from pelt_fast import functional
 from pelt_fast.ops import support
 
+from .frozen_module import QUANTISED, Foldable, FrozenModule
 from .late import in_force
-from .part import device_of, shape_of
-from .slot import QUANTISED, Foldable, Slot
+from .projection_view import device_of, shape_of
 
 
 class LoRALinear(Foldable):
@@ -23,7 +23,7 @@ class LoRALinear(Foldable):
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout_p: float, init: str,
                  dtype: torch.dtype):  # fmt: skip
         super().__init__()
-        self.slot = Slot(linear)
+        self.frozen = FrozenModule(linear)
         self.scale, self.dropout = scale, nn.Dropout(dropout_p)
         out_features, in_features = shape_of(linear)
         place = dict(device=device_of(linear), dtype=dtype)
@@ -42,17 +42,17 @@ class LoRALinear(Foldable):
 
     def why_beside(self) -> str | None:
         """Why the update is added to what the layer itself returns, or None."""
-        return self.slot.why_not_read()
+        return self.frozen.why_not_read()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_folded():
-            return self.slot.bare(x)
+            return self.frozen.bare(x)
         reason = self.why_beside()
         if reason is not None:
             if reason != QUANTISED:
                 support.fall_back(f"LoRA beside the layer's own output, because {reason}")
-            return self.added(self.slot.bare(x), x, self.lora_b, self.scale)
-        linear = self.slot.module
+            return self.added(self.frozen.bare(x), x, self.lora_b, self.scale)
+        linear = self.frozen.module
         return functional.lora_linear(
             x, linear.weight, linear.bias, self.lora_a, self.lora_b, scale=self.scale,
             dropout_p=in_force(self.dropout),

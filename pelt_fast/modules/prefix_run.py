@@ -6,7 +6,7 @@ from torch import Tensor
 from .per_thread import PerThread
 
 
-class Rejoined(torch.autograd.Function):
+class SharedPrefixGradient(torch.autograd.Function):
     """One layer's keys and values in the backward of a reentrant checkpoint, which is a backward of
     its own for each layer: their gradient goes on into the graph that all layers share, and leaves
     it standing for the next one."""
@@ -43,7 +43,7 @@ class PrefixRun:
             elif self.reentrant and values.requires_grad:
                 # what makes autograd come by: a part of a layer's graph, not of the prefix's
                 anchor = torch.empty(0, device=values.device, requires_grad=True)
-                return Rejoined.apply([values], index, anchor)
+                return SharedPrefixGradient.apply([values], index, anchor)
         return values[index, 0], values[index, 1]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import pelt_fast
-from pelt_fast.models.takeover import takeover_of
+from pelt_fast.injection.record import injection_of
 
 from .recipe import Recipe
 from .registry import task_of
@@ -54,7 +54,7 @@ def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
     trained = 4 * count.trainable * 3  # a gradient and two moments, in fp32
     kept = tokens * layers * config.hidden_size * _WIDTHS * width
     vocabulary = tokens * config.vocab_size * 4 if task_of(recipe.task).generates else 0
-    frozen = 0 if takeover_of(model).config.is_full else count.base
+    frozen = 0 if injection_of(model).config.is_full else count.base
     flops = tokens * recipe.accumulation * (4 * frozen + 6 * count.kept)
     return Estimate(count.base, count.trainable, count.percent,
                     weights + trained + kept + 2 * vocabulary, float(flops))  # fmt: skip

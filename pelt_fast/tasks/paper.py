@@ -7,7 +7,7 @@ Sizes are for BART-large, mBART-large (d = 1024) and RoBERTa-base (d = 768).
 from dataclasses import dataclass
 
 from pelt_fast.config import Modification, PeltConfig
-from pelt_fast.methods import methods
+from pelt_fast.presets import methods
 
 XSUM_WMT = ("xsum", "wmt16")
 GLUE = ("sst2", "mnli")

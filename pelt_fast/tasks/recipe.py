@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pelt_fast.config import PeltConfig
-from pelt_fast.methods import method as preset
-from pelt_fast.methods import methods
+from pelt_fast.presets import method as preset
+from pelt_fast.presets import methods
 
 FOLDER = Path(__file__).parent / "recipes"
 SCHEDULES = ("polynomial", "linear", "constant")

@@ -19,8 +19,8 @@ import yaml
 
 import pelt_fast
 from pelt_fast.config import PeltConfig
-from pelt_fast.methods import method as preset
-from pelt_fast.trainer import last_checkpoint
+from pelt_fast.integrations.trainer import last_checkpoint
+from pelt_fast.presets import method as preset
 
 from .data import Data, load
 from .meter import append_line, losses

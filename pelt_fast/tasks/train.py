@@ -164,7 +164,7 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
     from transformers.trainer_callback import PrinterCallback
 
-    from pelt_fast.trainer import PeltSeq2SeqTrainer, PeltTrainer
+    from pelt_fast.integrations.trainer import PeltSeq2SeqTrainer, PeltTrainer
 
     task = task_of(recipe.task)
 

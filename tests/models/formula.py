@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pelt_fast.models.slots import base_of
+from pelt_fast.layouts.lookup import base_of
 from pelt_fast.modules import (
     LoRALinear,
     ResidualFFNAdapter,
@@ -18,7 +18,7 @@ from pelt_fast.modules import (
     SequentialFFNAdapter,
 )
 from pelt_fast.modules.ffn import ParallelFFNAdapter
-from pelt_fast.modules.part import Part, host_of
+from pelt_fast.modules.projection_view import ProjectionView, host_of
 from pelt_fast.reference.activations import activate
 from pelt_fast.testing import compare
 
@@ -39,15 +39,17 @@ def plain(base: nn.Module, injected: nn.Module, dtype: torch.dtype | None = None
             if ffn.block is not None:
                 read = write = ffn.block.module
             if isinstance(module, ResidualFFNAdapter):
-                read = next(m for m in names if module.caught in m._forward_pre_hooks.values())
+                read = next(m for m in names if module.kept_input in m._forward_pre_hooks.values())
         elif isinstance(module, LoRALinear | SequentialAdapter):
-            read = write = module.slot.module
+            read = write = module.frozen.module
         else:
             raise TypeError(type(module))
         tensors = {n: leaves[own[p]] for n, p in module.named_parameters()}
-        rows = write.rows if isinstance(write, Part) else None
+        rows = write.rows if isinstance(write, ProjectionView) else None
         reader, writer = (
-            base_of(twin).get_submodule(names[m.owner if isinstance(m, Part) else host_of(m)])
+            base_of(twin).get_submodule(
+                names[m.owner if isinstance(m, ProjectionView) else host_of(m)]
+            )
             for m in (read, write)
         )
         hook = Added(module, tensors, rows)

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import pelt_fast
-from pelt_fast.trainer import PeltTrainer, last_checkpoint
+from pelt_fast.integrations.trainer import PeltTrainer, last_checkpoint
 from tests.small import PAD, VOCABULARY, bart
 
 ROWS, EVERY = 512, 25

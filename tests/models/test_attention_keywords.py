@@ -13,9 +13,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pelt_fast
-from pelt_fast import AttentionSlot, SlotMap, StackSlot
-from pelt_fast.models import attention_keywords
-from pelt_fast.models.attention import SLICE
+from pelt_fast import AttentionLayout, Layout, StackLayout
+from pelt_fast.injection import attention_keywords
+from pelt_fast.injection.attention_interface import SLICE
 from tests.small import MODELS, MORE, VOCABULARY, causal, inputs, llama, randomise
 
 LLAMA4 = dict(
@@ -37,10 +37,10 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def own_row(kind: str, owner: str = "", layers: str = "layers") -> SlotMap:
-    attention = AttentionSlot("decoder", "self_attn", *(f"self_attn.{x}_proj" for x in "qkvo"))
-    stack = StackSlot("decoder", owner, layers, (attention,), None, no_ffn="experts")
-    return SlotMap(kind, (stack,))
+def own_row(kind: str, owner: str = "", layers: str = "layers") -> Layout:
+    attention = AttentionLayout("decoder", "self_attn", *(f"self_attn.{x}_proj" for x in "qkvo"))
+    stack = StackLayout("decoder", owner, layers, (attention,), None, no_ffn="experts")
+    return Layout(kind, (stack,))
 
 
 def by_hand(module, query, key, value, mask, dropout=0.0, scaling=None, position_bias=None, **_):
@@ -75,12 +75,12 @@ def test_a_prefix_is_a_concatenation_under_every_mask(name, choice, concatenatio
     model = LAYOUTS[name]().double().eval()
     batch = inputs(model, padding="right")
     llama4 = own_row("llama4_text", "model", "model.layers")
-    slots = llama4 if name == "llama4_text" else None
+    layout = llama4 if name == "llama4_text" else None
     model.set_attn_implementation(choice)
     base = model(**batch).logits
     config = pelt_fast.methods()["prefix_nomlp"].replace(size=3)
     config = dataclasses.replace(config, train_head=False)
-    randomise(pelt_fast.inject(model, config, slots=slots), 1.0)
+    randomise(pelt_fast.inject(model, config, layout=layout), 1.0)
     with torch.no_grad():
         found = model(**batch).logits
         for module in model.modules():
@@ -145,9 +145,9 @@ def test_attention_sinks_are_refused_at_inject(choice):
     model.set_attn_implementation("eager")  # the only one that transformers gives it here
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"GptOssAttention hands its attention 'sinks'"):
-        pelt_fast.inject(model, "prefix", slots=own_row("gpt_oss"))
+        pelt_fast.inject(model, "prefix", layout=own_row("gpt_oss"))
     assert before == {name: p.requires_grad for name, p in model.named_parameters()}
-    pelt_fast.inject(model, "lora", slots=own_row("gpt_oss"))  # which has no use for them
+    pelt_fast.inject(model, "lora", layout=own_row("gpt_oss"))  # which has no use for them
 
 
 def test_a_keyword_that_the_code_names_is_read_from_the_module():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import pelt_fast
-from pelt_fast.models.slots import base_of, find, stacks_of
+from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from tests.models.formula import assert_is_the_formula
 from tests.models.judge import assert_near
 from tests.models.test_bf16 import without_kinks

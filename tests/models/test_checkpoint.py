@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import RobertaForQuestionAnswering
 
 import pelt_fast
-from pelt_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from pelt_fast.models.fingerprint import fingerprint
+from pelt_fast.formats.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from pelt_fast.formats.fingerprint import fingerprint
 from tests.models.test_inject import METHODS, same, snapshot, train_a_little
 from tests.models.test_parity import small_method
 from tests.models.test_quantised import QUANTISED

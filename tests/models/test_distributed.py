@@ -24,8 +24,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import pelt_fast
-from pelt_fast.models.checkpoint import load_trained, save_trained
-from pelt_fast.models.slots import base_of, find, stacks_of
+from pelt_fast.formats.checkpoint import load_trained, save_trained
+from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from tests.models.judge import assert_near, exactly
 from tests.parity.grid import past_budget
 from tests.small import MODELS, inputs, randomise

@@ -131,7 +131,7 @@ def test_the_dropped_share_is_the_written_one():
 @pytest.mark.parametrize("architecture", ["gpt2", "phi3"])
 def test_parts_whose_dropouts_differ_drop_their_own_input(architecture):
     model = injected(architecture, "lora", dropout=0.0)
-    sites = [site.module for site in pelt_fast.models.takeover.takeover_of(model).sites]
+    sites = [site.module for site in pelt_fast.injection.record.injection_of(model).sites]
     for site in sites[::2]:
         site.dropout.p = 0.0
     assert spread(model) > 0

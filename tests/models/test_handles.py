@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 import pelt_fast
-from pelt_fast.models.checkpoint import WEIGHTS_FILE, load_trained, save_trained
+from pelt_fast.formats.checkpoint import WEIGHTS_FILE, load_trained, save_trained
 from tests.models.judge import assert_near
 from tests.models.test_inject import METHODS, same, snapshot
 from tests.models.test_parity import small_method
@@ -22,7 +22,7 @@ WRAPPERS = {
 }
 ACTIONS = {
     "inject": lambda model, folder: pelt_fast.inject(model, "lora"),
-    "inject_several": lambda model, folder: pelt_fast.inject_several(model, {"a": "lora"}),
+    "inject_named": lambda model, folder: pelt_fast.inject_named(model, {"a": "lora"}),
     "load": lambda model, folder: pelt_fast.load(model, folder),
     "eject": lambda model, folder: pelt_fast.eject(model),
     "save": lambda model, folder: pelt_fast.save(model, folder / "again"),
@@ -32,7 +32,7 @@ ACTIONS = {
     "unmerge": lambda model, folder: pelt_fast.unmerge(model),
     "explain": lambda model, folder: pelt_fast.explain(model),
     "count": lambda model, folder: pelt_fast.count_parameters(model),
-    "activate": lambda model, folder: pelt_fast.activate(model, "a"),
+    "set_active": lambda model, folder: pelt_fast.set_active(model, "a"),
     "active": lambda model, folder: pelt_fast.active(model),
     "push_to_hub": lambda model, folder: pelt_fast.push_to_hub(model, "a/b", api=object()),
     "export_peft": lambda model, folder: pelt_fast.export_peft(model, folder / "peft"),
@@ -216,9 +216,7 @@ def test_what_is_changed_on_the_config_under_a_prefix_stays_changed():
 
 @pytest.mark.parametrize("end", ["merge", "eject"])
 def test_named_methods_end_with_a_merge_or_an_eject(end):
-    model = pelt_fast.inject_several(
-        llama(), {"a": small_method("lora"), "b": small_method("lora")}
-    )
+    model = pelt_fast.inject_named(llama(), {"a": small_method("lora"), "b": small_method("lora")})
     handle = torch.compile(model, backend="eager")
     if end == "merge":
         pelt_fast.merge(handle, keep_base=False)
@@ -227,17 +225,17 @@ def test_named_methods_end_with_a_merge_or_an_eject(end):
     assert not any("pelt" in name for name, _ in model.named_modules())
     for each in (handle, model):
         with pytest.raises(ValueError, match="no named methods"):
-            pelt_fast.activate(each, "b")
+            pelt_fast.set_active(each, "b")
     pelt_fast.inject(model, small_method("prefix"))
     with pytest.raises(ValueError, match="no named methods"):
-        pelt_fast.activate(model, "b")
+        pelt_fast.set_active(model, "b")
 
 
 def test_the_trainer_refuses_a_model_around_the_one_with_the_method(inside, tmp_path):
     pytest.importorskip("accelerate")
     from transformers import TrainingArguments
 
-    from pelt_fast.trainer import PeltTrainer
+    from pelt_fast.integrations.trainer import PeltTrainer
 
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match=r"the method is on model\.model"):

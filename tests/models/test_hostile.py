@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pelt_fast
-from pelt_fast.models.checkpoint import (
+from pelt_fast.formats.checkpoint import (
     CONFIG_FILE,
     TRAINED_FILE,
     WEIGHTS_FILE,

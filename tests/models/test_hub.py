@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import HfApi
 
 import pelt_fast
-from pelt_fast.hub import model_card
+from pelt_fast.formats.hub import model_card
 from tests.models.judge import assert_near, exactly
 from tests.models.test_parity import small_method
 from tests.small import inputs, randomise, roberta

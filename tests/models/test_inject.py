@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BartForConditionalGeneration, BioGptConfig, BioGptForCausalLM
 
 import pelt_fast
-from pelt_fast.models.inject import inject
+from pelt_fast.injection.inject import inject
 from tests.models.judge import assert_fused_is_the_reference, assert_near
 from tests.models.test_parity import small_method
 from tests.small import MODELS, bart, inputs, llama, pairs, randomise, roberta
@@ -253,7 +253,7 @@ def test_an_architecture_without_a_row_is_refused_with_the_way_to_add_one():
             **dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=11)
         )
     )
-    refused(model, "lora", ValueError, r"no table row for architecture 'biogpt'.*q, k, v.*SlotMap")
+    refused(model, "lora", ValueError, r"no table row for architecture 'biogpt'.*q, k, v.*Layout")
 
 
 def test_a_model_that_does_not_fit_its_row_is_refused_with_what_was_looked_for():
@@ -302,7 +302,7 @@ def test_lora_wider_than_the_matrix_warns_and_adapters_do_not(caplog):
 
 
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
-    from pelt_fast.models import inject as module
+    from pelt_fast.injection import inject as module
 
     def fail(*arguments):
         raise RuntimeError("no memory")

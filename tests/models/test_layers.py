@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import pelt_fast
-from pelt_fast.models.count import is_method
-from pelt_fast.models.places import places
-from pelt_fast.models.slots import base_of, find, stacks_of
-from pelt_fast.models.watch import Watch
+from pelt_fast.injection.count import is_method
+from pelt_fast.injection.targets import places
+from pelt_fast.injection.watch import Watch
+from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from pelt_fast.modules import PrefixBank
 from tests.models.judge import assert_near, assert_untouched, state
 from tests.models.test_parity import small_method
@@ -146,18 +146,18 @@ def test_prefixes_of_two_lengths_on_layers_apart(tmp_path):
 
 def test_methods_on_layers_apart_add_up():
     torch.manual_seed(0)
-    model = pelt_fast.inject_several(
+    model = pelt_fast.inject_named(
         MODELS["llama"](), {"a": on_layers("lora", (0,)), "b": on_layers("lora", (1,))}
     )
     randomise(model)
     batch = inputs(model)
-    pelt_fast.activate(model, "b")
+    pelt_fast.set_active(model, "b")
     randomise(model)
-    pelt_fast.activate(model.eval(), {"a": 1, "b": 1})
+    pelt_fast.set_active(model.eval(), {"a": 1, "b": 1})
     assert len(model._pelt.sites) == 4
     with torch.no_grad():
         both = model(**batch).logits
-        assert not torch.equal(pelt_fast.activate(model, "a")(**batch).logits, both)
+        assert not torch.equal(pelt_fast.set_active(model, "a")(**batch).logits, both)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pelt_fast.trainer import last_checkpoint
+from pelt_fast.integrations.trainer import last_checkpoint
 
 STEPS = int(os.environ.get("PELT_FAST_LONG", "90"))
 KILLS = 2 if STEPS < 1000 else 6

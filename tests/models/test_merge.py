@@ -300,7 +300,7 @@ def test_a_head_and_biases_come_back_cast(cast):
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "there and back", "meta"])
 def test_methods_that_wait_are_cast_with_the_model(cast):
     methods = {"a": small_method("lora"), "b": small_method("mam"), "c": small_method("bitfit")}
-    model = pelt_fast.inject_several(MODELS["roberta"](dropout=0.0), methods)
+    model = pelt_fast.inject_named(MODELS["roberta"](dropout=0.0), methods)
     waiting = model.pelt_several.kept["b"].trained
     before = {name: tensor.clone() for name, tensor in waiting.items()}
     CASTS[cast](model)
@@ -311,5 +311,5 @@ def test_methods_that_wait_are_cast_with_the_model(cast):
         return
     expected = {n: CASTS[cast](torch.nn.ParameterList([t]))[0] for n, t in before.items()}
     assert all(torch.equal(expected[name], after[name]) for name in before)
-    pelt_fast.activate(model, "b")
+    pelt_fast.set_active(model, "b")
     assert model.eval()(**inputs(model)).logits.isfinite().all()

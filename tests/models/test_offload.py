@@ -84,7 +84,7 @@ def test_hooks_before_and_after_inject_change_no_number(architecture, method, ho
     remade = injected(built(architecture), method)
     if method == "bitfit":
         return  # what it trains is the base's own, which is away
-    pelt_fast.models.checkpoint.copy_tensors(
+    pelt_fast.formats.checkpoint.copy_tensors(
         model, {n: p for n, p in remade.named_parameters() if n in own}
     )
     for name, parameter in remade.named_parameters():
@@ -130,7 +130,7 @@ def test_each_order_of_taking_off_gives_the_base_back(architecture, method, hook
 def randomise_in_place(model):
     own = {n: p for n, p in model.named_parameters() if "pelt_" in n}
     values = {n: torch.randn(p.shape) * 0.2 for n, p in own.items()}
-    pelt_fast.models.checkpoint.copy_tensors(model, values)
+    pelt_fast.formats.checkpoint.copy_tensors(model, values)
 
 
 @torch.no_grad()
@@ -160,20 +160,20 @@ def test_several_methods_of_a_hooked_model(architecture, hooks, tmp_path):
     def several(model):
         torch.manual_seed(1)
         methods = dict(a=small_method("lora", dropout=0.0), b=small_method("mam", dropout=0.0))
-        return pelt_fast.inject_several(model, methods)
+        return pelt_fast.inject_named(model, methods)
 
     model, peer = built(architecture), several(built(architecture))
     base, batch = snapshot(model), inputs(model)
     several(model)
     for name in "ab":
         for one in (model, peer):
-            pelt_fast.activate(one, name)
+            pelt_fast.set_active(one, name)
             torch.manual_seed(2)
             randomise(one)
     hooks(model, tmp_path)
     for weights in ("a", "b", dict(a=0.5, b=1.0)):
         for one in (model, peer):
-            pelt_fast.activate(one, weights).eval()
+            pelt_fast.set_active(one, weights).eval()
         exact = copy.deepcopy(peer).double()(**batch).logits
         assert_near(model(**batch).logits, peer(**batch).logits, exact)
     pelt_fast.eject(model)

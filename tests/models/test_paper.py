@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import pelt_fast
-from pelt_fast.models.slots import base_of
+from pelt_fast.layouts.lookup import base_of
 from tests.small import MODELS, inputs, randomise
 
 # bitfit and full change no formula, prompts have tests/models/test_prompt.py

@@ -10,9 +10,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pelt_fast
-from pelt_fast.models import attention
-from pelt_fast.models.attention import SLICE
-from pelt_fast.models.slots import base_of, find, stacks_of
+from pelt_fast.injection import attention_interface as attention
+from pelt_fast.injection.attention_interface import SLICE
+from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from pelt_fast.ops import support
 from tests.models.judge import assert_near, exactly
 from tests.small import MODELS, gradients, inputs, outputs_and_gradients, pairs, randomise

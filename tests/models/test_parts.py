@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import pelt_fast
-from pelt_fast.models.slots import base_of, find, stacks_of
-from pelt_fast.modules.part import Part, parameter_of
+from pelt_fast.layouts.lookup import base_of, find, stacks_of
+from pelt_fast.modules.projection_view import ProjectionView, parameter_of
 from tests.models.judge import assert_near, exactly
 from tests.small import MORE, inputs, randomise
 
-FUSED = ("gpt2", "phi3", "modernbert")
-every_model = pytest.mark.parametrize("architecture", FUSED)
+JOINED = ("gpt2", "phi3", "modernbert")
+every_model = pytest.mark.parametrize("architecture", JOINED)
 
 
 def injected(architecture, method="lora", **changes):
@@ -95,7 +95,7 @@ def test_save_load_copy_and_pickle(architecture, tmp_path):
 
 
 def test_a_fused_gate_is_packed_once_and_a_transposed_weight_not_at_all():
-    sites = {name: injected(name, "scaled_parallel_adapter")._pelt.sites for name in FUSED}
+    sites = {name: injected(name, "scaled_parallel_adapter")._pelt.sites for name in JOINED}
     assert all(site.module.is_packed for site in sites["phi3"] + sites["modernbert"])
     assert not any(site.module.is_packed for site in sites["gpt2"])
     ffn = sites["phi3"][0].module.ffn
@@ -118,7 +118,7 @@ def test_lora_of_two_dropouts_on_one_matrix_is_refused():
 
 
 def test_a_part_moves_with_its_owner():
-    part = Part(torch.nn.Linear(4, 6), "0/2", slice(0, 3))
+    part = ProjectionView(torch.nn.Linear(4, 6), "0/2", slice(0, 3))
     part.owner.double()
     assert part.weight.dtype == torch.float64 and part.bias.shape == (3,)
     assert not list(part.parameters())

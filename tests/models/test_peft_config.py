@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 
 import pelt_fast
-from pelt_fast.models.peft_config import HARMLESS, READ, VARIANTS, scale_of
+from pelt_fast.formats.peft_config import HARMLESS, READ, VARIANTS, scale_of
 from tests.models.judge import assert_near, assert_untouched, exactly, state
 from tests.small import MODELS, MORE, inputs, randomise
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import pelt_fast
 from pelt_fast import Modification, PeltConfig
-from pelt_fast.models.slots import base_of, find, stacks_of
+from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from tests.models.test_parity import PADDINGS, outputs_and_gradients
 from tests.small import MODELS, inputs, randomise
 
@@ -177,10 +177,10 @@ def test_pfeiffer_asks_where_the_norm_is():
     model = MODELS["roberta"]()
     (stack,) = stacks_of(model)
     ffn = dataclasses.replace(stack.ffn, norm_after=None)
-    slots = pelt_fast.SlotMap("roberta", (dataclasses.replace(stack, ffn=ffn),))
+    layout = pelt_fast.Layout("roberta", (dataclasses.replace(stack, ffn=ffn),))
     around = PeltConfig("p", (bottleneck("ffn", "sequential", placement="around_norm"),))
-    with pytest.raises(ValueError, match=r"needs its FFNSlot to name norm .* or norm_after"):
-        pelt_fast.inject(model, around, slots=slots)
+    with pytest.raises(ValueError, match=r"needs its FFNLayout to name norm .* or norm_after"):
+        pelt_fast.inject(model, around, layout=layout)
     assert not any("pelt_" in name for name, _ in model.named_modules())
 
 

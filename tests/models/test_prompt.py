@@ -7,7 +7,7 @@ import torch
 from transformers import BertForTokenClassification, LlamaForSequenceClassification
 
 import pelt_fast
-from pelt_fast.models.slots import base_of
+from pelt_fast.layouts.lookup import base_of
 from tests.models.test_generate import tokens
 from tests.models.test_parity import PADDINGS, outputs_and_gradients, small_method
 from tests.small import MODELS, MORE, PAD, bert, inputs, llama, randomise

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import pelt_fast
-from pelt_fast.models.slots import base_of
+from pelt_fast.layouts.lookup import base_of
 from tests.models.test_parity import small_method
 from tests.models.test_prompt import P, by_embeddings, close, front, prompt_of, prompted
 from tests.small import MODELS, MORE, PAD, inputs, llama, randomise
@@ -230,13 +230,13 @@ def test_keys_that_the_prompt_did_not_make_are_refused(architecture):
 def test_a_cache_of_before_activate_is_refused_after_it():
     model = llama()
     methods = {name: small_method("prompt") for name in ("one", "two")}
-    pelt_fast.inject_several(model, methods).eval()
+    pelt_fast.inject_named(model, methods).eval()
     ids = inputs(model)["input_ids"]
     cache = model(ids[:, :5], use_cache=True).cache
-    pelt_fast.activate(model, "two")
+    pelt_fast.set_active(model, "two")
     with pytest.raises(ValueError, match="another prompt"):
         model(ids[:, 5:], cache=cache)
-    pelt_fast.activate(model, "one")
+    pelt_fast.set_active(model, "one")
     assert close(model(ids[:, 5:], cache=cache).logits, model(ids).logits[:, 5:], 1e-5)
 
 

@@ -11,7 +11,7 @@ from transformers import BertForTokenClassification
 from transformers.modeling_outputs import BaseModelOutput
 
 import pelt_fast
-from pelt_fast.models.slots import base_of
+from pelt_fast.layouts.lookup import base_of
 from tests.models.test_parity import small_method
 from tests.models.test_prompt import P, close, prompted
 from tests.small import MODELS, MORE, bert, inputs, llama, outputs_and_gradients, randomise

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pelt_fast
-from pelt_fast.modules.part import is_linear
+from pelt_fast.modules.projection_view import is_linear
 from tests.models.test_parity import assert_close, small_method
 from tests.small import MODELS, MORE, gradients, inputs, randomise
 

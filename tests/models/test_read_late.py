@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 import pelt_fast
-from pelt_fast.models.slots import base_of, find, stacks_of
+from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from pelt_fast.modules.activation import name_of
 from tests.models.formula import assert_is_the_formula
 from tests.models.judge import assert_near

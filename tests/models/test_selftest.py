@@ -17,10 +17,10 @@ from transformers import (
 )
 
 import pelt_fast
-from pelt_fast import AttentionSlot, FFNSlot, SlotMap, StackSlot
-from pelt_fast.models.architectures import ROWS, rows_of
-from pelt_fast.models.slots import base_of, find, missing_paths
-from pelt_fast.models.unnamed import unnamed_in_block
+from pelt_fast import AttentionLayout, FFNLayout, Layout, StackLayout
+from pelt_fast.layouts.lookup import base_of, find, missing_paths
+from pelt_fast.layouts.table import ROWS, rows_of
+from pelt_fast.layouts.unnamed import unnamed_in_block
 from tests.models.test_slots import BIOGPT, biogpt
 from tests.small import MODELS, MORE, bert, llama
 
@@ -29,7 +29,7 @@ LLAMA = next(row for row in ROWS if row.model_type == "llama")
 BERT = next(row for row in ROWS if row.model_type == "bert")
 
 
-def fitting(model) -> SlotMap:
+def fitting(model) -> Layout:
     """The table row of a model, as if it were the user's."""
     base = base_of(model)
     for row in rows_of(model):
@@ -38,13 +38,13 @@ def fitting(model) -> SlotMap:
     raise AssertionError("no row fits")
 
 
-def changed(row: SlotMap, **changes) -> SlotMap:
-    """A row whose feed-forward slots are others."""
+def changed(row: Layout, **changes) -> Layout:
+    """A row whose feed-forward layout is another."""
     stacks = tuple(
         dataclasses.replace(stack, ffn=dataclasses.replace(stack.ffn, **changes))
         for stack in row.stacks
     )
-    return SlotMap(row.model_type, stacks)
+    return Layout(row.model_type, stacks)
 
 
 @pytest.mark.parametrize("method", PRESETS)
@@ -54,9 +54,9 @@ def test_every_row_of_the_table_proves_itself(name, method, caplog):
     torch.manual_seed(0)
     model = make()
     try:
-        pelt_fast.inject(model, method, slots=fitting(model))
+        pelt_fast.inject(model, method, layout=fitting(model))
     except ValueError as error:
-        assert "the slots do not describe" not in str(error)
+        assert "the layout does not describe" not in str(error)
         pytest.skip("the method has no place there")
     assert "self-test" not in caplog.text
 
@@ -85,21 +85,21 @@ def test_a_dropout_that_is_lost_or_moved_is_refused(changes, method):
         layer.dropout, layer.activation_dropout = 0.1, 0.2
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"layers.0 is off by .* in training mode"):
-        pelt_fast.inject(model, method, slots=changed(BIOGPT, **changes))
+        pelt_fast.inject(model, method, layout=changed(BIOGPT, **changes))
     assert before == {name: p.requires_grad for name, p in model.named_parameters()}
     assert "_pelt" not in vars(model) and "pelt" not in str(model)
-    pelt_fast.inject(model, method, slots=BIOGPT)
+    pelt_fast.inject(model, method, layout=BIOGPT)
 
 
 def test_a_dropout_that_the_layer_still_does_is_no_fault():
-    pelt_fast.inject(biogpt(), "houlsby", slots=changed(BIOGPT, output_dropout=None))
+    pelt_fast.inject(biogpt(), "houlsby", layout=changed(BIOGPT, output_dropout=None))
 
 
 def test_gate_and_up_in_the_wrong_order_are_refused():
     model = llama()
     swapped = changed(LLAMA, in_proj="mlp.gate_proj", gate_proj="mlp.up_proj")
     with pytest.raises(ValueError, match=r"layers.0 is off by .* of its output in evaluation mode"):
-        pelt_fast.inject(model, "scaled_parallel_adapter", slots=swapped)
+        pelt_fast.inject(model, "scaled_parallel_adapter", layout=swapped)
 
 
 @pytest.mark.parametrize("width", [32, 48])  # the norm's width is the layer's too, or is not
@@ -108,26 +108,28 @@ def test_a_norm_between_that_no_slot_names_is_refused(width):
     for layer in model.bert.encoder.layer:
         act = layer.intermediate.intermediate_act_fn
         layer.intermediate.intermediate_act_fn = nn.Sequential(act, nn.LayerNorm(width))
-    slots = changed(BERT, activation="intermediate.intermediate_act_fn.0")
-    why = "no slot names|with it fails|forward is not known"
+    layout = changed(BERT, activation="intermediate.intermediate_act_fn.0")
+    why = "no layout names|with it fails|forward is not known"
     with pytest.raises(ValueError, match=why):
-        pelt_fast.inject(model, "scaled_parallel_adapter", slots=slots)
+        pelt_fast.inject(model, "scaled_parallel_adapter", layout=layout)
     assert "pelt" not in str(model)
 
 
 def test_the_message_says_what_no_slot_names():
     model, lost = biogpt(), changed(BIOGPT, activation_dropout=None)
     model.biogpt.layers[0].activation_dropout = 0.3
-    with pytest.raises(ValueError, match=r"no slot names: .*activation_dropout.*Name what belongs"):
-        pelt_fast.inject(model, "scaled_parallel_adapter", slots=lost)
+    with pytest.raises(
+        ValueError, match=r"no layout names: .*activation_dropout.*Name what belongs"
+    ):
+        pelt_fast.inject(model, "scaled_parallel_adapter", layout=lost)
 
 
 def test_a_norm_that_does_not_stand_in_front_of_the_block_is_refused():
     wrong = changed(LLAMA, norm="input_layernorm")
     config = pelt_fast.methods()["scaled_parallel_adapter"].replace(reads="residual")
     with pytest.raises(ValueError, match=r"layers.0.mlp does not read what input_layernorm gives"):
-        pelt_fast.inject(llama(), config, slots=wrong)
-    pelt_fast.inject(llama(), config, slots=LLAMA)
+        pelt_fast.inject(llama(), config, layout=wrong)
+    pelt_fast.inject(llama(), config, layout=LLAMA)
 
 
 def sub_normed():
@@ -147,17 +149,17 @@ def factored():
     return FalconH1ForCausalLM(config)
 
 
-def row(kind: str, mlp: str = "mlp", norm: str | None = None) -> SlotMap:
+def row(kind: str, mlp: str = "mlp", norm: str | None = None) -> Layout:
     names = (f"self_attn.{x}_proj" for x in "qkvo")
-    ffn = FFNSlot(mlp, f"{mlp}.up_proj", f"{mlp}.down_proj", f"{mlp}.act_fn", "hidden_act",
+    ffn = FFNLayout(mlp, f"{mlp}.up_proj", f"{mlp}.down_proj", f"{mlp}.act_fn", "hidden_act",
                   gate_proj=f"{mlp}.gate_proj", norm=norm)  # fmt: skip
-    own = (AttentionSlot("decoder", "self_attn", *names),)
-    return SlotMap(kind, (StackSlot("decoder", "", "layers", own, ffn),))
+    own = (AttentionLayout("decoder", "self_attn", *names),)
+    return Layout(kind, (StackLayout("decoder", "", "layers", own, ffn),))
 
 
 @pytest.mark.parametrize("method", ["scaled_parallel_adapter", "houlsby", "mam"])
 @pytest.mark.parametrize(
-    "make, slots, unnamed",
+    "make, layout, unnamed",
     [(sub_normed, row("bitnet"), "mlp.ffn_sub_norm"),
      (factored, changed(row("falcon_h1"), **{
          **{f: f"feed_forward.{p}" for f, p in (("in_proj", "up_proj"), ("out_proj", "down_proj"),
@@ -166,14 +168,14 @@ def row(kind: str, mlp: str = "mlp", norm: str | None = None) -> SlotMap:
          "entry": "feed_forward"}), "feed_forward.gate_multiplier")],
     ids=["BitNet", "Falcon-H1"],
 )  # fmt: skip
-def test_a_block_that_holds_more_runs_itself(make, slots, unnamed, method):
+def test_a_block_that_holds_more_runs_itself(make, layout, unnamed, method):
     model = make().eval()
     layer = base_of(model).layers[0]
-    assert unnamed in unnamed_in_block(layer, slots.stacks[0].ffn)
+    assert unnamed in unnamed_in_block(layer, layout.stacks[0].ffn)
     ids = torch.tensor([[5, 9, 11, 7]])
     with torch.no_grad():
         base = model(ids).logits
-        pelt_fast.inject(model, method, slots=slots)
+        pelt_fast.inject(model, method, layout=layout)
         for name, parameter in model.named_parameters():
             if "up_" in name.rpartition(".")[2]:
                 parameter.zero_()
@@ -187,12 +189,12 @@ def test_a_dropout_that_the_row_forgets_in_a_block_of_its_own_still_acts():
     torch.manual_seed(0)
     model = DistilBertModel(config)
     names = ("q_lin", "k_lin", "v_lin", "out_lin")
-    own = (AttentionSlot("encoder", "attention", *(f"attention.{name}" for name in names)),)
-    ffn = FFNSlot("ffn", "ffn.lin1", "ffn.lin2", "ffn.activation", "activation")
-    slots = SlotMap(
-        "distilbert", (StackSlot("encoder", "transformer", "transformer.layer", own, ffn),)
+    own = (AttentionLayout("encoder", "attention", *(f"attention.{name}" for name in names)),)
+    ffn = FFNLayout("ffn", "ffn.lin1", "ffn.lin2", "ffn.activation", "activation")
+    layout = Layout(
+        "distilbert", (StackLayout("encoder", "transformer", "transformer.layer", own, ffn),)
     )
-    pelt_fast.inject(model, "scaled_parallel_adapter", slots=slots).train()
+    pelt_fast.inject(model, "scaled_parallel_adapter", layout=layout).train()
     layer, x = model.transformer.layer[0], torch.randn(1, 3, 32)
     with torch.no_grad():
         dropped = [(layer.ffn(x) == 0).float().mean().item() for _ in range(20)]
@@ -208,17 +210,17 @@ def test_the_self_test_leaves_the_model_and_the_world_alone(training):
     modes = [module.training for module in model.modules()]
     config = pelt_fast.methods()["scaled_parallel_adapter"]
     torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
-    plain = pelt_fast.inject(biogpt(), config, slots=BIOGPT)  # what the init itself draws
+    plain = pelt_fast.inject(biogpt(), config, layout=BIOGPT)  # what the init itself draws
     after = torch.rand(1), random.random(), numpy.random.rand()
     torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
-    again = pelt_fast.inject(biogpt(), config, slots=BIOGPT)
+    again = pelt_fast.inject(biogpt(), config, layout=BIOGPT)
     assert (torch.rand(1), random.random(), numpy.random.rand()) == after
     for (_, one), (_, two) in zip(plain.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(one, two)
     random.seed(1), numpy.random.seed(1)
     wanted = random.random(), numpy.random.rand()
     random.seed(1), numpy.random.seed(1)
-    pelt_fast.inject(model, config, slots=BIOGPT)
+    pelt_fast.inject(model, config, layout=BIOGPT)
     assert (random.random(), numpy.random.rand()) == wanted
     assert model.counter.item() == 0
     assert all(p.grad is None for p in model.parameters())
@@ -229,7 +231,7 @@ def test_the_self_test_leaves_the_model_and_the_world_alone(training):
 def test_an_init_that_is_not_zero_survives_the_test():
     config = pelt_fast.methods()["scaled_parallel_adapter"].replace(init="bert")
     torch.manual_seed(1)
-    model = pelt_fast.inject(llama(), config, slots=LLAMA)
+    model = pelt_fast.inject(llama(), config, layout=LLAMA)
     up = [p for n, p in model.named_parameters() if n.endswith("up_weight")]
     assert up and all(0.01 < p.std() < 0.03 for p in up)
 
@@ -237,5 +239,5 @@ def test_an_init_that_is_not_zero_survives_the_test():
 def test_what_cannot_run_says_so_and_goes_on(caplog):
     with torch.device("meta"):
         model = llama()
-    pelt_fast.inject(model, "lora", slots=LLAMA)
+    pelt_fast.inject(model, "lora", layout=LLAMA)
     assert "the self-test of this row could not run: weights are on the meta device" in caplog.text

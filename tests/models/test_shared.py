@@ -8,7 +8,7 @@ from torch import nn
 
 import pelt_fast
 from pelt_fast import Modification, PeltConfig
-from pelt_fast.models.slots import AttentionSlot, FFNSlot, SlotMap, StackSlot
+from pelt_fast.layouts.layout import AttentionLayout, FFNLayout, Layout, StackLayout
 from tests.models.judge import assert_near, exactly
 from tests.models.test_inject import METHODS, same, snapshot, train_a_little
 from tests.models.test_parity import assert_close, small_method
@@ -180,19 +180,19 @@ def test_q_and_k_that_are_one_layer_have_one_lora():
 )
 def test_stacks_that_overlap_have_each_layer_once(method):
     """A row that names a layer in two stacks, as drafts of Swin's stages do."""
-    attention = AttentionSlot("encoder", "attention.self", "attention.self.query",
+    attention = AttentionLayout("encoder", "attention.self", "attention.self.query",
                               "attention.self.key", "attention.self.value",
                               "attention.output.dense")  # fmt: skip
-    ffn = FFNSlot("intermediate.dense", "intermediate.dense", "output.dense",
+    ffn = FFNLayout("intermediate.dense", "intermediate.dense", "output.dense",
                   "intermediate.intermediate_act_fn", "hidden_act")  # fmt: skip
     model = bert(dropout=0.0)
     model.bert.first = nn.ModuleList([model.bert.encoder.layer[0]])
     stacks = tuple(
-        StackSlot("encoder", "encoder", path, (attention,), ffn)
+        StackLayout("encoder", "encoder", path, (attention,), ffn)
         for path in ("first", "encoder.layer")
     )
     before = snapshot(model)
-    pelt_fast.inject(model, small_method(method), slots=SlotMap("bert", stacks))
+    pelt_fast.inject(model, small_method(method), layout=Layout("bert", stacks))
     names = [site.name for site in pelt_fast.explain(model).sites]
     assert len(names) == len(set(names)) and names[0].startswith("first.0")
     assert any(name.startswith("encoder.layer.1") for name in names)

@@ -6,16 +6,16 @@ import transformers
 from transformers import BioGptConfig, BioGptForCausalLM
 
 import pelt_fast
-from pelt_fast import AttentionSlot, FFNSlot, SlotMap, StackSlot
-from pelt_fast.models.draft import draft
+from pelt_fast import AttentionLayout, FFNLayout, Layout, StackLayout
+from pelt_fast.layouts.discovery import draft
 from tests.models.test_parity import assert_fused_equals_reference
 from tests.small import PAD, VOCABULARY, bert, inputs, llama, randomise
 
 OWN = ("q_proj", "k_proj", "v_proj", "out_proj")
-BIOGPT = SlotMap("biogpt", (StackSlot(
+BIOGPT = Layout("biogpt", (StackLayout(
     "decoder", owner="", layers="layers",
-    attentions=(AttentionSlot("decoder", "self_attn", *(f"self_attn.{n}" for n in OWN)),),
-    ffn=FFNSlot("fc1", "fc1", "fc2", "activation_fn", "hidden_act", output_dropout="dropout",
+    attentions=(AttentionLayout("decoder", "self_attn", *(f"self_attn.{n}" for n in OWN)),),
+    ffn=FFNLayout("fc1", "fc1", "fc2", "activation_fn", "hidden_act", output_dropout="dropout",
                 activation_dropout="activation_dropout", output_dropout_also=("self_attn",)),
 ),))  # fmt: skip
 
@@ -31,46 +31,46 @@ def biogpt():
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "mam", "houlsby"])
 def test_an_architecture_without_a_row_works_through_one_of_the_users(method, tmp_path):
-    with pytest.raises(ValueError, match=r"no table row for architecture 'biogpt'.*SlotMap"):
+    with pytest.raises(ValueError, match=r"no table row for architecture 'biogpt'.*Layout"):
         pelt_fast.inject(biogpt(), method)
     config = pelt_fast.methods()[method].replace(size=5)
-    model = randomise(pelt_fast.inject(biogpt(), config, slots=BIOGPT)).train()
+    model = randomise(pelt_fast.inject(biogpt(), config, layout=BIOGPT)).train()
     assert_fused_equals_reference(model, inputs(model, padding="right"))
     pelt_fast.save(model.eval(), tmp_path)
-    loaded = pelt_fast.load(biogpt(), tmp_path, slots=BIOGPT).eval()
+    loaded = pelt_fast.load(biogpt(), tmp_path, layout=BIOGPT).eval()
     batch = inputs(model)
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
 def test_a_row_that_is_none_or_anothers_is_refused():
-    with pytest.raises(ValueError, match="slots is for 'biogpt', the model is 'llama'"):
-        pelt_fast.inject(llama(), "lora", slots=BIOGPT)
-    with pytest.raises(TypeError, match="slots must be a SlotMap, got dict"):
-        pelt_fast.inject(biogpt(), "lora", slots={})
-    wrong = SlotMap("biogpt", (StackSlot("decoder", "", "blocks", (), None),))
+    with pytest.raises(ValueError, match="layout is for 'biogpt', the model is 'llama'"):
+        pelt_fast.inject(llama(), "lora", layout=BIOGPT)
+    with pytest.raises(TypeError, match="layout must be a Layout, got dict"):
+        pelt_fast.inject(biogpt(), "lora", layout={})
+    wrong = Layout("biogpt", (StackLayout("decoder", "", "blocks", (), None),))
     with pytest.raises(ValueError, match="looked for blocks in BioGptModel"):
-        pelt_fast.inject(biogpt(), "lora", slots=wrong)
+        pelt_fast.inject(biogpt(), "lora", layout=wrong)
 
 
 def test_the_draft_of_a_known_layout_is_its_row_but_for_what_names_cannot_tell():
     text = draft(biogpt())
     names: dict = {}
     exec(text, names)  # what it prints is Python
-    (stack,) = names["slots"].stacks
+    (stack,) = names["layout"].stacks
     assert (stack.layers, stack.attentions) == ("layers", BIOGPT.stacks[0].attentions)
     assert (stack.kind, stack.ffn) == ("decoder", BIOGPT.stacks[0].ffn)
     gated = draft(llama())
-    assert "gate_proj='mlp.gate_proj'" in gated and "FFNSlot('mlp', 'mlp.up_proj'" in gated
+    assert "gate_proj='mlp.gate_proj'" in gated and "FFNLayout('mlp', 'mlp.up_proj'" in gated
     below = draft(bert())
-    assert "StackSlot('encoder'" in below and "FFNSlot('?', '?'" in below  # a form to fill in
+    assert "StackLayout('encoder'" in below and "FFNLayout('?', '?'" in below  # a form to fill in
     assert "'attention.self.query'" in below and "'attention.output.dense'" in below
 
 
-def drafted(model) -> tuple[str, SlotMap]:
+def drafted(model) -> tuple[str, Layout]:
     """The text of a draft, and what it makes."""
     text, names = draft(model), {}
     exec(text, names)
-    return text, names["slots"]
+    return text, names["layout"]
 
 
 def little(name: str, **changes):
@@ -92,10 +92,10 @@ DRAFTED = {
     "GPTJ": (GPTJ, dict(output_dropout="mlp.dropout"), None),
     "Cohere": ({}, dict(gate_proj="mlp.gate_proj"), None),
     "Granite": (dict(residual_multiplier=0.3), {}, None),
-    "BitNet": ({}, {}, "no slot names mlp.ffn_sub_norm: the block runs itself"),
+    "BitNet": ({}, {}, "no layout names mlp.ffn_sub_norm: the block runs itself"),
     "FalconH1": (dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1,
                       mamba_d_state=8, head_dim=8, mlp_multipliers=[0.5, 0.25]),
-                 {}, "no slot names feed_forward.gate_multiplier"),
+                 {}, "no layout names feed_forward.gate_multiplier"),
     "BioGpt": (dict(hidden_dropout_prob=0.3, activation_dropout=0.2),
                dict(activation_dropout="activation_dropout", output_dropout="dropout",
                     output_dropout_also=("self_attn",)), None),
@@ -106,13 +106,13 @@ DRAFTED = {
 @pytest.mark.parametrize("name", DRAFTED)
 def test_a_draft_loses_nothing(name, method):
     changes, named, said = DRAFTED[name]
-    text, slots = drafted(little(name, **changes))
-    assert "?" not in text.split("SlotMap(")[1]
+    text, layout = drafted(little(name, **changes))
+    assert "?" not in text.split("Layout(")[1]
     assert said is None or said in text
-    (stack,) = slots.stacks
+    (stack,) = layout.stacks
     assert {key: getattr(stack.ffn, key) for key in named} == named
     model = little(name, **changes)
-    pelt_fast.inject(model, method, slots=slots)  # the self-test is the judge
+    pelt_fast.inject(model, method, layout=layout)  # the self-test is the judge
     fallbacks = [site.reason for site in pelt_fast.explain(model).sites if site.op == "ffn"]
     assert all(bool(reason) == bool(said) for reason in fallbacks)
 
@@ -123,31 +123,31 @@ def test_a_draft_loses_nothing(name, method):
     ("GraniteMoeShared", dict(num_local_experts=2, shared_intermediate_size=24)),
 ])  # fmt: skip
 def test_experts_are_no_block_of_a_draft(name, changes):
-    _, slots = drafted(little(name, **changes))
-    (stack,) = slots.stacks
+    _, layout = drafted(little(name, **changes))
+    (stack,) = layout.stacks
     assert stack.ffn is None and "experts that a router chooses" in stack.no_ffn
     with pytest.raises(ValueError, match=r"no method on its FFN: .*experts that a router chooses"):
-        pelt_fast.inject(little(name, **changes), "scaled_parallel_adapter", slots=slots)
-    pelt_fast.inject(little(name, **changes), "lora", slots=slots)
+        pelt_fast.inject(little(name, **changes), "scaled_parallel_adapter", layout=layout)
+    pelt_fast.inject(little(name, **changes), "lora", layout=layout)
 
 
 @pytest.mark.parametrize("name, changes", [("GPTNeoX", {}), ("Bloom", dict(n_layer=1, n_head=4))])
 def test_heads_one_after_another_are_left_open_in_a_draft(name, changes):
-    text, slots = drafted(little(name, **changes))
-    (attention,) = slots.stacks[0].attentions
+    text, layout = drafted(little(name, **changes))
+    (attention,) = layout.stacks[0].attentions
     assert (attention.q, attention.k, attention.v) == ("?", "?", "?")
     assert "query_key_value holds q, k and v" in text
     with pytest.raises(ValueError, match=r"looked for .*\?"):
-        pelt_fast.inject(little(name, **changes), "lora", slots=slots)
+        pelt_fast.inject(little(name, **changes), "lora", layout=layout)
 
 
 def test_a_path_that_one_layer_lacks_is_refused_by_its_name():
     model = llama()
     model.model.layers[1].mlp = torch.nn.Identity()
-    text, slots = drafted(model)
+    text, layout = drafted(model)
     assert "not in every layer: 1.mlp.up_proj, 1.mlp.down_proj '?'" in text
     with pytest.raises(ValueError, match=r"looked for layers\.1\.mlp\.up_proj"):
-        pelt_fast.inject(model, "lora", slots=slots)
+        pelt_fast.inject(model, "lora", layout=layout)
 
 
 def test_two_blocks_in_a_layer_are_left_open():
@@ -162,4 +162,4 @@ def test_explain_prints_the_draft(tmp_path, capsys):
 
     biogpt().config.save_pretrained(tmp_path)
     assert main(["explain", str(tmp_path)]) == 1
-    assert "SlotMap('biogpt'" in capsys.readouterr().out
+    assert "Layout('biogpt'" in capsys.readouterr().out

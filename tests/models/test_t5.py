@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pelt_fast
-from pelt_fast.methods import methods
+from pelt_fast.presets import methods
 from tests.models.judge import assert_near
 from tests.models.test_parity import assert_fused_equals_reference
 from tests.small import inputs, randomise, t5

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import pelt_fast
-from pelt_fast.models.slots import task_head
+from pelt_fast.layouts.lookup import task_head
 from tests.small import bert, t5
 
 # kinds of task, and classes of each: enough to meet every way of laying a head out

@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pelt_fast
-from pelt_fast.trainer import PeltTrainer
+from pelt_fast.integrations.trainer import PeltTrainer
 from tests.small import MODELS, VOCABULARY
 
 LENGTH, ROWS, STEPS = 8, 48, 12

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 import pelt_fast
-from pelt_fast.models.count import is_method
+from pelt_fast.injection.count import is_method
 from tests.models.test_parity import small_method
 from tests.small import MODELS, VOCABULARY
 

@@ -11,7 +11,7 @@ import math
 import torch
 
 import pelt_fast
-from pelt_fast.models.slots import base_of, find, stacks_of
+from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from tests.models.judge import exactly
 from tests.models.test_parity import assert_close, outputs_and_gradients
 from tests.small import MODELS, MORE, PAD, inputs, randomise
@@ -195,7 +195,7 @@ def _of_layer(layer, stack, modification, whole: bool) -> int:
 
 
 def _of_heads(layer, slot, modification, k) -> int:
-    from pelt_fast.models.build import head_dim_of
+    from pelt_fast.injection.build import head_dim_of
 
     dim = head_dim_of(find(layer, slot.module))
     heads = (

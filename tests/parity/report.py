@@ -15,7 +15,7 @@ HEAD = """# Architectures
 
 Written by `make parity`, which runs every cell on small random models (`tests/parity/grid.py` says
 what a cell checks). **yes** holds; a number is a refusal, whose reason stands below. `inject` takes
-a `SlotMap` of yours for an architecture that is not here; `pelt-fast explain MODEL` prints a draft.
+a `Layout` of yours for an architecture that is not here; `pelt-fast explain MODEL` prints a draft.
 """
 
 

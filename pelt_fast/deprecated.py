@@ -1,0 +1,45 @@
+"""Names of earlier versions: each still works, and says once which name took its place."""
+
+import functools
+import warnings
+from collections.abc import Callable
+
+# old public name: the new one
+RENAMED = {
+    "AttentionSlot": "AttentionLayout",
+    "FFNSlot": "FFNLayout",
+    "PromptSlot": "PromptLayout",
+    "SlotMap": "Layout",
+    "StackSlot": "StackLayout",
+    "activate": "set_active",
+    "inject_several": "inject_named",
+}
+
+
+def warn(old: str, new: str) -> None:
+    """Warn that ``old`` is called ``new`` now, at the line of the user's that names it."""
+    warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=3)
+
+
+def renamed_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
+    """Decorator: the keyword argument ``old`` of a function stands for ``new``, with a warning.
+
+    Raises TypeError when both are given.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def accepts_old(*args, **kwargs):
+            if old in kwargs:
+                if new in kwargs:
+                    raise TypeError(
+                        f"{function.__name__} got {old} and {new}: {old} is the earlier name of"
+                        f" {new}, give {new} alone"
+                    )
+                warn(f"{function.__name__}({old}=...)", f"{function.__name__}({new}=...)")
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return accepts_old
+
+    return decorate

@@ -1,0 +1,1 @@
+"""Methods in files: our own checkpoints, the hub, PEFT's and AdapterHub's files."""

@@ -1,0 +1,183 @@
+"""Prefix tuning's way into the models: transformers' AttentionInterface.
+
+For each attention a user may have chosen and that can carry a prefix, a function of the name
+``pelt_fast_<choice>`` is registered beside the matching mask function. An attention module with a
+:class:`~pelt_fast.modules.PrefixSlice` or :class:`~pelt_fast.modules.QuerySlice` runs
+``prefix_attention``; any other runs the user's choice as it is. Nothing goes through a cache, so
+any cache and any decoding work; a prefix has no positions, and those of the tokens stay what they
+were.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pelt_fast import functional
+from pelt_fast.modules import PrefixSlice, QuerySlice
+from pelt_fast.ops.backends import backend
+from pelt_fast.reference.heads import context_scores, expand_heads
+
+from .attention_keywords import check_given, check_known
+from .record import Injection
+
+SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
+WRAPPED = ("sdpa", "eager")
+_NAME = "pelt_fast_{}"
+
+
+def wrapping(choice: str | None) -> str:
+    """The registered name that wraps the user's attention; ValueError when it cannot be."""
+    choice = choice or "eager"
+    for known in WRAPPED:
+        if choice in (known, _NAME.format(known)):
+            return _NAME.format(known)
+    raise ValueError(
+        f"attention implementation {choice!r} cannot carry a prefix: pelt_fast needs its"
+        " log-sum-exp, which transformers' wrapper does not pass on. Choose"
+        " model.set_attn_implementation('sdpa') or 'eager' before inject"
+    )
+
+
+def check(module: nn.Module) -> None:
+    """ValueError with the reason where an attention module cannot carry a prefix."""
+    name = type(module).__name__
+    if not _asks_the_interface(module):
+        raise ValueError(
+            f"{name} of this transformers computes its attention itself, so that a prefix would be"
+            " ignored: put a method without one on it"
+        )
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            f"{name} caps its scores (attn_logit_softcapping={softcap}): a prefix needs the"
+            " log-sum-exp of capped scores, which no kernel gives. A config with None there, or a"
+            " method without a prefix, works"
+        )
+    check_known(module)
+    wrapping(module.config._attn_implementation)
+
+
+def wrap(module: nn.Module, injection: Injection) -> None:
+    """Let the config of an attention module, by now the model's own (``configs``), choose the
+    function that wraps the user's choice."""
+    choice = wrapping(module.config._attn_implementation)
+    if module.config._attn_implementation != choice:
+        module.config._attn_implementation = choice
+
+
+def _asks_the_interface(module: nn.Module) -> bool:
+    """Whether an attention looks its function up, so that a prefix can ride on it."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is None or "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def still_wrapped(stack: nn.Module, *_) -> None:
+    """Forward pre-hook of a stack with a prefix: RuntimeError when its attention was changed after
+    inject, for the prefix would be dropped without a word."""
+    choice = _config_of(stack)._attn_implementation
+    if choice not in map(_NAME.format, WRAPPED):
+        raise RuntimeError(
+            f"this model carries a prefix, but its attention is {choice!r} now, which ignores it:"
+            " eject, choose the attention, inject again"
+        )
+
+
+def _config_of(stack: nn.Module):
+    """The config that a stack's attentions ask: its own, or theirs where it has none
+    (DistilBERT)."""
+    config = getattr(stack, "config", None)
+    carriers = (module for module in stack.modules() if SLICE in module.__dict__)
+    return next(carriers).config if config is None else config
+
+
+def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) -> Tensor | None:
+    """The mask with a position bias in it (T5); a prefix has no position, so none is on its
+    keys."""
+    if bias is None:
+        return mask
+    if causal:
+        shape = query.shape[2], key.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
+    bias = bias[..., : key.shape[2]]
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
+
+
+def _prefixed(module: nn.Module) -> PrefixSlice | QuerySlice | None:
+    site = module.__dict__.get(SLICE)
+    return site if site is not None and site.on else None
+
+
+def _attend(module, site, q, k, v, mask, causal, dropout, scaling) -> Tensor:
+    prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
+    prefix_k, prefix_v = prefix_k.to(q.device), prefix_v.to(q.device)  # layers on several devices
+    out = functional.prefix_attention(
+        q, k, v, prefix_k, prefix_v, attn_mask=mask, is_causal=causal, scale=scaling,
+        form=site.form, composition=site.composition, dropout_p=dropout, training=module.training,
+    )  # fmt: skip
+    return out.transpose(1, 2)  # (B, T, H, D), contiguous
+
+
+def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None,
+         **kwargs):  # fmt: skip
+    """SDPA's contract: mask None or (B, 1 or H, T, S), causality from the module, no weights."""
+    site = _prefixed(module)
+    if site is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+    check_given(module, kwargs)
+    queries = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = queries > 1 and attention_mask is None and causal
+    if causal and key.shape[2] > queries:
+        # a static cache at prefill: what lies past the queries is not written yet
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    bias = kwargs.get("position_bias")
+    mask = _biased(attention_mask, bias, causal, query, key)
+    causal = causal and bias is None
+    return _attend(module, site, query, key, value, mask, causal, dropout, scaling), None
+
+
+def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Eager's contract: additive mask; scores and weights exist. Runs the reference; returns the
+    context's weights (they sum to 1 - λ) when attentions are asked for."""
+    site = _prefixed(module)
+    if site is None:
+        own = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
+        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                   **kwargs)  # fmt: skip
+    check_given(module, kwargs)
+    mask = _biased(attention_mask, kwargs.get("position_bias"), False, query, key)
+    with backend("reference"):
+        out = _attend(module, site, query, key, value, mask, False, dropout, scaling)
+    wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
+    weights = _weights(site, query, key, mask, scaling) if wanted else None
+    return out, weights
+
+
+@torch.no_grad()
+def _weights(site, query, key, mask, scaling) -> Tensor:
+    """softmax over prefix and context, the context's columns (B, H, T, S)."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    heads = query.shape[1]
+    scores = context_scores(query.float(), expand_heads(key.float(), heads), mask, False, scaling)
+    if site.composition == "gated":
+        prefix = expand_heads(site(scaling)[0].float(), heads)
+        both = torch.cat([scaling * query.float() @ prefix.transpose(-1, -2), scores], -1)
+        return torch.softmax(both, -1)[..., prefix.shape[-2] :].to(query.dtype)
+    return torch.softmax(scores, -1).to(query.dtype)
+
+
+for _choice, _function in (("sdpa", sdpa), ("eager", eager)):
+    ALL_ATTENTION_FUNCTIONS.register(_NAME.format(_choice), _function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(
+        _NAME.format(_choice), ALL_MASK_ATTENTION_FUNCTIONS[_choice]
+    )

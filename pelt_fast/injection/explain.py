@@ -1,0 +1,209 @@
+"""explain: for each site what runs, what fell back and why, what it saves and trains."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from pelt_fast.modules import (
+    LoRALinear,
+    MultiHeadAdapter,
+    ParallelFFNAdapter,
+    PrefixBank,
+    Prompt,
+    QueryHeads,
+)
+from pelt_fast.modules.frozen_module import QUANTISED
+from pelt_fast.modules.late import in_force
+from pelt_fast.modules.projection_view import device_of, shape_of, weight_of
+from pelt_fast.ops import support
+
+from .count import ParameterCount, count_parameters
+from .handles import carrier_of
+from .record import Site, injection_of
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site. ``plan`` is what runs in the model's present mode; ``fell_back`` says whether it
+    is less than the fused op, ``reason`` why (or what is worth knowing). ``saved_bytes`` are kept
+    for backward for each token (a prefix: each query)."""
+
+    name: str
+    op: str
+    plan: str
+    fell_back: bool
+    reason: str
+    saved_bytes: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was injected: printable as a table, ``as_dict`` for machines."""
+
+    method: str
+    model: str
+    training: bool
+    sites: tuple[SiteReport, ...]
+    count: ParameterCount
+
+    @property
+    def fallbacks(self) -> list[SiteReport]:
+        """The sites that do not run their fused op."""
+        return [site for site in self.sites if site.fell_back]
+
+    def as_dict(self) -> dict:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        mode = "training" if self.training else "evaluation"
+        rows = [("site", "op", "plan", "saved B/token", "trainable", "note")]
+        rows += [
+            (s.name, s.op, s.plan, f"{s.saved_bytes:,}", f"{s.trainable:,}", s.reason)
+            for s in self.sites
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip((*row[:5], ""), [*widths, 0]))
+            + row[5]
+            for row in rows
+        ]
+        count = self.count
+        head = f"{self.method} on {self.model}, {mode} mode"
+        tail = (
+            f"{len(self.fallbacks)} of {len(self.sites)} sites fell back."
+            f" Method {count.paper:,} parameters ({count.percent:.2f} % of the base) as the paper"
+            f" counts, {count.kept:,} kept, {count.trainable:,} training now"
+            f" (task head {count.head:,})."
+        )
+        return "\n".join([head, *(line.rstrip() for line in lines), tail])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """The :class:`Explanation` of an injected model; ValueError when nothing is injected."""
+    model = carrier_of(model)
+    injection = injection_of(model)
+    seen: set[int] = set()
+    sites = []
+    for site in injection.sites:
+        fresh = id(site.module) not in seen  # a prefix bank is shared: count it once
+        seen.add(id(site.module))
+        trainable = sum(p.numel() for p in site.module.parameters() if p.requires_grad)
+        sites.append(_report(site, trainable if fresh else 0))
+    return Explanation(
+        injection.config.name, type(model).__name__, model.training, tuple(sites),
+        count_parameters(model),
+    )  # fmt: skip
+
+
+def _report(site: Site, trainable: int) -> SiteReport:
+    module, device, note = site.module, _device(site.module), ""
+    if getattr(module, "merged", False):
+        return SiteReport(site.name, site.op, "merged", False, "", 0, trainable)
+    if isinstance(module, Prompt):
+        plan, saved = support.Plan("concatenation"), 0
+    elif isinstance(module, (PrefixBank, QueryHeads)):
+        attention = site.details["attention"]
+        queries = site.details["queries"]
+        plan, note = _prefix_plan(module, attention, queries, device)
+        saved = _prefix_bytes(module, attention, queries)
+    elif isinstance(module, MultiHeadAdapter):
+        p = in_force(module.dropout)
+        plan, note = _noted(support.plan("prefix", device, p, **_dtype_and_size(module)))
+        saved = _low_rank_bytes(module)
+    else:
+        plan = support.plan(site.op, device, **_dtype_and_size(module))
+        saved = _low_rank_bytes(module)
+    if isinstance(module, LoRALinear) and module.why_beside() not in (None, QUANTISED):
+        plan = support.Plan("own layer + update", module.why_beside())
+    if isinstance(module, ParallelFFNAdapter):
+        note = module.why_not_fused() or ""
+        if note:
+            plan = support.Plan("own FFN + adapter", note)
+        elif module.is_packed and plan.reason is None:
+            plan = support.Plan(f"packed, {plan.name}")
+        saved = _ffn_bytes(module, fused=not note)
+    return SiteReport(
+        site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved,
+        trainable,
+    )  # fmt: skip
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a site computes."""
+    holder = next(inner for inner in module.modules() if list(inner.parameters(recurse=False)))
+    return device_of(holder)
+
+
+def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[support.Plan, str]:
+    if attention.config._attn_implementation == "pelt_fast_eager":
+        return support.Plan("reference", "the model was told to use eager attention"), ""
+    value = getattr(attention, "dropout", getattr(attention, "attention_dropout", 0.0))
+    p = float(getattr(value, "p", value)) if attention.training else 0.0
+    plan = support.plan("prefix", device, p, **_dtype_and_size(module))
+    plan, note = _noted(plan)
+    if note:
+        return plan, note
+    weight = next(q for name, q in attention.named_parameters() if "pelt_" not in name)
+    heads, _, dim = _heads_shape(module)
+    grouped = heads * dim != queries
+    if plan.name == "triton" and grouped:
+        when = "always (fp32)" if weight.dtype == torch.float32 else "under a mask"
+        return plan, f"grouped heads: K and V are expanded {when}"
+    return plan, ""
+
+
+def _noted(plan: support.Plan) -> tuple[support.Plan, str]:
+    """The plan, and what is worth knowing about it."""
+    blocked = "dropout: torch's CPU flash kernel has none"
+    return plan, blocked if plan.name == "blocked" else ""
+
+
+def _dtype_and_size(module: nn.Module) -> dict:
+    """What decides about the kernels: the base's dtype, and the rank or prefix length."""
+    if isinstance(module, PrefixBank):
+        return dict(dtype=next(module.parameters()).dtype, size=module.shape[3])
+    weight = _frozen_weight(module)
+    dtype = weight.dtype if weight.is_floating_point() else _down(module).dtype  # quantised
+    return dict(dtype=dtype, size=_down(module).shape[-2])
+
+
+def _down(module: nn.Module) -> nn.Parameter:
+    return module.lora_a if hasattr(module, "lora_a") else module.down_weight
+
+
+def _frozen_weight(module: nn.Module) -> nn.Parameter:
+    layout = module.ffn.out_proj if hasattr(module, "ffn") else module.frozen
+    return weight_of(layout.module)
+
+
+def _prefix_bytes(module: nn.Module, attention: nn.Module, queries: int) -> int:
+    """q, k, v, o in the base's dtype and the fp32 lse, of one token in one attention."""
+    weight = next(p for name, p in attention.named_parameters() if "pelt_" not in name)
+    kv_heads, _, head_dim = _heads_shape(module)
+    return (2 * queries + 2 * kv_heads * head_dim) * weight.element_size() + 4 * queries // head_dim
+
+
+def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
+    """Heads, size and head dim of a prefix or of bottlenecks by head."""
+    return tuple(module.shape[2:] if isinstance(module, PrefixBank) else module.down_weight.shape)
+
+
+def _ffn_bytes(module: ParallelFFNAdapter, fused: bool) -> int:
+    weight = weight_of(module.ffn.in_proj.module)
+    inner, inputs = shape_of(module.ffn.in_proj.module)
+    widths = inner * (len(module.ffn.projections) - 1) + module.down_weight.shape[0] + inputs
+    if not fused:
+        widths += inner + module.up_weight.shape[0]
+    return widths * weight.element_size()
+
+
+def _low_rank_bytes(module: nn.Module) -> int:
+    """x and the M x R intermediate; of bottlenecks by head x, o and its lse."""
+    element = _frozen_weight(module).element_size()
+    if isinstance(module, MultiHeadAdapter):
+        heads, _, dim = _heads_shape(module)
+        return 3 * heads * dim * element + 4 * heads
+    return sum(_down(module).shape) * element

@@ -1,0 +1,75 @@
+"""Which model a handle stands for: a method is found behind wrappers, inside and around.
+
+torch.compile, DDP, DataParallel and PEFT wrap a model in another module; a base model is inside one
+with a task head, and may be inside two. A method lives on the model that inject was given, without
+its wrappers, and its names are those of that model.
+"""
+
+from torch import nn
+
+from pelt_fast.layouts.names import is_method, modules_of, unwrapped
+
+METHOD = "_pelt"  # the attribute that holds a model's injection
+INSIDE = "_pelt_inside"  # on what else of that model can be a handle: (method, class of the model)
+
+
+def carrier_of(handle: nn.Module) -> nn.Module:
+    """The model that carries the method ``handle`` stands for, without its wrappers.
+
+    Raises ValueError when there is none, or when it is another: the message says where it is.
+    """
+    model = unwrapped(handle)
+    if METHOD in model.__dict__:
+        return model
+    raise ValueError(
+        elsewhere(model)
+        or f"nothing is injected into this {type(model).__name__}: call inject first"
+    )
+
+
+def elsewhere(model: nn.Module) -> str | None:
+    """Where the method is, of a model that carries none itself; None when it is nowhere."""
+    kind = type(model).__name__
+    for path, module in modules_of(model).items():
+        if METHOD in module.__dict__:
+            name, inner = module.__dict__[METHOD].config.name, type(module).__name__
+            return (
+                f"the method is on model.{path}: {name!r} was injected into that {inner}. Hand that"
+                f" over, not the {kind} around it"
+            )
+        if INSIDE in module.__dict__:
+            name, outer = module.__dict__[INSIDE]
+            where = f" that shares model.{path}" if path else f" around this {kind}"
+            return f"the method is on the {outer}{where}: {name!r} was injected into that one"
+    return None
+
+
+def refuse_second(model: nn.Module) -> None:
+    """ValueError when any part of a model carries a method already: what, and where."""
+    kind = type(model).__name__
+    for path, module in modules_of(model).items():
+        there = f"model.{path} of this {kind}" if path else f"this {kind}"
+        if METHOD in module.__dict__:
+            present = module.__dict__[METHOD].config.name
+            last = "eject it first" if not path else f"eject it there first (eject(model.{path}))"
+            raise ValueError(f"{there} already carries {present!r}: {last}")
+        if INSIDE in module.__dict__:
+            present, outer = module.__dict__[INSIDE]
+            how = "shares it" if path else "is around it"
+            raise ValueError(
+                f"{there} already carries {present!r}, injected into the {outer} that {how}: eject"
+                " it there first"
+            )
+        if is_method(path) or "pelt_prefix_slice" in module.__dict__:
+            raise ValueError(
+                f"{there} already carries a method, injected into another model that shares it:"
+                " eject it there first"
+            )
+
+
+def mark(model: nn.Module, parts: list[nn.Module], injection) -> None:
+    """Let the parts of a model that can be handles themselves say what is around them."""
+    for part in dict.fromkeys(parts):
+        if part is not model:
+            inside = injection.config.name, type(model).__name__
+            injection.set(part, INSIDE, inside, watched=False)

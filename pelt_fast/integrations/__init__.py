@@ -1,0 +1,1 @@
+"""Other libraries' objects made to work with ours: PEFT models, transformers' Trainer."""

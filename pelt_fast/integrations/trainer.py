@@ -1,0 +1,118 @@
+"""transformers' Trainer on an injected model: a checkpoint holds the method, not the base.
+
+``PeltTrainer`` and ``PeltSeq2SeqTrainer`` are transformers' own in all but what they write and
+read: the method as :func:`pelt_fast.save` writes it, and beside it what trains as it stands (a
+prefix's MLP, which ``save`` folds away, goes on training after a resume). Under accelerate's FSDP2
+(``inject(pack=False)`` first) too: every process gathers the method, the first writes it, and the
+base is in no checkpoint. Needs the extra ``train``.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pelt_fast.formats.checkpoint import load_trained, save, save_trained
+from pelt_fast.formats.sharded import is_sharded, resharded
+from pelt_fast.injection.handles import carrier_of
+from pelt_fast.layouts.names import is_method
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest checkpoint in ``folder`` that was written to its end: the trainer's state comes
+    last. None where there is none."""
+    found = [
+        path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdigit() and _is_whole(path / TRAINER_STATE_NAME)
+    ]  # fmt: skip
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        json.loads(state.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class MethodCheckpoints:
+    """What a Trainer writes and reads; mixed in before it."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """transformers' own; ``True`` goes on from the newest checkpoint that is whole: one that a
+        kill cut short is passed over."""
+        carrier_of(self.model)  # refuse now what no checkpoint could be written of
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"no whole checkpoint in {self.args.output_dir} to go on from")
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _plain_model(self, model: nn.Module | None = None) -> nn.Module:
+        return carrier_of(
+            self.accelerator.unwrap_model(
+                self.model if model is None else model, keep_torch_compile=False
+            )
+        )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """transformers' own, but for a method's learned scale: a factor about one, which decay
+        would pull to zero."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not (is_method(name) and name.endswith(".scale"))]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own, which under FSDP would gather the base."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """transformers' own, which under FSDP would write the base beside the optimizer."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        resharded(self.model)  # an evaluation before this left parameters gathered
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        model = self._plain_model()
+        if not self.args.should_save and not is_sharded(model):
+            return
+        save(model, folder, include_trained=True)
+        save_trained(model, folder)
+        if not self.args.should_save:
+            return
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_trained(self._plain_model(model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_trained(self._plain_model(), Path(self.state.best_model_checkpoint))
+
+
+class PeltTrainer(MethodCheckpoints, Trainer):
+    """transformers' ``Trainer``."""
+
+
+class PeltSeq2SeqTrainer(MethodCheckpoints, Seq2SeqTrainer):
+    """transformers' ``Seq2SeqTrainer``: generates in evaluation."""

@@ -1,1 +1,0 @@
-"""From a transformers model to its sites: the architecture table, injection, checkpoints."""

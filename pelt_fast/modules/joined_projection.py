@@ -1,0 +1,78 @@
+"""LoRA on parts of one matrix: what runs in the place of the projection that holds it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pelt_fast import functional
+from pelt_fast.ops import support
+
+from .frozen_module import FrozenModule
+from .hooked import at_hand, is_away
+from .late import in_force
+from .projection_view import LORA, ProjectionView, shape_of
+
+
+class JoinedProjection(nn.Module):
+    """Runs in the place of a projection whose parts carry LoRA: one GEMM of the whole matrix, one
+    rank update with the factors stacked, A one under the other, B on a block diagonal. The parts
+    read the same dropped input."""
+
+    def __init__(self, owner: nn.Module):
+        super().__init__()
+        self.__dict__["owner"] = owner
+        self.frozen = FrozenModule(ProjectionView(owner, "", None))
+
+    def part(self, part: ProjectionView) -> ProjectionView:
+        """Hold ``part``, so that what is put on it is the model's."""
+        self.add_module(part.name, part)
+        return part
+
+    def why_beside(self) -> str | None:
+        """Why the updates are added to what the projection itself returns, or None."""
+        return self.frozen.why_not_read()
+
+    def forward(self, x: Tensor) -> Tensor:
+        sites = [(part.rows, part._modules[LORA]) for part in self.children()
+                 if LORA in part._modules and not part._modules[LORA].is_folded()]  # fmt: skip
+        if not sites:
+            return self.frozen.bare(x)
+        if any(is_away(site) for _, site in sites):  # read here, so that their hooks do not run
+            with at_hand(site for _, site in sites):
+                return self._updated(x, sites)
+        return self._updated(x, sites)
+
+    def _updated(self, x: Tensor, sites: list) -> Tensor:
+        probabilities = {in_force(site.dropout) for _, site in sites}
+        reason = self.why_beside()
+        if reason is not None:
+            support.fall_back(f"LoRA beside the projection's own output, because {reason}")
+        if reason is not None or len(probabilities) > 1:
+            return self._beside(x, sites)
+        whole = self.frozen.module
+        return functional.lora_linear(
+            x, whole.weight, whole.bias, torch.cat([site.lora_a for _, site in sites]),
+            self._stacked(sites), scale=1.0, dropout_p=probabilities.pop(),
+        )  # fmt: skip
+
+    def _stacked(self, sites: list) -> Tensor:
+        """The second factors (N, sum of R) on a block diagonal, scaled."""
+        ranks = [site.lora_a.shape[0] for _, site in sites]
+        lora_b, first = 0, 0
+        for (rows, site), rank in zip(sites, ranks):
+            columns = (first, sum(ranks) - first - rank)
+            lora_b = lora_b + F.pad(self._in_rows(rows, site), (*columns, 0, 0))
+            first += rank
+        return lora_b
+
+    def _in_rows(self, rows: slice, site) -> Tensor:
+        """One scaled second factor (N, R), zero outside its part's rows."""
+        outputs, _ = shape_of(self.owner)
+        return F.pad(site.scale * site.lora_b, (0, 0, rows.start, outputs - rows.stop))
+
+    def _beside(self, x: Tensor, sites: list) -> Tensor:
+        """Each part's update, of its own dropped input, on what the projection returns."""
+        y = self.frozen.bare(x)
+        for rows, site in sites:
+            y = site.added(y, x, self._in_rows(rows, site))
+        return y

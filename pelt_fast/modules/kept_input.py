@@ -1,0 +1,20 @@
+"""The input of one module, kept for a site that reads it later in the same forward."""
+
+from torch import Tensor, nn
+
+from .per_thread import PerThread
+
+
+class KeptInput:
+    """Forward pre-hook (with keywords) that keeps a module's first argument until it is taken."""
+
+    def __init__(self, keyword: str = "hidden_states"):
+        self.keyword = keyword
+        self._x = PerThread()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._x.put(args[0] if args else kwargs[self.keyword])
+
+    def take(self) -> Tensor:
+        """The input of this forward, which is then let go."""
+        return self._x.take()
