@@ -92,7 +92,7 @@ def _inject_prefix(model, modification, config, stacks, injection) -> None:
             injection.add(owner, _free_name(owner, _bank_name(layout.kind, modification)), bank)
             injection.hook(owner.register_forward_pre_hook(attention.still_wrapped))
             injection.hook(owner.register_forward_pre_hook(bank.before_stack))
-            injection.hook(owner.register_forward_hook(bank.after_stack))
+            injection.hook(owner.register_forward_hook(bank.runs.end))
         bank = banks[key]
         injection.set(
             module, attention.SLICE, PrefixSlice(bank, place.order, modification.composition)

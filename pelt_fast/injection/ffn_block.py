@@ -9,7 +9,7 @@ from pelt_fast.layouts.known_forwards import own_file, why_foreign
 from pelt_fast.layouts.layout import FFNLayout
 from pelt_fast.layouts.lookup import find
 from pelt_fast.layouts.unnamed import why_beside
-from pelt_fast.modules import FrozenFFN
+from pelt_fast.modules import FFNBlock
 from pelt_fast.modules.frozen_module import passthrough
 from pelt_fast.modules.late import Attribute, Dropout, Taken
 from pelt_fast.modules.projection_view import host_of
@@ -52,7 +52,7 @@ def check_block(
             raise ValueError(f"{condition.path} {why}: remove it before inject")
 
 
-def take_block(base: nn.Module, place: Place, layout: FFNLayout, injection: Injection) -> FrozenFFN:
+def take_block(base: nn.Module, place: Place, layout: FFNLayout, injection: Injection) -> FFNBlock:
     """The block of a layer, for a site that runs in its place. Where the layer spells it out, what
     the site will run is silenced, and watched."""
     layer = place.layer
@@ -79,7 +79,7 @@ def take_block(base: nn.Module, place: Place, layout: FFNLayout, injection: Inje
     return ffn
 
 
-def describe_block(base: nn.Module, layer: nn.Module, layout: FFNLayout, at=Attribute) -> FrozenFFN:
+def describe_block(base: nn.Module, layer: nn.Module, layout: FFNLayout, at=Attribute) -> FFNBlock:
     """The block of a layer; ``at`` makes what reads an attribute when the block runs."""
     block = find(layer, layout.entry) if layout.is_container else None
     projections = filter(None, (layout.gate_proj, layout.in_proj, layout.out_proj))
@@ -88,14 +88,17 @@ def describe_block(base: nn.Module, layer: nn.Module, layout: FFNLayout, at=Attr
     def reader(path: str) -> Attribute:
         return taken.setdefault(path, taken.get(path) or at(*_owner_and_name(layer, path)))
 
-    return FrozenFFN(
-        block, find(layer, layout.in_proj), find(layer, layout.out_proj),
-        None if layout.gate_proj is None else find(layer, layout.gate_proj),
-        reader(layout.activation),
-        *(Dropout(reader(path) if path else None)
-          for path in (layout.activation_dropout, layout.output_dropout)),
-        [Attribute(*_owner_and_name(layer, path)) for path in projections],
-        None if block is None else why_itself(base, layer, layout),
+    dropouts = [
+        Dropout(reader(path) if path else None)
+        for path in (layout.activation_dropout, layout.output_dropout)
+    ]
+    return FFNBlock(
+        block=block, in_proj=find(layer, layout.in_proj), out_proj=find(layer, layout.out_proj),
+        gate_proj=None if layout.gate_proj is None else find(layer, layout.gate_proj),
+        activation=reader(layout.activation), activation_dropout=dropouts[0],
+        output_dropout=dropouts[1],
+        projections_at=[Attribute(*_owner_and_name(layer, path)) for path in projections],
+        why_itself=None if block is None else why_itself(base, layer, layout),
     )  # fmt: skip
 
 

@@ -2,20 +2,21 @@
 
 from .adapter import ParallelAttentionAdapter, SequentialAdapter
 from .ffn import (
-    FrozenFFN,
     LayerAdapter,
     NormAdapter,
     ParallelFFNAdapter,
     ResidualFFNAdapter,
     SequentialFFNAdapter,
 )
+from .ffn_block import FFNBlock
 from .heads import MultiHeadAdapter, QueryHeads, QuerySlice
 from .lora import LoRALinear
-from .prefix import PrefixBank, PrefixSlice
+from .prefix import PrefixBank
+from .prefix_run import PrefixSlice
 from .prompt import Prompt
 
 __all__ = [
-    "FrozenFFN",
+    "FFNBlock",
     "LayerAdapter",
     "LoRALinear",
     "MultiHeadAdapter",

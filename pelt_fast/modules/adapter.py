@@ -7,15 +7,22 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 from pelt_fast.config import Modification
+from pelt_fast.ops.adapter.op import adapter
+from pelt_fast.ops.common import dispatch
+from pelt_fast.ops.common.bundles import AdapterNorm, Transform
+from pelt_fast.ops.common.bundles import Bottleneck as BottleneckWeights
 
-from .frozen_module import Foldable, FrozenModule
+from .decision import Basis, DecidesOnce, Decision
+from .frozen_module import Foldable, FrozenModule, is_beside
 from .hooked import at_hand, is_away
 from .kept_input import KeptInput
 from .late import in_force
-from .projection_view import device_of, shape_of
+from .projection_view import device_of, shape_of, weight_of
+
+_NO_NORM = AdapterNorm(None, None, "none")
 
 
-class Bottleneck(Foldable):
+class Bottleneck(DecidesOnce, Foldable):
     """down_weight (R, K), down_bias (R), up_weight (N, R), up_bias (N), and what the modification
     asks for: norm (adapter LayerNorm: its type and name keep its parameters out of a Trainer's
     weight decay), scale (learned).
@@ -88,17 +95,61 @@ class Bottleneck(Foldable):
                 state_dict[f"{prefix}norm.{last}"] = state_dict.pop(f"{prefix}norm_{last}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def frozen_weight(self) -> Tensor:
+        """A weight of the frozen module: it says where the site computes, and in which dtype."""
+        return weight_of(self.frozen.module)
+
+    def decide(self) -> Decision:
+        weight = self.frozen_weight()
+        plan = dispatch.plan("adapter", weight.device, 0.0, weight.dtype, self.down_weight.shape[0])
+        given = _NO_NORM if plan.reason is None and self.is_checked(weight) else None
+        return Decision(
+            plan.name, plan.reason, True, given, weight.dtype, weight.device,
+            self.down_weight.shape[1],
+        )  # fmt: skip
+
+    def rests_on(self, basis: Basis) -> None:
+        for name, parameter in self._parameters.items():
+            basis.value(self._parameters, name)
+            if parameter is not None:
+                basis.tensor(parameter)
+        basis.value(self._modules, "norm")
+        basis.probability(self.dropout, "p", self.dropout)
+
+    def is_checked(self, weight: Tensor) -> bool:
+        """Whether the op takes the adapter's tensors beside a frozen ``weight`` as they are: of its
+        device, no narrower than it, no learned scale and no LayerNorm."""
+        if self.norm is not None or not isinstance(self.scale, (int, float)):
+            return False
+        small = [p for p in self._parameters.values() if p is not None]
+        return len(small) == 4 and is_beside(weight, small)
+
     def sequential(self, h: Tensor) -> Tensor:
         """h + Δ(h), or Δ(h) alone without its residual."""
-        if self.residual:
-            return self._run(functional.sequential_adapter, h)
-        return self.parallel(torch.zeros_like(h), h)
+        if not self.residual:
+            return self.parallel(torch.zeros_like(h), h)
+        return self._update(None, h)
 
     def parallel(self, base: Tensor, x: Tensor) -> Tensor:
         """base + Δ(x), in the dtype of ``base``: a layer kept wider than its neighbours gives a
         wider one than it reads."""
-        x = x.to(base.dtype)
+        return self._update(base, x.to(base.dtype))
+
+    def _update(self, base: Tensor | None, x: Tensor) -> Tensor:
+        decision, probabilities = self.update_decision(x)
+        if probabilities is not None:
+            weights = BottleneckWeights(
+                self.down_weight, self.down_bias, self.up_weight, self.up_bias
+            )
+            transform = Transform(self.activation, self.scale, probabilities[-1], None)
+            return adapter(x, base, weights, decision.given, transform, True)
+        if base is None:
+            return self._run(functional.sequential_adapter, x)
         return self._run(functional.parallel_adapter, base, x)
+
+    def update_decision(self, x: Tensor) -> tuple[Decision, list[float] | None]:
+        """The decision of the adapter's own op."""
+        return self.decided(x)
 
     def _run(self, function, *inputs: Tensor) -> Tensor:
         """``function`` of the adapter, its LayerNorm's weights brought where they are offloaded:

@@ -1,18 +1,20 @@
 """How a site refers to the frozen modules it modifies, without owning them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pelt_fast.ops.common.dispatch import DTYPES
+
+from .decision import HOOKS, Basis
 from .hooked import holder_of, is_away, place_of, run
 from .projection_view import LORA, holds_numbers, host_of, is_readable
 
 # the forwards that are nothing but x Wᵀ + b, as they are written: one patched later is another
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 QUANTISED = "its weight is quantised"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def foreign_forward(module: nn.Module) -> Callable | None:
@@ -51,6 +53,17 @@ def described(function) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
+def is_beside(weight: Tensor, trained: Sequence[Tensor]) -> bool:
+    """Whether the ops take ``trained`` tensors beside a frozen ``weight`` as they are: of its
+    device, no narrower than it."""
+    return weight.dtype in DTYPES and all(
+        tensor.device == weight.device
+        and tensor.dtype in DTYPES
+        and tensor.dtype.itemsize >= weight.dtype.itemsize
+        for tensor in trained
+    )
+
+
 class FrozenModule:
     """A frozen module, hidden from ``nn.Module`` registration: its names stay its own."""
 
@@ -83,13 +96,25 @@ class FrozenModule:
             return QUANTISED
         if is_away(self._holder):
             return "its weight is offloaded"
-        if self.foreign is not None:
-            return (
-                f"the layer's forward was replaced by another library ({described(self.foreign)})"
-            )
+        foreign = self.foreign or foreign_forward(self.module)
+        if foreign is not None:
+            return f"the layer's forward was replaced by another library ({described(foreign)})"
         if type(self._holder).forward not in _LINEAR:
             return f"the layer has a forward of its own ({type(self._holder).__name__})"
         return None if is_readable(self.module) else "its weight has another shape than the layer"
+
+    def rests_on(self, basis: Basis) -> None:
+        """Tell ``basis`` what :attr:`is_plain` and :meth:`why_not_read` look at."""
+        basis.linear(self._holder)
+        basis.value(host_of(self.module)._modules, LORA)
+
+    def held_weight(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias that stay the same tensors as long as the basis holds; None for a view,
+        a transposed matrix or a parametrized weight, which are made at each look."""
+        holder = self._holder
+        if holder is not self.module or "weight" not in holder._parameters:
+            return None
+        return holder._parameters["weight"], holder._parameters.get("bias")
 
     def __call__(self, *args, **kwargs):
         """The module's own forward, with the LoRA it may carry, past any injection of ours."""

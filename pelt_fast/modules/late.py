@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .decision import Basis
 from .frozen_module import FrozenModule, foreign_forward, is_hooked, passthrough
 from .hooked import give_back, put, wrappers
 
@@ -22,6 +23,17 @@ class Attribute:
     def value(self):
         """What is there now."""
         return getattr(self.owner, self.name, None)
+
+    def rests_on(self, basis: Basis) -> None:
+        """Tell ``basis`` where the value is, and what can change about it."""
+        basis.attribute(self.owner, self.name)
+        if isinstance(self.value, nn.Module):
+            basis.module(self.value, "approximate", "act")
+
+    @property
+    def source(self) -> tuple[object, str]:
+        """The object and its attribute that hold the value."""
+        return self.owner, self.name
 
     def run(self, x: Tensor) -> Tensor:
         """What is there now, applied."""
@@ -45,6 +57,17 @@ class Taken(Attribute):
     def value(self):
         """What the layer would find there, were it not for the site."""
         return self._value
+
+    def rests_on(self, basis: Basis) -> None:
+        if isinstance(self._value, (int, float)):
+            return  # a probability is read at each look
+        basis.value(self.__dict__, "_value")
+        if isinstance(self._value, nn.Module):
+            basis.module(self._value, "approximate", "act")
+
+    @property
+    def source(self) -> tuple[object, str]:
+        return self, "_value"
 
     def take(self) -> bool:
         """Take over what is there, unless that is done; whether it was not."""
@@ -81,6 +104,12 @@ class Taken(Attribute):
         return self._value(x) if self._frozen is None else self._frozen.bare(x)
 
 
+class _Never:
+    """Stands for a dropout that is not there."""
+
+    p, training = 0.0, False
+
+
 class Dropout:
     """A dropout of the model's own: a module, which knows its mode, or a probability, whose mode is
     its owner's. None is no dropout."""
@@ -98,6 +127,18 @@ class Dropout:
             return float(value)
         ours = type(value) is nn.Dropout and foreign_forward(value) is None
         return value.p if ours and not is_hooked(value) else None
+
+    def rests_on(self, basis: Basis) -> None:
+        """Tell ``basis`` what is there, and where its probability is read."""
+        value = None if self.at is None else self.at.value
+        if value is None or type(value) is nn.Identity:
+            basis.probability(_Never, "p", _Never)
+        elif isinstance(value, nn.Module):
+            basis.probability(value, "p", value)
+        else:
+            basis.probability(*self.at.source, self.at.owner)
+        if self.at is not None and not isinstance(value, (int, float)):
+            self.at.rests_on(basis)
 
     @property
     def now(self) -> float | None:

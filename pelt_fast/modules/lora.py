@@ -7,13 +7,16 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 from pelt_fast.ops.common import dispatch
+from pelt_fast.ops.common.bundles import FrozenLinear, LowRank
+from pelt_fast.ops.lora.op import lora
 
-from .frozen_module import QUANTISED, Foldable, FrozenModule
+from .decision import Basis, DecidesOnce, Decision
+from .frozen_module import QUANTISED, Foldable, FrozenModule, is_beside
 from .late import in_force
 from .projection_view import device_of, shape_of
 
 
-class LoRALinear(Foldable):
+class LoRALinear(DecidesOnce, Foldable):
     """Runs in the place of ``linear``: x Wᵀ + b + s drop(x) Aᵀ Bᵀ.
 
     lora_a (R, K): Kaiming uniform with a = sqrt(5); lora_b (N, R): zero ("lora"), or both normal
@@ -44,14 +47,38 @@ class LoRALinear(Foldable):
         """Why the update is added to what the layer itself returns, or None."""
         return self.frozen.why_not_read()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_folded():
-            return self.frozen.bare(x)
-        reason = self.why_beside()
+    def decide(self) -> Decision:
+        linear, reason = self.frozen.module, self.why_beside()
         if reason is not None:
-            if reason != QUANTISED:
+            return Decision("own layer + update", reason, runs_op=False)
+        weight, size = linear.weight, self.lora_a.shape[0]
+        plan, held = dispatch.plan("lora", weight.device, 0.0, weight.dtype, size), None
+        factors = (self.lora_a, self.lora_b)
+        if plan.reason is None and is_beside(weight, factors):
+            held = self.frozen.held_weight()
+        given = None if held is None else FrozenLinear(*held)
+        width = self.lora_a.shape[1]
+        return Decision(plan.name, plan.reason, True, given, weight.dtype, weight.device, width)
+
+    def rests_on(self, basis: Basis) -> None:
+        self.frozen.rests_on(basis)
+        for name, parameter in self._parameters.items():
+            basis.value(self._parameters, name)
+            basis.tensor(parameter)
+        basis.probability(self.dropout, "p", self.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged and self.is_folded():
+            return self.frozen.bare(x)
+        decision, probabilities = self.decided(x)
+        if not decision.runs_op:
+            if decision.reason != QUANTISED:
+                reason = decision.reason
                 dispatch.fall_back(f"LoRA beside the layer's own output, because {reason}")
             return self.added(self.frozen.bare(x), x, self.lora_b, self.scale)
+        if probabilities is not None:
+            factors = LowRank(self.lora_a, self.lora_b, self.scale)
+            return lora(x, decision.given, factors, probabilities[0], True)
         linear = self.frozen.module
         return functional.lora_linear(
             x, linear.weight, linear.bias, self.lora_a, self.lora_b, scale=self.scale,

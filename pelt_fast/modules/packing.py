@@ -5,7 +5,6 @@ and keeps the others out until its op has been called: what another forward, or 
 there is never read.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -110,25 +109,23 @@ class Packings:
         self._begin()
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
 
-    @contextlib.contextmanager
-    def filled(self, weights: FFNMatrices, scale: float) -> Iterator[Packed]:
-        """The stacked weights of one call of the op; None where the frozen weights of this call are
-        not those that live in the buffer."""
+    def filled(self, weights: FFNMatrices, scale: float) -> Packed:
+        """The stacked weights of one call of the op, which holds the lock; None where the frozen
+        weights of this call are not those that live in the buffer."""
         stack = [weights.in_weight]
         if weights.gate_weight is not None:
             stack.insert(0, weights.gate_weight)
-        with self._lock:
-            packed = packed_out = None
-            if self.stacked is not None and self.stacked.holds(stack):
-                self._follow(self.stacked.buffer.device)
-                packed = self.stacked.filled(weights.down_weight)
-            if self.out is not None and self.out.holds([weights.out_weight]):
-                self._follow(self.out.buffer.device)
-                packed_out = self.out.filled(weights.up_weight, scale)
-            yield Packed(packed, packed_out)
+        packed = packed_out = None
+        if self.stacked is not None and self.stacked.holds(stack):
+            self._follow(self.stacked.buffer.device)
+            packed = self.stacked.filled(weights.down_weight)
+        if self.out is not None and self.out.holds([weights.out_weight]):
+            self._follow(self.out.buffer.device)
+            packed_out = self.out.filled(weights.up_weight, scale)
+        return Packed(packed, packed_out)
 
     def _each(self, stacked: list[Tensor], out: Tensor) -> list[tuple[Packing, list[Tensor]]]:
         """Each buffer that is there, with the weights it is for."""
@@ -162,7 +159,7 @@ class Packings:
 
     def _do(self, what: Callable[[Packing, list], None], stacked: list, out: Tensor) -> None:
         """``what`` to each buffer with the weights it is for, while nobody reads them."""
-        with self._lock:
+        with self.lock:
             for packing, frozen in self._each(stacked, out):
                 what(packing, frozen)
 

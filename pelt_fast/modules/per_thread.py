@@ -6,6 +6,12 @@ from typing import Any
 import torch
 
 
+class _Local(threading.local):
+    """A value of each thread's own."""
+
+    value: Any = None
+
+
 class PerThread:
     """One value for the forward a thread is in: what another thread puts here is not seen.
 
@@ -15,21 +21,21 @@ class PerThread:
     """
 
     def __init__(self):
-        self._of_thread = threading.local()
-        self._traced = None  # torch.compile follows an attribute, and traces in one thread
+        self.local = _Local()  # ``local.value`` is what the methods read and write in eager mode
+        self.traced = None  # torch.compile follows an attribute, and traces in one thread
 
     def put(self, value: Any) -> None:
         """Keep ``value`` for this thread, in the place of what it had."""
         if torch.compiler.is_compiling():
-            self._traced = value
+            self.traced = value
         else:
-            self._of_thread.value = value
+            self.local.value = value
 
     def get(self) -> Any:
         """What this thread put last; None when that is nothing."""
         if torch.compiler.is_compiling():
-            return self._traced
-        return getattr(self._of_thread, "value", None)
+            return self.traced
+        return self.local.value
 
     def take(self) -> Any:
         """What this thread put last, which is then let go."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pelt_fast.config import Modification
 
 from .per_thread import PerThread
-from .prefix_run import PrefixRun, PrefixRuns
+from .prefix_run import PrefixRuns
 
 
 class PrefixBank(nn.Module):
@@ -42,7 +42,7 @@ class PrefixBank(nn.Module):
         else:
             self.prefix = nn.Parameter(torch.empty(self.shape, **place))
             nn.init.normal_(self.prefix, std=0.02)
-        self._runs, self._generation = PrefixRuns(), PerThread()
+        self.runs, self._generation = PrefixRuns(), PerThread()
 
     def forward(self) -> Tensor:
         """The keys and values of every layer (L, 2, Hkv, P, D)."""
@@ -54,16 +54,12 @@ class PrefixBank(nn.Module):
 
     def before_stack(self, *_) -> None:
         """Forward pre-hook of the stack: make the prefix of this forward."""
-        self._runs.begin(self._values())
-
-    def after_stack(self, *_) -> None:
-        """Forward hook of the stack: let it go."""
-        self._runs.end()
+        self.runs.begin(self._values())
 
     def _values(self) -> Tensor:
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
             return self()
-        made = self._generation.get()
+        made = self._generation.local.value
         if made is None:
             return self()
         if not made:
@@ -80,11 +76,6 @@ class PrefixBank(nn.Module):
         finally:
             self._generation.put(before)
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """prefix_k and prefix_v (Hkv, P, D) of one layer, from this forward's run."""
-        run = self._runs.now()
-        return (PrefixRun(self()) if run is None else run).layer(index)
-
     @torch.no_grad()
     def fold(self, values: Tensor | None = None) -> None:
         """Drop the reparameterisation; train keys and values directly from here (``values``, or
@@ -98,16 +89,3 @@ class PrefixBank(nn.Module):
     def extra_repr(self) -> str:
         layers, _, heads, size, head_dim = self.shape
         return f"layers={layers}, heads={heads}, length={size}, head_dim={head_dim}"
-
-
-class PrefixSlice:
-    """One attention's place in a bank; the attention function finds it on the module."""
-
-    form, on = "softmax", True
-
-    def __init__(self, bank: PrefixBank, index: int, composition: str):
-        self.bank, self.index, self.composition = bank, index, composition
-
-    def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
-        """prefix_k and prefix_v (Hkv, P, D), whatever the scale of their scores."""
-        return self.bank.layer(self.index)

@@ -1,7 +1,7 @@
 """The prefix of one forward of a stack: who reads which, in threads and under checkpointing."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .per_thread import PerThread
 
@@ -64,18 +64,26 @@ class PrefixRuns:
     def begin(self, values: Tensor | None) -> None:
         """Before the stack's forward."""
         run = PrefixRun(values)
-        self._now.put(run)
+        if torch.compiler.is_compiling():
+            self._now.traced = run
+        else:
+            self._now.local.value = run
         if run.with_grad and not torch.compiler.is_compiling():
             self._last = run
 
-    def end(self) -> None:
-        """After it."""
-        self._now.put(None)
+    def end(self, *_) -> None:
+        """After it (a forward hook of the stack)."""
+        if torch.compiler.is_compiling():
+            self._now.traced = None
+        else:
+            self._now.local.value = None
 
     def now(self) -> PrefixRun | None:
         """The forward to read from; None outside of one and of its backward."""
-        run = self._now.get()
-        if run is None and not torch.compiler.is_compiling() and _in_backward():
+        if torch.compiler.is_compiling():
+            return self._now.traced
+        run = self._now.local.value
+        if run is None and torch._C._current_graph_task_id() != -1:  # inside of a backward
             return self._last
         return run
 
@@ -83,5 +91,21 @@ class PrefixRuns:
         return type(self), ()
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+class PrefixSlice:
+    """One attention's layer of a bank; the attention function finds it on the module.
+
+    Args:
+        bank: what makes the keys and values of the whole stack.
+        index: the layer's.
+        composition: "gated" or "add" (``functional.prefix_attention``).
+    """
+
+    form, on = "softmax", True
+
+    def __init__(self, bank: nn.Module, index: int, composition: str):
+        self.bank, self.index, self.composition = bank, index, composition
+
+    def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """prefix_k and prefix_v (Hkv, P, D), whatever the scale of their scores."""
+        run = self.bank.runs.now()
+        return (PrefixRun(self.bank()) if run is None else run).layer(self.index)

@@ -5,7 +5,7 @@ import torch
 
 import pelt_fast
 from pelt_fast import functional
-from pelt_fast.ops.common import chunking as blocks
+from pelt_fast.ops.common import dropout as blocks
 from pelt_fast.ops.common import native
 from pelt_fast.ops.common.dropout import draw_seed, keep_mask, keep_scale, threshold
 
@@ -28,7 +28,7 @@ def test_the_mask_is_the_definitions_bit_for_bit(start, count, dtype, threads):
         for p in (0.0, 0.1, 0.5, 0.999):
             seed = draw_seed(CPU)[0]
             out = torch.full((count,), float("nan"), dtype=dtype)
-            given = native.dropout_factor(out, threshold(p), keep_scale(p), seed, start)
+            given = blocks.dropout_factor(out, threshold(p), keep_scale(p), seed, start)
             keep = keep_mask(start, start + count, p, seed)
             assert torch.equal(out, keep.to(dtype).mul_(keep_scale(p)))
             assert given.data_ptr() == out.data_ptr()
@@ -58,7 +58,7 @@ def test_a_block_is_the_same_with_and_without_the_op(monkeypatch):
 def test_bad_arguments_are_named(change, said):
     given = dict(out=torch.zeros(4), threshold=6554, scale=1.1, seed=draw_seed(CPU)[0], start=0)
     with pytest.raises(RuntimeError, match=said):
-        native.dropout_factor(**(given | change))
+        blocks.dropout_factor(**(given | change))
 
 
 @built

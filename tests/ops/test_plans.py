@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pelt_fast import functional
-from pelt_fast.ops.common import chunking as blocks
+from pelt_fast.ops.common import dropout as blocks
 from pelt_fast.ops.common.backends import backend
 from pelt_fast.testing import cases, judge, run
 

@@ -23,9 +23,9 @@ from pelt_fast.ops.common.bundles import (
     Transform,
     absent,
 )
-from pelt_fast.ops.common.chunking import fill, row_blocks
-from pelt_fast.ops.common.gradients import bottleneck_gradients, down_gradients
-from pelt_fast.ops.common.passes import activate, covers, cpp, cpp_mask, cpp_weight, down, up
+from pelt_fast.ops.common.dropout import cpp_mask, row_blocks
+from pelt_fast.ops.common.gradients import bottleneck_gradients, down_gradients, fill
+from pelt_fast.ops.common.passes import activate, covers, cpp, cpp_weight, down, up
 
 
 def adapter_forward(

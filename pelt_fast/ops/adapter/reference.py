@@ -23,8 +23,7 @@ from pelt_fast.ops.common.bundles import (
     Transform,
     absent,
 )
-from pelt_fast.ops.common.chunking import row_blocks
-from pelt_fast.ops.common.dropout import dropout
+from pelt_fast.ops.common.dropout import dropout, row_blocks
 from pelt_fast.ops.common.products import outer
 
 

@@ -6,6 +6,7 @@ bundles; its schema in ``torch.library``, which knows no groups, is read off the
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, get_type_hints
 
@@ -154,9 +155,8 @@ _SCHEMA_TYPES = {
 }  # fmt: skip
 
 
-def absent(like: Tensor) -> Tensor:
-    """The empty tensor that stands in an op's result for one that nobody asked for."""
-    return like.new_empty(0)
+# the empty tensor that stands in an op's result for one that nobody asked for
+absent: Callable[[Tensor], Tensor] = operator.methodcaller("new_empty", 0)
 
 
 def _parameters(function: Callable) -> list[tuple[str, type]]:
@@ -193,14 +193,14 @@ def schema_of(function: Callable) -> str:
 
 def unflatten(*kinds: type) -> Callable:
     """A function of flat values that returns them grouped: one item for each of ``kinds``."""
-    return from_flat(lambda *items: items, kinds)
+    return from_flat(None, kinds)
 
 
-def from_flat(function: Callable, kinds: Sequence[type] | None = None) -> Callable:
+def from_flat(function: Callable | None, kinds: Sequence[type] | None = None) -> Callable:
     """A function of flat arguments that calls ``function`` with bundles.
 
     Args:
-        function: what is called.
+        function: what is called; None returns the bundles themselves.
         kinds: the types of its arguments, a bundle or any other; by default they are read off
             ``function``, which then takes them under their names.
 
@@ -217,7 +217,8 @@ def from_flat(function: Callable, kinds: Sequence[type] | None = None) -> Callab
         scope[kind.__name__] = kind
         names += fields
         call.append(f"{kind.__name__}({', '.join(fields)})")
-    source = f"def flat({', '.join(names)}):\n    return function({', '.join(call)})\n"
+    called = "function" if function else ""
+    source = f"def flat({', '.join(names)}):\n    return {called}({', '.join(call)})\n"
     exec(
         compile(source, f"<flat arguments of {getattr(function, '__name__', 'op')}>", "exec"), scope
     )

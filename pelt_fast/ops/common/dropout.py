@@ -10,13 +10,18 @@ Definition, the same bits in every backend (docs/maths.md#the-dropout-mask):
   and is kept when ``lane >= threshold(p)``, where ``threshold(p) = round(p * 65536)``.
 * What is kept is multiplied by ``1 / (1 - threshold(p) / 65536)``.
 
+Without a GPU it is drawn and applied in blocks of rows that stay in cache.
+
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); 7 rounds is the
 smallest count that passes BigCrush.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from . import native
 from .bundles import Dropout, FFNSettings
 
 ROUNDS = 7
@@ -30,6 +35,13 @@ _LOW = 0xFFFFFFFF
 # the int64 temporaries stay in cache; elsewhere launches cost
 _CHUNK = {"cpu": 1 << 17}
 _CHUNK_ELSEWHERE = 1 << 22
+
+
+# elements of a block: on a CPU one chunk of the dropout mask (2^17 draws of 8), 4 MiB of fp32;
+# elsewhere launches cost, and a block only bounds the workspace
+BLOCK_ELEMENTS = {"cpu": 1 << 20}
+BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
+MIN_ROWS = 16
 
 
 def draw_seed(device: torch.device, count: int = 1) -> Tensor:
@@ -119,3 +131,53 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, start: int = 0) -> Tensor:
         return x
     keep = keep_mask(start, start + x.numel(), p, seed).view(x.shape)
     return torch.where(keep, x, 0) * keep_scale(p)
+
+
+def block_elements(device: torch.device) -> int:
+    """How many elements are worked on at a time."""
+    return BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ELSEWHERE)
+
+
+def row_blocks(x: Tensor, width: int | None = None) -> Iterator[slice]:
+    """Slices that cover the rows of x, each a block of rows of ``width`` (x's own if None)."""
+    rows, width = x.shape[0], x.shape[1] if width is None else width
+    step = max(MIN_ROWS, block_elements(x.device) // max(width, 1))
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def dropout_factor(out: Tensor, threshold: int, scale: float, seed: Tensor, start: int) -> Tensor:
+    """Fill ``out`` (contiguous, CPU) with ``scale`` where the mask keeps elements ``start`` and on,
+    else 0, in C++ (csrc/cpu/philox.cpp)."""
+    return torch.ops.pelt_fast_cpp.dropout_factor_(out, threshold, scale, seed, start)
+
+
+def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a block of rows is multiplied by: 0 or 1 / (1 - p)."""
+    if seed.device.type == "cpu" and native.why_missing() is None:
+        out = torch.empty(rows.stop - rows.start, width, dtype=dtype)
+        return dropout_factor(out, threshold(p), keep_scale(p), seed, rows.start * width)
+    keep = keep_mask(rows.start * width, rows.stop * width, p, seed)
+    return keep.view(-1, width).to(dtype).mul_(keep_scale(p))
+
+
+def cpp_mask(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """A dropout mask as the C++ takes it."""
+    return (None, 0, 1.0) if seed is None else (seed, threshold(p), keep_scale(p))
+
+
+def drop_(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of x (M, N) in place; ``seed=None`` leaves it."""
+    if seed is not None:
+        for rows in row_blocks(x):
+            x[rows].mul_(drop_factor(rows, x.shape[1], p, seed, x.dtype))
+    return x
+
+
+def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of x (M, N) into a new tensor; ``seed=None`` returns x."""
+    if seed is None:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows in row_blocks(x):
+        torch.mul(x[rows], drop_factor(rows, x.shape[1], p, seed, x.dtype), out=out[rows])
+    return out

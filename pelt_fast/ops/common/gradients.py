@@ -3,13 +3,22 @@
 Shapes   x, dx (M, K); dy (M, N); a (R, K); b (N, R); h, ds, dh, t (M, R).
 """
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .bundles import Dropout, FFNMatrices, Transform
-from .chunking import drop_, drop_factor, row_blocks
-from .passes import activate, by_library, covers, covers_rows, cpp, cpp_mask, cpp_weight
+from .dropout import cpp_mask, drop_, drop_factor, row_blocks
+from .passes import MAX_RANK, NO_MASK, activate, covers_rows, cpp, cpp_weight
+
+
+def fill(grads: list[Tensor], indices: Sequence[int], values: Iterable[Tensor | None]) -> None:
+    """Put the gradients that were computed where they belong."""
+    for index, value in zip(indices, values, strict=True):
+        if value is not None:
+            grads[index] = value
 
 
 def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,21 +46,22 @@ def activation_backward(
     dt: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
+    covered: bool | None = None,
 ) -> Tensor:
-    """drop(grad) f'(t), written over ``grad``, which must be ours.
+    """drop(grad) f'(t), written over ``grad``, which must be ours. ``covered`` as in ``passes``.
 
     Of a gated unit ``dt`` gets drop(grad) linear f'(t), and ``grad`` becomes drop(grad) f(t), the
     gradient of ``linear``.
     """
     as_is = name == "identity" and linear is None and seed is None
-    if not as_is and covers_rows(t):
-        kind = ACTIVATIONS.index(name)
-        return cpp.activate_backward_(grad, t, linear, dt, kind, *cpp_mask(p, seed))
+    if not as_is and (covers_rows(t) if covered is None else covered):
+        mask = NO_MASK if seed is None else cpp_mask(p, seed)
+        return cpp.activate_backward_(grad, t, linear, dt, ACTIVATIONS.index(name), *mask)
     drop_(grad, p, seed)
     if linear is None:
         return _library_backward(name, grad, t)
     _library_backward(name, torch.mul(grad, linear, out=dt), t)
-    return grad.mul_(activate(name, t))
+    return grad.mul_(activate(name, t, covered=covered))
 
 
 def _library_backward(name: str, grad: Tensor, t: Tensor) -> Tensor:
@@ -78,6 +88,7 @@ def up_gradients(
     need_dh: bool,
     need_bias: bool,
     dh: Tensor | None = None,
+    covered: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dh = s dy b in dy's dtype; db = s dyᵀ h (with ``h``) and the bias' gradient in b's, from one
     read of dy. None for what is not asked for; ``dh`` may be given to be written to."""
@@ -86,7 +97,8 @@ def up_gradients(
         dh = None
     elif dh is None:
         dh = dy.new_empty(dy.shape[0], b.shape[1])
-    if covers(dy, b.shape[1]) and (h is None or h.stride(-1) == 1):
+    covered = covers_rows(dy) if covered is None else covered
+    if covered and 1 <= b.shape[1] <= MAX_RANK and (h is None or h.stride(-1) == 1):
         db = None if h is None else dy.new_empty(b.shape, dtype=torch.float32)
         d_bias = dy.new_empty(b.shape[0], dtype=torch.float32) if need_bias else None
         weight = cpp_weight(b) if need_dh else None
@@ -134,15 +146,19 @@ def down_gradients(
     need_dx: bool,
     need_da: bool,
     in_place: bool = False,
+    covered: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = base + drop(ds a), over ``base`` where it is ours, and da = dsᵀ drop(x) in a's dtype;
     one mask for both. None for what is not asked for; ``x`` is read for da alone."""
     like, (rank, width) = x if need_da else ds, a.shape
-    ours = covers(like, rank) and ds.stride(-1) == 1
+    covered = covers_rows(like) if covered is None else covered
+    takes = covered and 1 <= rank <= MAX_RANK
+    ours = takes and ds.stride(-1) == 1
     if seed is not None and not ours:
         return _masked_gradients(ds, x, a, base, Dropout(p, seed), need_dx, need_da)
     dx = da = None
-    if need_dx and (not ours or by_library(like, rank, seed)):
+    in_16_bits = seed is None and like.element_size() == 2  # quicker in the library
+    if need_dx and (not ours or in_16_bits):
         dx, need_dx = _input_gradient(ds, a.to(ds.dtype), base, in_place), False
     if not ours:
         return dx, weight_gradient(ds, x, a.dtype) if need_da else None
@@ -153,7 +169,8 @@ def down_gradients(
     if need_dx or need_da:
         cpp.rank_down_backward_(
             ds, x if need_da else None, cpp_weight(a) if need_dx else None,
-            base if need_dx else None, dx if need_dx else None, da, *cpp_mask(p, seed),
+            base if need_dx else None, dx if need_dx else None, da,
+            *(NO_MASK if seed is None else cpp_mask(p, seed)),
         )  # fmt: skip
     return dx, None if da is None else da.to(a.dtype)
 

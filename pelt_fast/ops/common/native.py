@@ -3,7 +3,6 @@
 import functools
 
 import torch
-from torch import Tensor
 
 
 @functools.cache
@@ -31,9 +30,3 @@ def ops():
     """``torch.ops.pelt_fast_cpp``. An op that is given a wrong argument raises RuntimeError that
     names it, what came and what was wanted."""
     return torch.ops.pelt_fast_cpp
-
-
-def dropout_factor(out: Tensor, threshold: int, scale: float, seed: Tensor, start: int) -> Tensor:
-    """Fill ``out`` (contiguous, CPU) with ``scale`` where the dropout mask keeps elements
-    ``start`` and on, else 0 (dropout.py)."""
-    return ops().dropout_factor_(out, threshold, scale, seed, start)

@@ -4,7 +4,8 @@ Shapes   x, base (M, K) or (M, N); a (R, K); b (N, R); s, h (M, R).
 In C++ (csrc/cpu/) each is one pass over its large tensors, the dropout mask made in registers.
 Without it the library's GEMMs and elementwise kernels do them, under a mask in blocks of rows.
 Products that round to 16 bits and draw no mask are the library's in any case: it multiplies 16-bit
-numbers, the C++ fp32.
+numbers, the C++ fp32. ``covered`` is the answer of :func:`covers_rows`, where the caller asked for
+all its tensors at once.
 """
 
 import torch
@@ -13,12 +14,12 @@ from torch.nn import functional as F
 
 from . import native
 from .activations import ACTIVATIONS
-from .bundles import Bottleneck, FrozenFFN
-from .chunking import drop_, drop_factor, row_blocks
-from .dropout import keep_scale, threshold
+from .bundles import Bottleneck, Dropout, FrozenFFN
+from .dropout import cpp_mask, drop_, drop_factor, row_blocks
 
 MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_MASK = (None, 0, 1.0)  # what the C++ takes where nothing is dropped
 
 cpp = torch.ops.pelt_fast_cpp
 
@@ -34,19 +35,16 @@ def covers(x: Tensor, rank: int) -> bool:
     return covers_rows(x) and 1 <= rank <= MAX_RANK
 
 
-def cpp_mask(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """A dropout mask as the C++ takes it."""
-    return (None, 0, 1.0) if seed is None else (seed, threshold(p), keep_scale(p))
-
-
 def cpp_weight(tensor: Tensor | None) -> Tensor | None:
     """A trainable weight as the C++ reads it."""
     return None if tensor is None else tensor.detach().float()
 
 
-def by_library(x: Tensor, rank: int, seed: Tensor | None) -> bool:
+def _by_library(x: Tensor, rank: int, seed: Tensor | None, covered: bool | None) -> bool:
     """Whether a rank product of x is the library's."""
-    return not covers(x, rank) or (seed is None and x.element_size() == 2)
+    if (seed is None and x.element_size() == 2) or not 1 <= rank <= MAX_RANK:
+        return True
+    return not (covers_rows(x) if covered is None else covered)
 
 
 def activate(
@@ -57,6 +55,7 @@ def activate(
     linear: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
+    covered: bool | None = None,
 ) -> Tensor:
     """drop(f(t) * linear), t (M, N), in ``out`` where given, else as a new contiguous tensor.
 
@@ -67,8 +66,9 @@ def activate(
     # a copy, and the normal distribution to 16 bits, are quicker in torch
     as_is = name == "identity" and linear is None and seed is None
     by_torch = as_is or (name == "gelu" and t.element_size() == 2)
-    if not by_torch and covers_rows(t):
-        return cpp.activate_(out, t, linear, ACTIVATIONS.index(name), *cpp_mask(p, seed))
+    if not by_torch and (covers_rows(t) if covered is None else covered):
+        mask = NO_MASK if seed is None else cpp_mask(p, seed)
+        return cpp.activate_(out, t, linear, ACTIVATIONS.index(name), *mask)
     if linear is None:
         return drop_(_library_activate(name, t, out), p, seed)
     over_linear = out.data_ptr() == linear.data_ptr()
@@ -94,9 +94,9 @@ def down(
 ) -> Tensor:
     """s = drop(x) aᵀ + bias with one read of x and no masked copy of it."""
     low, rank = x.dtype, a.shape[0]
-    if not by_library(x, rank, seed):
-        s = x.new_empty(x.shape[0], rank)
-        return cpp.rank_down_(s, x, cpp_weight(a), cpp_weight(bias), *cpp_mask(p, seed))
+    if not _by_library(x, rank, seed, None):
+        s, mask = x.new_empty(x.shape[0], rank), NO_MASK if seed is None else cpp_mask(p, seed)
+        return cpp.rank_down_(s, x, cpp_weight(a), cpp_weight(bias), *mask)
     a, bias = a.to(low), None if bias is None else bias.to(low)
     if seed is None:
         return F.linear(x, a, bias)
@@ -117,12 +117,13 @@ def up(
     p: float = 0.0,
     seed: Tensor | None = None,
     in_place: bool = False,
+    covered: bool | None = None,
 ) -> Tensor:
     """drop(base) + scale (h bᵀ + bias), over ``base`` where it is ours to write to."""
     low = base.dtype
     out = base if in_place else torch.empty_like(base, memory_format=torch.contiguous_format)
-    if not by_library(base, b.shape[1], seed) and h.stride(-1) == 1:
-        mask = cpp_mask(p, seed)
+    if not _by_library(base, b.shape[1], seed, covered) and h.stride(-1) == 1:
+        mask = NO_MASK if seed is None else cpp_mask(p, seed)
         return cpp.rank_up_(out, base, h, cpp_weight(b), cpp_weight(bias), scale, *mask)
     b = b.to(low).t()
     if seed is not None:
@@ -196,3 +197,30 @@ def packed_product(act: Tensor, packed_out: Tensor, bias: Tensor | None) -> Tens
     """[A | H] [W2 | s U]ᵀ + bias; what either holds past F + R is zeros."""
     width = min(act.shape[1], packed_out.shape[1])
     return F.linear(act[:, :width], packed_out[:, :width], bias)
+
+
+def out_projection(
+    act: Tensor,
+    inner: int,
+    ffn: FrozenFFN,
+    adapter: Bottleneck,
+    packed_out: Tensor | None,
+    scale: float,
+    output_drop: Dropout,
+    *,
+    covered: bool,
+) -> Tensor:
+    """drop(A W2ᵀ + b2) + s (H Uᵀ + u), A and H the columns of ``act``."""
+    p, seed = output_drop
+    up_weight, up_bias, rank = adapter.up_weight, adapter.up_bias, adapter.up_weight.shape[1]
+    if seed is None and packed_out is not None:
+        bias = summed_bias(ffn.out_bias, up_bias, scale, act.dtype)
+        return packed_product(act[:, : inner + rank], packed_out, bias)
+    a, h = act[:, :inner], act[:, inner : inner + rank]
+    if seed is None:
+        y = F.linear(a, ffn.out_weight, summed_bias(ffn.out_bias, up_bias, scale, act.dtype))
+        return up(y, h, up_weight, scale=scale, in_place=True, covered=covered)
+    y = F.linear(a, ffn.out_weight, ffn.out_bias)
+    return up(
+        y, h, up_weight, up_bias, scale, p=p, seed=seed, in_place=True, covered=covered
+    )  # fmt: skip

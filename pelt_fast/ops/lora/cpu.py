@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelt_fast.ops.common.bundles import Dropout, FrozenLinear, LowRank, absent
-from pelt_fast.ops.common.chunking import fill
-from pelt_fast.ops.common.gradients import down_gradients, up_gradients
+from pelt_fast.ops.common.gradients import down_gradients, fill, up_gradients
 from pelt_fast.ops.common.passes import down, up
 
 

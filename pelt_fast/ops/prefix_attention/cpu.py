@@ -26,7 +26,7 @@ from pelt_fast.ops.common.bundles import (
     Scores,
     absent,
 )
-from pelt_fast.ops.common.chunking import block_elements
+from pelt_fast.ops.common.dropout import block_elements
 from pelt_fast.ops.common.heads import (
     additive_mask,
     expand_heads,
@@ -60,11 +60,6 @@ def _prefix_blocks(q: Tensor, length: int) -> Iterator[slice]:
     step = max(16, block_elements(q.device) // max(PREFIX_SHARE * heads * length, 1))
     rows = batch * queries
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
-
-
-def _covers(q: Tensor, length: int) -> bool:
-    """Whether the C++ takes queries (B, H, T, D) and a prefix length."""
-    return covers_rows(q) and 1 <= length <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM
 
 
 def with_rows(t: Tensor) -> Tensor:
@@ -106,11 +101,11 @@ def prefix_attention_forward(
     qkv = QKV(*map(with_rows, qkv))
     q = qkv.q
     o, lse = _context(qkv, scores)
-    context_o = absent(q) if gated else o.clone()
-    if _covers(q, prefix.prefix_k.shape[1]):
-        wide = (p.detach().float() for p in prefix)
-        cpp.prefix_merge_(o, lse, q, *wide, scale, form.form == "relu", gated)
-        return o, lse, context_o, no_rng(q, drop.seed)
+    context_o, rng = absent(q) if gated else o.clone(), no_rng(q, drop.seed)
+    if covers_rows(q) and prefix.prefix_k.shape[1] <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM:
+        pk, pv = prefix.prefix_k.detach().float(), prefix.prefix_v.detach().float()
+        cpp.prefix_merge_(o, lse, q, pk, pv, scale, form.form == "relu", gated)
+        return o, lse, context_o, rng
     queries, out, own = _by_head(q), _by_head(o), _rows_by_head(lse)
     prefix = Prefix(*(p.to(lse.dtype) for p in prefix))
     by_scores = form.form == "relu" or o.dtype != lse.dtype
@@ -124,7 +119,7 @@ def prefix_attention_forward(
         else:
             _merge_outputs(*block, prefix, scale, form.composition)
     lse = own.view(lse.shape[1], lse.shape[0], lse.shape[2]).transpose(0, 1).contiguous()
-    return o, lse, context_o, no_rng(q, drop.seed)
+    return o, lse, context_o, rng
 
 
 def _merge_outputs(
@@ -170,13 +165,15 @@ def prefix_attention_backward(
     if not uses_flash(qkv.q, drop.dropout_p):
         return NotImplemented
     do, qkv = with_rows(do), QKV(*map(with_rows, qkv))
-    grads = [absent(do) for _ in range(5)]
-    if any(needs[:3]):
+    grads = [absent(do)] * 5
+    if needs[0] or needs[1] or needs[2]:
         parts = _context_backward(do, qkv, output, scores, form.composition)
         for i in range(3):
             grads[i] = parts[i] if needs[i] else grads[i]
-    dq = grads[0] if needs[0] else None
-    prefix_grads = _prefix_backward(do, qkv.q, prefix, output, scores.scale, form, dq)
+    dq, length, dim = grads[0] if needs[0] else None, prefix.prefix_k.shape[1], qkv.q.shape[-1]
+    covered = covers_rows(qkv.q) and length <= MAX_PREFIX and dim <= MAX_HEAD_DIM
+    backward = _prefix_by_cpp if covered else _prefix_by_blocks
+    prefix_grads = backward(do, qkv.q, prefix, output, scores.scale, form, dq)
     for i, (grad, like) in enumerate(zip(prefix_grads, prefix), 3):
         if needs[i]:
             grads[i] = reduce_heads(grad, prefix.prefix_k.shape[0]).to(like.dtype)
@@ -199,7 +196,7 @@ def _context_backward(
     return tuple(map(heads_last, parts))
 
 
-def _prefix_backward(
+def _prefix_by_cpp(
     do: Tensor,
     q: Tensor,
     prefix: Prefix,
@@ -210,15 +207,26 @@ def _prefix_backward(
 ) -> tuple[Tensor, Tensor]:
     """Add the prefix's part to ``dq`` in place; return dpk, dpv (H, P, D), summed over the batch
     in one fixed order."""
+    (pk, pv), shape = prefix, (q.shape[1], *prefix.prefix_k.shape[1:])
+    dpk, dpv = q.new_empty(2, *shape, dtype=torch.float32)
+    do, o = with_rows(do), with_rows(output.o)
+    kind = (form.form == "relu", form.composition == "gated")
+    small = pk.detach().float(), pv.detach().float()
+    cpp.prefix_backward_(dq, dpk, dpv, do, q, *small, o, output.lse, scale, *kind)
+    return dpk, dpv
+
+
+def _prefix_by_blocks(
+    do: Tensor,
+    q: Tensor,
+    prefix: Prefix,
+    output: AttentionOutput,
+    scale: float,
+    form: Form,
+    dq: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same by the library's GEMMs, in blocks of rows that stay in cache."""
     (o, lse, _, _), heads, length = output, q.shape[1], prefix.prefix_k.shape[1]
-    if _covers(q, length):
-        wide = [p.detach().float() for p in prefix]
-        shape = (heads, *prefix.prefix_k.shape[1:])
-        dpk, dpv = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
-        do, o = with_rows(do), with_rows(o)
-        kind = (form.form == "relu", form.composition == "gated")
-        cpp.prefix_backward_(dq, dpk, dpv, do, q, *wide, o, lse, scale, *kind)
-        return dpk, dpv
     pk, pv = (expand_heads(p.to(lse.dtype), heads) for p in prefix)
     wide = Prefix(scale * pk, pv)
     grads = torch.zeros_like(wide.prefix_k), torch.zeros_like(pv)

@@ -32,8 +32,7 @@ from pelt_fast.ops.common.bundles import (
     Scores,
     absent,
 )
-from pelt_fast.ops.common.chunking import block_elements
-from pelt_fast.ops.common.dropout import keep_mask, keep_scale
+from pelt_fast.ops.common.dropout import block_elements, keep_mask, keep_scale
 from pelt_fast.ops.common.heads import (
     context_scores,
     expand_heads,

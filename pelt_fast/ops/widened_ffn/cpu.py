@@ -14,32 +14,29 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pelt_fast.ops.common.bundles import (
     Bottleneck,
-    Dropout,
     FFNMatrices,
     FFNSettings,
     FrozenFFN,
     Packed,
     absent,
 )
-from pelt_fast.ops.common.chunking import drop, fill
-from pelt_fast.ops.common.dropout import ffn_dropouts
+from pelt_fast.ops.common.dropout import drop, ffn_dropouts
 from pelt_fast.ops.common.gradients import (
     activation_backward,
     down_gradients,
+    fill,
     stacked_input_gradient,
     up_gradients,
 )
 from pelt_fast.ops.common.passes import (
     activate,
     activation_buffer,
-    packed_product,
+    covers_rows,
+    out_projection,
     stacked_linear,
-    summed_bias,
-    up,
 )
 
 
@@ -53,6 +50,7 @@ def ffn_forward(
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     bottleneck_drop, inner_drop, output_drop = ffn_dropouts(settings)
+    covered = covers_rows(x)
     pre = stacked_linear(x, adapter_x, ffn, adapter, packed.packed)
     gated = ffn.gate_weight is not None
     inner, rank = ffn.in_weight.shape[0], adapter.down_weight.shape[0]
@@ -60,35 +58,17 @@ def ffn_forward(
     first = inner if gated else 0
     z = pre[:, inner : 2 * inner] if gated else None
     p, seed = inner_drop
-    activate(settings.ffn_activation, pre[:, :inner], act[:, :inner], linear=z, p=p, seed=seed)
+    activate(
+        settings.ffn_activation, pre[:, :inner], act[:, :inner], linear=z, p=p, seed=seed,
+        covered=covered,
+    )  # fmt: skip
     t, h = pre[:, first + inner : first + inner + rank], act[:, inner : inner + rank]
     p, seed = bottleneck_drop
-    activate(settings.activation, t, h, p=p, seed=seed)
-    y = _out_projection(act, inner, ffn, adapter, packed.packed_out, settings.scale, output_drop)
+    activate(settings.activation, t, h, p=p, seed=seed, covered=covered)
+    y = out_projection(
+        act, inner, ffn, adapter, packed.packed_out, settings.scale, output_drop, covered=covered
+    )
     return y, pre if keep_pre else absent(pre)
-
-
-def _out_projection(
-    act: Tensor,
-    inner: int,
-    ffn: FrozenFFN,
-    adapter: Bottleneck,
-    packed_out: Tensor | None,
-    scale: float,
-    output_drop: tuple[float, Tensor | None],
-) -> Tensor:
-    """drop(A W2ᵀ + b2) + s (H Uᵀ + u), A and H the columns of ``act``."""
-    p, seed = output_drop
-    up_weight, up_bias, rank = adapter.up_weight, adapter.up_bias, adapter.up_weight.shape[1]
-    if seed is None and packed_out is not None:
-        bias = summed_bias(ffn.out_bias, up_bias, scale, act.dtype)
-        return packed_product(act[:, : inner + rank], packed_out, bias)
-    a, h = act[:, :inner], act[:, inner : inner + rank]
-    if seed is None:
-        y = F.linear(a, ffn.out_weight, summed_bias(ffn.out_bias, up_bias, scale, act.dtype))
-        return up(y, h, up_weight, scale=scale, in_place=True)
-    y = F.linear(a, ffn.out_weight, ffn.out_bias)
-    return up(y, h, up_weight, up_bias, scale, p=p, seed=seed, in_place=True)
 
 
 def ffn_backward(
@@ -102,13 +82,15 @@ def ffn_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     bottleneck_drop, inner_drop, output_drop = ffn_dropouts(settings)
-    grads = [absent(dy) for _ in range(6)]
+    grads, covered = [absent(dy)] * 6, covers_rows(dy)
     rank, width = weights.down_weight.shape[0], weights.in_weight.shape[0]
     first = width if weights.gate_weight is None else 2 * width
     first = 0 if pre.shape[1] == rank else first
     t = pre[:, first : first + rank]
     p, seed = bottleneck_drop
-    h = activate(settings.activation, t, p=p, seed=seed) if needs[3] else None
+    h = None
+    if needs[3]:
+        h = activate(settings.activation, t, p=p, seed=seed, covered=covered)
     need_dt = any(needs[:3]) or needs[5]
     in_one = needs[0] and packed.packed_out is not None and output_drop.seed is None
     d_pre = dt = None
@@ -118,7 +100,7 @@ def ffn_backward(
         dt = d_pre[:, first : first + rank]
     _, *found = up_gradients(
         dy, h, weights.up_weight, settings.scale, need_dh=need_dt and not in_one,
-        need_bias=needs[4], dh=dt,
+        need_bias=needs[4], dh=dt, covered=covered,
     )  # fmt: skip
     fill(grads, [3, 4], found)
     if not need_dt:
@@ -127,29 +109,24 @@ def ffn_backward(
         start = first - width
         both = d_pre[:, start : start + width + rank]
         torch.mm(dy, packed.packed_out[:, : width + rank], out=both)
-    activation_backward(settings.activation, dt, t, p=p, seed=seed)
+    activation_backward(settings.activation, dt, t, p=p, seed=seed, covered=covered)
     if needs[2]:
         grads[2] = dt.sum(0, dtype=weights.down_weight.dtype)
     if needs[1] or needs[5]:
-        found = down_gradients(dt, x, weights.down_weight, need_dx=needs[5], need_da=needs[1])
+        found = down_gradients(
+            dt, x, weights.down_weight, need_dx=needs[5], need_da=needs[1], covered=covered
+        )
         fill(grads, [5, 1], found)
     if needs[0]:
         if not in_one:
             da = d_pre[:, first - width : first]
             torch.mm(drop(dy, *output_drop), weights.out_weight, out=da)
-        _block_backward(d_pre, pre, weights, settings.ffn_activation, inner_drop)
+        p, seed = inner_drop
+        gate, da = {}, d_pre[:, :width]
+        if weights.gate_weight is not None:
+            gate, da = dict(linear=pre[:, width : 2 * width], dt=da), d_pre[:, width : 2 * width]
+        activation_backward(
+            settings.ffn_activation, da, pre[:, :width], **gate, p=p, seed=seed, covered=covered
+        )
         grads[0] = stacked_input_gradient(d_pre, weights, packed.packed, separate)
     return tuple(grads)
-
-
-def _block_backward(
-    d_pre: Tensor, pre: Tensor, weights: FFNMatrices, activation: str, inner_drop: Dropout
-) -> None:
-    """From dA to dZ, or to dG and dZ, in place in the columns of ``d_pre``."""
-    width, gate = weights.in_weight.shape[0], {}
-    da = d_pre[:, :width]
-    if weights.gate_weight is not None:
-        gate = dict(linear=pre[:, width : 2 * width], dt=da)
-        da = d_pre[:, width : 2 * width]
-    p, seed = inner_drop
-    activation_backward(activation, da, pre[:, :width], **gate, p=p, seed=seed)

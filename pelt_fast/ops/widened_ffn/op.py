@@ -60,12 +60,12 @@ for _op, _name in ((ffn_fwd, "ffn_forward"), (ffn_bwd, "ffn_backward")):
 
 class Buffers(Protocol):
     """Buffers of a site that hold the frozen weights, filled for each call that reads them
-    (:class:`pelt_fast.modules.packing.Packings`)."""
+    (:class:`pelt_fast.modules.packing.Packings`), which holds their lock meanwhile."""
 
-    def filled(
-        self, weights: FFNMatrices, scale: float
-    ) -> contextlib.AbstractContextManager[Packed]:
-        """The stacked weights, this call's among them, while the others wait."""
+    lock: contextlib.AbstractContextManager
+
+    def filled(self, weights: FFNMatrices, scale: float) -> Packed:
+        """The stacked weights, this call's among them."""
 
 
 class Stacked(NamedTuple):
@@ -79,25 +79,17 @@ class Stacked(NamedTuple):
 _arguments = unflatten(Tensor, Tensor, FrozenFFN, Bottleneck, Stacked, FFNSettings)
 
 
-def _matrices(ffn: FrozenFFN, adapter: Bottleneck) -> FFNMatrices:
-    down_weight, up_weight = adapter.down_weight, adapter.up_weight
-    return FFNMatrices(ffn.in_weight, ffn.gate_weight, ffn.out_weight, down_weight, up_weight)
-
-
-def _filled(stacked: Stacked, weights: FFNMatrices, scale: float):
-    """The stacked weights of one call."""
-    if stacked.buffers is None:
-        return contextlib.nullcontext(Packed(stacked.packed, stacked.packed_out))
-    return stacked.buffers.filled(weights, scale)
-
-
-def _forward(args: tuple, keep_pre: bool) -> tuple[Tensor, Tensor]:
-    """y and pre of the Function's arguments."""
+def _forward(args: tuple, keep_pre: bool) -> tuple[Tensor, Tensor, FFNMatrices]:
+    """y and pre of the Function's arguments, and the matrices among these."""
     x, adapter_x, ffn, adapter, stacked, settings = _arguments(*args)
-    with _filled(stacked, _matrices(ffn, adapter), settings.scale) as packed:
-        return ffn_fwd(
+    down, up, buffers = adapter.down_weight, adapter.up_weight, stacked.buffers
+    weights = FFNMatrices(ffn.in_weight, ffn.gate_weight, ffn.out_weight, down, up)
+    with buffers.lock if buffers else contextlib.nullcontext():
+        packed = buffers.filled(weights, settings.scale) if buffers else stacked[:2]
+        y, pre = ffn_fwd(
             x, adapter_x, *ffn, *adapter, *packed, *settings, keep_pre, backend=active.name
         )
+    return y, pre, weights
 
 
 class WidenedFFNFunction(OpFunction):
@@ -110,7 +102,7 @@ class WidenedFFNFunction(OpFunction):
 
     @staticmethod
     def forward(ctx, *args):
-        y, pre = _forward(args, True)
+        y, pre, weights = _forward(args, True)
         x, adapter_x, ffn, adapter, stacked, settings = _arguments(*args)
         need_x, _, _, needs, _, _ = _arguments(*ctx.needs_input_grad)
         if not need_x:
@@ -119,7 +111,7 @@ class WidenedFFNFunction(OpFunction):
             pre = pre[:, first : first + rank].contiguous()
         read = x if adapter_x is None else adapter_x
         ctx.save_for_backward(
-            read if needs.down_weight else None, pre, *_matrices(ffn, adapter), stacked.packed,
+            read if needs.down_weight else None, pre, *weights, stacked.packed,
             stacked.packed_out, settings.seed,
         )  # fmt: skip
         ctx.settings, ctx.backend = settings[:-1], active.name
@@ -132,10 +124,12 @@ class WidenedFFNFunction(OpFunction):
     @once_differentiable
     def backward(ctx, dy):
         x, pre, *weights, packed, packed_out, seed = ctx.saved_tensors
+        buffers, packed = ctx.buffers, Packed(packed, packed_out)
         settings, weights = FFNSettings(*ctx.settings, seed), FFNMatrices(*weights)
         need_x, need_adapter_x, _, adapter_needs, _, _ = _arguments(*ctx.needs_input_grad)
         needs = [need_x, *adapter_needs, need_adapter_x]
-        with _filled(Stacked(packed, packed_out, ctx.buffers), weights, settings.scale) as packed:
+        with buffers.lock if buffers else contextlib.nullcontext():
+            packed = buffers.filled(weights, settings.scale) if buffers else packed
             grads = ffn_bwd(
                 dy.contiguous(), absent(dy) if x is None else x, pre, *weights, *packed, *settings,
                 ctx.separate, needs, backend=ctx.backend,

@@ -1,0 +1,184 @@
+"""What a site runs, decided once and held until something that it rests on has changed.
+
+A decision is taken when a method is injected, and again only when what it rests on is another: a
+projection that was replaced, patched, hooked, quantised, cast or moved, an activation, a dropout
+that nobody knows, the backend of the thread. :class:`Basis` holds what that was, and
+:meth:`Basis.look` compares it, once in each forward. ``explain`` prints what is held.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pelt_fast.ops.common.backends import active
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a site runs.
+
+    Args:
+        plan: the name of it: an op's plan (``dispatch.plan``), or how the site runs without an op.
+        reason: why it is no more than that, None where nothing is missing.
+        runs_op: whether the site's op runs on the frozen weights, and not beside the frozen layer.
+        given: what the op gets of the frozen module, checked for inputs of ``dtype``, ``device``
+            and ``width`` channels. None where the public function checks each call anew.
+        dtype: see ``given``.
+        device: see ``given``.
+        width: see ``given``.
+    """
+
+    plan: str
+    reason: str | None = None
+    runs_op: bool = True
+    given: Any = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    width: int = 0
+
+
+class Basis:
+    """What a decision rests on, each with the value it had."""
+
+    def __init__(self):
+        self.values: list[tuple[dict, str, Any]] = []  # entries of instance dicts
+        self.filled: list[tuple[dict, bool]] = []  # tables of hooks: whether there are any
+        self.kinds: list[tuple[nn.Module, type, Callable]] = []  # a class and its forward
+        self.tensors: list[tuple[Tensor, torch.dtype, torch.device, bool]] = []
+        self.probabilities: list[tuple[Any, str, nn.Module]] = []  # object, attribute, mode's owner
+        self.backend = active.name
+
+    def value(self, table: dict, name: str) -> None:
+        """An entry of ``table``, by identity; it may be missing."""
+        self.values.append((table, name, table.get(name)))
+
+    def attribute(self, owner: Any, name: str) -> None:
+        """What is at ``owner.name``."""
+        tables = (getattr(owner, kind, {}) for kind in ("_modules", "_parameters", "_buffers"))
+        self.value(next((t for t in tables if name in t), owner.__dict__), name)
+
+    def module(self, module: nn.Module, *attributes: str) -> None:
+        """A module whose work an op does: its class and that class's forward, a forward of its
+        own, hooks, and ``attributes``."""
+        self.kinds.append((module, type(module), type(module).forward))
+        for name in ("forward", "_old_forward", "_hf_hook", *attributes):
+            self.value(module.__dict__, name)
+        self.filled += [(t, bool(t)) for t in (getattr(module, name) for name in HOOKS)]
+
+    def linear(self, holder: nn.Module) -> None:
+        """A module that holds a frozen weight: what :meth:`module` says, and its parameters."""
+        self.module(holder)
+        for name, parameter in holder._parameters.items():
+            self.value(holder._parameters, name)
+            if parameter is not None:
+                self.tensor(parameter)
+
+    def tensor(self, tensor: Tensor) -> None:
+        """A tensor's dtype, device and whether it trains."""
+        self.tensors.append((tensor, tensor.dtype, tensor.device, tensor.requires_grad))
+
+    def probability(self, owner: Any, name: str, mode: nn.Module) -> None:
+        """A dropout's probability, read at each look: 0 where ``mode`` is not training."""
+        self.probabilities.append((owner, name, mode))
+
+    def look(self) -> list[float] | None:
+        """The dropouts' probabilities now; None where anything is another than it was, or a
+        dropout is none that the ops know."""
+        if active.name != self.backend:
+            return None
+        for table, name, value in self.values:
+            if table.get(name) is not value:
+                return None
+        for table, filled in self.filled:
+            if bool(table) is not filled:
+                return None
+        for module, kind, forward in self.kinds:
+            if type(module) is not kind or kind.forward is not forward:
+                return None
+        for tensor, dtype, device, trains in self.tensors:
+            if (
+                tensor.dtype is not dtype
+                or tensor.device != device
+                or tensor.requires_grad is not trains
+            ):
+                return None
+        found = []
+        for owner, name, mode in self.probabilities:
+            p = (getattr(owner, name) or 0.0) if mode.training else 0.0
+            if not isinstance(p, (int, float)) or not 0 <= p < 1:
+                return None
+            found.append(float(p))
+        return found
+
+
+class Held:
+    """A decision with its basis. It is of one object: copies and pickles hold none, and take their
+    own."""
+
+    def __init__(self, decision: Decision, basis: Basis):
+        self.decision, self.basis = decision, basis
+
+    def __reduce__(self):
+        return _no_decision, ()
+
+
+def _no_decision() -> None:
+    return None
+
+
+class DecidesOnce:
+    """Mixin of a site: it implements :meth:`decide` and :meth:`rests_on`, and asks
+    :meth:`decided` in its forward."""
+
+    _held: Held | None = None
+
+    def decide(self) -> Decision:
+        """Take the decision."""
+        raise NotImplementedError
+
+    def rests_on(self, basis: Basis) -> None:
+        """Tell ``basis`` what :meth:`decide` looks at, and the dropouts to read in each forward."""
+        raise NotImplementedError
+
+    def decision(self) -> Decision:
+        """The decision in force, for a reader (``explain``)."""
+        if self._held is None or self._held.basis.look() is None:
+            self._decide_now()
+        return self._held.decision
+
+    def decided(self, x: Tensor) -> tuple[Decision, list[float] | None]:
+        """The decision in force, and the probabilities of the dropouts now; None in their place
+        where the public function has to check what the op gets: for another input than the
+        decision was taken for, under autocast, while a graph is traced."""
+        if torch.compiler.is_compiling():
+            return self.decide(), None
+        held = self._held
+        probabilities = None if held is None else held.basis.look()
+        if probabilities is None:
+            held = self._decide_now()
+            probabilities = held.basis.look()
+        decision = held.decision
+        if (
+            decision.given is None
+            or x.dtype is not decision.dtype
+            or x.shape[-1] != decision.width
+            or x.device != decision.device
+            or torch.is_autocast_enabled(decision.device.type)
+        ):
+            return decision, None
+        return decision, probabilities
+
+    def _decide_now(self) -> Held:
+        basis = Basis()
+        self.rests_on(basis)
+        self._held = held = Held(self.decide(), basis)
+        return held
+
+    def decide_again(self) -> None:
+        """Drop what is held: weights were moved."""
+        self._held = None

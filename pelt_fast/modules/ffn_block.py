@@ -1,0 +1,118 @@
+"""The frozen feed-forward block of one layer, as a site finds it."""
+
+from torch import Tensor, nn
+
+from pelt_fast.ops.common.bundles import FrozenFFN
+
+from .activation import name_of
+from .decision import Basis
+from .frozen_module import FrozenModule, described, is_repatched
+from .late import Attribute, Dropout
+
+
+class FFNBlock:
+    """The feed-forward block of one layer: its projections, its activation and its own dropouts,
+    the last two read when they are needed.
+
+    Args:
+        block: the module whose call is the whole block, None where the layer spells it out.
+        in_proj: the projection of the input; with a gate, the one that is multiplied.
+        out_proj: the projection of the output.
+        gate_proj: the gate's projection, or None.
+        activation: where the activation is.
+        activation_dropout: the dropout behind it.
+        output_dropout: the dropout on the block's output.
+        projections_at: where the projections were found.
+        why_itself: why the block does more than this class knows, if so: it then runs its own
+            forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        block: nn.Module | None,
+        in_proj: nn.Module,
+        out_proj: nn.Module,
+        gate_proj: nn.Module | None,
+        activation: Attribute,
+        activation_dropout: Dropout,
+        output_dropout: Dropout,
+        projections_at: list[Attribute],
+        why_itself: str | None = None,
+    ):
+        self.in_proj, self.out_proj = FrozenModule(in_proj), FrozenModule(out_proj)
+        self.gate_proj = None if gate_proj is None else FrozenModule(gate_proj)
+        self.activate = activation
+        self.activation_dropout, self.output_dropout = activation_dropout, output_dropout
+        self.block = None if block is None else FrozenModule(block)
+        self._forward = None if block is None else type(block).forward
+        self._projections_at = [(place, place.value) for place in projections_at]
+        self._why_itself = why_itself
+
+    @property
+    def activation(self) -> str | None:
+        """The name the ops know the activation by, or None."""
+        return name_of(self.activate.value)
+
+    @property
+    def projections(self) -> list[FrozenModule]:
+        """gate (if any), in, out."""
+        gate = [] if self.gate_proj is None else [self.gate_proj]
+        return [*gate, self.in_proj, self.out_proj]
+
+    def rests_on(self, basis: Basis) -> None:
+        """Tell ``basis`` what :meth:`why_not_fused` looks at."""
+        if self.block is not None:
+            basis.module(self.block.module)
+        self.activate.rests_on(basis)
+        for attribute, _ in self._projections_at:
+            attribute_owner, name = attribute.source
+            basis.attribute(attribute_owner, name)
+        for projection in self.projections:
+            projection.rests_on(basis)
+
+    def why_not_fused(self) -> str | None:
+        """The reason the block cannot run as one op, or None."""
+        if self._why_itself is not None:
+            return self._why_itself
+        if self.block is not None and is_repatched(self.block.module, self._forward):
+            return "the forward of the block's class was replaced"
+        if self.activation is None:
+            return f"the ops do not know its activation ({described(self.activate.value)})"
+        if not all(at.value is projection for at, projection in self._projections_at):
+            return "a projection is not the one that was there at inject"
+        if not all(projection.is_plain for projection in self.projections):
+            return (
+                "a projection is not a plain frozen nn.Linear (LoRA on it, trained, hooked,"
+                " patched, offloaded or quantised)"
+            )
+        if len({projection.module.weight.dtype for projection in self.projections}) > 1:
+            return "its projections are of several dtypes"
+        if any(p is None or p >= 1 for p in (self.activation_dropout.p, self.output_dropout.p)):
+            return "the ops do not know its dropout"
+        return None
+
+    def weights(self) -> FrozenFFN:
+        """The frozen weights as the op takes them."""
+        gate = None if self.gate_proj is None else self.gate_proj.module
+        in_proj, out_proj = self.in_proj.module, self.out_proj.module
+        return FrozenFFN(
+            in_proj.weight, in_proj.bias, None if gate is None else gate.weight,
+            None if gate is None else gate.bias, out_proj.weight, out_proj.bias,
+        )  # fmt: skip
+
+    def held_weights(self) -> FrozenFFN | None:
+        """The same, where they stay the same tensors as long as the basis holds; else None."""
+        held = [projection.held_weight() for projection in self.projections]
+        return None if None in held else self.weights()
+
+    def __call__(self, x: Tensor, output_dropout: bool = True) -> Tensor:
+        """The block as the model itself runs it, output dropout included unless told."""
+        if self.block is not None and (output_dropout or self.output_dropout.at is None):
+            return self.block.bare(x)
+        if self.gate_proj is None:
+            h = self.activate.run(self.in_proj(x))
+        else:
+            h = self.activate.run(self.gate_proj(x)) * self.in_proj(x)
+        y = self.out_proj(self.activation_dropout(h))
+        return self.output_dropout(y) if output_dropout else y
