@@ -15,7 +15,7 @@ from benchmarks import decode, demo, figures, layer, model, predict, profile, ta
 from benchmarks.common import REPOSITORY, merged, newest, not_superseded, parts, table
 from pelt_fast import PeltConfig, inject
 from pelt_fast.presets import formula, methods
-from tests.small import MODELS
+from pelt_fast.testing.models import MODELS
 
 DOCS = REPOSITORY / "docs"
 README = REPOSITORY / "README.md"
