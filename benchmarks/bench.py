@@ -1,4 +1,7 @@
-"""``pelt-fast bench``: from the options of the command to a run, a table, a file and figures."""
+"""``pelt-fast bench``: from its arguments to a run, a table, a result file and figures.
+
+python -m benchmarks.bench layer --quick
+"""
 
 import argparse
 import dataclasses
@@ -9,12 +12,25 @@ from pathlib import Path
 
 import torch
 
-from . import layer, model, peers, text
+from . import arguments, layer, model, peers, text
 from .record import Record
 from .subjects import Setting
 
 RUNS = Path("runs/bench")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(given: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        return run(arguments.parse(given))
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"pelt-fast bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pelt-fast bench: stopped", file=sys.stderr)
+        return 130
 
 
 def run(options: argparse.Namespace) -> int:
@@ -150,3 +166,7 @@ def _predict(options: argparse.Namespace) -> int:
     finally:
         _finish(options, record, predict.report)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
