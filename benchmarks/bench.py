@@ -34,7 +34,7 @@ def main(given: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0 when everything ran; what was refused or failed is in the table."""
+    """Run what was asked for; returns 0. The table tells what was refused or failed."""
     if options.level == "predict":
         return _predict(options)
     if options.level == "traffic":
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if act is model:
         quiet()
     plan = _layer(options) if act is layer else _model(options)
-    act.wanted(plan)  # names first: a wrong one leaves nothing behind
+    act.wanted(plan)  # names are checked before anything is written
     peers.chosen(options.peer)
     torch.manual_seed(0)
     record = _record(options, _part(options, plan.models))
@@ -116,7 +116,7 @@ def _layer(options: argparse.Namespace) -> layer.Plan:
 def _model(options: argparse.Namespace) -> model.Plan:
     device = _device(options)
     if options.text is not None:
-        text.lengths(options.text)  # a file that is none is said before anything is written
+        text.lengths(options.text)  # a missing file is an error before anything is written
     return dataclasses.replace(
         model.QUICK if options.quick else model.Plan(), device=device,
         dtype=_dtype(options, device), target=options.target,
@@ -128,7 +128,7 @@ def _model(options: argparse.Namespace) -> model.Plan:
 
 
 def quiet() -> None:
-    """No warnings and no bars of transformers' own."""
+    """Turn off transformers' warnings and progress bars."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -136,7 +136,7 @@ def quiet() -> None:
 
 
 def _uncompiled() -> None:
-    """Let the kernels be defined without a GPU: they are counted, never launched."""
+    """Without a GPU, define the kernels as interpreted ones: they are counted, not launched."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

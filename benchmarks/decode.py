@@ -1,11 +1,11 @@
-"""Decoding with unmerged methods, time per token against the frozen model, in one run.
+"""Decoding with unmerged methods: time per token, compared with the frozen model in one run.
 
     python -m benchmarks.decode            prints the table
     python -m benchmarks.decode --record   also writes benchmarks/results/
 
 BART-base shapes, random weights, a source of 64 tokens. One step: the decoder on one token a row
-with a cache of 32, so M = 1, 8 and 32 tokens through each linear layer. A method's rank parts read
-(K + N) R of weights beside the K N of a projection: what a step of few rows is made of.
+with a cache of 32, so M = 1, 8 and 32 tokens through each linear layer. With so few rows the time
+of a step is the time to read weights: K N of a projection, and (K + N) R of a method's rank part.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def decoding(model: BartForConditionalGeneration, batch: int):
 def measure(
     repeats: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, dict[str, list[float]]]:
-    """Batch -> provider -> seconds of a token, every repeat."""
+    """Seconds of a token in every repeat, by batch and provider."""
     device = device or torch.device("cpu")
     found = {name: model.to(device, dtype) for name, model in models().items()}
     result = {}
@@ -80,7 +80,7 @@ def measure(
 
 
 def medians(repeats: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """What the table shows."""
+    """The median of the repeats, by batch and provider."""
     return {b: {n: median(times) for n, times in found.items()} for b, found in repeats.items()}
 
 

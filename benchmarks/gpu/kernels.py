@@ -23,7 +23,7 @@ def wrong(case: KernelCase, seed: Tensor) -> str | None:
 
 
 def compiled(case: KernelCase, device: torch.device) -> float | str:
-    """Milliseconds of torch.compile of the plain expression, or why there is none."""
+    """Milliseconds of torch.compile of the plain expression, or the reason for no time."""
     if device.type != "cuda":
         return "on a GPU only"
     try:

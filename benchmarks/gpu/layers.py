@@ -31,7 +31,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's floor and what stands beside it: name -> function of the input."""
+    """A layer: its floor, and the providers by name, each a function of the input."""
 
     name: str
     shape: tuple[int, ...]
@@ -154,7 +154,7 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
 
 
 def step(layer: Layer, function: Callable | Forced, x, dy) -> Callable[[], None]:
-    """Forward and backward to the input; every provider's gradients start from none."""
+    """Forward and backward to the input; every provider's gradients start as None."""
     if isinstance(function, Forced):
         inner = step(layer, function.function, x, dy)
 

@@ -1,4 +1,4 @@
-"""The frozen layer: the cost nobody goes below."""
+"""The frozen layer: the floor of every method's cost."""
 
 from collections.abc import Iterator
 
