@@ -1,4 +1,4 @@
-"""Whole layers, forward and backward, against the frozen layer and peers: the targets."""
+"""Whole layers, forward and backward, compared with the frozen layer and the peers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -204,7 +204,7 @@ def predicted(known: dict[tuple[str, str], float], layer: str, provider: str) ->
 
 
 def run(record: Record, device: torch.device, sizes: Layers | None = None) -> int:
-    """Measure every layer; a provider that fails is a row that says so."""
+    """Measure every layer. A provider that fails gets a row with the error."""
     rows, missed, known = [], 0, predictions()
     for layer in layers(device, sizes or Layers()):
         if not record.in_time:
