@@ -1,7 +1,7 @@
 """docs/api.md: every public name, its signature and docstring, from the package itself.
 
 python -m benchmarks.api           writes the page
-python -m benchmarks.api --check   exit 1 when it is not what the package says
+python -m benchmarks.api --check   exit 1 when the page differs from the package
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""``pelt-fast bench``: from the options of the command to a run, a table, a file and figures."""
+"""``pelt-fast bench``: from its arguments to a run, a table, a result file and figures.
+
+python -m benchmarks.bench layer --quick
+"""
 
 import argparse
 import dataclasses
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import layer, model, peers, text
+from . import arguments, layer, model, peers, text
 from .record import Record
 from .subjects import Setting
 
@@ -17,8 +20,21 @@ RUNS = Path("runs/bench")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def main(given: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        return run(arguments.parse(given))
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"pelt-fast bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pelt-fast bench: stopped", file=sys.stderr)
+        return 130
+
+
 def run(options: argparse.Namespace) -> int:
-    """0 when everything ran; what was refused or failed is in the table."""
+    """Run what was asked for; returns 0. The table tells what was refused or failed."""
     if options.level == "predict":
         return _predict(options)
     if options.level == "traffic":
@@ -27,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if act is model:
         quiet()
     plan = _layer(options) if act is layer else _model(options)
-    act.wanted(plan)  # names first: a wrong one leaves nothing behind
+    act.wanted(plan)  # names are checked before anything is written
     peers.chosen(options.peer)
     torch.manual_seed(0)
     record = _record(options, _part(options, plan.models))
@@ -100,7 +116,7 @@ def _layer(options: argparse.Namespace) -> layer.Plan:
 def _model(options: argparse.Namespace) -> model.Plan:
     device = _device(options)
     if options.text is not None:
-        text.lengths(options.text)  # a file that is none is said before anything is written
+        text.lengths(options.text)  # a missing file is an error before anything is written
     return dataclasses.replace(
         model.QUICK if options.quick else model.Plan(), device=device,
         dtype=_dtype(options, device), target=options.target,
@@ -112,7 +128,7 @@ def _model(options: argparse.Namespace) -> model.Plan:
 
 
 def quiet() -> None:
-    """No warnings and no bars of transformers' own."""
+    """Turn off transformers' warnings and progress bars."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -120,7 +136,7 @@ def quiet() -> None:
 
 
 def _uncompiled() -> None:
-    """Let the kernels be defined without a GPU: they are counted, never launched."""
+    """Without a GPU, define the kernels as interpreted ones: they are counted, not launched."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -150,3 +166,7 @@ def _predict(options: argparse.Namespace) -> int:
     finally:
         _finish(options, record, predict.report)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,12 @@
-"""Counts the bytes that a piece of work reads and writes, operation by operation.
+"""Count the bytes that a function reads and writes, operation by operation.
 
-A library operation reads its inputs and writes its outputs; a view is free, and so is memory that
-is only reserved. A Triton kernel touches each of its tensor arguments once (``TWICE`` names those
-it reads and writes through one pointer): it is not run, its arguments are counted, which is what
-the traffic in its file's head is. Weights are left out, and integers, which stand for masks that
-kernels make in registers. What stays in a cache between two operations counts all the same.
-Beside the bytes of activations each operation has its flops, the bytes of weights it reads and the
-dropout masks it draws: what ``predict.py`` turns into times.
+A library operation reads its inputs and writes its outputs. A view counts nothing, and neither does
+memory that is only reserved. A Triton kernel is not run: each of its tensor arguments counts once
+(``TWICE`` names those that it reads and writes through one pointer), as in the "Traffic" line of
+its file. Weights do not count. Integers do not count: they are masks, which kernels make in
+registers. Data that stays in a cache between two operations counts like all other data. For
+``predict.py`` each operation also has its flops, the bytes of the weights it reads, and the dropout
+masks it draws.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class Operation:
 
 
 def storage(tensor: Tensor) -> int:
-    """What tells one memory from another, on the meta device too."""
+    """A key of the tensor's memory, on the meta device too."""
     return tensor.untyped_storage()._cdata
 
 
@@ -62,7 +62,7 @@ def elements(tensor: Tensor) -> int:
 
 
 class Counter(TorchDispatchMode):
-    """Inside, ``bytes`` grows by what is moved, storages of ``weights`` left out."""
+    """Counts the bytes moved inside the context; the storages of ``weights`` do not count."""
 
     def __init__(self, weights: Iterable[Tensor]):
         super().__init__()
@@ -120,7 +120,7 @@ class Counter(TorchDispatchMode):
         return storage(tensor) in self.known
 
     def _opened(self, function, arguments):
-        """Run one of our ops by what it is made of, where this mode sees it."""
+        """Run one of our ops as the operations it consists of, so that this mode sees them."""
         from pelt_fast.ops.common.library import OPS
 
         op = OPS[function._schema.name.removeprefix("pelt_fast::")]
@@ -129,7 +129,7 @@ class Counter(TorchDispatchMode):
 
 
 def _flops(function, arguments, keywords: dict, result) -> float:
-    """Of a library operation."""
+    """Flops of a library operation."""
     name = function._schema.name.removeprefix("aten::")
     if name.startswith(_ATTENTION):
         backward = name.endswith("backward")
@@ -144,7 +144,7 @@ def _flops(function, arguments, keywords: dict, result) -> float:
 
 @contextlib.contextmanager
 def counted_kernels(counter: Counter) -> Iterator[None]:
-    """Inside, Triton kernels are not launched: their arguments are counted."""
+    """In this context Triton kernels are not launched: their arguments are counted."""
     from triton.runtime import interpreter, jit
 
     def launch(kernel, *arguments, grid, warmup, **keywords):
@@ -180,7 +180,7 @@ def _drawn(kernel: str, tensors: dict[str, Tensor]) -> int:
 
 
 def bytes_moved(work: Callable[[], object], weights: Iterable[Tensor]) -> Counter:
-    """What ``work()`` moves."""
+    """The bytes that ``work()`` moves."""
     counter = Counter(weights)
     with counter:
         work()

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parent.parent
 def interleaved(
     steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 2
 ) -> dict[str, float]:
-    """Median seconds of each step; one of each in turn, so that drift hits all alike."""
+    """Median seconds of each step. The steps take turns, so that drift is equal for all."""
     turns = {name: lambda _, step=step: step() for name, step in steps.items()}
     return {n: statistics.median(t) for n, t in rounds(turns, repeats, warmup).items()}
 
@@ -38,7 +38,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a saved output would hold its own node: a cycle nobody collects
+        return tensor.detach()  # a saved output would refer to its own node: a reference cycle
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
@@ -57,7 +57,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(value: float | None, form: str, scale: float = 1.0) -> str:
-    """A number of a table; nothing where it is not known."""
+    """A number of a table; "" when it is not known."""
     return "" if value is None or value != value else format(value * scale, form)
 
 
@@ -76,7 +76,7 @@ def machine() -> dict:
 
 
 def _command() -> str:
-    """What was typed, without the folders of this machine."""
+    """The command line, without the folders of this machine."""
     given = sys.orig_argv
     words = ["python", *given[given.index("-m") :]] if "-m" in given else sys.argv
     return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
@@ -104,8 +104,8 @@ def _device() -> str:
 
 
 def result_path(name: str, about: dict, folder: Path | None = None) -> Path:
-    """``<device>-<date>-<commit>-<name>.json``, numbered where there is one: results are never
-    written over."""
+    """``<device>-<date>-<commit>-<name>.json``, with a number if that file exists: a result is
+    never overwritten."""
     kind = "cpu" if about["device"].startswith("CPU") else about["device"].split()[-1].lower()
     folder = RESULTS if folder is None else folder
     stem = f"{kind}-{about['time'][:10]}-{about['commit']}-{name}"
@@ -117,7 +117,7 @@ def result_path(name: str, about: dict, folder: Path | None = None) -> Path:
 
 
 def dump(path: Path, data: dict) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON. An interrupted write leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(data, indent=1) + "\n")
@@ -133,7 +133,7 @@ def write(name: str, result: dict, folder: Path | None = None) -> Path:
 
 
 def load(path: Path) -> dict:
-    """A result file; ValueError names one that is not."""
+    """Read a result file. Raises ValueError for a file that is not one."""
     try:
         result = json.loads(path.read_text())
         result["machine"]["time"]
@@ -148,12 +148,13 @@ def newest(name: str) -> dict:
 
 
 def newest_path(name: str) -> Path:
-    """Its file; FileNotFoundError when there is none."""
+    """The file of the newest committed result. Raises FileNotFoundError without one."""
     return paths_of(name)[0]
 
 
 def paths_of(name: str) -> list[Path]:
-    """Its committed results, newest first; FileNotFoundError when there is none."""
+    """The files of all committed results called ``name``, newest first. Raises FileNotFoundError
+    without one."""
     paths = [path for path in RESULTS.glob("*.json") if _part(path) == name]
     if not paths:
         raise FileNotFoundError(f"no result {name!r} in {RESULTS}")
@@ -179,7 +180,7 @@ def merged(name: str) -> list[dict]:
 
 
 def parts(start: str) -> list[str]:
-    """The parts with a committed result whose names start so."""
+    """The parts whose name begins with ``start`` and that have a committed result."""
     return sorted({part for part in map(_part, RESULTS.glob("*.json")) if part.startswith(start)})
 
 

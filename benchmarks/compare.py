@@ -1,10 +1,10 @@
-"""What became slower or bigger between two results of the same part, beyond their noise.
+"""What became slower or larger between two results of the same part, by more than their noise.
 
     python -m benchmarks.compare A.json B.json
 
-Times are compared as ratios to the frozen layer or model of the same run where there is one: two
-machines, or two loads of one, then still compare. A time has changed when the quartiles of A and B
-do not overlap and the medians differ by 3 % or more; a count when it differs by 1 %.
+Times are compared as ratios to the frozen layer or model of the same run, if the run has one. So
+results of two machines, or of two loads, can be compared. A time has changed when the quartiles of
+A and B do not overlap and the medians differ by 3 % or more; a count when it differs by 1 %.
 Exit status 1 when something is worse, 2 for bad input.
 """
 

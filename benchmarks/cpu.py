@@ -1,4 +1,4 @@
-"""What the C++ ops are for: the layers of a CPU, each beside the frozen layer and every peer.
+"""The layers that the C++ ops are for, on a CPU, each compared with the frozen layer and all peers.
 
 python -m benchmarks.cpu [--record] [--repeats 15]    about two minutes on two cores
 

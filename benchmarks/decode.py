@@ -1,11 +1,12 @@
-"""Decoding with unmerged methods, time per token against the frozen model, in one run.
+"""Decoding with unmerged methods: time per token, compared with the frozen model in one run.
 
-    python -m benchmarks.decode            prints the table
-    python -m benchmarks.decode --record   also writes benchmarks/results/
+    python -m benchmarks.decode                               prints the table
+    python -m benchmarks.decode --batch 1 --method mam lora   only these
+    python -m benchmarks.decode --record                      also writes benchmarks/results/
 
 BART-base shapes, random weights, a source of 64 tokens. One step: the decoder on one token a row
-with a cache of 32, so M = 1, 8 and 32 tokens through each linear layer. A method's rank parts read
-(K + N) R of weights beside the K N of a projection: what a step of few rows is made of.
+with a cache of 32, so M = 1, 8 and 32 tokens through each linear layer. With so few rows the time
+of a step is the time to read weights: K N of a projection, and (K + N) R of a method's rank part.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import pelt_fast
 from benchmarks.common import table, write
 from benchmarks.timing import rounds
 from pelt_fast.injection.generate import generating
+from pelt_fast.presets import method as preset
 
 BATCHES, SOURCE, PAST, STEPS = (1, 8, 32), 64, 32, 8
 # sizes near half a percent to one percent of BART-base, as for an adapted model that is served
@@ -29,8 +31,9 @@ METHODS = {
 }  # fmt: skip
 
 
-def models() -> dict[str, torch.nn.Module]:
-    """The frozen model, each method unmerged, and LoRA merged."""
+def models(methods: tuple[str, ...]) -> dict[str, torch.nn.Module]:
+    """The frozen model, each method unmerged, and LoRA merged. Sizes are those of ``METHODS``, else
+    the preset's."""
     torch.manual_seed(0)
     config = BartConfig(
         d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
@@ -38,10 +41,11 @@ def models() -> dict[str, torch.nn.Module]:
     )  # fmt: skip
     frozen = BartForConditionalGeneration(config).eval().requires_grad_(False)
     found = {"frozen": frozen}
-    for name, changes in METHODS.items():
-        method = pelt_fast.methods()[name].replace(**changes)
+    for name in methods:
+        method = preset(name).replace(**METHODS.get(name, {}))
         found[name] = pelt_fast.inject(copy.deepcopy(frozen), method).eval()
-    found["lora merged"] = pelt_fast.merge(copy.deepcopy(found["lora"]))
+    if "lora" in found:
+        found["lora merged"] = pelt_fast.merge(copy.deepcopy(found["lora"]))
     return found
 
 
@@ -66,13 +70,15 @@ def decoding(model: BartForConditionalGeneration, batch: int):
 
 
 def measure(
-    repeats: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> dict[str, dict[str, list[float]]]:
-    """Batch -> provider -> seconds of a token, every repeat."""
-    device = device or torch.device("cpu")
-    found = {name: model.to(device, dtype) for name, model in models().items()}
+    repeats: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32, *,
+    methods: tuple[str, ...] | None = None, batches: tuple[int, ...] | None = None,
+) -> dict[str, dict[str, list[float]]]:  # fmt: skip
+    """Seconds of a token in every repeat, by batch and provider; without ``methods`` and
+    ``batches``, of ``METHODS`` and ``BATCHES``."""
+    device, methods = device or torch.device("cpu"), methods or tuple(METHODS)
+    found = {name: model.to(device, dtype) for name, model in models(methods).items()}
     result = {}
-    for batch in BATCHES:
+    for batch in batches or BATCHES:
         steps = {name: decoding(model, batch) for name, model in found.items()}
         seconds = rounds(steps, repeats, device=device)
         result[str(batch)] = {name: [s / STEPS for s in times] for name, times in seconds.items()}
@@ -80,7 +86,7 @@ def measure(
 
 
 def medians(repeats: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """What the table shows."""
+    """The median of the repeats, by batch and provider."""
     return {b: {n: median(times) for n, times in found.items()} for b, found in repeats.items()}
 
 
@@ -100,12 +106,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--method", nargs="+", default=METHODS, metavar="NAME",
+                        help=f"presets; default: {' '.join(METHODS)}")  # fmt: skip
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES, help="rows of a step")
     options = parser.parse_args()
-    repeats = measure(options.repeats)
+    methods, batches = tuple(options.method), tuple(options.batch)
+    for name in methods:
+        if name not in pelt_fast.methods():
+            parser.error(f"unknown method {name!r}: choose {', '.join(pelt_fast.methods())}")
+    if min(batches) < 1 or options.repeats < 1:
+        parser.error("--batch and --repeats must be at least 1")
+    repeats = measure(options.repeats, methods=methods, batches=batches)
     seconds = medians(repeats)
     print(report(seconds))
     if options.record:
-        shape = dict(source=SOURCE, past=PAST, steps=STEPS, methods=METHODS)
+        sizes = {name: METHODS.get(name, {}) for name in methods}
+        shape = dict(source=SOURCE, past=PAST, steps=STEPS, methods=sizes)
         result = dict(shape=shape, seconds=seconds, repeats=repeats)
         path = write("decode", result)
         print(f"wrote {path.name}")

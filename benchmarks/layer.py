@@ -1,9 +1,9 @@
-"""Layers with a method on them: time of forward and of forward + backward to the input, and what
-is kept for backward, ours, the frozen layer's and every peer's, interleaved in one run.
+"""Layers with a method on them: time of forward and of forward + backward to the input, and bytes
+kept for backward; ours, the frozen layer's and every peer's take turns in one run.
 
-Floor: the frozen layer; flops and bytes of each method beside it stand in the heads of plans/ and
-kernels/. Nobody's time is printed whose output or gradients miss the error budget on the same
-inputs; masks of dropout that only their owner knows are judged with dropout off.
+The frozen layer is the floor. The docstrings of the ops and of kernels/ give the flops and bytes
+that each method adds. A provider whose output or gradients miss the error budget on the same
+inputs is not timed. A provider that draws its own dropout masks is judged with dropout off.
 """
 
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ ORACLE = 6  # bytes that a judged problem takes beside its own, in units of them
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. None: everything there is. ``quick``: one size a subject, dropout where it
-    matters most."""
+    """What is run; None stands for everything. ``quick``: one size for each subject, dropout only
+    where it matters most."""
 
     methods: tuple[str, ...] = tuple(SUBJECTS)
     models: tuple[str, ...] = MODELS
@@ -88,7 +88,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def run(plan: Plan, record: Record, progress: bool = True) -> list[dict]:
-    """Measure everything; the entries. A run that is interrupted keeps what it found."""
+    """Measure everything; returns the entries. An interrupted run keeps the entries it has."""
     names = peers.chosen(None if plan.peers is None else list(plan.peers))
     todo = wanted(plan)
     bar = tqdm(todo, disable=not progress, leave=False)
@@ -116,7 +116,7 @@ def run(plan: Plan, record: Record, progress: bool = True) -> list[dict]:
 def measure(
     name: str, shape: Shape, size: int, p: float, setting: Setting, names: list[str], repeats: int
 ) -> Iterator[dict]:
-    """The entries of one problem: one for a provider and mode, or what stood in the way."""
+    """The entries of one problem: one for each provider and mode, or one with a reason."""
     problem = subject(name)(shape, size, p, setting)
     about = dict(layer=problem.title)
     right: list[Provider] = []
@@ -162,7 +162,7 @@ def judged(
 
 
 def step(provider: Provider, sets: list, dys: list[torch.Tensor], mode: str):
-    """One training pass of a provider on the inputs of a round; gradients start from none."""
+    """One training pass of a provider on the inputs of a round; gradients start as None."""
     backward = mode == MODES[-1]
 
     def run(i: int) -> None:
@@ -178,7 +178,7 @@ def step(provider: Provider, sets: list, dys: list[torch.Tensor], mode: str):
 
 
 def kept(provider: Provider, problem: Problem) -> int | None:
-    """Bytes kept for backward beside inputs and weights; None where they are not seen."""
+    """Bytes kept for backward without inputs and weights; None where they cannot be counted."""
     if provider.opaque:
         return None
     leaves = [t.detach().requires_grad_() for t in problem.inputs]
@@ -207,7 +207,7 @@ HEADER = ["layer", "provider", "forward, ms", "to frozen", "forward + backward, 
 
 
 def report(entries: list[dict]) -> str:
-    """The table; what was not timed says why."""
+    """The table, with the reason of each provider that was not timed."""
     timed: dict[tuple[str, str], dict[str, dict]] = {}
     for row in rows(entries):
         timed.setdefault((row["layer"], row["provider"]), {})[row["mode"]] = row

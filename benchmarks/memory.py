@@ -12,7 +12,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def peak_growth(work: Callable[[], object], device: torch.device) -> int | None:
     """Bytes by which memory rises above its level before ``work()``; None where the system does not
-    tell (a CPU without Linux's /proc)."""
+    say (a CPU without Linux's /proc)."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,10 +1,10 @@
 """Whole training steps of whole models: forward, backward, AdamW on what trains.
 
-Every method beside the frozen model (forward and backward to the embeddings: the floor), full
-fine-tuning and the peer's version of it, a method at a time, interleaved in one run. Rows have the
-token lengths of real text (``text.py``); weights are random. Flops are counted on the definition
-in plain PyTorch. Before a method is timed, logits and gradients of a one-layer twin, dropout off,
-are judged against fp64.
+One method after the other is compared with the frozen model (forward and backward to the
+embeddings: the floor), full fine-tuning, and the peers' versions of the method; their steps take
+turns in one run. Rows have the token lengths of real text (``text.py``); weights are random. Flops
+are counted on the definition in plain PyTorch. Before a method is timed, logits and gradients of
+the same model with one layer and dropout off are compared with fp64.
 """
 
 import copy
@@ -54,8 +54,8 @@ def methods() -> dict[str, PeltConfig]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: names, the batch, the share of parameters that every method gets (None: each
-    its preset's sizes)."""
+    """What is run: names, the batch, and the share of parameters that every method gets (None: the
+    sizes of its preset)."""
 
     methods: tuple[str, ...] | None = None
     models: tuple[str, ...] = ("bart-768",)
@@ -88,7 +88,7 @@ def wanted(plan: Plan) -> list[tuple[Shape, str]]:
 
 
 def run(plan: Plan, record: Record, progress: bool = True) -> list[dict]:
-    """Measure everything; the entries. A run that is interrupted keeps what it found."""
+    """Measure everything; returns the entries. An interrupted run keeps the entries it has."""
     names = peers.chosen(None if plan.peers is None else list(plan.peers))
     texts = text.lengths(plan.text)
     bar = tqdm(wanted(plan), disable=not progress, leave=False)
@@ -110,7 +110,8 @@ def run(plan: Plan, record: Record, progress: bool = True) -> list[dict]:
 
 
 def measure(model_shape: Shape, name: str, plan: Plan, names: list[str], texts) -> Iterator[dict]:
-    """The entries of one method on one model: one a provider, or what stood in the way."""
+    """The entries of one method on one model: one for each provider, or one with the reason for
+    none."""
     try:
         reason = too_large(model_shape, plan)
         if reason is not None:
@@ -222,8 +223,8 @@ def _error(found: dict, oracle: dict) -> tuple[str, float]:
 
 
 def flops(found: list[Trained], batch: dict) -> dict[str, int | None]:
-    """Flops of forward and backward of every provider, attention as the GEMMs it is. Ours are
-    counted as the plain definition: the counter does not see into an op."""
+    """Flops of forward and backward of every provider; attention counts as its GEMMs. Ours are
+    counted on the plain definition: the counter cannot look into an op."""
     counts: dict[str, int | None] = {}
     for provider in found:
         ours = provider.name.startswith("pelt_fast")
@@ -263,7 +264,7 @@ def held(
 
 
 def _checkpoint(provider: Trained) -> int | None:
-    """Bytes of what a user keeps."""
+    """Bytes of the files that a user keeps."""
     if provider.save is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -297,7 +298,7 @@ HEADER = ["model", "method", "provider", "step, ms", "tokens/s", "to frozen", "f
 
 
 def report(entries: list[dict]) -> str:
-    """The table; what was not timed says why."""
+    """The table, with the reason of each provider that was not timed."""
     lines = []
     for row in rows(entries):
         to_frozen, to_full = (row.get(key, (nan,) * 3)[1] for key in ("to_frozen", "to_full"))

@@ -1,12 +1,12 @@
-"""What layers should take on a GPU that is not here: counted bytes and flops over its rates.
+"""Predicted times of layers on a GPU: counted bytes and flops, divided by its rates.
 
     pelt-fast bench predict [--device h200] [--method lora ffn prefix] [--record]
 
 Each operation takes the longest of three: its bytes (weights too) at the memory's rate, its flops
 at the tensor cores', and the dropout masks it draws at the integer units' (one draw, 60 operations,
 for 8 elements). A layer is the sum of its operations, forward and backward. Rates are nine tenths
-of a device's memory bandwidth and eight tenths of its dense bf16 peak, what well-made kernels
-reach; attention runs at 60 % of a GEMM's forward and 50 % backward. Launches, tails of waves and
+of a device's memory bandwidth and eight tenths of its dense bf16 peak, which good kernels reach;
+attention runs at 60 % of a GEMM's forward and 50 % backward. Launches, tails of waves and
 what stays in the L2 cache are not counted.
 """
 

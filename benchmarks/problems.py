@@ -1,4 +1,4 @@
-"""What the layer benchmark times: a problem, and those who solve it."""
+"""What the layer benchmark times: a problem, and the providers that solve it."""
 
 import contextlib
 import functools
@@ -39,24 +39,24 @@ class Problem:
 
     @property
     def title(self) -> str:
-        """How tables call it."""
+        """Its name in tables."""
         kind = "P" if self.subject.startswith("prefix") else "r"
         rate = f", p={self.p:g}" if self.p else ""
         return f"{self.subject}, {self.shape.name} {self.dims}, {kind}={self.size}{rate}"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """The dtype of the activations."""
         return self.inputs[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the inputs."""
         return self.inputs[0].device
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all its tensors."""
         return sum(t.nbytes for t in (*self.inputs, *self.frozen.values(), *self.trained.values()))
 
 
@@ -76,14 +76,14 @@ class Provider:
 
 @dataclass(frozen=True)
 class Absent:
-    """A provider that is not measured, and why."""
+    """A provider that is not measured, and the reason."""
 
     name: str
     reason: str
 
 
 def failure(error: Exception) -> dict:
-    """The entry of a provider that fails: a result too."""
+    """The entry of a provider that fails; a failure is a result."""
     reason = (str(error).splitlines() or [""])[0][:160]
     return dict(failed=f"{type(error).__name__}: {reason}")
 
@@ -100,12 +100,12 @@ def no_dropout(count: int) -> Callable:
 
 
 def torchs_dropout(p: float) -> Callable:
-    """torch's own."""
+    """torch's own dropout."""
     return lambda count: lambda tensor, row: torch.nn.functional.dropout(tensor, p)
 
 
 def philox_dropout(p: float, device: torch.device) -> Callable:
-    """pelt_fast's definition, drawn as its functions draw."""
+    """pelt_fast's dropout, with the seeds that its functions draw."""
 
     def masks(count: int) -> Callable:
         if p == 0:
@@ -152,7 +152,7 @@ class Judge:
         ``philox``."""
         problem = self.problem
         if problem.p and not provider.philox:
-            raise ValueError(f"{provider.name} drops by masks of its own: judge it with p = 0")
+            raise ValueError(f"{provider.name} draws its own dropout masks: judge it with p = 0")
         same, oracle = self.oracle
         actual = outcome(provider.call, problem.inputs, provider.trained, provider.around)
         return compare(actual, same, oracle, problem.dtype)

@@ -1,9 +1,9 @@
-"""Where a training step's time goes beyond the frozen model's: operations of ours and of the floor.
+"""Which operations make a training step longer than the frozen model's.
 
     python -m benchmarks.profile [--model bart-768] [--method lora_qv_ffn] [--record]
 
-A row is an operation of torch, its own time in a step of each provider; the difference to the
-frozen model is what the method costs, whose floor is its own flops.
+A row is an operation of torch and its own time in a step of each provider. The difference to the
+frozen model is the cost of the method.
 """
 
 import argparse

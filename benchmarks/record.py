@@ -1,4 +1,4 @@
-"""What a run writes as it goes, and the time it has."""
+"""The result file of a run, and the time that the run has."""
 
 import time
 from pathlib import Path
@@ -7,10 +7,10 @@ from benchmarks.common import dump, machine, result_path
 
 
 class Record:
-    """The result file of one run, written whole after every entry: a run cut short leaves what it
-    found. ``left`` lists what the time did not allow.
+    """The result file of one run, written again after every entry, so that an interrupted run
+    keeps its entries. ``left`` lists what was left out for lack of time.
 
-    ``path`` is a file of the user's choice, which must not exist; else the name is made.
+    ``path`` is the user's own choice, a file that does not exist yet; without it a name is made.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Write tables and figures of README.md and docs/ from the newest committed result files.
 
-python -m benchmarks.report            rewrites what stands between the markers, draws the figures
-python -m benchmarks.report --check    exit 1 when a page is not what the results say
+python -m benchmarks.report            rewrites the text between the markers, draws the figures
+python -m benchmarks.report --check    exit 1 when a page differs from the results
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks import decode, demo, figures, layer, model, predict, profile, ta
 from benchmarks.common import REPOSITORY, merged, newest, not_superseded, parts, table
 from pelt_fast import PeltConfig, inject
 from pelt_fast.presets import formula, methods
-from tests.small import MODELS
+from pelt_fast.testing.models import MODELS
 
 DOCS = REPOSITORY / "docs"
 README = REPOSITORY / "README.md"
@@ -52,7 +52,7 @@ def _layers() -> str:
 
 
 def _each(start: str, table_of: Callable[[list[dict]], str]) -> str:
-    """The tables of all parts whose names start so."""
+    """The tables of all parts whose names begin with ``start``."""
     found = [result for part in parts(start) for result in not_superseded(part)]
     return "\n\n".join(_measured(result, table_of(result["entries"])) for result in found)
 
@@ -106,7 +106,7 @@ def _targets() -> str:
 
 
 def _commands() -> str:
-    """Where each table on the page is from."""
+    """The command and the commit of each table on the page."""
     names = (*parts("model-"), *parts("layer-"), "equal", "profile", "predict-h200", "traffic")
     rows = [[part, f"`{result['machine']['command']}`", result["machine"]["commit"]]
             for part in names for result in not_superseded(part)]  # fmt: skip
@@ -163,7 +163,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """``text`` with every section between its markers made anew."""
+    """``text`` with every section between its markers written again."""
     for name, section in SECTIONS.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)

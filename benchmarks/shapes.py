@@ -1,4 +1,4 @@
-"""The sizes of the models that benchmarks are named by, and models of those sizes.
+"""The model sizes that benchmarks name, and models of these sizes.
 
 Weights are random: no time, and no byte, depends on their values.
 """

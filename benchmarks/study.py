@@ -11,17 +11,10 @@ from pathlib import Path
 
 from benchmarks.common import REPOSITORY, newest, table, write
 from pelt_fast.tasks.paper import TABLES, Row, Table
+from pelt_fast.tasks.results import RESULTS, runs
+from pelt_fast.tasks.scores import compared, digits_of, mean_and_deviation, score
 from pelt_fast.tasks.small_base import ABOUT
-from pelt_fast.tasks.study import (
-    RESULTS,
-    compared,
-    digits_of,
-    mean_and_deviation,
-    runs,
-    scaled,
-    score,
-    small_settings,
-)
+from pelt_fast.tasks.study import scaled, small_settings
 from pelt_fast.tasks.tables import table_rows, text
 
 PAGE = REPOSITORY / "docs" / "study.md"

@@ -93,7 +93,7 @@ def lora(shape: Shape, size: int, p: float, setting: Setting) -> Problem:
 
 
 def qkv(shape: Shape, size: int, p: float, setting: Setting) -> Problem:
-    """LoRA on q, k and v, which read one x, each under a mask of its own."""
+    """LoRA on q, k and v, which read one x, each with its own dropout mask."""
     draw, scale, names = Draw(setting), 2.0, ("q_", "k_", "v_")
     x = draw.activation(setting.tokens, shape.width)
     frozen, trained = {}, {}

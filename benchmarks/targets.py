@@ -1,4 +1,4 @@
-"""The numbers this project set itself, and what the newest committed results say of them."""
+"""The targets of this project, and whether the newest committed results meet them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

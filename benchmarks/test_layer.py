@@ -3,9 +3,9 @@
     pytest benchmarks --benchmark-autosave
     pytest benchmarks -k lora --benchmark-compare --benchmark-compare-fail=median:10%
 
-Problems, providers and their judge are those of ``layer.py``. Before each timed round of a provider
-the frozen layer takes its turn, so that ``extra_info`` has ratios within a round. ``pelt-fast bench
-layer`` interleaves everybody.
+Problems, providers and the judge are those of ``layer.py``. Before each timed round of a provider
+the frozen layer runs once, so that ``extra_info`` has ratios within a round. In ``pelt-fast bench
+layer`` all providers take turns.
 """
 
 import functools
@@ -28,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTING = Setting(dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32, device=DEVICE)
 
 
-@functools.lru_cache(maxsize=1)  # the last problem: tests of one stand side by side
+@functools.lru_cache(maxsize=1)  # the last problem: the tests of one problem follow one another
 def judged(case: tuple) -> tuple:
     """The problem, its inputs and output gradients, and every provider with its verdict."""
     name, shape, size, p = case

@@ -1,4 +1,4 @@
-"""Token lengths of real text: what rows of a batch look like.
+"""Token lengths of real text, for the rows of a batch.
 
 Without a file the text is torch's own docstrings: a docstring is the source, its first paragraph
 the summary. Lengths are in words and marks, about what a subword tokenizer gives.
@@ -17,8 +17,8 @@ WORD = re.compile(r"\w+|[^\w\s]")
 def lengths(path: Path | None = None) -> list[tuple[int, int]]:
     """(source, target) lengths of every text, shortest source first.
 
-    ``path``: one text a line, after a tab its summary; without one the first sentence stands for
-    it. ValueError when no line is long enough.
+    ``path`` has one text on each line, and after a tab its summary; without a tab the first
+    sentence is the summary. ValueError when no line is long enough.
     """
     texts = _docstrings() if path is None else map(_line, path.read_text().splitlines())
     found = sorted((n, m) for n, m in ((_count(a), _count(b)) for a, b in texts) if n >= LEAST)

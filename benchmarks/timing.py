@@ -1,8 +1,8 @@
-"""Time of several steps in turn: drift, a neighbour's load and a warm clock hit all alike.
+"""Time of several steps that take turns: drift and other load on the machine are equal for all.
 
-A step takes the number of its round, so that it can use inputs that no cache holds any more. On a
-GPU a round is timed by events behind a write larger than its L2 cache, which also lets the host
-run ahead of the device.
+A step is called with the number of its round, so that it can use inputs that are in no cache. On a
+GPU a round begins with a write that is larger than the L2 cache, so that the host runs ahead of the
+device; events take the time after it.
 """
 
 import gc
@@ -22,7 +22,7 @@ MOST_COPIES = 6
 def rounds(
     steps: dict[str, Step], repeats: int, warmup: int = 2, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of every repeat of each step, one of each in turn."""
+    """Seconds of every repeat of each step; the steps take turns."""
     clock = _event_clock if device is not None and device.type == "cuda" else _host_clock
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
@@ -58,7 +58,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def ratios(values: list[float], floor: list[float]) -> list[float]:
-    """Each repeat to the floor of its own round."""
+    """The ratio of each repeat to the floor in the same round."""
     return [a / b for a, b in zip(values, floor, strict=True)]
 
 
@@ -74,8 +74,8 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copies(tensors: tuple, device: torch.device) -> list[tuple]:
-    """Enough copies of the inputs that the first is out of the cache when the last was read. On a
-    GPU the cache is cleared by a write, one will do."""
+    """So many copies of the inputs that the first has left the cache when the last was read. On a
+    GPU one is enough: a write clears the cache."""
     if device.type == "cuda":
         return [tensors]
     size = sum(t.nbytes for t in tensors)

@@ -3,10 +3,10 @@
     pelt-fast bench traffic [--record] [--method lora adapter ffn prefix]
 
 P is one read or write of the layer's input, M x K (attention: of the queries, B H T D). Counted at
-the dispatcher, our Triton kernels by their arguments (``bytes_moved``): the same on any machine,
-and no time is in it. bf16 activations; "kernels" is what a GPU runs, "plan" what a CPU does, where
-a weight gradient in fp32 is made of casts, block by block, that stay in cache but are counted. The
-frozen layer's own passes are in every row.
+the dispatcher, our Triton kernels by their arguments (``bytes_moved``); no time is measured, and
+the numbers are the same on every machine. bf16 activations; "kernels" is what a GPU runs, "plan"
+what a CPU does, where a weight gradient in fp32 is made of casts, block by block, that stay in
+cache but are counted. The frozen layer's own passes are in every row.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ class Ours:
         kept = config.architecture, config.processors, lora_gpu.weight_gradient
         config.architecture = lambda device: "sm90"
         config.processors = lambda device: 132
-        # on CUDA a GEMM writes fp32; here one that writes bf16 stands for it
+        # on CUDA a GEMM writes fp32; one that writes bf16 is counted in its place
         lora_gpu.weight_gradient = ffn_gpu.weight_gradient = lambda left, right, dtype: torch.mm(
             left.t(), right
         ).to(dtype)

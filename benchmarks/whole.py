@@ -1,4 +1,4 @@
-"""What the model benchmark times: a whole training step, and those who make it."""
+"""What the model benchmark times: a whole training step, and the models that take it."""
 
 import contextlib
 from collections.abc import Callable
@@ -119,7 +119,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Give every trainable tensor a value of its own: an update that is zero hides errors."""
+    """Give every trainable tensor random values: an update of zero would hide errors."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainable(model).values():

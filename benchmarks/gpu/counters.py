@@ -1,6 +1,6 @@
-"""DRAM bytes that the GPU counts (ncu) beside those this project counts, op by op.
+"""DRAM bytes of each op: those that the GPU counts (ncu), and those that this project counts.
 
-Needs Nsight Compute on the path and the right to read counters; says so where either is missing.
+Needs Nsight Compute on the path and the right to read counters; says which is missing.
 """
 
 import csv
@@ -50,7 +50,7 @@ def materialised(case_index: int, provider: str, device: torch.device) -> Callab
 
 
 def counted(case_index: int, provider: str) -> float:
-    """DRAM bytes of one provider; RuntimeError with what ncu said when it gave none."""
+    """DRAM bytes of one provider; RuntimeError with the output of ncu when it gives none."""
     call = f"from benchmarks.gpu.counters import one; one({case_index}, {provider!r})"
     command = ["ncu", "--profile-from-start", "off", "--csv", "--metrics", ",".join(METRICS),
                "--print-units", "base", sys.executable, "-c", call]  # fmt: skip

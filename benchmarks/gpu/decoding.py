@@ -7,7 +7,7 @@ from benchmarks.record import Record
 
 
 def run(record: Record, device: torch.device) -> int:
-    """The benchmark of a CPU, on this device."""
+    """Run ``benchmarks.decode`` on the GPU."""
     repeats = decode.measure(15, device, torch.bfloat16)
     record.add(seconds=decode.medians(repeats), repeats=repeats)
     record.finish()

@@ -24,7 +24,7 @@ SUITE = "tests/numerics/test_cuda_kernels.py"
 
 
 def _run(command: list[str], **options) -> subprocess.CompletedProcess:
-    """Run a command; one that takes too long is a failure that says so."""
+    """Run a command. A command that takes too long fails, and the message says so."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, **options)
     except subprocess.TimeoutExpired as error:
@@ -45,7 +45,7 @@ def compile_driver(compiler: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def build_ops(compiler: str | None) -> str | None:
-    """Build the ops beside the package where they are not; why that failed, or None."""
+    """Build the ops into the package if they are missing; returns why that failed, or None."""
     if any(OPS.parent.glob("_C_cuda*.so")):
         return None
     if compiler is None:
@@ -63,7 +63,7 @@ def build_ops(compiler: str | None) -> str | None:
 
 
 def run(record: Record, device: torch.device) -> int:
-    """Build and run everything; 1 when a result or a tool is not content."""
+    """Build and run everything; 1 when a result is wrong or a tool reports an error."""
     compiler, sanitizer = found("nvcc"), found("compute-sanitizer")
     if compiler is None:
         record.finish(skipped="nvcc is not on this machine")

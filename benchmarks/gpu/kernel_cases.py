@@ -24,7 +24,7 @@ P = 0.1
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of the cases; the defaults are those of the issue's targets."""
+    """Shapes of the cases; the defaults are those of the targets."""
 
     m: int = 8192
     k: int = 4096
@@ -50,17 +50,17 @@ class KernelCase:
 
 
 def same_mask(seed: Tensor) -> Callable:
-    """The dropout of the definition: for the check."""
+    """The dropout of the definition, for the check."""
     return lambda x, p: philox.dropout(x, p, seed)
 
 
 def torchs(x: Tensor, p: float) -> Tensor:
-    """torch's own dropout: for the time."""
+    """torch's own dropout, for the time."""
     return F.dropout(x, p)
 
 
 def cases(device: torch.device, sizes: Sizes, dtype=torch.bfloat16) -> Iterator[KernelCase]:
-    """One at a time, so that the memory of one is free for the next."""
+    """Make one case at a time, so that its memory is free for the next."""
     seed = torch.tensor([7, 11], dtype=torch.int64, device=device)
     for family in (low_rank, adapters, norms, tail, widened, heads):
         yield from family(device, sizes, dtype, seed)

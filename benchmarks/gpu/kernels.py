@@ -13,7 +13,7 @@ TOLERANCE = 2e-2  # of the largest magnitude: a wrong kernel is far off; tests/n
 
 
 def wrong(case: KernelCase, seed: Tensor) -> str | None:
-    """How far ours is from plain PyTorch with the same mask, where that is too far."""
+    """The distance of ours from plain PyTorch with the same mask if it is too large, else None."""
     for i, (got, want) in enumerate(zip(case.ours(), case.plain(same_mask(seed)), strict=True)):
         size = want.float().abs().max().clamp_min(1e-6)
         error = ((got.float() - want.float()).abs().max() / size).item()
@@ -23,7 +23,7 @@ def wrong(case: KernelCase, seed: Tensor) -> str | None:
 
 
 def compiled(case: KernelCase, device: torch.device) -> float | str:
-    """Milliseconds of torch.compile of the plain expression, or why there is none."""
+    """Milliseconds of torch.compile of the plain expression, or the reason for no time."""
     if device.type != "cuda":
         return "on a GPU only"
     try:

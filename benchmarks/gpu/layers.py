@@ -1,4 +1,4 @@
-"""Whole layers, forward and backward, against the frozen layer and peers: the targets."""
+"""Whole layers, forward and backward, compared with the frozen layer and the peers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's floor and what stands beside it: name -> function of the input."""
+    """A layer: its floor, and the providers by name, each a function of the input."""
 
     name: str
     shape: tuple[int, ...]
@@ -154,7 +154,7 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
 
 
 def step(layer: Layer, function: Callable | Forced, x, dy) -> Callable[[], None]:
-    """Forward and backward to the input; every provider's gradients start from none."""
+    """Forward and backward to the input; every provider's gradients start as None."""
     if isinstance(function, Forced):
         inner = step(layer, function.function, x, dy)
 
@@ -204,7 +204,7 @@ def predicted(known: dict[tuple[str, str], float], layer: str, provider: str) ->
 
 
 def run(record: Record, device: torch.device, sizes: Layers | None = None) -> int:
-    """Measure every layer; a provider that fails is a row that says so."""
+    """Measure every layer. A provider that fails gets a row with the error."""
     rows, missed, known = [], 0, predictions()
     for layer in layers(device, sizes or Layers()):
         if not record.in_time:

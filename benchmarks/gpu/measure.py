@@ -34,5 +34,5 @@ def floors(device: torch.device, size: int = 1 << 28, side: int = 8192) -> dict[
 
 
 def floor_milliseconds(bytes_: float, flops: float, floors: dict[str, float]) -> float:
-    """The larger of the two times nobody goes below."""
+    """The larger of the two floors of a time: by bytes and by flops."""
     return max(bytes_ / floors["copy_gb_s"] / 1e6, flops / floors["gemm_tflop_s"] / 1e9)

@@ -1,4 +1,4 @@
-"""Whole training steps in bf16: BART-large under MAM first, the headline, then the others."""
+"""Whole training steps in bf16: BART-large with MAM first, then the others."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ TARGETS = {"step": 0.78, "peak": 0.5}
 
 
 def run(record: Record, device: torch.device, plans: tuple[model.Plan, ...] = ()) -> int:
-    """Most important first; what does not fit the time is listed."""
+    """Run the most important first; list what does not fit in the time."""
     quiet()
     for plan in plans or (HEADLINE, BLOCK, REST):
         model.run(plan, record, progress=False)

@@ -59,7 +59,7 @@ def _start(names: list[str], log: Path) -> subprocess.Popen:
 
 
 def _watch(record: Record, running: dict[int, subprocess.Popen], scratch: Path) -> str | None:
-    """Wait for all; at the first failure, or past the time, end the rest."""
+    """Wait for all processes; end the others at the first failure or when the time is over."""
     failed, waiting = None, dict(running)
     while waiting and failed is None:
         time.sleep(0.5)

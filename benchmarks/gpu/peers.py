@@ -1,4 +1,4 @@
-"""Layers in bf16 beside every peer, torch.compile and FlexAttention among them."""
+"""Layers in bf16, compared with every peer: torch.compile and FlexAttention too."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ PLANS = (
 
 
 def run(record: Record, device: torch.device, plans: tuple[layer.Plan, ...] = PLANS) -> int:
-    """Most important first; what does not fit the time is listed."""
+    """Run the most important first; list what does not fit in the time."""
     for plan in plans:
         setting = replace(plan.setting, device=device.type)
         layer.run(replace(plan, setting=setting), record, progress=False)

@@ -1,4 +1,4 @@
-"""The result file of a part: to ``$OUT`` where that is set, in the minutes a part may take."""
+"""The result file of a part, in ``$OUT`` if that is set, and the minutes that a part may take."""
 
 import os
 from pathlib import Path

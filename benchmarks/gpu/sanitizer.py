@@ -1,4 +1,4 @@
-"""compute-sanitizer, memcheck and racecheck, over every kernel on small ugly shapes."""
+"""compute-sanitizer, memcheck and racecheck, on every kernel with small odd shapes."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ def run(record: Record, device: torch.device) -> int:
 
 
 def main() -> None:
-    """What runs under the tool: each kernel of one family, once."""
+    """Run each kernel of one family once, under the tool."""
     device = torch.device("cuda")
     for case in cases(device, SMALL):
         if case.kernel.startswith(sys.argv[1]):

@@ -1,7 +1,8 @@
 """Measure candidate tiles of every kernel, the LoRA plans and the context kernels; write the rows
-that win to kernels/tuned.py (and beside the result file), so that one run promotes them.
+that win to kernels/tuned.py (and next to the result file), so that one run puts them in use.
 
-A candidate is right before it is timed. A row wins over the present one by 2 % or more.
+A candidate is checked before it is timed. It wins when it is faster than the present row by 2 % or
+more.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ GAIN = 0.98
 
 
 def candidates(kernel: str) -> list[Tile]:
-    """Tiles worth a try."""
+    """The tiles that are tried."""
 
     def grid(**fields) -> list[Tile]:
         return [Tile(**dict(zip(fields, values))) for values in itertools.product(*fields.values())]
@@ -68,14 +69,14 @@ def table_of(case: KernelCase) -> str | None:
 
 
 def size_of(case: KernelCase, sizes: Sizes) -> int:
-    """What the table is asked for: the rank, or the head dim."""
+    """The size that the table is looked up by: the rank, or the head dim."""
     if case.kernel.startswith("prefix"):
         return sizes.dim
     return int(case.name.split("R=")[1].split()[0]) if "R=" in case.name else 512
 
 
 def limit_of(kernel: str, size: int, device: torch.device) -> int:
-    """Up to which size the winner stands: the limit of the row it replaces."""
+    """The largest size the winner is used for: the limit of the row that it replaces."""
     rows = [r for a in (config.architecture(device), "any") for r in config.rows(kernel, a)]
     return min((r.limit for r in rows if r.bits == HALF and size <= r.limit), default=size)
 
@@ -176,7 +177,7 @@ def tune_layers(record: Record, device, sizes: Layers | None = None) -> Iterator
 
 
 def write(tiles: dict, plans: dict, kernels: dict, beside: Path, to: Path = TUNED) -> None:
-    """Rewrite kernels/tuned.py, and leave a copy beside the result file."""
+    """Rewrite kernels/tuned.py, and write a copy next to the result file."""
     head = tuned.__doc__.replace(" Empty until a GPU has run it.", "")
     shown = {"TILES": tiles, "PLANS": plans} | {k.upper(): kernels[k] for k in kernels}
     types = {"TILES": "dict[str, dict[str, tuple]]", "PLANS": "dict[str, tuple]",

@@ -1,5 +1,5 @@
-"""Who is measured, one file a peer. A file gives ``layer(problem)`` and, where it has whole
-models, ``model(base, config)``: iterators of providers, or of ``Absent`` with the reason."""
+"""The peers, one file each. A file has ``layer(problem)`` and, if the peer has whole models,
+``model(base, config)``: iterators of providers, or of ``Absent`` with the reason."""
 
 from collections.abc import Iterator
 
@@ -33,13 +33,13 @@ def chosen(names: list[str] | None) -> list[str]:
 
 
 def providers(problem: Problem, names: list[str]) -> Iterator[Provider | Absent]:
-    """Everyone of ``names`` who solves a problem, the frozen floor first."""
+    """The providers of ``names`` that solve a problem, the frozen floor first."""
     for name in names:
         yield from PEERS[name].layer(problem)
 
 
 def models(base, config, injected, names: list[str]) -> Iterator[Trained | Absent]:
-    """Everyone of ``names`` who trains a whole model by the method."""
+    """The providers of ``names`` that train a whole model with the method."""
     for name in names:
         if hasattr(PEERS[name], "model"):
             yield from PEERS[name].model(base, config, injected)

@@ -1,5 +1,5 @@
 """Prefix tuning by concatenation: [prefix; K] and [prefix; V] are copied together and go through
-SDPA under a mask, which is what PEFT's prefix tuning makes of a layer."""
+SDPA with a mask, as in PEFT's prefix tuning."""
 
 from collections.abc import Iterator
 

@@ -11,7 +11,7 @@ NAME = "FlexAttention"
 
 
 def layer(problem: Problem) -> Iterator[Provider | Absent]:
-    """Compiled, as it is meant to be used."""
+    """FlexAttention under torch.compile."""
     if not problem.subject.startswith("prefix"):
         return
     if problem.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The frozen layer: the cost nobody goes below."""
+"""The frozen layer: the floor of every method's cost."""
 
 from collections.abc import Iterator
 
@@ -14,6 +14,6 @@ def layer(problem: Problem) -> Iterator[Provider]:
 
 
 def model(base, config, injected) -> Iterator[Trained]:
-    """The model with nothing on it, forward and backward to the embeddings: what a method that
-    trains the first layer cannot go below."""
+    """The model without a method, forward and backward to the embeddings: the floor of a method
+    that trains the first layer."""
     yield Trained(NAME, base, None, to_embeddings=True)

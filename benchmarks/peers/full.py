@@ -11,12 +11,12 @@ NAME = "full fine-tuning"
 
 
 def layer(problem: Problem) -> Iterator[Provider]:
-    """It is a method of whole models."""
+    """None: full fine-tuning is a method of whole models."""
     return iter(())
 
 
 def model(base, config, injected) -> Iterator[Trained]:
-    """What is kept is the model."""
+    """The model with every weight trained; the whole model is saved."""
     whole = copy.deepcopy(base).requires_grad_(True)
 
     def save(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""Liger: its gated activation in the frozen part, a plain adapter beside it. Of the methods
-measured here it has no kernel of its own."""
+"""Liger: its gated activation in the frozen part, and a plain parallel adapter. Liger has no kernel
+for the methods that are measured here."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ NAME = "Liger SwiGLU + plain adapter"
 
 
 def layer(problem: Problem) -> Iterator[Provider | Absent]:
-    """Gated FFNs alone."""
+    """The gated FFNs; no other layer."""
     if not (problem.subject.startswith("gated") and problem.shape.activation == "silu"):
         return
     if problem.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""pelt_fast: what it runs by itself, every plan of it, and its reference."""
+"""pelt_fast: its default, each of its plans, and its reference."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ OPS = ("low_rank", "bottleneck", "prefix")  # forms that run an op of ours
 
 def layer(problem: Problem) -> Iterator[Provider]:
     """The default, each plan a GPU has, and the reference, which is plain PyTorch with masks that
-    are made again instead of stored."""
+    are drawn again in backward, not stored."""
     call = _CALLS[_family(problem)](problem)
 
     def provider(name, around=contextlib.nullcontext):
@@ -36,7 +36,7 @@ def layer(problem: Problem) -> Iterator[Provider]:
 
 
 def model(base, config, injected) -> Iterator[Trained]:
-    """The injected model, fused and on the reference."""
+    """The injected model, with the fused ops and with the references."""
     trained = trainable(injected)
 
     def save(folder):

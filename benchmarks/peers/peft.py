@@ -1,4 +1,4 @@
-"""PEFT: its LoRA as it comes (fp32 factors), and with factors in the activation's dtype.
+"""PEFT: its LoRA by default (fp32 factors), and with factors in the activation's dtype.
 
 It has no adapters; its prefix tuning is concatenation.py's layer.
 """

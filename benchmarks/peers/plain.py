@@ -1,5 +1,5 @@
-"""Plain PyTorch: the method written as everybody writes it, in modules of the trained dtype cast
-to the activation's, torch's own dropout."""
+"""Plain PyTorch: the method as it is usually written, with torch's own dropout; the modules have
+the trained dtype and are cast to the activation's."""
 
 from collections.abc import Iterator
 

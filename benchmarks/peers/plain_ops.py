@@ -1,7 +1,7 @@
 """pelt_fast's public functions as plain PyTorch: autograd, torch's dropout, SDPA by concatenation.
 
-``as_plain()`` puts them in the functions' place: an injected model is then the same model, with
-the same parameters, as it would be written without this library.
+``as_plain()`` replaces the functions by these. An injected model is then the same model, with the
+same parameters, written without this library.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ def parallel_adapter(
     base_out, x, *weights, scale=1.0, activation="relu", layer_norm="none", norm_weight=None,
     norm_bias=None, dropout_p=0.0, training=True,
 ):  # fmt: skip
-    """The module everybody writes."""
+    """The parallel adapter as it is usually written."""
     norm = norm_weight, norm_bias
     return base_out + _update(x, weights, scale, activation, layer_norm, norm, dropout_p, training)
 
 
 def sequential_adapter(h, *weights, **settings):
-    """Its input is its residual."""
+    """The sequential adapter: its input is its residual."""
     return parallel_adapter(h, h, *weights, **settings)
 
 
@@ -51,7 +51,7 @@ def ffn_parallel_adapter(
     activation_dropout_p=0.0, output_dropout_p=0.0, packed=None, packed_out=None, packings=None,
     training=True,
 ):  # fmt: skip
-    """The block and the module beside it."""
+    """The feed-forward block plus the parallel adapter."""
     inner = F.linear(x, in_weight, in_bias)
     if gate_weight is None:
         inner = activate(ffn_activation, inner)
@@ -67,7 +67,7 @@ def prefix_attention(
     q, k, v, prefix_k, prefix_v, *, attn_mask=None, is_causal=False, scale=None, form="softmax",
     composition="gated", dropout_p=0.0, training=True,
 ):  # fmt: skip
-    """[prefix; context] copied together under a mask; an ungated form as an addition."""
+    """One attention over [prefix; context] with a mask; an ungated form as an addition."""
     p = dropout_p if training else 0.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     repeats, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
@@ -100,7 +100,7 @@ FUNCTIONS = (lora_linear, parallel_adapter, sequential_adapter, ffn_parallel_ada
 
 @contextlib.contextmanager
 def as_plain() -> Iterator[None]:
-    """Inside, the functions are plain PyTorch."""
+    """In this context the public functions are plain PyTorch."""
     with contextlib.ExitStack() as stack:
         for function in FUNCTIONS:
             stack.enter_context(mock.patch.object(functional, function.__name__, function))

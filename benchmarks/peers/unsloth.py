@@ -21,7 +21,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def layer(problem: Problem) -> Iterator[Provider | Absent]:
-    """One linear, no bias, no dropout: what the function takes."""
+    """One linear layer without bias and dropout: the function has neither."""
     if problem.subject != "LoRA linear":
         return
     reason = why_not(problem)

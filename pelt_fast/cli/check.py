@@ -1,7 +1,9 @@
 """Compare every op on every backend with the fp64 oracle, gradients included; exit 1 on a miss."""
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,37 +21,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a line for each comparison."""
+    """Print a line for each comparison; returns 1 if one misses its budget."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    results, misses = [], 0
-    # on a GPU "auto" runs the kernels; on a CPU they are asked for, interpreted
-    interpreted = device == "cpu" and env.interpret()
-    backends = ("reference", "auto", "triton") if interpreted else ("reference", "auto")
+    results = []
     for case in testing.cases():
-        if options.op not in (None, case.op):
-            continue
-        for backend in backends:
-            if testing.has_its_own_mask(case, backend, device):
-                print(f"skip {case.op:<8} {case.name:<34} {backend:<10} the context's mask is the"
-                      " library kernel's own: tests/numerics compares differences")  # fmt: skip
-                continue
-            for name, dtype in DTYPES.items():
-                if backend == "triton" and interpreted and dtype == torch.bfloat16:
-                    continue  # the interpreter computes bf16 wrongly (docs/facts.md)
-                verdict = testing.judge(case, backend, dtype, device)
-                misses += not verdict.ok
-                results.append(
-                    dict(op=case.op, case=case.name, backend=backend, dtype=name, device=device,
-                         tensor=verdict.tensor, error=verdict.error, budget=verdict.budget,
-                         ok=verdict.ok)
-                )  # fmt: skip
-                print(
-                    f"{'ok  ' if verdict.ok else 'MISS'} {case.op:<8} {case.name:<34}"
-                    f" {backend:<10} {name:<9} {verdict.tensor:<14}"
-                    f" error {verdict.error:.1e} of {verdict.budget:.1e}",
-                    flush=True,
-                )
-    print(f"{len(results) - misses} of {len(results)} inside their budget on {device}")
+        if options.op in (None, case.op):
+            for result in _compared(case, device):
+                print(_line(result), flush=True)
+                results.append(result)
+    within = sum(result["ok"] for result in results)
+    print(f"{within} of {len(results)} inside their budget on {device}")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return 1 if misses else 0
+    return int(within < len(results))
+
+
+def _compared(case: testing.Case, device: str) -> Iterator[dict]:
+    """The result of a case on each backend and in each dtype."""
+    # on a GPU "auto" runs the kernels; on a CPU they run interpreted, when that is asked for
+    interpreted = device == "cpu" and env.interpret()
+    for backend in ("reference", "auto", "triton") if interpreted else ("reference", "auto"):
+        if testing.has_its_own_mask(case, backend, device):
+            print(f"skip {case.op:<8} {case.name:<34} {backend:<10} the context's mask is the"
+                  " library kernel's own: tests/numerics compares differences")  # fmt: skip
+            continue
+        for name, dtype in DTYPES.items():
+            if backend == "triton" and dtype == torch.bfloat16:
+                continue  # the interpreter computes bf16 wrongly (docs/facts.md)
+            verdict = testing.judge(case, backend, dtype, device)
+            yield dict(op=case.op, case=case.name, backend=backend, dtype=name, device=device,
+                       **dataclasses.asdict(verdict), ok=verdict.ok)  # fmt: skip
+
+
+def _line(result: dict) -> str:
+    return (
+        f"{'ok  ' if result['ok'] else 'MISS'} {result['op']:<8} {result['case']:<34}"
+        f" {result['backend']:<10} {result['dtype']:<9} {result['tensor']:<14}"
+        f" error {result['error']:.1e} of {result['budget']:.1e}"
+    )

@@ -1,4 +1,4 @@
-"""Batches of rows of like length, other ones every epoch: so many rows, or so many tokens."""
+"""Batches of rows of similar length, drawn again in every epoch."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,10 +8,13 @@ POOL = 50  # batches that are sorted by length together: enough to be padded lit
 
 
 class LengthBatches:
-    """A batch sampler. ``batch_size`` rows a batch, or as many as ``batch_tokens`` hold at the
-    longest row's length. Rows are shuffled, sorted by length in pools of ``POOL`` batches, cut, and
-    the batches shuffled; seed and epoch decide, so a resumed run sees what an unbroken one does.
-    ``multiple``: the number of batches is rounded down to one (a share for each process).
+    """A batch sampler: rows of similar length are in one batch.
+
+    A batch has ``batch_size`` rows, or as many rows as ``batch_tokens`` tokens allow at the length
+    of its longest row. Rows are shuffled, sorted by length in pools of ``POOL`` batches, and cut
+    into batches, which are shuffled. Seed and epoch decide the order, so a resumed run sees the
+    same batches as an uninterrupted one. The number of batches is rounded down to a multiple of
+    ``multiple``, the number of processes.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class LengthBatches:
         self._made: tuple[int, list[list[int]]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Other batches from here."""
+        """Draw the batches of this epoch from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -61,7 +64,7 @@ class LengthBatches:
         return [batches[i] for i in mixed[:keep]]
 
     def _cut(self, rows: list[int]) -> list[list[int]]:
-        """Batches of rows that come longest first."""
+        """Cut rows, the longest first, into batches."""
         batches: list[list[int]] = []
         room = 0  # of the last batch
         for row in rows:

@@ -4,13 +4,15 @@ from pathlib import Path
 
 from .paper import Table
 from .plots import pyplot_here
-from .study import Results, mean_and_deviation, runs, scaled, score
+from .results import Results, runs
+from .scores import mean_and_deviation, score
+from .study import scaled
 
 
 def bottlenecks(table: Table, results: Results, factors: dict, path: Path) -> Path | None:
-    """The paper's Figure 4 to ``path``: a score over the share of parameters that trains, a line
-    for each form, the paper's above and ours below (a loss is taken negative). None without
-    matplotlib or a run."""
+    """Draw the paper's Figure 4 to ``path``: the score over the share of trained parameters, with
+    a line for each form; the paper's above, ours below (a loss as a negative number). Returns None
+    without matplotlib or without a run."""
     points, pyplot = _points(table, results, factors), pyplot_here()
     if pyplot is None or not points:
         return None

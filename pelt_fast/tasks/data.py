@@ -1,9 +1,9 @@
-"""Rows of a task through ``datasets``: from the hub by name, or from a folder of your own.
+"""Rows of a task, read with ``datasets``: from the hub by name, or from a folder.
 
 A folder holds ``train`` and ``validation`` (or ``dev``), perhaps ``test``, as .jsonl, .json, .csv
 or .tsv, or a translation's splits as parallel text (``train.en``, ``train.ro``); all plain or .gz.
-Columns have the names of ``registry.COLUMNS`` or their likes. Nothing is held in memory: rows lie
-in ``datasets``' cache.
+Columns have one of the names in ``registry.COLUMNS``. Rows are in ``datasets``' cache on disk, not
+in memory.
 """
 
 import logging
@@ -22,8 +22,9 @@ _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "valid"), "t
 
 @dataclass(frozen=True)
 class Data:
-    """``train``, ``validation`` (what is selected by) and ``finals`` (what is scored at the end, by
-    name); columns text, pair, label or source, target. ``classes`` by name, of a classification."""
+    """The splits of a task. ``validation`` selects the checkpoint; ``finals`` are scored at the
+    end, by name. Columns are text, pair, label or source, target. ``classes`` are the names of a
+    classification's classes."""
 
     train: object
     validation: object
@@ -42,8 +43,9 @@ def _datasets():
 
 
 def load(task: Task, folder: str | Path | dict[str, list] | None = None) -> Data:
-    """The rows of ``task``, of ``folder``, of files by split (each a path, or two of parallel text;
-    several are joined), or of the hub.
+    """The rows of ``task``: from a folder, from files by split, or from the hub (None).
+
+    A split has a list of files, which are joined; each is a path, or two paths of parallel text.
 
     Raises FileNotFoundError where a split is missing, ConnectionError where the hub cannot be
     reached, ValueError for a missing column, an empty split, a label outside the classes.
@@ -85,7 +87,7 @@ def _from_folder(task: Task, folder: Path) -> dict:
 
 
 def _joined(task: Task, files: list):
-    """The rows of several files, one behind the other."""
+    """The rows of several files, in the order of the files."""
     tables = []
     for paths in files:
         paths = [Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
@@ -97,7 +99,7 @@ def _joined(task: Task, files: list):
 
 
 def _find(task: Task, folder: Path, stems: Sequence[str]) -> list[Path]:
-    """The file of a split, or the two of parallel text; none where it is not there."""
+    """The file of a split, or its two files of parallel text; [] without one."""
     for stem in stems:
         for suffix in _READERS:
             for ending in (suffix, f"{suffix}.gz"):
@@ -126,7 +128,7 @@ def _read(task: Task, paths: list[Path]):
     kind, options = _READERS[path.name.removesuffix(".gz")[len(path.name.split(".")[0]) :]]
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-    except Exception as error:  # whatever a reader makes of a damaged file
+    except Exception as error:  # readers raise many kinds of errors for a damaged file
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         if "no data" in reason:
             raise ValueError(f"--data: {path.name} is empty") from None
@@ -137,7 +139,7 @@ def _from_hub(task: Task) -> dict:
     if task.hub is None:
         raise ValueError(f"task {task.name} is of rows of your own: give --data FOLDER")
     datasets, (name, config) = _datasets(), task.hub
-    # the hub's client would tell of every retry; what matters is said once below
+    # the hub's client would report every retry; one error below is enough
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         return dict(datasets.load_dataset(name, config))
@@ -149,7 +151,7 @@ def _from_hub(task: Task) -> dict:
 
 
 def _classes(task: Task, train) -> tuple[str, ...]:
-    """Those of the task, where the rows have no others; else the rows' own, sorted."""
+    """The task's classes if the rows have no others; else the rows' own, sorted."""
     _column(train, "label", "train")
     found = {str(label) for label in train["label"]}
     numbers = {str(i) for i in range(len(task.classes))}

@@ -1,8 +1,8 @@
-"""Real text that is on the machine anyway: "which package is this paragraph from".
+"""A data set of real text that every machine has: which package is this paragraph from?
 
 Paragraphs of the docstrings of installed packages, read from source without importing anything.
-Modules, not paragraphs, are split: no module has text in both halves. Paragraphs that name a
-package are left out, and so is every paragraph met before.
+Whole modules go to the training or to the held-out half. Paragraphs that name a package are left
+out, and so are repeated paragraphs.
 """
 
 import ast
@@ -44,7 +44,7 @@ _LENGTH = range(60, 320)  # characters
 def build(paragraphs: int = 3000, packages: tuple[str, ...] = PACKAGES) -> ClassificationData:
     """A balanced data set of at least ``paragraphs`` paragraphs from the packages found here.
 
-    Raises RuntimeError when fewer than four packages have text enough.
+    Raises RuntimeError when fewer than four packages have enough text.
     """
     names = _naming(packages)
     # enough of each class even if only MIN_CLASSES packages are here
@@ -73,7 +73,7 @@ def _enough(halves: tuple[list[str], list[str]], share: tuple[int, int]) -> bool
 
 
 def _naming(packages: tuple[str, ...]) -> re.Pattern:
-    """Words that give a package away."""
+    """Words that tell which package a text is from."""
     words = [*packages, "pytorch", "np", "plt", "nx", "hugging", "tensor", "ndarray", "axes"]
     return re.compile(r"\b(" + "|".join(words) + r")", re.IGNORECASE)
 

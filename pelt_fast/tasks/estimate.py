@@ -1,9 +1,9 @@
-"""What a run needs, before anyone pays for it: parameters, memory, seconds of a step.
+"""An estimate of what a run needs: parameters, memory, seconds of a step.
 
-An estimate, by counting. Memory: weights, gradients and Adam's two moments of what trains, and the
-activations kept for backward. A step's flops: 2 for each weight and token forward, 2 backward to
-the input, 2 more for a weight that trains. Its seconds are those at ``EFFICIENCY`` of a GPU's dense
-16-bit peak: a rough figure; ``pelt-fast bench predict`` counts bytes op by op.
+Memory: the weights, the gradients and Adam's two moments of the trained parameters, and the
+activations kept for backward. Flops of a step: for each weight and token 2 forward, 2 backward to
+the input, and 2 more if the weight trains. Seconds are at ``EFFICIENCY`` of a GPU's dense 16-bit
+peak: a rough figure; ``pelt-fast bench predict`` counts bytes op by op.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Estimate:
     flops: float
 
     def seconds(self, device: str) -> float:
-        """Of one optimizer step on a GPU of ``DEVICES``."""
+        """Seconds of one optimizer step on a GPU of ``DEVICES``."""
         return self.flops / (DEVICES[device][0] * 1e12 * EFFICIENCY)
 
 
@@ -45,7 +45,7 @@ def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
     """The :class:`Estimate` of an injected model, on any device, meta included."""
     count = pelt_fast.count_parameters(model)
     config, on_cpu = model.config, next(model.parameters()).device.type == "cpu"
-    width = 4 if on_cpu or recipe.precision == "fp32" else 2  # of a CPU the most
+    width = 4 if on_cpu or recipe.precision == "fp32" else 2  # on a CPU the wider of the two
     lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).generates
     tokens = recipe.batch_tokens or recipe.batch_size * lengths
     decoder = (getattr(config, name, 0) or 0 for name in ("decoder_layers", "num_decoder_layers"))
@@ -61,7 +61,7 @@ def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device; None where that is not known."""
+    """Free bytes on a device; None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:

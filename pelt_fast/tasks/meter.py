@@ -1,4 +1,4 @@
-"""What a run cost, taken while it trains, and the lines of its log."""
+"""Time and memory of a run, measured while it trains, and the lines of its log."""
 
 import json
 import resource
@@ -25,7 +25,7 @@ class Meter:
             CLEAR.write_text("5")
 
     def callback(self, folder: Path | None):
-        """What the Trainer tells; the log goes to ``folder`` as it comes."""
+        """A callback for the Trainer. It writes the log to ``folder`` during the run."""
         from transformers import TrainerCallback
 
         meter = self
@@ -47,12 +47,12 @@ class Meter:
 
     @property
     def median(self) -> float:
-        """Of a step, the first left out where there are others."""
+        """Median seconds of a step, without the first if there are others."""
         return statistics.median(self.steps[1:] or self.steps or [0.0])
 
     @staticmethod
     def peak() -> int:
-        """Bytes."""
+        """Bytes of memory at the peak."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
         if CLEAR.exists():
@@ -63,7 +63,7 @@ class Meter:
 
 
 def append_line(path: Path, row: dict) -> None:
-    """One JSON line more, whole or not at all."""
+    """Append a row as a line of JSON, in one write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""What the tasks are scored by, in per cent: accuracy, ROUGE (rouge-score), BLEU (sacrebleu)."""
+"""The scores of the tasks, in per cent: accuracy, ROUGE (rouge-score), BLEU (sacrebleu)."""
 
 from collections.abc import Sequence
 

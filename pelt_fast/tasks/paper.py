@@ -1,4 +1,4 @@
-"""The paper's results, as its tables print them: XSum ROUGE-1/2/L, WMT16 en-ro BLEU, dev accuracy.
+"""The results in the paper's tables: XSum ROUGE-1/2/L, WMT16 en-ro BLEU, dev accuracy.
 
 A row of a table: its label, the method in this library's words, and the paper's numbers by task.
 Sizes are for BART-large, mBART-large (d = 1024) and RoBERTa-base (d = 768).
@@ -15,7 +15,7 @@ GLUE = ("sst2", "mnli")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; ``paper`` by task: a score, the three ROUGE, or None: not there."""
+    """One line of a table; ``paper`` has by task a score, the three ROUGE scores, or None."""
 
     label: str
     config: PeltConfig
@@ -44,7 +44,7 @@ def _preset(name: str, **sizes) -> PeltConfig:
 
 
 def _adapter(target: str, insertion: str, size: int, scale: float = 1.0) -> PeltConfig:
-    """As the paper's code: on the attention behind a LayerNorm, on the FFN without."""
+    """As in the paper's code: with a LayerNorm in front on the attention, without on the FFN."""
     norm = "in" if target == "attention" or insertion == "sequential" else "none"
     one = Modification("bottleneck", target, insertion, "add" if scale == 1 else "scaled", size,
                        scale, dropout=0.1, init="bert" if scale == 1 else "lora",

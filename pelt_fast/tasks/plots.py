@@ -7,7 +7,7 @@ from .meter import LOG
 
 
 def pyplot_here():
-    """matplotlib's pyplot without a screen, None where it is not installed."""
+    """matplotlib's pyplot, drawing without a screen; None when it is not installed."""
     try:
         import matplotlib
     except ImportError:

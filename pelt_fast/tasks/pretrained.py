@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def from_pretrained(auto_class, path: str | Path, **options):
-    """``auto_class.from_pretrained(path)``; OSError that names the model when it is not there."""
+    """``auto_class.from_pretrained(path)``. Raises OSError with the name of a missing model."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
 

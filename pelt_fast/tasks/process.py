@@ -1,4 +1,4 @@
-"""What a run takes of the machine: a process of its own, and memory that it keeps."""
+"""A separate process for a run, and memory that a run keeps for its next step."""
 
 import ctypes
 import multiprocessing
@@ -8,15 +8,18 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
-LOADED = ["torch", "transformers", "datasets", "pelt_fast.tasks.study"]  # once, for every process
-MMAP_MAX, TRIM_THRESHOLD = -4, -1  # mallopt's names of them
+# imported once, for all processes
+LOADED = ["torch", "transformers", "datasets", "pelt_fast.tasks.study"]
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of mallopt
 MOST = 2**31 - 1
 
 
 def alone(function: Callable, *arguments):
-    """``function(*arguments)`` in a process of its own, so that its peak of memory is nobody
-    else's; function, arguments and result are pickled. Raises what it raises, BrokenProcessPool
-    where the process dies."""
+    """Run ``function(*arguments)`` in a new process, so that its peak of memory is measured alone.
+
+    Function, arguments and result are pickled. Raises what the function raises, and
+    BrokenProcessPool when the process dies.
+    """
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
@@ -26,7 +29,7 @@ def alone(function: Callable, *arguments):
 
 
 def _end_with_parent() -> None:
-    """A study that is killed leaves no run behind."""
+    """End this process when the study's process ends."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -36,9 +39,9 @@ def _end_with_parent() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next step; whether it was told to. It hands large blocks
-    back at once otherwise and gets them again page by page: a third of a small model's step on a
-    CPU (docs/facts.md)."""
+    """Make glibc keep freed memory for the next step; returns whether it will. By default it gives
+    large blocks back to the system and gets them again page by page, which takes a third of a small
+    model's step on a CPU (docs/facts.md)."""
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,8 +1,8 @@
-"""A recipe: everything one training run is, as a small YAML.
+"""A recipe: all settings of one training run, as a small YAML file.
 
-``recipes/`` holds one file a task with the paper's settings (Table 8, appendix A, and the scripts
-of its code). A name is a task, ``xsum``, or a task and a preset, ``xsum-lora``; a path is a file of
-yours, which may name the recipe it ``extends``.
+``recipes/`` holds one file for each task, with the paper's settings (Table 8, appendix A, and the
+scripts of its code). A recipe is named by its task, ``xsum``, by a task and a preset,
+``xsum-lora``, or by the path of a YAML file, which may name the recipe that it ``extends``.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one run; every field may stand in a YAML.
+    """The settings of one run; a YAML file may have every field.
 
     task: see ``tasks.registry``. model: a folder or hub name. method: a preset's name, or a
     PeltConfig as its JSON has it; sizes: fields replaced in it, by form ({"prefix": {"size":
     30}}). A batch is ``batch_size`` rows or ``batch_tokens`` tokens (the longest row times the
     rows), ``accumulation`` of them a step; ``steps`` or ``epochs`` long. learning_rate is AdamW's;
     ``prefix_rate`` its share for a prefix's reparameterisation. warmup: a share of the steps (below
-    1) or steps. ``max_length`` and ``max_target`` are tokens; ``source_prefix`` stands in front of
+    1) or steps. ``max_length`` and ``max_target`` are tokens; ``source_prefix`` is put in front of
     every source text. Evaluation every ``evaluate_every`` steps (0: every epoch), on at most
     ``eval_examples`` rows (0: all), keeps the checkpoint that is best by ``select_by``.
     model_config: fields of the model's config to set. precision: a CPU takes fp32, or "bf16" where
-    it multiplies in that.
+    it multiplies in bf16.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Recipe:
         return dataclasses.replace(config, modifications=changed)
 
     def replace(self, **changes) -> "Recipe":
-        """A copy with fields changed; ``steps`` takes the place of ``epochs`` and the reverse."""
+        """A copy with fields changed; of ``steps`` and ``epochs``, one replaces the other."""
         for one, other in (("steps", "epochs"), ("epochs", "steps")):
             if changes.get(one) and not changes.get(other):
                 changes[other] = 0
@@ -120,14 +120,14 @@ def _positive(name: str, value) -> None:
 
 
 def names() -> list[str]:
-    """The recipes that are here: every task, with every preset."""
+    """The names of all recipes: every task, and every task with every preset."""
     tasks = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     return [*tasks, *(f"{task}-{method}" for task in tasks for method in methods())]
 
 
 def load(name: str) -> Recipe:
     """The recipe of a name or file. Raises ValueError for an unknown name, key or value; the
-    message names the nearest."""
+    message has the most similar known one."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -182,7 +182,7 @@ def _recipe(name: str, raw: dict, source: str) -> Recipe:
 
 
 def _typed(key: str, value, kind, source: str):
-    """A number where a number is due: YAML reads 1e-4 as text."""
+    """The value as a number where the field is one: YAML reads 1e-4 as text."""
     if kind not in (int, float):
         return value
     try:

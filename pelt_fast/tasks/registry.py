@@ -1,8 +1,8 @@
-"""The paper's four tasks, and two for rows of your own: where rows are, how they are scored."""
+"""The paper's four tasks, and two for a user's data: where rows are, how they are scored."""
 
 from dataclasses import dataclass
 
-# names a column may have in a file of the user's, the canonical one first
+# the names that a column may have in a user's file, the canonical one first
 COLUMNS = {
     "text": ("text", "sentence", "premise", "sentence1"),
     "pair": ("pair", "text_pair", "sentence2", "hypothesis"),
@@ -23,7 +23,7 @@ class Task:
     finals: dict[str, tuple[str, ...]]
     classes: tuple[str, ...] = ()
     languages: tuple[str, str] | None = None
-    codes: tuple[str, str] | None = None  # a multilingual tokenizer's names for them
+    codes: tuple[str, str] | None = None  # the languages' names in a multilingual tokenizer
 
     @property
     def generates(self) -> bool:
@@ -46,7 +46,7 @@ TASKS = {
             "matched": ("validation_matched", "validation", "test"),
             "mismatched": ("validation_mismatched",),
         }, ("entailment", "neutral", "contradiction")),
-        # the user's own rows: classes are those of the train split
+        # a user's rows: the classes are those of the train split
         Task("classification", None, {"accuracy": ("validation", "test")}, ("0", "1")),
         Task("generation", None, {"test": ("test", "validation")}),
         Task("xsum", ("EdinburghNLP/xsum", None), {"test": ("test", "validation")}),

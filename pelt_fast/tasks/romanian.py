@@ -1,14 +1,14 @@
 """Romanian as WMT16 papers score it: punctuation, comma letters, no diacritics, then tokens.
 
 Written from the description of the usual pipeline (Moses' normalize-punctuation, the rules named
-normalise-romanian and remove-diacritics in the WMT16 scripts, a Moses tokenizer): sacreBLEU's 13a
-tokenizer stands for the last, so scores are near the pipeline's and not equal to it.
+normalise-romanian and remove-diacritics in the WMT16 scripts, a Moses tokenizer). sacreBLEU's 13a
+tokenizer takes the place of Moses', so scores are close to the pipeline's, not equal.
 """
 
 import re
 import unicodedata
 
-_CEDILLA = str.maketrans("ŞşŢţ", "ȘșȚț")  # old encodings have a cedilla where a comma belongs
+_CEDILLA = str.maketrans("ŞşŢţ", "ȘșȚț")  # old encodings have a cedilla in place of the comma
 _BARE = str.maketrans("ȘșȚțĂăÂâÎî", "SsTtAaAaIi")
 _PUNCTUATION = (
     (re.compile(r"[„“”«»]|''|``"), '"'),

@@ -30,16 +30,18 @@ def run(
 ) -> dict:  # fmt: skip
     """Read, inject, train, score, save; appends the row to ``results`` and returns it.
 
-    ``source`` as for ``data.load``. Of several processes (``accelerate launch``, DDP or FSDP2) the
-    first writes. Raises, before training: what loading raises, ValueError for a recipe that needs
-    more memory than there is or under FSDP 1, OSError where the disk has no room; after it,
-    RuntimeError where the loss became infinite (nothing is saved as a result).
+    ``source`` is a folder, files by split, or None, as in ``data.load``. With several processes
+    (``accelerate launch``, DDP or FSDP2) the first one writes.
+
+    Raises before training: what loading raises; ValueError for FSDP 1 and for a recipe that needs
+    more memory than is free; OSError when the disk has no room. Raises RuntimeError after training
+    when the loss became infinite; then nothing is saved as a result.
     """
     fsdp = asks_for_fsdp()
     data = load(task_of(recipe.task), source)
     model, tokenizer = load_model(recipe, data.classes)
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    if not fsdp:  # which cuts it first
+    if not fsdp:  # FSDP2 shards the model first
         model.to(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)
     pelt_fast.inject(model, recipe.config(), pack=not fsdp)
@@ -54,7 +56,7 @@ def run(
         raise RuntimeError(f"the loss became {loss}: take a smaller learning_rate or longer warmup")
     row = result(recipe, recipe.config(), model, outcome)
     row |= {"rows": len(data.train), "classes": list(data.classes)}
-    if rank == 0 or fsdp:  # every process gathers, the first writes
+    if rank == 0 or fsdp:  # under FSDP2 every process gathers, the first one writes
         pelt_fast.save(model, output)
     if rank == 0:
         append_line(results, row)
@@ -62,7 +64,7 @@ def run(
 
 
 def asks_for_fsdp() -> bool:
-    """Whether ``accelerate launch`` said FSDP; ValueError for its first version."""
+    """Whether ``accelerate launch`` asks for FSDP. Raises ValueError for its first version."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
         return False
     version = os.environ.get("FSDP_VERSION", "1")
@@ -87,7 +89,7 @@ def tokens_of(data: Data, recipe: Recipe, tokenizer) -> dict:
 
 
 def result(recipe: Recipe, config: PeltConfig, model: nn.Module, outcome: Outcome) -> dict:
-    """One row of results: what ran, what came out, what it cost, where."""
+    """One row of results: settings, scores, costs, versions, device."""
     count = pelt_fast.count_parameters(model)
     gpu, cores = torch.cuda.is_available(), torch.get_num_threads()
     return {
@@ -103,7 +105,7 @@ def result(recipe: Recipe, config: PeltConfig, model: nn.Module, outcome: Outcom
 
 
 def check_memory(model: nn.Module, recipe: Recipe) -> None:
-    """ValueError with the estimate where the device has less."""
+    """Raise ValueError, with the estimate, when the device has less memory than the run needs."""
     device = next(model.parameters()).device
     needed, there = estimate(model, recipe).bytes, free_memory(device)
     if there is not None and needed > there:
@@ -115,7 +117,7 @@ def check_memory(model: nn.Module, recipe: Recipe) -> None:
 
 
 def check_disk(model: nn.Module, output: Path) -> None:
-    """OSError where three checkpoints of the method and its optimizer have no room."""
+    """Raise OSError when the disk has no room for three checkpoints of method and optimizer."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     folder = output.absolute()
     while not folder.exists():

@@ -1,10 +1,10 @@
-"""A small mBART-shaped base, trained here: no pretrained encoder-decoder comes without a network.
+"""Train a small mBART-shaped base: without a network there is no pretrained encoder-decoder.
 
 One vocabulary (byte-level BPE) and one model for English, German and Romanian: translation of
-image captions (en-de) and of short sentences (en-ro), and documents put back from a noised form.
-A tag in front of the source says what is wanted. Seeded. The norms stand in front of the blocks, as
-mBART's do: that trains from nothing at this rate. Short sentences that no training row translates
-score it in the end.
+image captions (en-de) and of short sentences (en-ro), and documents restored from a noised form.
+A tag at the start of the source names the wanted output. All draws are seeded. The norms come
+before the blocks, as in mBART: this trains from random weights at this rate. The base is scored on
+short sentences that no training row translates.
 """
 
 import gzip
@@ -30,7 +30,7 @@ ABOUT = "training.json"
 
 
 def rows(folder: Path):
-    """source and target of the whole mixture, a seeded order, and of the sentences held out."""
+    """source and target of the whole mixture, in a seeded order, and of the held-out sentences."""
     noise = random.Random(0)
     short, scored = _short_sentences(folder / "enro", noise)
     found = [(f"<ro> {x}", y) for x, y in short]
@@ -64,7 +64,7 @@ def _parallel(stem: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 def _documents(path: Path, words: int = 90) -> list[str]:
-    """Pieces of the documents, each of so many words."""
+    """Pieces of the documents, each of ``words`` words."""
     pieces = []
     with gzip.open(path, "rt") as file:
         for line in file:
@@ -74,7 +74,7 @@ def _documents(path: Path, words: int = 90) -> list[str]:
 
 
 def noised(text: str, noise: random.Random) -> str:
-    """BART's text infilling: spans of words, three on average, each one mask."""
+    """BART's text infilling: spans of three words on average, each replaced by one mask."""
     words, kept, hidden = text.split(), [], 0
     budget, i = MASKED * len(words), 0
     while i < len(words):
@@ -115,8 +115,8 @@ def tokenizer_of(texts, folder: Path):
 
 
 def build(folder: Path, output: Path, steps: int = STEPS, seed: int = 0) -> Path:
-    """Train the base on the files of ``folder`` and save it to ``output``; returns ``output``. What
-    it scores on the sentences held out, and what it took, stand beside it in ``training.json``."""
+    """Train the base on the files of ``folder`` and save it to ``output``; returns ``output``. Its
+    score on the held-out sentences and its time are in ``training.json`` in the same folder."""
     import pelt_fast
 
     from .tokens import tokenised

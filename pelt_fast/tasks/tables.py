@@ -1,12 +1,14 @@
-"""Tables of a study: ours beside the paper's, with deviations, parameters and costs."""
+"""Tables of a study: our scores and the paper's, with deviations, parameters and costs."""
 
 from .paper import Table
 from .registry import task_of
-from .study import Results, mean_and_deviation, runs, scaled
+from .results import Results, runs
+from .scores import mean_and_deviation
+from .study import scaled
 
 
 def shown(task: str, rows: list[dict]) -> str:
-    """Means and standard deviations over seeds, each metric of the task; "" without a run."""
+    """Mean and standard deviation over seeds of each metric of the task; "" without a run."""
     if not rows:
         return ""
     found = []
@@ -30,8 +32,8 @@ def printed(paper) -> str:
 
 
 def table_rows(table: Table, results: Results, factors: dict[str, float]) -> list[list[str]]:
-    """A header and a line for each row of ``table``. ``factors``: by task, how much narrower our
-    model is than the paper's (1: the paper's size)."""
+    """A header and a line for each row of ``table``. ``factors`` has for each task our model's
+    width divided by the paper's (1: the paper's size)."""
     header = ["method", "parameters %"]
     for task in table.tasks:
         header += [f"{task}, paper", f"{task}, ours", "rate", "step s", "peak GB"]
@@ -51,7 +53,7 @@ def table_rows(table: Table, results: Results, factors: dict[str, float]) -> lis
 
 
 def text(lines: list[list[str]]) -> str:
-    """A Markdown table, columns aligned; columns with nothing in them left out."""
+    """A Markdown table with aligned columns; empty columns are left out."""
     keep = [i for i in range(len(lines[0])) if i == 0 or any(line[i] for line in lines[1:])]
     lines = [[line[i] for i in keep] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(keep))]

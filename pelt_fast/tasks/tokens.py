@@ -8,8 +8,8 @@ LENGTH = "length"
 def tokenised(
     rows, task: Task, tokenizer, max_length: int, max_target: int, source_prefix: str = ""
 ):
-    """input_ids, attention_mask, labels and ``length`` (the longer side's) of every row; labels end
-    with the tokenizer's end whatever is cut."""
+    """Each row as input_ids, attention_mask, labels and ``length``, the longer side's. Labels that
+    are cut still end with the tokenizer's end token."""
 
     def encode(batch: dict) -> dict:
         if task.generates:

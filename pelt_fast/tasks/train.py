@@ -1,4 +1,4 @@
-"""One run of a recipe: transformers' Trainer on an injected model, measured while it trains."""
+"""Train an injected model by a recipe, with transformers' Trainer, and measure it."""
 
 import math
 import os
@@ -25,9 +25,12 @@ HELDOUT = "heldout"  # a final split that rates are chosen by
 
 @dataclass
 class Outcome:
-    """What a run gives: metrics by name (of several final splits: ``split``), the median seconds of
-    a step (accumulation included, the first left out), bytes at the peak (a GPU's memory, a CPU
-    process's resident set), seconds in all, and the log."""
+    """The outcome of a run.
+
+    ``metrics`` by name, or by split if there are several final splits; ``step_seconds``, the median
+    of an optimizer step with its accumulation, without the first; ``peak_bytes`` of a GPU's memory
+    or of a CPU process's resident set; ``seconds`` in all; the log.
+    """
 
     metrics: dict[str, float]
     step_seconds: float
@@ -37,8 +40,8 @@ class Outcome:
 
 
 def load_model(recipe: Recipe, classes: tuple[str, ...] = ()):
-    """Model and tokenizer of a recipe. Raises OSError when it cannot be loaded, ValueError for a
-    length that the model has no positions for or a tokenizer that cannot pad."""
+    """Model and tokenizer of a recipe. Raises OSError when they cannot be loaded, ValueError when
+    the model has fewer positions than a row has tokens or the tokenizer cannot pad."""
     from transformers import (
         AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
@@ -73,7 +76,7 @@ def _check_length(model: nn.Module, recipe: Recipe) -> None:
     if positions is None:
         return
     if model.config.model_type in ("roberta", "xlm-roberta"):
-        positions -= model.config.pad_token_id + 1  # its positions begin behind the padding's
+        positions -= model.config.pad_token_id + 1  # its positions begin after the padding index
     for name in ("max_length", "max_target")[: 1 + task_of(recipe.task).generates]:
         if getattr(recipe, name) > positions:
             raise ValueError(
@@ -83,7 +86,7 @@ def _check_length(model: nn.Module, recipe: Recipe) -> None:
 
 
 def prepare_generation(model: nn.Module, tokenizer, task: Task, recipe: Recipe) -> None:
-    """The recipe's way of generating, in the model's own config."""
+    """Write the recipe's generation settings to the model's config."""
     config = model.generation_config
     if task.codes and hasattr(tokenizer, "lang_code_to_id"):
         tokenizer.src_lang, tokenizer.tgt_lang = task.codes
@@ -96,8 +99,8 @@ def prepare_generation(model: nn.Module, tokenizer, task: Task, recipe: Recipe) 
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """What trains, with its rate and decay: a prefix's reparameterisation has a share of the rate,
-    biases and LayerNorms no decay."""
+    """The trained parameters with their learning rate and decay. A prefix's reparameterisation
+    gets ``prefix_rate`` of the rate; biases and LayerNorms get no decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -118,8 +121,8 @@ def fit(
     """Train an injected model in place and score it.
 
     ``train``, ``validation`` and each of ``finals`` are tokenised rows (``tokens.tokenised``).
-    ``keep`` writes checkpoints to ``output`` and takes the best of them in the end; ``resume`` goes
-    on from the newest. Raises RuntimeError when the extra is missing.
+    ``keep`` writes checkpoints to ``output`` and loads the best of them at the end; ``resume``
+    continues from the newest. Raises RuntimeError when the extra is missing.
     """
     try:
         trainer = _trainer(model, tokenizer, recipe, train, validation, output, quiet, keep)
@@ -143,7 +146,7 @@ def fit(
 
 
 def _scores(trainer, rows, by_loss: bool) -> dict[str, float]:
-    """The metrics of rows; what only has to be ranked by its loss is not generated."""
+    """The metrics of rows. ``by_loss``: the loss alone, without generation."""
     rows = _without_length(_by_length(rows))
     if by_loss:
         return {"loss": trainer.evaluate(rows)["eval_loss"]}
@@ -155,7 +158,7 @@ def _scores(trainer, rows, by_loss: bool) -> dict[str, float]:
 
 
 def _by_length(rows):
-    """Rows from long to short: batches in order are padded little, and memory is met first."""
+    """Rows from long to short: batches need little padding, and the largest comes first."""
     lengths = rows[LENGTH]
     return rows.select(sorted(range(len(rows)), key=lambda row: -lengths[row]))
 
@@ -169,7 +172,7 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
     task = task_of(recipe.task)
 
     class Run(PeltSeq2SeqTrainer if task.generates else PeltTrainer):
-        """The Trainer, on batches of like length."""
+        """The Trainer, with batches of rows of similar length."""
 
         def get_train_dataloader(self):
             budget = dict(batch_tokens=recipe.batch_tokens) if recipe.batch_tokens else dict(
@@ -189,7 +192,7 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
             return self.optimizer
 
         def predict(self, *args, **kwargs):
-            # whatever is selected by, the last evaluation scores
+            # the last evaluation scores, even if checkpoints are selected by the loss
             self.args.predict_with_generate, self.compute_metrics = task.generates, score
             return super().predict(*args, **kwargs)
 
@@ -200,15 +203,15 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
         score = _text_scores(tokenizer, task)
     else:
         collate, score = DataCollatorWithPadding(tokenizer), _accuracy
-    # by loss alone nothing is scored on the way: the logits of a vocabulary would pile up
+    # selected by the loss, nothing is scored in between: the logits would fill the memory
     on_the_way = None if task.generates and recipe.select_by == "loss" else score
     run = Run(
         model=model, args=_arguments(recipe, task, output, quiet, keep), data_collator=collate,
         train_dataset=train, eval_dataset=_without_length(_by_length(validation)),
         compute_metrics=on_the_way,
     )  # fmt: skip
-    # the smoother divides by what Trainer counts; the models' own losses take the count and average
-    # by themselves, and accumulation and processes would multiply them
+    # the label smoother divides by the Trainer's count of tokens; a model's own loss is a mean
+    # already, and with the count the Trainer would scale it by accumulation and processes
     run.model_accepts_loss_kwargs = recipe.label_smoothing > 0
     if quiet:
         run.remove_callback(PrinterCallback)
@@ -219,8 +222,8 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
 
 @contextmanager
 def _uneven(accelerator):
-    """Batches of other sizes than one another; their number is a multiple of the processes'. What
-    is evaluated is evened out, or a process would wait for one that has no batch left."""
+    """Let batches differ in size; their number is a multiple of the number of processes. Evaluation
+    keeps even batches, or a process would wait for one that has none left."""
     even, accelerator.even_batches = accelerator.even_batches, False
     try:
         yield
@@ -270,8 +273,8 @@ def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool
 
 
 def precision_here(recipe: Recipe) -> str:
-    """A CPU takes bf16 where it multiplies in it (one process: transformers scores only the first
-    of several on it), else fp32."""
+    """The precision of a run on this machine. A CPU that multiplies in bf16 runs bf16, in one
+    process only: of several, transformers scores the first alone. Every other CPU runs fp32."""
     if torch.cuda.is_available():
         return recipe.precision
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -280,7 +283,7 @@ def precision_here(recipe: Recipe) -> str:
 
 
 def _warmup(recipe: Recipe) -> float:
-    """The recipe's, but for one that ends with the run: transformers divides by what is left."""
+    """The recipe's warmup, shorter than the run: transformers divides by the steps after it."""
     steps = math.ceil(recipe.warmup * recipe.steps) if recipe.warmup < 1 else recipe.warmup
     return recipe.steps - 1 if recipe.steps and steps == recipe.steps else recipe.warmup
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import bench
-from pelt_fast.cli import main
+from tests.benchmarks.command import main
 
 TINY = ["--model", "tiny-bart", "--peer", "pelt_fast", "plain", "--repeats", "1"]
 LAYER = ["bench", "layer", *TINY, "--method", "parallel", "--size", "4", "--dropout", "0",

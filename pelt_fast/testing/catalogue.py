@@ -1,0 +1,24 @@
+"""Every case: each op in each of its forms."""
+
+from collections.abc import Iterator
+
+from .adapter import adapter_case
+from .case import Case
+from .lora import lora_case
+from .prefix_attention import prefix_case
+from .widened_ffn import ffn_case
+
+
+def cases(sizes: tuple[int, int, int, int] = (37, 52, 44, 5)) -> Iterator[Case]:
+    """Every op in every form; ``sizes`` are M, K, N, R of the low-rank and FFN cases."""
+    for p in (0.0, 0.1):
+        yield lora_case(*sizes, p)
+        for layer_norm in ("none", "in", "out"):
+            for base in (True, False):
+                yield adapter_case(*sizes, p, layer_norm, base)
+        for gated in (False, True):
+            yield ffn_case(*sizes, p, gated)
+        yield ffn_case(*sizes, p, gated=False, separate=True)
+        for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
+            yield prefix_case(p, form, composition, causal=form == "softmax", masked=p == 0)
+        yield prefix_case(p, "softmax", "gated", causal=False, masked=True)

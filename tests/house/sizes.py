@@ -1,0 +1,52 @@
+"""How large a file, a function and a list of parameters may be."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+from .imports import files, parsed
+
+LINES, PARAMETERS, MEDIAN = 350, 8, 25
+FOLDERS = ("pelt_fast", "kernels", "csrc", "benchmarks")
+SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
+BOUND = ("self", "cls", "ctx")  # what Python or autograd gives, not the caller
+
+
+def files_are_short(root: Path) -> Iterator[str]:
+    """No file has more than 350 lines."""
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in SUFFIXES and path.is_file():
+                lines = len(path.read_text().splitlines())
+                if lines > LINES:
+                    yield f"{path.relative_to(root)}: {lines} lines, at most {LINES}"
+
+
+def few_positional_parameters(root: Path) -> Iterator[str]:
+    """No host function takes more than eight positional parameters; kernels are exempt."""
+    for name, function in _host_functions(root):
+        arguments = function.args.posonlyargs + function.args.args
+        count = len(arguments) - (arguments[:1] != [] and arguments[0].arg in BOUND)
+        if count > PARAMETERS:
+            yield f"{name}.{function.name}: {count} positional parameters, at most {PARAMETERS}"
+
+
+def functions_are_short(root: Path) -> Iterator[str]:
+    """Half of the host functions have at most 25 lines."""
+    lengths = [f.end_lineno - f.lineno + 1 for _, f in _host_functions(root)]
+    if lengths and median(lengths) > MEDIAN:
+        yield f"the median function has {median(lengths):g} lines, at most {MEDIAN}"
+
+
+def _host_functions(root: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function outside kernels, with the name of its file."""
+    for name, path in files(root).items():
+        if name.startswith("pelt_fast.kernels"):
+            continue
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield name, node
+
+
+RULES = (files_are_short, few_positional_parameters, functions_are_short)
