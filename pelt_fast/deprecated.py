@@ -3,6 +3,10 @@
 import functools
 import warnings
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 # old public name: the new one
 RENAMED = {
@@ -21,15 +25,17 @@ def warn(old: str, new: str) -> None:
     warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=3)
 
 
-def renamed_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
+def renamed_keyword(
+    old: str, new: str
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorator: the keyword argument ``old`` of a function stands for ``new``, with a warning.
 
     Raises TypeError when both are given.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(function)
-        def accepts_old(*args, **kwargs):
+        def accepts_old(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             if old in kwargs:
                 if new in kwargs:
                     raise TypeError(
