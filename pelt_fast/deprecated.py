@@ -1,6 +1,7 @@
 """Names of earlier versions: each still works, and says once which name took its place."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -21,7 +22,13 @@ RENAMED = {
 
 
 def warn(old: str, new: str) -> None:
-    """Warn that ``old`` is called ``new`` now, at the line of the user's that names it."""
+    """Warn that ``old`` is called ``new`` now, at the line of the user's that names it.
+
+    ``from pelt_fast import old`` asks twice, first for importlib and then for the user: only the
+    second warns.
+    """
+    if sys._getframe(2).f_globals.get("__name__") == "importlib._bootstrap":
+        return
     warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=3)
 
 

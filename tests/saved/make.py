@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 sys.path.append(str(Path(__file__).parent))
 
 import cases
+
 import pelt_fast
 from tests.small import inputs, randomise
 
