@@ -1,4 +1,4 @@
-"""The ``pelt-fast`` command: one file a subcommand, imported when it is the one that was asked for."""
+"""The ``pelt-fast`` command: one file a subcommand. Only the one that was asked for is imported."""
 
 import argparse
 import importlib
