@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 import pelt_fast
-from pelt_fast.formats.checkpoint import TRAINED_FILE, load_trained, read_config
+from pelt_fast.formats.checkpoint import read_config
+from pelt_fast.integrations.trainer import load_trained
 from tests.saved import cases
 
 FOLDERS = sorted(path.parent for path in cases.SAVED.glob(f"*/*/{cases.EXPECTED_FILE}"))
 IDS = ["-".join(folder.parts[-2:]) for folder in FOLDERS]
-TRAINED = [folder for folder in FOLDERS if (folder / TRAINED_FILE).exists()]
+TRAINED = [folder for folder in FOLDERS if (folder / cases.TRAINED_FILE).exists()]
 ROUNDING = 1e-5  # of the largest logit: another instruction set adds in another order
 
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=IDS)
@@ -52,7 +53,7 @@ def test_the_numbers_are_those_of_the_method(folder):
 def test_what_is_loaded_is_saved_as_the_same_tensors(folder, tmp_path):
     model = pelt_fast.load(cases.base(folder.name), folder)
     pelt_fast.save(model, tmp_path)
-    before, after = (load_file(f / "pelt_model.safetensors") for f in (folder, tmp_path))
+    before, after = (load_file(f / cases.METHOD_FILE) for f in (folder, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert read_config(tmp_path)[0] == read_config(folder)[0]

@@ -12,6 +12,9 @@ from torch import nn
 from tests import small
 
 SAVED = Path(__file__).parent
+# the names of the files are part of the format
+METHOD_FILE = "pelt_model.safetensors"
+TRAINED_FILE = "pelt_training.safetensors"
 EXPECTED_FILE = "expected.safetensors"  # input_ids, attention_mask, logits
 NAMES_FILE = "names.json"
 # method: the model that carries it

@@ -18,9 +18,9 @@ import pelt_fast
 from tests.small import inputs, randomise
 
 try:
-    from pelt_fast.formats.checkpoint import save_trained
+    from pelt_fast.integrations.trainer import save_trained
 except ImportError:  # up to 0.1.0
-    from pelt_fast.models.checkpoint import save_trained
+    from pelt_fast.trainer import save_trained
 
 
 def write(method: str, folder: Path) -> None:
