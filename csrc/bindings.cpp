@@ -2,7 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cpu/level.h"
+#include "cpu/instruction_set.h"
 
 #define PELT_FAST_STRING_(x) #x
 #define PELT_FAST_STRING(x) PELT_FAST_STRING_(x)
@@ -24,7 +24,8 @@ const char* compiler() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU ops of pelt_fast, and how they were built.";
   m.def("compiler", &compiler, "Name and version of the compiler.");
-  m.def("level", &pelt_fast::level_name, "The instruction set the ops use here.");
+  m.def("instruction_set", &pelt_fast::instruction_set_name,
+        "The instruction set the ops use here.");
   m.def(
       "torch_target", [] { return PELT_FAST_STRING(TORCH_TARGET_VERSION); },
       "The oldest LibTorch the ops run with.");

@@ -1,4 +1,4 @@
-// What every file shares: a check that speaks, and code that is inlined into a kernel's level.
+// What every file shares: a check that speaks, and code that is inlined into each copy of a kernel.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>

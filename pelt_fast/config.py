@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from pelt_fast.ops.common.activations import ACTIVATIONS
 
@@ -30,7 +31,7 @@ _OF_NO_LAYER = ("prompt", "bias", "full")
 # form, target -> (insertion, compositions) pairs that can be built
 _LINEARS = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.in", "ffn.out")
 _SCALED = ("add", "scaled", "learned_scale", "learned_channel_scale")
-GRID = {
+GRID: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     **{("low_rank", target): {"parallel": ("add", "scaled")} for target in _LINEARS},
     ("bottleneck", "attention"): {"sequential": _SCALED, "parallel": _SCALED},
     ("bottleneck", "ffn"): {"sequential": _SCALED, "parallel": _SCALED},
@@ -41,14 +42,14 @@ GRID = {
     ("full", "model"): {"parallel": ("add",)},
 }
 # where an update may be read and added, the paper's place first
-_PLACES = {
+_PLACES: dict[tuple[str, str] | None, tuple[str, ...]] = {
     ("attention", "parallel"): ("before_output", "after_output"),
     ("attention", "sequential"): ("after_output",),
     ("heads", "parallel"): ("before_output",),
     ("ffn", "parallel"): ("after_dropout", "before_dropout"),
     ("ffn", "sequential"): ("after_dropout", "after_norm", "around_norm"),
 }
-_READS = {
+_READS: dict[tuple[str, str] | None, tuple[str, ...]] = {
     ("heads", "parallel"): ("input", "query"),
     ("ffn", "parallel"): ("input", "residual"),
 }
@@ -116,7 +117,7 @@ class Modification:
     residual: bool = True
     layers: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "where", tuple(self.where))
         for name, options in (
             ("form", FORMS), ("target", TARGETS), ("insertion", INSERTIONS),
@@ -131,7 +132,7 @@ class Modification:
         self._check_numbers()
         self._check_layers()
 
-    def _check_point(self):
+    def _check_point(self) -> None:
         """Refuse a point of the grid without meaning, with the nearest one that has one."""
         point = _described(self.insertion, self.form, self.target, self.composition)
         if self.composition not in GRID.get((self.form, self.target), {}).get(self.insertion, ()):
@@ -179,7 +180,7 @@ class Modification:
         )
         return _described(*min(points, key=distance))
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         if self.reads == "query" and self.dropout:
             raise ValueError(
                 "a bottleneck that reads the query is a part of the attention, which drops with the"
@@ -195,7 +196,7 @@ class Modification:
         if not isinstance(self.mlp_dim, int) or self.mlp_dim < 1:
             raise ValueError(f"mlp_dim must be an integer >= 1, got {self.mlp_dim!r}")
 
-    def _check_layers(self):
+    def _check_layers(self) -> None:
         if self.layers is None:
             return
         if self.form in _OF_NO_LAYER:
@@ -219,7 +220,7 @@ def _described(insertion: str, form: str, target: str, composition: str) -> str:
     return f"{insertion} {form} on {target}, composition {composition!r}"
 
 
-def _one_of(name: str, value, options: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, options: tuple[object, ...]) -> None:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(str, options))}; got {value!r}")
 
@@ -252,7 +253,7 @@ class PeltConfig:
     train_head: bool = True
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "modifications", tuple(self.modifications))
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {type(self.name).__name__}")
@@ -273,7 +274,7 @@ class PeltConfig:
         """Whether this is full fine-tuning."""
         return any(m.form == "full" for m in self.modifications)
 
-    def replace(self, **changes) -> "PeltConfig":
+    def replace(self, **changes: Any) -> "PeltConfig":
         """A copy with the given Modification fields changed in every modification; raises what
         Modification raises, and TypeError for an unknown field."""
         modifications = [dataclasses.replace(m, **changes) for m in self.modifications]

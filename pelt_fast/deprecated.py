@@ -1,8 +1,13 @@
 """Names of earlier versions: each still works, and says once which name took its place."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 # old public name: the new one
 RENAMED = {
@@ -17,19 +22,27 @@ RENAMED = {
 
 
 def warn(old: str, new: str) -> None:
-    """Warn that ``old`` is called ``new`` now, at the line of the user's that names it."""
+    """Warn that ``old`` is called ``new`` now, at the line of the user's that names it.
+
+    ``from pelt_fast import old`` asks twice, first for importlib and then for the user: only the
+    second warns.
+    """
+    if sys._getframe(2).f_globals.get("__name__") == "importlib._bootstrap":
+        return
     warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=3)
 
 
-def renamed_keyword(old: str, new: str) -> Callable[[Callable], Callable]:
+def renamed_keyword(
+    old: str, new: str
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorator: the keyword argument ``old`` of a function stands for ``new``, with a warning.
 
     Raises TypeError when both are given.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(function)
-        def accepts_old(*args, **kwargs):
+        def accepts_old(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             if old in kwargs:
                 if new in kwargs:
                     raise TypeError(

@@ -1,5 +1,7 @@
 """The presets: the paper's methods at the paper's settings (PAPER Table 8, appendix A)."""
 
+from typing import Any
+
 from pelt_fast.config import Modification, PeltConfig
 
 
@@ -9,14 +11,16 @@ def _lora(target: str, size: int, scale: float) -> Modification:
     )
 
 
-def _adapter(target: str, size: int, insertion: str, scale: float = 1.0, **details) -> Modification:
+def _adapter(
+    target: str, size: int, insertion: str, scale: float = 1.0, **details: Any
+) -> Modification:
     composition = "add" if scale == 1 else "scaled"
     return Modification(
         "bottleneck", target, insertion, composition, size, scale, dropout=0.1, **details
     )
 
 
-def _prefix(size: int, composition: str = "gated", **details) -> Modification:
+def _prefix(size: int, composition: str = "gated", **details: Any) -> Modification:
     return Modification("prefix", "heads", composition=composition, size=size, **details)
 
 
@@ -26,9 +30,9 @@ def _mam(name: str, prefix: int, bottleneck: int, scale: float) -> PeltConfig:
 
 
 # the paper's code gives the adapters of an attention a LayerNorm, its scripts none to the FFN's
-_SEQUENTIAL = dict(insertion="sequential", init="bert")
-_PARALLEL_ATTENTION = dict(insertion="parallel", init="bert", layer_norm="in")
-_PARALLEL = dict(insertion="parallel", init="bert")
+_SEQUENTIAL: dict[str, Any] = dict(insertion="sequential", init="bert")
+_PARALLEL_ATTENTION: dict[str, Any] = dict(insertion="parallel", init="bert", layer_norm="in")
+_PARALLEL: dict[str, Any] = dict(insertion="parallel", init="bert")
 # on the query: the attention's own dropout acts
 _HEADS = Modification("bottleneck", "heads", size=200, init="bert", reads="query")
 _LORA_FFN = (_lora("ffn.in", 102, 4.0), _lora("ffn.out", 102, 4.0))

@@ -84,7 +84,7 @@ PELT_FAST_INLINE void activate(const Activate& g, int64_t first, int64_t last) {
       PELT_FAST_BY_TYPE(g.dtype, activate_row<T>(g, row, column, columns))
     }
 }
-PELT_FAST_AT_LEVEL(activate, Activate)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(activate, Activate)
 
 template <int W>
 PELT_FAST_INLINE void backward(const Activate& g, int64_t first, int64_t last) {
@@ -94,7 +94,7 @@ PELT_FAST_INLINE void backward(const Activate& g, int64_t first, int64_t last) {
       PELT_FAST_BY_TYPE(g.dtype, backward_row<T>(g, row, column, columns))
     }
 }
-PELT_FAST_AT_LEVEL(backward, Activate)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(backward, Activate)
 
 // `out` names the tensor that is written: out, or d in the backward.
 Activate arguments(const char* name, const Tensor& out, const Tensor& t,
@@ -124,7 +124,7 @@ int64_t grain(const Activate& g) { return 1 + (1 << 14) / std::max<int64_t>(g.wi
 Tensor activate_(Tensor out, Tensor t, std::optional<Tensor> z, int64_t activation,
                  std::optional<Tensor> seed, int64_t threshold, double keep_scale) {
   const Activate g = arguments("out", out, t, z, activation, seed, threshold, keep_scale);
-  run(activate_at_level, g, g.rows, grain(g));
+  run(activate_for_this_machine, g, g.rows, grain(g));
   return out;
 }
 
@@ -137,7 +137,7 @@ Tensor activate_backward_(Tensor d, Tensor t, std::optional<Tensor> z, std::opti
     check_rows("dt", *dt, g.rows, g.width, g.dtype);
     g.dt = rows_of<void>(*dt);
   }
-  run(backward_at_level, g, g.rows, grain(g));
+  run(backward_for_this_machine, g, g.rows, grain(g));
   return d;
 }
 

@@ -70,7 +70,7 @@ PELT_FAST_INLINE void adapter(const Adapter& g, int64_t first, int64_t last) {
     PELT_FAST_BY_TYPE(g.dtype, adapter_one<W, T>(g, b))
   }
 }
-PELT_FAST_AT_LEVEL(adapter, Adapter)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(adapter, Adapter)
 
 struct AdapterBackward {
   Rows<void> dy, x, t, residual, dx;  // residual and dx may be missing, x without d_down
@@ -120,7 +120,7 @@ PELT_FAST_INLINE void backward(const AdapterBackward& g, int64_t first, int64_t 
     }
   }
 }
-PELT_FAST_AT_LEVEL(backward, AdapterBackward)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(backward, AdapterBackward)
 
 Tensor adapter_(Tensor y, std::optional<Tensor> t, Tensor x, Tensor base, Tensor down,
                 std::optional<Tensor> down_bias, Tensor up, std::optional<Tensor> up_bias,
@@ -158,7 +158,7 @@ Tensor adapter_(Tensor y, std::optional<Tensor> t, Tensor x, Tensor base, Tensor
                   activation_of(activation),
                   dtype,
                   mask_of(seed, threshold, keep_scale)};
-  run(adapter_at_level, g, blocks_of(rows), 1);
+  run(adapter_for_this_machine, g, blocks_of(rows), 1);
   return y;
 }
 
@@ -212,7 +212,7 @@ void adapter_backward_(Tensor dy, Tensor x, Tensor t, Tensor down, Tensor up,
   const Buffer of_down = parts_for("d_down", d_down, rank, depth, count * pad * deep, &g.d_down);
   const Buffer of_down_bias =
       parts_for("d_down_bias", d_down_bias, rank, -1, count * pad, &g.d_down_bias);
-  run(backward_at_level, g, count, 1);
+  run(backward_for_this_machine, g, count, 1);
   if (g.d_up != nullptr) add_parts(*d_up, g.d_up, count, wide * pad, pad, g.scale);
   if (g.d_up_bias != nullptr) add_parts(*d_up_bias, g.d_up_bias, count, wide, wide, g.scale);
   if (g.d_down != nullptr) add_parts(*d_down, g.d_down, count, pad * deep, deep, 1);

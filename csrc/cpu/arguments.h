@@ -66,12 +66,12 @@ inline Mask mask_of(const std::optional<Tensor>& seed, int64_t threshold, double
   return mask;
 }
 
-// `kernel(arguments, first, last)` over [0, count) on torch's threads. The level is chosen before
-// they start: a refusal of it is an error of the caller's.
+// `kernel(arguments, first, last)` over [0, count) on torch's threads. The instruction set is
+// chosen before they start: a refusal of it is an error of the caller's.
 template <typename Arguments>
 void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& arguments,
          int64_t count, int64_t grain) {
-  level();
+  instruction_set();
   torch::stable::parallel_for(0, count, grain,
                               [&](int64_t first, int64_t last) { kernel(arguments, first, last); });
 }

@@ -49,7 +49,7 @@ PELT_FAST_INLINE void fill(const Fill& g, int64_t first, int64_t last) {
   if (g.bytes == 4) return fill_blocks<uint32_t>(g, first, last);
   fill_blocks<uint64_t>(g, first, last);
 }
-PELT_FAST_AT_LEVEL(fill, Fill)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(fill, Fill)
 
 template <typename Value>
 uint64_t bits_of(Value value) {
@@ -81,7 +81,7 @@ Tensor dropout_factor_(Tensor out, int64_t threshold, double scale, Tensor seed,
       PELT_FAST_CHECK(false, "out must be float64, float32, bfloat16 or float16");
   }
   const int64_t blocks = (start % kBlock + g.count + kBlock - 1) / kBlock;
-  run(fill_at_level, g, blocks, kGrain);
+  run(fill_for_this_machine, g, blocks, kGrain);
   return out;
 }
 

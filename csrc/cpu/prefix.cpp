@@ -128,7 +128,7 @@ PELT_FAST_INLINE void merge(const Prefix& g, int64_t first, int64_t last) {
     PELT_FAST_BY_TYPE(g.dtype, merge_block<W, T>(g, b, h, t))
   }
 }
-PELT_FAST_AT_LEVEL(merge, Prefix)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(merge, Prefix)
 
 // dS over dW in place.
 template <int W>
@@ -193,7 +193,7 @@ PELT_FAST_INLINE void backward(const Prefix& g, int64_t first, int64_t last) {
     }
   }
 }
-PELT_FAST_AT_LEVEL(backward, Prefix)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(backward, Prefix)
 
 Heads heads_of(const char* name, const Tensor& t, const Tensor& like, ScalarType dtype) {
   bool fits = t.dim() == 4;
@@ -258,7 +258,7 @@ void prefix_merge_(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, double sc
   const Buffer kt = packed_heads(k, true, static_cast<float>(scale)),
                vs = packed_heads(v, false, 1);
   g.kt = kt.get(), g.v = vs.get();
-  run(merge_at_level, g, g.batch * g.heads * g.blocks(), 4);
+  run(merge_for_this_machine, g, g.batch * g.heads * g.blocks(), 4);
 }
 
 void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o, Tensor q,
@@ -283,7 +283,7 @@ void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o
   g.part_blocks = (blocks + g.part_count - 1) / g.part_count;
   const Buffer parts = buffer(g.heads * g.part_count * 2 * size);
   g.parts = parts.get();
-  run(backward_at_level, g, g.heads * g.part_count, 1);
+  run(backward_for_this_machine, g, g.heads * g.part_count, 1);
   for (int64_t h = 0; h < g.heads; ++h) {
     for (int which = 0; which < 2; ++which) {
       auto* out = static_cast<float*>((which == 0 ? dk : dv).mutable_data_ptr());

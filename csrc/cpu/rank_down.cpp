@@ -38,7 +38,7 @@ PELT_FAST_INLINE void down(const Down& g, int64_t first, int64_t last) {
     PELT_FAST_BY_TYPE(g.dtype, down_one<W, T>(g, block_of(b, g.rows, g.width)))
   }
 }
-PELT_FAST_AT_LEVEL(down, Down)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(down, Down)
 
 struct DownBackward {
   Rows<void> x, ds, base, dx;  // base and dx may be missing
@@ -67,7 +67,7 @@ PELT_FAST_INLINE void down_backward(const DownBackward& g, int64_t first, int64_
     }
   }
 }
-PELT_FAST_AT_LEVEL(down_backward, DownBackward)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(down_backward, DownBackward)
 
 Tensor rank_down_(Tensor s, Tensor x, Tensor a, std::optional<Tensor> bias,
                   std::optional<Tensor> seed, int64_t threshold, double keep_scale) {
@@ -90,7 +90,7 @@ Tensor rank_down_(Tensor s, Tensor x, Tensor a, std::optional<Tensor> bias,
                rank,
                dtype,
                mask};
-  run(down_at_level, g, blocks_of(rows), 1);
+  run(down_for_this_machine, g, blocks_of(rows), 1);
   return s;
 }
 
@@ -129,7 +129,7 @@ void rank_down_backward_(Tensor ds, std::optional<Tensor> x, std::optional<Tenso
     parts = buffer(count * pad * wide);
     g.parts = parts.get();
   }
-  run(down_backward_at_level, g, count, 1);
+  run(down_backward_for_this_machine, g, count, 1);
   if (da.has_value()) add_parts(*da, parts.get(), count, pad * wide, wide, 1);
 }
 

@@ -37,7 +37,7 @@ PELT_FAST_INLINE void up(const Up& g, int64_t first, int64_t last) {
     PELT_FAST_BY_TYPE(g.dtype, up_one<W, T>(g, block_of(b, g.rows, g.width)))
   }
 }
-PELT_FAST_AT_LEVEL(up, Up)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(up, Up)
 
 struct UpBackward {
   Rows<void> dy, h, dh;       // h and dh may be missing
@@ -73,7 +73,7 @@ PELT_FAST_INLINE void up_backward(const UpBackward& g, int64_t first, int64_t la
     }
   }
 }
-PELT_FAST_AT_LEVEL(up_backward, UpBackward)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(up_backward, UpBackward)
 
 Tensor rank_up_(Tensor out, std::optional<Tensor> base, Tensor h, Tensor b,
                 std::optional<Tensor> bias, double scale, std::optional<Tensor> seed,
@@ -103,7 +103,7 @@ Tensor rank_up_(Tensor out, std::optional<Tensor> base, Tensor h, Tensor b,
              rank,
              dtype,
              mask};
-  run(up_at_level, g, blocks_of(rows), 1);
+  run(up_for_this_machine, g, blocks_of(rows), 1);
   return out;
 }
 
@@ -142,7 +142,7 @@ void rank_up_backward_(Tensor dy, std::optional<Tensor> h, std::optional<Tensor>
     bias_parts = buffer(count * wide);
     g.bias_parts = bias_parts.get();
   }
-  run(up_backward_at_level, g, count, 1);
+  run(up_backward_for_this_machine, g, count, 1);
   if (db.has_value()) add_parts(*db, parts.get(), count, wide * pad, pad, g.scale);
   if (d_bias.has_value()) add_parts(*d_bias, bias_parts.get(), count, wide, wide, g.scale);
 }

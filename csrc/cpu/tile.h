@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "level.h"
+#include "instruction_set.h"
 #include "philox.h"
 
 namespace pelt_fast {

@@ -21,6 +21,7 @@
 #endif
 
 #include "hopper.cuh"
+#include "ring.cuh"
 #include "tail_gemm.h"
 #include "tensor_map.h"
 
@@ -60,19 +61,7 @@ __device__ __forceinline__ Tile tile_of(const Problem& g, int i, int rank) {
   return {(group + within % deep) * Cluster + rank, within / deep};
 }
 
-struct Stages {
-  unsigned char *a, *b;
-  uint64_t *full, *empty;
-};
-
-// Where in the ring a thread is: the parity flips with each turn.
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
+using Turn = RingTurn<kStages>;
 
 // One step's operands into the stage of `turn`; k counts elements of K (or of R).
 template <int Cluster, bool Transposed>
@@ -112,12 +101,6 @@ __device__ __forceinline__ void copy_all(const Problem& g, const Maps& maps, con
     for (int t = 0; t < g.steps; ++t, turn.next())
       copy_step<Cluster, Transposed>(ring, turn, &maps.a, &maps.w, tile, t * kStep, rank);
   }
-}
-
-// One lane of each warp says that this block is done with a stage, to all that copy into it.
-template <int Cluster>
-__device__ __forceinline__ void release(const Stages& ring, int stage) {
-  if (threadIdx.x % 32 < Cluster) arrive(ring.empty + stage, threadIdx.x % 32);
 }
 
 // Products number [0, Count) of a step, 16 of K each.

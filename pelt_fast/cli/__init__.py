@@ -1,29 +1,34 @@
-"""The ``pelt-fast`` command: one file a subcommand."""
+"""The ``pelt-fast`` command: one file a subcommand. Only the one that was asked for is imported."""
 
 import argparse
+import importlib
 import sys
 
-from . import bench, check, explain, info, methods, study, train
-
-COMMANDS = {
-    "info": info, "check": check, "explain": explain, "methods": methods, "train": train,
-    "study": study,
-    "bench": bench,
-}  # fmt: skip
+COMMANDS = ("info", "check", "explain", "methods", "train", "study", "bench")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 a check missed, 2 bad input."""
+    """Entry point of the command line.
+
+    Args:
+        arguments: what stands after ``pelt-fast``; None reads ``sys.argv``.
+
+    Returns:
+        The exit status: 0 done, 1 a check failed, 2 bad input, 130 stopped by the user.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="pelt-fast", description="Fast parameter-efficient fine-tuning."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        summary = command.__doc__.splitlines()[0]
+    asked = [name for name in arguments[:1] if name in COMMANDS] or COMMANDS
+    commands = {name: importlib.import_module(f"{__name__}.{name}") for name in asked}
+    for name, command in commands.items():
+        summary = (command.__doc__ or "").splitlines()[0]
         command.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
     options = parser.parse_args(arguments)
     try:
-        return COMMANDS[options.command].run(options)
+        return commands[options.command].run(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"pelt-fast {options.command}: {error}", file=sys.stderr)
         return 2

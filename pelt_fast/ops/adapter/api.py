@@ -146,7 +146,7 @@ def _checked(
     check.choice("layer_norm", norm.layer_norm, LAYER_NORMS)
     if norm.layer_norm != "none":
         width = x.shape[-1] if norm.layer_norm == "in" else channels
-        for name, value in zip(("norm_weight", "norm_bias"), norm):
+        for name, value in zip(("norm_weight", "norm_bias"), norm[:2]):
             if value is None:
                 raise ValueError(f"{name} is needed with layer_norm={norm.layer_norm!r}")
             check.tensor(name, value, (width,), x)

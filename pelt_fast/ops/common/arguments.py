@@ -2,6 +2,7 @@
 what came and what was wanted."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from .dispatch import DTYPES
 from .library import autocasts
 
 
-def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What ``F.linear`` would do to its arguments under ``torch.autocast``."""
     if not autocasts(tensors[0]):
         return tensors

@@ -23,7 +23,7 @@ def facts() -> dict[str, str]:
         return {}
     from pelt_fast import _C
 
-    return {"compiler": _C.compiler(), "instruction set": _C.level()}
+    return {"compiler": _C.compiler(), "instruction set": _C.instruction_set()}
 
 
 def ops():

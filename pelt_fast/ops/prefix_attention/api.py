@@ -78,8 +78,9 @@ def prefix_attention(
         check.update_scale(scale, 1)
     dispatch.announce("prefix", q.device)
     scores = Scores(attn_mask, bool(is_causal), float(scale))
-    form = Form(form, composition)
-    return attention_with_prefix(qkv, prefix, scores, form, float(dropout_p), training)
+    return attention_with_prefix(
+        qkv, prefix, scores, Form(form, composition), float(dropout_p), training
+    )
 
 
 def _check_heads(qkv: QKV, prefix: Prefix) -> None:

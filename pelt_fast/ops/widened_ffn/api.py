@@ -109,8 +109,9 @@ def ffn_parallel_adapter(
         weights = Bottleneck(*weights[:2], *fold_scale(scale, *weights[2:]))
         scale = 1.0
     settings = FFNSettings(
-        ffn_activation, activation, float(scale), *map(float, probabilities.values()), None
-    )
+        ffn_activation, activation, float(scale), float(dropout_p), float(activation_dropout_p),
+        float(output_dropout_p), None,
+    )  # fmt: skip
     return widened_ffn(x, adapter_x, ffn, weights, stacked, settings, training)
 
 
