@@ -16,8 +16,8 @@ from pelt_fast import functional
 PAGE = REPOSITORY / "docs" / "api.md"
 HEAD = """# API
 
-Written by `python -m benchmarks.api` from signatures and docstrings. What stands here is public:
-see *Versions* in the README.
+Written by `python -m benchmarks.api` from signatures and docstrings. Every name on this page is
+public: see [Versions](install.md#versions).
 """
 
 
