@@ -78,3 +78,11 @@ def test_the_code_cites_identities_that_the_maths_page_defines():
             if path.suffix in (".py", ".cu", ".cpp", ".h", ".cuh"):
                 cited = set(re.findall(r"docs/maths\.md#([\w-]+)", path.read_text()))
                 assert cited <= anchors, f"{path} cites {cited - anchors}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_files_that_a_page_names_are_there(page):
+    roots = r"(?:pelt_fast|kernels|csrc|benchmarks|tests|docs)"
+    for path in re.findall(rf"(?<![\w/.])({roots}/[\w./-]*\w)(?![\w{{])", page.read_text()):
+        path = path.partition("::")[0]
+        assert (ROOT / path).exists() or path.endswith("_C_cuda.so"), f"{path}: no such file"
