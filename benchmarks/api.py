@@ -40,16 +40,20 @@ def _entries(module, names: list[str]) -> list[str]:
     return [_entry(name, value) for name, value in found if callable(value)]
 
 
-def document() -> str:
-    """The whole page."""
-    functions = [
+def _functions() -> list[str]:
+    """The public functions of ``functional``, whether it defines or re-exports them."""
+    return getattr(functional, "__all__", None) or [
         name for name, value in vars(functional).items()
         if inspect.isfunction(value) and value.__module__ == functional.__name__
         and not name.startswith("_")
     ]  # fmt: skip
+
+
+def document() -> str:
+    """The whole page."""
     return "\n".join([
         HEAD, "## pelt_fast\n", *_entries(pelt_fast, pelt_fast.__all__),
-        "## pelt_fast.functional\n", *_entries(functional, functions),
+        "## pelt_fast.functional\n", *_entries(functional, _functions()),
     ])  # fmt: skip
 
 
