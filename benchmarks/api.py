@@ -6,11 +6,11 @@ python -m benchmarks.api --check   exit 1 when it is not what the package says
 
 import argparse
 import inspect
-import re
 import sys
 
 import pelt_fast
 from benchmarks.common import REPOSITORY
+from benchmarks.docstring_page import markdown, signature
 from pelt_fast import functional
 
 PAGE = REPOSITORY / "docs" / "api.md"
@@ -21,18 +21,9 @@ public: see [Versions](install.md#versions).
 """
 
 
-def _signature(name: str, value) -> str:
-    try:
-        found = str(inspect.signature(value))
-    except (TypeError, ValueError):
-        return name
-    return name + re.sub(r"(?<![\w.])(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", found)
-
-
 def _entry(name: str, value) -> str:
-    text = inspect.cleandoc(inspect.getdoc(value) or "")
-    text = re.sub(r":(?:func|class|meth|mod):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
-    return f"### {name}\n\n```\n{_signature(name, value)}\n```\n\n{text.replace('``', '`')}\n"
+    text = markdown(inspect.getdoc(value) or "")
+    return f"### {name}\n\n```\n{signature(name, value)}\n```\n\n{text}\n"
 
 
 def _entries(module, names: list[str]) -> list[str]:
