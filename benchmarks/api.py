@@ -6,33 +6,24 @@ python -m benchmarks.api --check   exit 1 when the page differs from the package
 
 import argparse
 import inspect
-import re
 import sys
 
 import pelt_fast
 from benchmarks.common import REPOSITORY
+from benchmarks.docstring_page import markdown, signature
 from pelt_fast import functional
 
 PAGE = REPOSITORY / "docs" / "api.md"
 HEAD = """# API
 
-Written by `python -m benchmarks.api` from signatures and docstrings. What stands here is public:
-see *Versions* in the README.
+Written by `python -m benchmarks.api` from signatures and docstrings. Every name on this page is
+public: see [Versions](install.md#versions).
 """
 
 
-def _signature(name: str, value) -> str:
-    try:
-        found = str(inspect.signature(value))
-    except (TypeError, ValueError):
-        return name
-    return name + re.sub(r"(?<![\w.])(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", found)
-
-
 def _entry(name: str, value) -> str:
-    text = inspect.cleandoc(inspect.getdoc(value) or "")
-    text = re.sub(r":(?:func|class|meth|mod):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
-    return f"### {name}\n\n```\n{_signature(name, value)}\n```\n\n{text.replace('``', '`')}\n"
+    text = markdown(inspect.getdoc(value) or "")
+    return f"### {name}\n\n```\n{signature(name, value)}\n```\n\n{text}\n"
 
 
 def _entries(module, names: list[str]) -> list[str]:
@@ -40,16 +31,20 @@ def _entries(module, names: list[str]) -> list[str]:
     return [_entry(name, value) for name, value in found if callable(value)]
 
 
-def document() -> str:
-    """The whole page."""
-    functions = [
+def _functions() -> list[str]:
+    """The public functions of ``functional``, whether it defines or re-exports them."""
+    return getattr(functional, "__all__", None) or [
         name for name, value in vars(functional).items()
         if inspect.isfunction(value) and value.__module__ == functional.__name__
         and not name.startswith("_")
     ]  # fmt: skip
+
+
+def document() -> str:
+    """The whole page."""
     return "\n".join([
         HEAD, "## pelt_fast\n", *_entries(pelt_fast, pelt_fast.__all__),
-        "## pelt_fast.functional\n", *_entries(functional, functions),
+        "## pelt_fast.functional\n", *_entries(functional, _functions()),
     ])  # fmt: skip
 
 
