@@ -11,6 +11,7 @@ beside it, so that unmerge gives it back bit for bit.
 import torch
 from torch import Tensor, nn
 
+from pelt_fast.injection.folded_weights import set_back, set_parameter, unfold
 from pelt_fast.injection.handles import carrier_of
 from pelt_fast.injection.record import Injection, Site, injection_of
 from pelt_fast.injection.shared_weights import holders_of, refuse_shared
@@ -59,19 +60,19 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
     before = []
     with torch.no_grad():
         for site in folded:  # in the order they run: an adapter folds into what its LoRA made
-            before += [_set(module, name, value) for module, name, value in _folded(site)]
+            before += [set_parameter(module, name, value) for module, name, value in _folded(site)]
     if whole:
         try:
             _let_the_config_say(model, before)
         except ValueError:
-            _give_back(before)
+            set_back(before)
             raise
         _remove(model, injection)
         return handle
     for site in folded:
         site.module.merged = True
     injection.merged = [site.name for site in folded]
-    injection.before.base = before if keep_base else []
+    injection.before.overwritten = before if keep_base else []
     return handle
 
 
@@ -100,11 +101,6 @@ def _let_the_config_say(model: nn.Module, before: list[tuple]) -> None:
     say(model, widths)
 
 
-def _give_back(before: list[tuple]) -> None:
-    for module, name, value in reversed(before):
-        _set(module, name, value)
-
-
 def unmerge(model: nn.Module) -> nn.Module:
     """Take :func:`merge` back: the base's weights bit for bit, the sites at work; returns the
     model. Raises ValueError when nothing is merged or no copy was kept."""
@@ -112,18 +108,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     injection = injection_of(model)
     if not injection.merged:
         raise ValueError(f"this {type(model).__name__} is not merged")
-    if not injection.before.base:
-        raise ValueError("it was merged with keep_base=False: no copy of the base is left")
-    if any(is_away(module) for module, *_ in injection.before.base):
-        raise ValueError(
-            "this model is merged, and its weights were offloaded since: accelerate.hooks."
-            "remove_hook_from_submodules(model) first, then unmerge or eject"
-        )
-    _give_back(injection.before.base)
-    for site in injection.sites:
-        if site.name in injection.merged:
-            site.module.merged = False
-    injection.merged, injection.before.base = [], []
+    unfold(injection)
     return handle
 
 
@@ -223,28 +208,9 @@ def _rounded(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype)
 
 
-def _set(
-    linear: nn.Module, name: str, value: Tensor | None
-) -> tuple[nn.Module, str, Tensor | None]:
-    """Give a linear layer's parameter another value; return what gives the old one back."""
-    if isinstance(linear, ProjectionView):
-        return linear, name, linear.write(name, value)
-    parameter = getattr(linear, name)
-    before = (linear, name, None if parameter is None else parameter.data)
-    if value is None or parameter is None:
-        grad = linear.weight.requires_grad
-        parameter = None if value is None else nn.Parameter(value, requires_grad=grad)
-        linear.register_parameter(name, parameter)
-    else:
-        parameter.data = value
-    if name == "weight":
-        linear.out_features, linear.in_features = value.shape
-    return before
-
-
 def _remove(model: nn.Module, injection: Injection) -> None:
     """Take the sites out; the task head stays as it was trained."""
-    injection.undo()
+    injection.changes.undo()
     trainable = injection.trainable_before
     for name, parameter in parameters_of(model).items():
         beside = f"{name.rpartition('.')[0]}.weight"  # of a bias that a merge made

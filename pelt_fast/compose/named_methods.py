@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.formats.checkpoint import copy_tensors, fold_banks, load, method_tensors
+from pelt_fast.injection.values_before import Follower
 from pelt_fast.injection.count import method_modules
 from pelt_fast.injection.handles import carrier_of, elsewhere, refuse_second
 from pelt_fast.injection.inject import eject, inject
 from pelt_fast.injection.record import injection_of
-from pelt_fast.injection.values_before import Follower
 from pelt_fast.layouts.layout import Layout
 from pelt_fast.layouts.names import is_method, modules_of, parameters_of, unwrapped
 from pelt_fast.modules.hooked import at_hand, holders
@@ -32,7 +32,7 @@ from pelt_fast.presets import method as preset
 _RANK_AXIS = {"lora_a": 0, "lora_b": 1, "down_weight": 0, "down_bias": 0, "up_weight": 1,
               "prefix": 3, "embedding": 0}  # fmt: skip
 _UPDATE = ("lora_b", "up_weight", "up_bias")  # what a weight multiplies
-_WAITING = "pelt_several"  # the child that holds the methods that wait
+_WAITING = "pelt_named_methods"  # the child that holds the methods that wait
 _VISIBLE = ("prefix", "prompt")  # forms whose tokens are there or not
 
 
@@ -179,7 +179,7 @@ def _named_methods_of(model: nn.Module) -> NamedMethods:
 def _hang(model: nn.Module, named: NamedMethods) -> None:
     """Let the methods that wait be the model's until it ejects, or merges for good."""
     if _WAITING not in model._modules:
-        injection_of(model).add(model, _WAITING, named)
+        injection_of(model).changes.add(model, _WAITING, named)
 
 
 def _own(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -268,7 +268,7 @@ def _sum_config(chosen: dict[str, tuple[Kept, float]]) -> PeltConfig:
 @torch.no_grad()
 def _sum_tensors(chosen: dict, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the method that the weighted sum is, by name."""
-    base = {**parameters_of(model), **injection_of(model).values_before}
+    base = {**parameters_of(model), **injection_of(model).before.trained}
     found: dict[str, list[tuple[Tensor, float]]] = {}
     for kept, weight in chosen.values():
         for name, tensor in kept.plain.items():

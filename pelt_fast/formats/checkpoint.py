@@ -311,7 +311,7 @@ def _unfreeze(model: nn.Module, names: list[str], folder) -> None:
     for name in names:
         if name not in parameters:
             raise ValueError(f"{folder}: {type(model).__name__} has no {name} to give back")
-        injection.values_before[name] = parameters[name].detach().clone()
+        injection.before.trained[name] = parameters[name].detach().clone()
         parameters[name].requires_grad_(True)
 
 

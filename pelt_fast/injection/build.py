@@ -61,9 +61,9 @@ def _inject_lora(model, modification, config, stacks, injection) -> None:
         linear = _held(linear, injection) if fused else linear
         site = LoRALinear(linear, modification.size, modification.scale, modification.dropout,
                           modification.init, _dtype(config, weight_of(linear)))  # fmt: skip
-        injection.add(host_of(linear), LORA, site)
+        injection.changes.add(host_of(linear), LORA, site)
         if not fused:  # else what holds the part runs
-            injection.call(host_of(linear), site.__call__)
+            injection.changes.call(host_of(linear), site.__call__)
         injection.sites.append(Site(name, "lora", "low_rank", site))
 
 
@@ -71,8 +71,8 @@ def _held(part: ProjectionView, injection: Injection) -> ProjectionView:
     """The part, held by what runs in the place of its owner."""
     if JOINED not in part.owner._modules:
         fused = JoinedProjection(part.owner)
-        injection.add(part.owner, JOINED, fused)
-        injection.call(part.owner, fused.__call__)
+        injection.changes.add(part.owner, JOINED, fused)
+        injection.changes.call(part.owner, fused.__call__)
     fused = part.owner._modules[JOINED]
     return fused._modules.get(part.name) or fused.part(part)
 
@@ -89,12 +89,14 @@ def _inject_prefix(model, modification, config, stacks, injection) -> None:
             # the layers it serves, each once, in order
             served = {compiled_from(layers[i]) for i in modification.layers or range(len(layers))}
             bank = banks[key] = _bank(place, layout, module, modification, config, len(served))
-            injection.add(owner, _free_name(owner, _bank_name(layout.kind, modification)), bank)
-            injection.hook(owner.register_forward_pre_hook(attention.still_wrapped))
-            injection.hook(owner.register_forward_pre_hook(bank.before_stack))
-            injection.hook(owner.register_forward_hook(bank.after_stack))
+            injection.changes.add(
+                owner, _free_name(owner, _bank_name(layout.kind, modification)), bank
+            )
+            injection.changes.hook(owner.register_forward_pre_hook(attention.still_wrapped))
+            injection.changes.hook(owner.register_forward_pre_hook(bank.before_stack))
+            injection.changes.hook(owner.register_forward_hook(bank.after_stack))
         bank = banks[key]
-        injection.set(
+        injection.changes.set(
             module, attention.SLICE, PrefixSlice(bank, place.order, modification.composition)
         )
         queries = shape_of(find(place.layer, layout.q))[0]
@@ -157,7 +159,9 @@ def _inject_at_output(model, modification, config, stacks, injection) -> None:
         if host in made:
             if modification.insertion == "parallel":
                 kept_input = made[host].kept_input
-                injection.hook(module.register_forward_pre_hook(kept_input, with_kwargs=True))
+                injection.changes.hook(
+                    module.register_forward_pre_hook(kept_input, with_kwargs=True)
+                )
             continue
         dtype = _dtype(config, weight_of(linear))
         if modification.insertion == "sequential":
@@ -169,11 +173,13 @@ def _inject_at_output(model, modification, config, stacks, injection) -> None:
             width = shape_of(find(place.layer, layout.q))[1]
             site = ParallelAttentionAdapter(linear, width, modification, dtype)
         if modification.insertion == "parallel":
-            injection.hook(module.register_forward_pre_hook(site.kept_input, with_kwargs=True))
+            injection.changes.hook(
+                module.register_forward_pre_hook(site.kept_input, with_kwargs=True)
+            )
         op = "heads" if modification.target == "heads" else "adapter"
         made[host] = site
-        injection.add(host, "pelt_heads" if op == "heads" else "pelt_adapter", site)
-        injection.call(host, site.__call__)
+        injection.changes.add(host, "pelt_heads" if op == "heads" else "pelt_adapter", site)
+        injection.changes.call(host, site.__call__)
         injection.sites.append(Site(f"{place.name}.{layout.out}", op, "bottleneck", site))
 
 
@@ -184,8 +190,8 @@ def _inject_query_heads(model, modification, config, stacks, injection) -> None:
         heads, dtype = shape_of(key)[0] // head_dim, _dtype(config, weight_of(key))
         site = QueryHeads(heads, head_dim, modification, device_of(key), dtype)
         site.frozen = FrozenModule(key)
-        injection.add(module, "pelt_heads", site)
-        injection.set(module, attention.SLICE, QuerySlice(site))
+        injection.changes.add(module, "pelt_heads", site)
+        injection.changes.set(module, attention.SLICE, QuerySlice(site))
         name = f"{place.name}.{layout.module}"
         queries = shape_of(find(place.layer, layout.q))[0]
         injection.sites.append(
@@ -194,7 +200,7 @@ def _inject_query_heads(model, modification, config, stacks, injection) -> None:
         attention.wrap(module, injection)
         if place.order == 0:
             owner = find(base_of(model), place.stack.owner)
-            injection.hook(owner.register_forward_pre_hook(attention.still_wrapped))
+            injection.changes.hook(owner.register_forward_pre_hook(attention.still_wrapped))
 
 
 def _inject_ffn(model, modification, config, stacks, injection) -> None:
@@ -224,11 +230,11 @@ def _inject_ffn(model, modification, config, stacks, injection) -> None:
             norm = find(place.layer, layout.norm)
             catch = KeptInput("input" if isinstance(norm, nn.LayerNorm) else "hidden_states")
             site.kept_input = catch
-            injection.hook(norm.register_forward_pre_hook(catch, with_kwargs=True))
+            injection.changes.hook(norm.register_forward_pre_hook(catch, with_kwargs=True))
         else:
             site = ParallelFFNAdapter(ffn, modification, dtype)
-        injection.add(place.layer, "pelt_ffn_adapter", site)
-        injection.call(find(place.layer, entry), site.__call__)
+        injection.changes.add(place.layer, "pelt_ffn_adapter", site)
+        injection.changes.call(find(place.layer, entry), site.__call__)
         name = f"{place.name}.{entry}".removesuffix(".")
         injection.sites.append(Site(name, op, "bottleneck", site))
         frozen = [parameter_of(held.module) for held in ffn.projections]
@@ -248,7 +254,7 @@ def _inject_prompt(model, modification, config, stacks, injection) -> None:
             embedded = find(find(base, stack.prompt.layer), stack.attentions[0].q)
             weight, width = weight_of(embedded), shape_of(embedded)[1]
         prompt = Prompt(modification, width, device_of(embedded), _dtype(config, weight))
-        injection.add(find(base, stack.owner), "pelt_prompt", prompt)
+        injection.changes.add(find(base, stack.owner), "pelt_prompt", prompt)
         attach_prompt(base, stack, prompt, injection)
         name = f"{stack.owner}.embeddings".removeprefix(".")
         injection.sites.append(Site(name, "prompt", "prompt", prompt))

@@ -15,8 +15,22 @@ from pelt_fast.modules.late import Attribute, Dropout, Taken
 from pelt_fast.modules.projection_view import host_of
 
 from .conditions import Alone, Unhooked, Unpatched
-from .record import Injection, MovedDropout
+from .record import Injection
 from .targets import Place
+
+
+class MovedDropout:
+    """Forward hook of an attention: applies the output dropout that it shares with the block.
+
+    The shared attribute is set to zero, so that the layer itself drops nothing.
+    """
+
+    def __init__(self, dropout: Dropout):
+        self.dropout = dropout
+
+    def __call__(self, module: nn.Module, args, output):
+        first, *rest = output
+        return self.dropout(first), *rest
 
 
 def check_block(
@@ -60,7 +74,7 @@ def take_block(base: nn.Module, place: Place, layout: FFNLayout, injection: Inje
         return describe_block(base, layer, layout)
 
     def take(owner: nn.Module, name: str) -> Attribute:
-        taken = injection.take(Taken(owner, name))
+        taken = injection.changes.take(Taken(owner, name))
         conditions.taken.append(taken)
         return taken
 
@@ -72,10 +86,10 @@ def take_block(base: nn.Module, place: Place, layout: FFNLayout, injection: Inje
         *(Unpatched(_joined(place.name, path), module) for path, module in _around(layer, layout)),
         *_unhooked(place, layout),
     ]  # fmt: skip
-    injection.call(host_of(find(layer, layout.out_proj)), passthrough)
+    injection.changes.call(host_of(find(layer, layout.out_proj)), passthrough)
     for path in layout.output_dropout_also:
         hook = MovedDropout(ffn.output_dropout)
-        injection.hook(find(layer, path).register_forward_hook(hook))
+        injection.changes.hook(find(layer, path).register_forward_hook(hook))
     return ffn
 
 

@@ -38,4 +38,4 @@ class Generate:
 def take_generate(model: nn.Module, injection: Injection) -> None:
     """Let ``model`` say when it generates, where it can."""
     if hasattr(type(model), "generate"):
-        injection.set(model, "generate", Generate(model), watched=False)
+        injection.changes.set(model, "generate", Generate(model), watched=False)

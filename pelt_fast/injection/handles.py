@@ -72,4 +72,4 @@ def mark(model: nn.Module, parts: list[nn.Module], injection) -> None:
     for part in dict.fromkeys(parts):
         if part is not model:
             inside = injection.config.name, type(model).__name__
-            injection.set(part, INSIDE, inside, watched=False)
+            injection.changes.set(part, INSIDE, inside, watched=False)

@@ -5,7 +5,6 @@ import logging
 import torch
 from torch import nn
 
-from pelt_fast.compose.merge import unmerge
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.layouts.layout import Layout, StackLayout
@@ -19,6 +18,7 @@ from pelt_fast.presets import method as preset
 from . import attention_interface as attention
 from .build import BUILDERS, head_dim_of, reads_residual
 from .ffn_block import check_block
+from .folded_weights import unfold
 from .handles import carrier_of, mark, refuse_second
 from .own_configs import own_configs, return_configs
 from .record import Injection, injection_of
@@ -89,7 +89,7 @@ def eject(model: nn.Module) -> nn.Module:
     check_free(model, injection)
     with at_hand(holders(model, _moved(model, injection)), write=True):
         if injection.merged:
-            unmerge(model)
+            unfold(injection)
         _restore(model, injection)
     del model._pelt
     return handle
@@ -97,7 +97,7 @@ def eject(model: nn.Module) -> nn.Module:
 
 def _moved(model: nn.Module, injection: Injection) -> set[str]:
     """The model's own parameters that training changed."""
-    before = injection.values_before
+    before = injection.before.trained
     with at_hand(holders(model, before)):
         return {
             name
@@ -111,13 +111,13 @@ def _restore(model: nn.Module, injection: Injection) -> None:
         if isinstance(site.module, ParallelFFNAdapter):
             site.module.unpack()
     return_configs(injection)
-    injection.undo()
+    injection.changes.undo()
     parameters = parameters_of(model)
     for name, trainable in injection.trainable_before.items():
         if name in parameters:  # a module may have been replaced
             parameters[name].requires_grad_(trainable)
     with torch.no_grad():
-        for name, value in injection.values_before.items():
+        for name, value in injection.before.trained.items():
             parameter = parameters.get(name)
             if parameter is not None and not parameter.is_meta:  # else away, and as it was
                 parameter.copy_(value)
@@ -291,12 +291,12 @@ def _freeze(
             injection.biases = bias_names(model, modification, stacks)
     trained = injection.own_trained
     if not config.is_full:
-        injection.add(model, "pelt_before", injection.before)
+        injection.changes.add(model, "pelt_before", injection.before)
     with at_hand(holders(model, trained)):
         for name, parameter in parameters_of(model).items():
             injection.trainable_before[name] = parameter.requires_grad
             if name in trained:
-                injection.values_before[name] = parameter.detach().clone()
+                injection.before.trained[name] = parameter.detach().clone()
             parameter.requires_grad_(config.is_full or name in trained)
 
 

@@ -36,7 +36,7 @@ def own_configs(model: nn.Module, injection: Injection) -> None:
             if isinstance(value, PreTrainedConfig):
                 own = copy.deepcopy(value, memo)
                 pairs.setdefault(id(value), OwnConfig(value, own))
-                injection.set(module, name, own, watched=False)
+                injection.changes.set(module, name, own, watched=False)
     injection.configs = list(pairs.values())
 
 

@@ -38,25 +38,25 @@ def attach_prompt(
         owner, norm = base, find(base, layout.norm)
         embeddings = find(base, layout.norm.rpartition(".")[0])
         front = NormFront(prompt, strips, layout.own_mask)
-        injection.hook(norm.register_forward_pre_hook(front.prepend))
+        injection.changes.hook(norm.register_forward_pre_hook(front.prepend))
         hook = embeddings.register_forward_pre_hook(front.before_embeddings, with_kwargs=True)
-        injection.hook(hook)
+        injection.changes.hook(hook)
     elif layout.layer is not None:
         front = LayerFront(prompt, strips)
-        injection.hook(find(base, layout.layer).register_forward_pre_hook(front.prepend))
+        injection.changes.hook(find(base, layout.layer).register_forward_pre_hook(front.prepend))
     elif stack.kind == "encoder":
         front = EncoderFront(prompt, strips, positions)
         if hasattr(base, "decoder"):
             hook = base.decoder.register_forward_pre_hook(front.before_decoder, with_kwargs=True)
-            injection.hook(hook)
+            injection.changes.hook(hook)
     else:
         front = DecoderFront(prompt, strips, positions)
-    injection.hook(owner.register_forward_pre_hook(front.before, with_kwargs=True))
-    injection.hook(owner.register_forward_hook(front.after, always_call=True))
+    injection.changes.hook(owner.register_forward_pre_hook(front.before, with_kwargs=True))
+    injection.changes.hook(owner.register_forward_hook(front.after, always_call=True))
     if positions is not None:
-        injection.call(positions, front.learned_positions)
+        injection.changes.call(positions, front.learned_positions)
     if layout.strip is not None:
-        injection.hook(find(base, layout.strip).register_forward_hook(front.strip))
+        injection.changes.hook(find(base, layout.strip).register_forward_hook(front.strip))
 
 
 def widened(mask: Tensor | None, length: int) -> Tensor | None:

@@ -56,7 +56,7 @@ def restore_peft(peft_model: nn.Module) -> nn.Module:
         raise ValueError("this model was not accelerated: call accelerate_peft first")
     check_free(peft_model, injection)
     return_configs(injection)
-    injection.undo()
+    injection.changes.undo()
     delattr(peft_model, _STATE)
     return peft_model
 
@@ -80,7 +80,7 @@ def _accelerate_lora(peft_model: nn.Module, kind: str, injection: Injection) -> 
         found = "; ".join(sorted(reasons - {None})) or f"it is a {kind} model without LoRA layers"
         raise ValueError(f"there is nothing to accelerate: {found}")
     for layer in layers:
-        injection.call(layer, FusedLoRA(layer))
+        injection.changes.call(layer, FusedLoRA(layer))
 
 
 class FusedLoRA:
@@ -140,14 +140,14 @@ def _accelerate_prefix(peft_model: nn.Module, injection: Injection) -> None:
     own_configs(model, injection)
     for place, attention_layout in layout:
         module = find(place.layer, attention_layout.module)
-        injection.set(module, attention.SLICE, PeftSlice(bank, place.index))
+        injection.changes.set(module, attention.SLICE, PeftSlice(bank, place.index))
         attention.wrap(module, injection)
     owner = find(base, stacks[0].owner)
-    injection.hook(owner.register_forward_pre_hook(attention.still_wrapped))
-    injection.hook(owner.register_forward_pre_hook(bank.before_decoder, with_kwargs=True))
-    injection.hook(owner.register_forward_hook(bank.after_decoder))
-    injection.set(peft_model, "forward", bank.forward)
-    injection.set(peft_model, "generate", bank.generate)
+    injection.changes.hook(owner.register_forward_pre_hook(attention.still_wrapped))
+    injection.changes.hook(owner.register_forward_pre_hook(bank.before_decoder, with_kwargs=True))
+    injection.changes.hook(owner.register_forward_hook(bank.after_decoder))
+    injection.changes.set(peft_model, "forward", bank.forward)
+    injection.changes.set(peft_model, "generate", bank.generate)
 
 
 class PeftPrefix:
