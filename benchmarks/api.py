@@ -16,7 +16,7 @@ from pelt_fast import functional
 PAGE = REPOSITORY / "docs" / "api.md"
 HEAD = """# API
 
-Written by `python -m benchmarks.api` from signatures and docstrings. What stands here is public:
+Written by `python -m benchmarks.api` from signatures and docstrings. What is on it is public:
 see *Versions* in the README.
 """
 
@@ -31,8 +31,51 @@ def _signature(name: str, value) -> str:
 
 def _entry(name: str, value) -> str:
     text = inspect.cleandoc(inspect.getdoc(value) or "")
+    return f"### {name}\n\n```\n{_signature(name, value)}\n```\n\n{markdown(text)}\n"
+
+
+def markdown(docstring: str) -> str:
+    """A docstring's text, with its sections (Args, Returns, Raises, Saved, Example) as headings,
+    lists and code."""
+    text, *sections = re.split(rf"^({'|'.join(SECTIONS)}):\n", docstring, flags=re.MULTILINE)
+    parts = [_inline(text.strip())]
+    for title, body in zip(sections[::2], sections[1::2]):
+        parts.append(f"**{title}**\n\n{SECTIONS[title](inspect.cleandoc(body))}")
+    return "\n\n".join(parts)
+
+
+def _inline(text: str) -> str:
     text = re.sub(r":(?:func|class|meth|mod):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
-    return f"### {name}\n\n```\n{_signature(name, value)}\n```\n\n{text.replace('``', '`')}\n"
+    text = re.sub(
+        r"docs/(\w+\.md)(#[\w-]+)?", lambda link: f"[{link[0]}]({link[1]}{link[2] or ''})", text
+    )
+    return text.replace("``", "`")
+
+
+def _items(body: str) -> str:
+    """A list of ``name: text``; a line that is indented continues the one before it."""
+    items = re.split(r"\n(?=\S)", body.strip())
+    return "\n".join(f"- {_item(inspect.cleandoc(item))}" for item in items)
+
+
+def _item(item: str) -> str:
+    name, colon, text = item.partition(": ")
+    if not colon or not re.fullmatch(r"[\w.*, ]+", name):
+        return _inline(item).replace("\n", "\n  ")
+    return f"`{name}`: {_inline(text)}".replace("\n", "\n  ")
+
+
+def _code(body: str) -> str:
+    return f"```python\n{body.strip()}\n```"
+
+
+SECTIONS = {
+    "Args": _items,
+    "Returns": _inline,
+    "Raises": _items,
+    "Saved": _inline,
+    "Example": _code,
+}
 
 
 def _entries(module, names: list[str]) -> list[str]:
