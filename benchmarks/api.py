@@ -23,10 +23,10 @@ see *Versions* in the README.
 
 def _signature(name: str, value) -> str:
     try:
-        found = str(inspect.signature(value))
+        signature = str(inspect.signature(value))
     except (TypeError, ValueError):
         return name
-    return name + re.sub(r"(?<![\w.])(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", found)
+    return name + re.sub(r"(?<![\w.])(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", signature)
 
 
 def _entry(name: str, value) -> str:
@@ -66,7 +66,8 @@ def _item(item: str) -> str:
 
 
 def _code(body: str) -> str:
-    return f"```python\n{body.strip()}\n```"
+    language = "pycon" if body.startswith(">>>") else "python"
+    return f"```{language}\n{body.strip()}\n```"
 
 
 SECTIONS = {
@@ -85,14 +86,9 @@ def _entries(module, names: list[str]) -> list[str]:
 
 def document() -> str:
     """The whole page."""
-    functions = [
-        name for name, value in vars(functional).items()
-        if inspect.isfunction(value) and value.__module__ == functional.__name__
-        and not name.startswith("_")
-    ]  # fmt: skip
     return "\n".join([
         HEAD, "## pelt_fast\n", *_entries(pelt_fast, pelt_fast.__all__),
-        "## pelt_fast.functional\n", *_entries(functional, functions),
+        "## pelt_fast.functional\n", *_entries(functional, functional.__all__),
     ])  # fmt: skip
 
 

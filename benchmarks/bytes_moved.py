@@ -121,12 +121,11 @@ class Counter(TorchDispatchMode):
 
     def _opened(self, function, arguments):
         """Run one of our ops by what it is made of, where this mode sees it."""
-        from pelt_fast.ops import ffn, heads, low_rank
+        from pelt_fast.ops.common.library import OPS
 
-        name = function._schema.name.removeprefix("pelt_fast::")
-        op = next(getattr(m, name) for m in (ffn, heads, low_rank) if hasattr(m, name))
+        op = OPS[function._schema.name.removeprefix("pelt_fast::")]
         with self:
-            return op.plan(*arguments)
+            return op.cpu(*arguments)
 
 
 def _flops(function, arguments, keywords: dict, result) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pelt_fast.reference.philox import draw_seed, dropout
+from pelt_fast.ops.common.dropout import draw_seed, dropout
 from pelt_fast.testing import Verdict, compare
 
 from .shapes import Shape

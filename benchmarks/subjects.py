@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelt_fast.reference.activations import activate
+from pelt_fast.ops.common.activations import activate
 
 from .problems import Problem
 from .shapes import Shape

@@ -21,9 +21,9 @@ from benchmarks.bytes_moved import Counter, counted_kernels
 from benchmarks.common import table
 from benchmarks.record import Record
 from pelt_fast import backend, functional
-from pelt_fast.fused import ffn as fused_ffn
-from pelt_fast.fused import low_rank
 from pelt_fast.kernels import config
+from pelt_fast.ops.lora import gpu as lora_gpu
+from pelt_fast.ops.widened_ffn import gpu as ffn_gpu
 
 M, K, N, R = 8192, 4096, 4096, 16
 INNER, RANK = 14336, 512
@@ -82,11 +82,11 @@ class Ours:
         if self.where == "plan":
             yield
             return
-        kept = config.architecture, config.processors, low_rank.weight_gradient
+        kept = config.architecture, config.processors, lora_gpu.weight_gradient
         config.architecture = lambda device: "sm90"
         config.processors = lambda device: 132
         # on CUDA a GEMM writes fp32; here one that writes bf16 stands for it
-        low_rank.weight_gradient = fused_ffn.weight_gradient = lambda left, right, dtype: torch.mm(
+        lora_gpu.weight_gradient = ffn_gpu.weight_gradient = lambda left, right, dtype: torch.mm(
             left.t(), right
         ).to(dtype)
         try:
@@ -94,7 +94,7 @@ class Ours:
                 yield
         finally:
             config.architecture, config.processors, gradient = kept
-            low_rank.weight_gradient = fused_ffn.weight_gradient = gradient
+            lora_gpu.weight_gradient = ffn_gpu.weight_gradient = gradient
 
 
 def lora(p: float) -> Case:

@@ -19,8 +19,8 @@ from pelt_fast.kernels.common import bottleneck as dropped_activation
 from pelt_fast.kernels.common import dot
 from pelt_fast.kernels.config import padded, pick
 from pelt_fast.kernels.norm import row_moments
-from pelt_fast.reference import philox
-from pelt_fast.reference.low_rank import LAYER_NORM_EPS
+from pelt_fast.ops.common import dropout as philox
+from pelt_fast.ops.common.bundles import LAYER_NORM_EPS
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Helpers with two callers or more: the dropout mask, activations and their derivatives, casts.
 
-The mask is that of ``pelt_fast.reference.philox``, bit for bit: Philox4x32-7, one draw of 128 bits
+The mask is that of ``ops.common.dropout``, bit for bit: Philox4x32-7, one draw of 128 bits
 for 8 elements of the row-major tensor.
 Integer work  about 60 operations a draw; 8 elements share one where the tensor's width is a
 multiple of 8 and a thread holds 8 elements of a row: the compiler sees one index // 8 for all.

@@ -17,7 +17,7 @@ from torch import Tensor
 from pelt_fast.kernels.common import dot, keep_tile, load_rows
 from pelt_fast.kernels.config import padded, pick
 from pelt_fast.kernels.tiles import Tile
-from pelt_fast.reference import philox
+from pelt_fast.ops.common import dropout as philox
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from pelt_fast.kernels.common import dot, keep_tile, load_rows
 from pelt_fast.kernels.config import split
 from pelt_fast.kernels.heads import blocks_of, form_of
 from pelt_fast.kernels.reduce import reduce_parts
-from pelt_fast.reference import philox
+from pelt_fast.ops.common import dropout as philox
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The dropout mask alone: as one bit an element, for a backward that needs it twice, or applied.
 
 Shapes   bits (M, N / 8) uint8, low bit first, N a multiple of 8; x, out (M, N).
-Maths    bit i of byte j of row m = keep[m, 8 j + i], of ``pelt_fast.reference.philox``
+Maths    bit i of byte j of row m = keep[m, 8 j + i], of ``pelt_fast.ops.common.dropout``
 Traffic  writes M N / 8 bytes, 1/16 of a 16-bit activation; 60 integer operations a byte are what
          it costs, once instead of in each of the kernels that read it. dropout: 2 M N.
 """
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import draw_bits, keep_tile
-from pelt_fast.reference import philox
+from pelt_fast.ops.common import dropout as philox
 
 BLOCK = 1024
 

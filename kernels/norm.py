@@ -20,7 +20,7 @@ from torch import Tensor
 from pelt_fast.kernels.common import dot
 from pelt_fast.kernels.config import padded, pick
 from pelt_fast.kernels.rank_down import rank_down_parts
-from pelt_fast.reference.low_rank import LAYER_NORM_EPS
+from pelt_fast.ops.common.bundles import LAYER_NORM_EPS
 
 COLUMNS = 64  # of a program that sums the small gradients
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from pelt_fast.kernels.common import dot, keep_tile, load_mask, store_rank
 from pelt_fast.kernels.config import padded, pick, split
 from pelt_fast.kernels.reduce import reduce_parts
-from pelt_fast.reference import philox
+from pelt_fast.ops.common import dropout as philox
 
 
 @triton.jit

@@ -9,7 +9,7 @@ Traffic  forward   reads M N + (M + N) R, writes M N; in blocks of n, h once mor
          backward  reads dy once: M N + (M + N) R; workspace 4 (J M + I N) R bytes, written and
                    read, for J = N / BLOCK_N column and I row parts.
 Flops    2 M N R forward, 4 M N R backward: memory-bound for R <= 64; above, library GEMMs do the
-         backward (``pelt_fast.fused``).
+         backward (the ``gpu`` files of ``ops``).
 """
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from pelt_fast.kernels.common import bottleneck, dot, keep_tile, load_mask
 from pelt_fast.kernels.config import padded, pick, split
 from pelt_fast.kernels.reduce import reduce_parts
-from pelt_fast.reference import philox
+from pelt_fast.ops.common import dropout as philox
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import derivative, keep_tile, store_rank
-from pelt_fast.reference import philox
+from pelt_fast.ops.common import dropout as philox
 
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 128
 

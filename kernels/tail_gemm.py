@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pelt_fast.kernels.common import dot, keep_tile, load_mask
 from pelt_fast.kernels.config import padded, pick, processors
-from pelt_fast.reference import philox
+from pelt_fast.ops.common import dropout as philox
 
 GROUP_M = 8  # row tiles whose column tiles run side by side: w and x from the L2 cache
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pelt_fast.kernels.common import activate, bottleneck, derivative, keep_tile
 from pelt_fast.kernels.config import pick
-from pelt_fast.reference import philox
+from pelt_fast.ops.common import dropout as philox
 
 
 @triton.jit

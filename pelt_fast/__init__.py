@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         PromptLayout,
         StackLayout,
     )
-    from pelt_fast.ops.backends import backend
+    from pelt_fast.ops.common.backends import backend
     from pelt_fast.presets import methods
 
 # where each public name is defined
@@ -57,7 +57,7 @@ _HOMES = {
         "StackLayout",
     ),
     "presets": ("methods",),
-    "ops.backends": ("backend",),
+    "ops.common.backends": ("backend",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass, field
 
-from pelt_fast.reference.activations import ACTIVATIONS
+from pelt_fast.ops.common.activations import ACTIVATIONS
 
 FORMS = ("low_rank", "bottleneck", "prefix", "prompt", "bias", "full")
 TARGETS = (

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelt_fast import functional
-from pelt_fast.ops.backends import backend
-from pelt_fast.reference.philox import draw_seed, dropout
+from pelt_fast.ops.common.backends import backend
+from pelt_fast.ops.common.dropout import draw_seed, dropout
 
 ROUNDING_BAND = 4  # units of eps * the oracle's largest magnitude
 

@@ -16,8 +16,8 @@ from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
-from pelt_fast.reference import philox
-from pelt_fast.reference.activations import activate, derivative
+from pelt_fast.ops.common import dropout as philox
+from pelt_fast.ops.common.activations import activate, derivative
 
 P = 0.1
 

@@ -10,7 +10,7 @@ from benchmarks.common import newest, table
 from pelt_fast import functional
 from pelt_fast.kernels import config
 from pelt_fast.modules.packing import Packing, Packings
-from pelt_fast.ops import native_cuda
+from pelt_fast.ops.common import native_cuda
 
 from .measure import milliseconds
 from .record import Record

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelt_fast import functional
-from pelt_fast.reference.activations import activate
+from pelt_fast.ops.common.activations import activate
 
 
 def lora_linear(x, weight, bias, lora_a, lora_b, *, scale, dropout_p=0.0, training=True):

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import pelt_fast
-from pelt_fast.ops import native
-from pelt_fast.ops.backends import backends
+from pelt_fast.ops.common import native
+from pelt_fast.ops.common.backends import backends
 
 PACKAGES = ("torch", "transformers", "triton", "datasets", "peft", "accelerate")
 

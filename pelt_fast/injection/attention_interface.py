@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelt_fast import functional
 from pelt_fast.modules import PrefixSlice, QuerySlice
-from pelt_fast.ops.backends import backend
-from pelt_fast.reference.heads import context_scores, expand_heads
+from pelt_fast.ops.common.backends import backend
+from pelt_fast.ops.common.heads import context_scores, expand_heads
 
 from .attention_keywords import check_given, check_known
 from .record import Injection

@@ -16,7 +16,7 @@ from pelt_fast.modules import (
 from pelt_fast.modules.frozen_module import QUANTISED
 from pelt_fast.modules.late import in_force
 from pelt_fast.modules.projection_view import device_of, shape_of, weight_of
-from pelt_fast.ops import support
+from pelt_fast.ops.common import dispatch
 
 from .count import ParameterCount, count_parameters
 from .handles import carrier_of
@@ -123,7 +123,7 @@ def _report(site: Site, trainable: int) -> SiteReport:
     if getattr(module, "merged", False):
         return SiteReport(site.name, site.op, "merged", False, "", 0, trainable)
     if isinstance(module, Prompt):
-        plan, saved = support.Plan("concatenation"), 0
+        plan, saved = dispatch.Plan("concatenation"), 0
     elif isinstance(module, (PrefixBank, QueryHeads)):
         attention = site.details["attention"]
         queries = site.details["queries"]
@@ -131,19 +131,19 @@ def _report(site: Site, trainable: int) -> SiteReport:
         saved = _prefix_bytes(module, attention, queries)
     elif isinstance(module, MultiHeadAdapter):
         p = in_force(module.dropout)
-        plan, note = _noted(support.plan("prefix", device, p, **_dtype_and_size(module)))
+        plan, note = _noted(dispatch.plan("prefix", device, p, **_dtype_and_size(module)))
         saved = _low_rank_bytes(module)
     else:
-        plan = support.plan(site.op, device, **_dtype_and_size(module))
+        plan = dispatch.plan(site.op, device, **_dtype_and_size(module))
         saved = _low_rank_bytes(module)
     if isinstance(module, LoRALinear) and module.why_beside() not in (None, QUANTISED):
-        plan = support.Plan("own layer + update", module.why_beside())
+        plan = dispatch.Plan("own layer + update", module.why_beside())
     if isinstance(module, ParallelFFNAdapter):
         note = module.why_not_fused() or ""
         if note:
-            plan = support.Plan("own FFN + adapter", note)
+            plan = dispatch.Plan("own FFN + adapter", note)
         elif module.is_packed and plan.reason is None:
-            plan = support.Plan(f"packed, {plan.name}")
+            plan = dispatch.Plan(f"packed, {plan.name}")
         saved = _ffn_bytes(module, is_one_op=not note)
     return SiteReport(
         site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved,
@@ -157,12 +157,12 @@ def _device(module: nn.Module) -> torch.device:
     return device_of(holder)
 
 
-def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[support.Plan, str]:
+def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[dispatch.Plan, str]:
     if attention.config._attn_implementation == "pelt_fast_eager":
-        return support.Plan("reference", "the model was told to use eager attention"), ""
+        return dispatch.Plan("reference", "the model was told to use eager attention"), ""
     value = getattr(attention, "dropout", getattr(attention, "attention_dropout", 0.0))
     p = float(getattr(value, "p", value)) if attention.training else 0.0
-    plan = support.plan("prefix", device, p, **_dtype_and_size(module))
+    plan = dispatch.plan("prefix", device, p, **_dtype_and_size(module))
     plan, note = _noted(plan)
     if note:
         return plan, note
@@ -175,7 +175,7 @@ def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[su
     return plan, ""
 
 
-def _noted(plan: support.Plan) -> tuple[support.Plan, str]:
+def _noted(plan: dispatch.Plan) -> tuple[dispatch.Plan, str]:
     """The plan, and a note on it."""
     blocked = "dropout: torch's CPU flash kernel has none"
     return plan, blocked if plan.name == "blocked" else ""

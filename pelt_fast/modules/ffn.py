@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 from pelt_fast.config import Modification
-from pelt_fast.ops import support
+from pelt_fast.ops.common import dispatch
 
 from .activation import name_of
 from .adapter import Bottleneck
@@ -171,7 +171,7 @@ class ParallelFFNAdapter(_FFNAdapter):
             return self.ffn(x)
         reason = self.why_not_fused()
         if reason is not None:
-            support.fall_back(f"parallel adapter beside the model's own FFN, because {reason}")
+            dispatch.fall_back(f"parallel adapter beside the model's own FFN, because {reason}")
             base = self.ffn(x, not self.before_dropout)
             y = self.parallel(base, x if adapter_x is None else adapter_x)
         else:

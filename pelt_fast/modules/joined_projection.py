@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pelt_fast import functional
-from pelt_fast.ops import support
+from pelt_fast.ops.common import dispatch
 
 from .frozen_module import FrozenModule
 from .hooked import at_hand, is_away
@@ -46,7 +46,7 @@ class JoinedProjection(nn.Module):
         probabilities = {in_force(site.dropout) for _, site in sites}
         reason = self.why_beside()
         if reason is not None:
-            support.fall_back(f"LoRA beside the projection's own output, because {reason}")
+            dispatch.fall_back(f"LoRA beside the projection's own output, because {reason}")
         if reason is not None or len(probabilities) > 1:
             return self._beside(x, sites)
         whole = self.frozen.module

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast import functional
-from pelt_fast.ops import support
+from pelt_fast.ops.common import dispatch
 
 from .frozen_module import QUANTISED, Foldable, FrozenModule
 from .late import in_force
@@ -50,7 +50,7 @@ class LoRALinear(Foldable):
         reason = self.why_beside()
         if reason is not None:
             if reason != QUANTISED:
-                support.fall_back(f"LoRA beside the layer's own output, because {reason}")
+                dispatch.fall_back(f"LoRA beside the layer's own output, because {reason}")
             return self.added(self.frozen.bare(x), x, self.lora_b, self.scale)
         linear = self.frozen.module
         return functional.lora_linear(

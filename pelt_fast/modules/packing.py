@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pelt_fast.ops.common.bundles import FFNMatrices, Packed
+
 ALIGNMENT = 16  # rows or columns of the buffer: a multiple of the tensor core's tile
 
 
@@ -112,27 +114,21 @@ class Packings:
         self._stream: torch.cuda.Stream | None = None
 
     @contextlib.contextmanager
-    def filled(
-        self,
-        in_weight: Tensor,
-        gate_weight: Tensor | None,
-        out_weight: Tensor,
-        down_weight: Tensor,
-        up_weight: Tensor,
-        scale: float,
-    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """``packed`` and ``packed_out`` of the op for one call of it; None where the frozen weights
-        of this call are not those that live in the buffer."""
-        stack = [in_weight] if gate_weight is None else [gate_weight, in_weight]
+    def filled(self, weights: FFNMatrices, scale: float) -> Iterator[Packed]:
+        """The stacked weights of one call of the op; None where the frozen weights of this call are
+        not those that live in the buffer."""
+        stack = [weights.in_weight]
+        if weights.gate_weight is not None:
+            stack.insert(0, weights.gate_weight)
         with self._lock:
             packed = packed_out = None
             if self.stacked is not None and self.stacked.holds(stack):
                 self._follow(self.stacked.buffer.device)
-                packed = self.stacked.filled(down_weight)
-            if self.out is not None and self.out.holds([out_weight]):
+                packed = self.stacked.filled(weights.down_weight)
+            if self.out is not None and self.out.holds([weights.out_weight]):
                 self._follow(self.out.buffer.device)
-                packed_out = self.out.filled(up_weight, scale)
-            yield packed, packed_out
+                packed_out = self.out.filled(weights.up_weight, scale)
+            yield Packed(packed, packed_out)
 
     def _each(self, stacked: list[Tensor], out: Tensor) -> list[tuple[Packing, list[Tensor]]]:
         """Each buffer that is there, with the weights it is for."""

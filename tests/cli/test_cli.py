@@ -46,7 +46,7 @@ def test_check_runs_the_interpreted_kernels_where_they_are_asked_for():
 
 def test_check_exits_1_on_a_miss(monkeypatch, capsys):
     """A wrong sign in one gradient of the plan that runs must be seen."""
-    from pelt_fast.ops.low_rank import lora_bwd
+    from pelt_fast.ops.lora.op import lora_bwd
 
     right = lora_bwd.dispatched
 

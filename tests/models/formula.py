@@ -19,7 +19,7 @@ from pelt_fast.modules import (
 )
 from pelt_fast.modules.ffn import ParallelFFNAdapter
 from pelt_fast.modules.projection_view import ProjectionView, host_of
-from pelt_fast.reference.activations import activate
+from pelt_fast.ops.common.activations import activate
 from pelt_fast.testing import compare
 
 

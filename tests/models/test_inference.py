@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pelt_fast
-from pelt_fast.ops.function import OpFunction
+from pelt_fast.ops.common.library import OpFunction
 from tests.models.judge import assert_near
 from tests.models.test_inject import METHODS
 from tests.models.test_parity import injected

@@ -13,7 +13,7 @@ import pelt_fast
 from pelt_fast.injection import attention_interface as attention
 from pelt_fast.injection.attention_interface import SLICE
 from pelt_fast.layouts.lookup import base_of, find, stacks_of
-from pelt_fast.ops import support
+from pelt_fast.ops.common import dispatch as support
 from tests.models.judge import assert_near, exactly
 from tests.small import MODELS, gradients, inputs, outputs_and_gradients, pairs, randomise
 

@@ -96,7 +96,7 @@ def test_an_activation_is_named_only_where_it_computes_that(activation, name):
     assert name_of(activation) == name
     if name is not None:
         x = torch.linspace(-4, 4, 99, dtype=torch.float64)
-        from pelt_fast.reference.activations import activate
+        from pelt_fast.ops.common.activations import activate
 
         assert torch.allclose(activation(x), activate(name, x), atol=1e-12)
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pelt_fast.fused import low_rank as fused
 from pelt_fast.kernels.adapter import adapter
-from pelt_fast.reference.philox import dropout
+from pelt_fast.ops.adapter import gpu as adapter_gpu
+from pelt_fast.ops.common.dropout import dropout
+from tests.flat import gpu as fused
 
 from .judge import DTYPES, check, dense, seed, sliced
 
@@ -54,7 +55,7 @@ def test_one_kernel_and_two_agree(monkeypatch, norm):
     small = (down, dense(8), up, dense(48), *norms)
     results = []
     for rows in (0, 1 << 20):
-        monkeypatch.setattr(fused, "ROWS_A_PROCESSOR", rows)
+        monkeypatch.setattr(adapter_gpu, "ROWS_A_PROCESSOR", rows)
         results.append(fused.adapter_forward(x, base, *small, norm, "relu", 2.0, 0.1, seed(), True))
     for one, two in zip(*results):
         check(one, two, two.double(), torch.float32)

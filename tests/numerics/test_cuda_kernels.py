@@ -6,10 +6,10 @@ import torch
 
 import pelt_fast
 from pelt_fast import functional
-from pelt_fast.fused import cuda
 from pelt_fast.kernels.mask import mask_bits
-from pelt_fast.ops import native_cuda
-from pelt_fast.reference.philox import dropout
+from pelt_fast.ops.common import native_cuda
+from pelt_fast.ops.common.dropout import dropout
+from pelt_fast.ops.lora import gpu as cuda
 
 from .judge import check, dense, seed
 
@@ -43,11 +43,11 @@ def test_tail_gemm_matches_fp64_oracle(shape, dtype, p, transposed):
         return x @ w + bias + dropout(0.5 * (s @ u), p, row)
 
     mask = dict(dropout_p=p, bits=mask_bits(row, p, M, N) if p else None)
-    y = cuda.tail_gemm(x, w, s, u, scale=0.5, bias=bias, transposed=transposed, **mask)
+    y = cuda.cuda_tail_gemm(x, w, s, u, scale=0.5, bias=bias, transposed=transposed, **mask)
     inputs = (x, w, s, u.to(dtype), bias.to(dtype))
     check(y, expression(*inputs), expression(*(t.double() for t in inputs)), dtype)
     assert torch.equal(
-        y, cuda.tail_gemm(x, w, s, u, scale=0.5, bias=bias, transposed=transposed, **mask)
+        y, cuda.cuda_tail_gemm(x, w, s, u, scale=0.5, bias=bias, transposed=transposed, **mask)
     )
 
 
@@ -55,7 +55,7 @@ def test_tail_gemm_matches_fp64_oracle(shape, dtype, p, transposed):
 @pytest.mark.parametrize("m, n, r", [(1, 8, 8), (37, 520, 8), (1000, 1000, 40), (513, 768, 64)])
 def test_rank_gradients_match_fp64_oracle(m, n, r, dtype):
     dy, h, up = dense(m, n, dtype=dtype), dense(m, r, dtype=dtype), dense(n, r)
-    found = cuda.rank_up_gradients(dy, h, up, scale=0.5, need_bias=True)
+    found = cuda.cuda_rank_up_gradients(dy, h, up, scale=0.5, need_bias=True)
 
     def expression(dy, h, up):
         return 0.5 * dy @ up, 0.5 * dy.t() @ h, 0.5 * dy.sum(0)
@@ -64,7 +64,7 @@ def test_rank_gradients_match_fp64_oracle(m, n, r, dtype):
     wanted = expression(dy.double(), h.double(), up.to(dtype).double())
     for its, plain, exact in zip(found, low, wanted, strict=True):
         check(its, plain, exact, its.dtype)
-    again = cuda.rank_up_gradients(dy, h, up, scale=0.5, need_bias=True)
+    again = cuda.cuda_rank_up_gradients(dy, h, up, scale=0.5, need_bias=True)
     assert all(map(torch.equal, found, again))
 
 
@@ -102,6 +102,6 @@ def test_what_the_kernels_do_not_take_is_refused_or_left_to_others():
     assert not native_cuda.covers_tail(x[:, 1:], weight[:, 1:], 16)
     assert not native_cuda.covers_one_pass(x, 72)
     with pytest.raises(RuntimeError, match=r"u must have shape \(32, 16\), got \(32, 8\)"):
-        cuda.tail_gemm(x, weight, dense(16, 16, dtype=x.dtype), dense(32, 8))
+        cuda.cuda_tail_gemm(x, weight, dense(16, 16, dtype=x.dtype), dense(32, 8))
     with pytest.raises(RuntimeError, match="multiples of 8"):
-        cuda.rank_up_gradients(x, dense(16, 12, dtype=x.dtype), dense(64, 12), scale=1.0)
+        cuda.cuda_rank_up_gradients(x, dense(16, 12, dtype=x.dtype), dense(64, 12), scale=1.0)

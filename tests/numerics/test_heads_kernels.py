@@ -6,8 +6,8 @@ import torch
 from pelt_fast.kernels import config
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
-from pelt_fast.reference import heads as reference
-from pelt_fast.reference.heads import heads_last_empty
+from pelt_fast.ops.common.heads import heads_last_empty
+from pelt_fast.ops.prefix_attention import reference
 
 from .judge import DTYPES, check, dense, seed
 

@@ -6,8 +6,8 @@ import torch
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
-from pelt_fast.reference.activations import ACTIVATIONS, activate, derivative
-from pelt_fast.reference.philox import dropout
+from pelt_fast.ops.common.activations import ACTIVATIONS, activate, derivative
+from pelt_fast.ops.common.dropout import dropout
 
 from .judge import DTYPES, check, dense, seed, sliced
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pelt_fast import functional
-from pelt_fast.ops.backends import backend
-from pelt_fast.reference import low_rank as reference
+from pelt_fast.ops.common.backends import backend
 from pelt_fast.testing import cases, doubled, judge, run
+from tests.flat import reference
 
 from .judge import COMPILED, DEVICE, DTYPES, check, dense, seed
 
@@ -70,7 +70,9 @@ def test_op_is_deterministic(case):
 @pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0) for i in range(8)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_lora_backward_gives_what_is_needed_and_no_more(needs, p):
-    from pelt_fast.fused.low_rank import lora_backward
+    from tests.flat import gpu
+
+    lora_backward = gpu.lora_backward
 
     dy, x, s, row = dense(9, 24), dense(9, 32), dense(9, 4), seed() if p else None
     weight, a, b = dense(24, 32), dense(4, 32), dense(24, 4)

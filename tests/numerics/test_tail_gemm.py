@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from pelt_fast.fused.low_rank import lora_backward, lora_forward
 from pelt_fast.kernels import config
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.tail_gemm import can_use_descriptors, tail_gemm
 from pelt_fast.kernels.tiles import MAX_RANK
-from pelt_fast.ops.low_rank import lora_fwd
-from pelt_fast.reference import low_rank as reference
-from pelt_fast.reference.philox import dropout
+from pelt_fast.ops.common.dropout import dropout
+from pelt_fast.ops.lora.op import lora_fwd
+from tests.flat import gpu, reference
 
 from .judge import DTYPES, check, dense, seed, sliced
+
+lora_forward, lora_backward = gpu.lora_forward, gpu.lora_backward
 
 # M, K, N, R; the third can be described to the copy engine
 SHAPES = [(1, 1, 1, 1), (37, 50, 44, 5), (40, 64, 136, 16), (17, 33, 70, 100)]

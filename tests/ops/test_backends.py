@@ -9,8 +9,8 @@ import torch
 
 import pelt_fast
 from pelt_fast import functional
-from pelt_fast.ops.backends import active_backend
-from pelt_fast.ops.low_rank import lora_fwd
+from pelt_fast.ops.common.backends import active_backend
+from pelt_fast.ops.lora.op import lora_fwd
 from tests.threads import in_a_thread
 
 M, K, N, R = 5, 8, 6, 2
@@ -92,7 +92,7 @@ def process(name: str, code: str):
 def test_the_environment_chooses_for_every_thread():
     code = """
 import threading, pelt_fast
-from pelt_fast.ops.backends import active_backend
+from pelt_fast.ops.common.backends import active_backend
 thread = threading.Thread(target=lambda: print(active_backend()))
 thread.start()
 thread.join()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pelt_fast.fused.context import context_backward, context_forward, kernel_for
 from pelt_fast.kernels import config
+from pelt_fast.ops.prefix_attention.gpu import context_forward, kernel_for
+from tests.flat import context_backward
 
 B, H, G, T, S, D = 2, 4, 2, 40, 56, 32
 CASES = {

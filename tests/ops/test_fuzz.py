@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import pelt_fast
 from pelt_fast import functional
-from pelt_fast.reference.activations import ACTIVATIONS
+from pelt_fast.ops.common.activations import ACTIVATIONS
 
 DRAWS = int(os.environ.get("PELT_FAST_FUZZ", "200"))
 LOW = (torch.float32, torch.bfloat16, torch.float16)

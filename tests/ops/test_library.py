@@ -9,12 +9,13 @@ from torch.library import opcheck
 
 import pelt_fast
 from pelt_fast import env, functional
-from pelt_fast.ops import support
-from pelt_fast.ops.backends import active_backend
-from pelt_fast.ops.ffn import ffn_bwd, ffn_fwd
-from pelt_fast.ops.heads import prefix_attention_bwd, prefix_attention_fwd
-from pelt_fast.ops.low_rank import adapter_bwd, adapter_fwd, lora_bwd, lora_fwd
-from pelt_fast.reference.philox import draw_seed
+from pelt_fast.ops.adapter.op import adapter_bwd, adapter_fwd
+from pelt_fast.ops.common import dispatch as support
+from pelt_fast.ops.common.backends import active_backend
+from pelt_fast.ops.common.dropout import draw_seed
+from pelt_fast.ops.lora.op import lora_bwd, lora_fwd
+from pelt_fast.ops.prefix_attention.op import prefix_attention_bwd, prefix_attention_fwd
+from pelt_fast.ops.widened_ffn.op import ffn_bwd, ffn_fwd
 
 CPU = torch.device("cpu")
 M, K, N, R, F = 6, 10, 8, 3, 14
@@ -223,7 +224,9 @@ def test_backend_is_a_setter_and_a_context_manager():
 def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
     called = []
     monkeypatch.setattr(lora_bwd, "reference", lambda *a: called.append(1) or _reference(*a))
-    from pelt_fast.reference.low_rank import lora_backward as _reference
+    from tests.flat import reference
+
+    _reference = reference.lora_backward
 
     x, a = torch.randn(M, K, requires_grad=True), torch.randn(R, K, requires_grad=True)
     with pelt_fast.backend("reference"):

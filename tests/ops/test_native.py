@@ -5,9 +5,9 @@ import torch
 
 import pelt_fast
 from pelt_fast import functional
-from pelt_fast.ops import native
-from pelt_fast.plans import blocks
-from pelt_fast.reference.philox import draw_seed, keep_mask, keep_scale, threshold
+from pelt_fast.ops.common import chunking as blocks
+from pelt_fast.ops.common import native
+from pelt_fast.ops.common.dropout import draw_seed, keep_mask, keep_scale, threshold
 
 built = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
 CPU = torch.device("cpu")

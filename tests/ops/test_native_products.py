@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pelt_fast.ops import native
-from pelt_fast.reference import activations
-from pelt_fast.reference.philox import draw_seed, keep_mask, keep_scale, threshold
+from pelt_fast.ops.common import activations, native
+from pelt_fast.ops.common.dropout import draw_seed, keep_mask, keep_scale, threshold
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
 SIZES = [  # M, K, R

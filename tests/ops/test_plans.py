@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pelt_fast import functional
-from pelt_fast.ops.backends import backend
-from pelt_fast.plans import blocks
+from pelt_fast.ops.common import chunking as blocks
+from pelt_fast.ops.common.backends import backend
 from pelt_fast.testing import cases, judge, run
 
 CASES = list(cases())

@@ -128,8 +128,8 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lora_plan_allocates_one_big_tensor_each_way(p, dtype):
     """y forward, dx backward: no temporary of size M x N or M x K, no cast of x or dy."""
-    from pelt_fast.plans import low_rank
-    from pelt_fast.reference.philox import draw_seed
+    from pelt_fast.ops.common.dropout import draw_seed
+    from tests.flat import cpu as low_rank
 
     m, k, n = 16384, 512, 512  # eight row blocks
     x, dy = torch.randn(m, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
@@ -148,8 +148,8 @@ def test_lora_plan_allocates_one_big_tensor_each_way(p, dtype):
 def test_packed_ffn_plan_allocates_what_the_frozen_block_needs(p):
     """Forward: pre-activations, their activation, y. The frozen block makes the same, and with
     dropout a mask and a copy of each more."""
-    from pelt_fast.plans import ffn
-    from pelt_fast.reference.philox import draw_seed
+    from pelt_fast.ops.common.dropout import draw_seed
+    from tests.flat import cpu as ffn
 
     m, k, inner, rank = 16384, 512, 1024, 16
     x, packed = torch.randn(m, k), torch.randn(inner + rank, k)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pelt_fast import env, functional
-from pelt_fast.ops import support
-from pelt_fast.ops.backends import backend
+from pelt_fast.ops.common import dispatch as support
+from pelt_fast.ops.common.backends import backend
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not env.interpret(), reason="on a CPU, kernels interpreted")

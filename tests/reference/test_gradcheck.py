@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from pelt_fast.ops.backends import backend
-from pelt_fast.ops.ffn import WidenedFFNFunction
-from pelt_fast.ops.heads import PrefixAttentionFunction
-from pelt_fast.ops.low_rank import AdapterFunction, LoRALinearFunction
-from pelt_fast.reference.activations import ACTIVATIONS, activate, derivative
-from pelt_fast.reference.low_rank import fold_scale, fold_scale_backward
-from pelt_fast.reference.philox import draw_seed
+from pelt_fast.ops.adapter.op import AdapterFunction
+from pelt_fast.ops.common.activations import ACTIVATIONS, activate, derivative
+from pelt_fast.ops.common.backends import backend
+from pelt_fast.ops.common.dropout import draw_seed
+from pelt_fast.ops.common.learned_scale import fold_scale, fold_scale_backward
+from pelt_fast.ops.lora.op import LoRALinearFunction
+from pelt_fast.ops.prefix_attention.op import PrefixAttentionFunction
+from pelt_fast.ops.widened_ffn.op import WidenedFFNFunction
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pelt_fast.reference.philox import (
+from pelt_fast.ops.common.dropout import (
     draw_seed,
     dropout,
     keep_mask,

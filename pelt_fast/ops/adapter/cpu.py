@@ -1,0 +1,142 @@
+"""The adapter on the C++ passes, without them on the library's GEMMs.
+
+Shapes and maths are those of ``reference``.
+Traffic  P = one read or write of an M x K (or M x N) activation. In brackets: with the C++ passes,
+         which do each way in one (csrc/cpu/adapter.cpp), the bottleneck in cache.
+         forward   x for T, base, y written, read and written again:             5 P (2-3)
+         backward  dy for dH, dU and du, x for dD, dx written; sequential: dy again
+                                                                                 5-6 P (3)
+A LayerNorm on the update, and one that is wider than what it reads, are left to the specification.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelt_fast.ops.common.activations import ACTIVATIONS
+from pelt_fast.ops.common.bundles import (
+    LAYER_NORM_EPS,
+    AdapterNorm,
+    Bottleneck,
+    Transform,
+    absent,
+)
+from pelt_fast.ops.common.chunking import fill, row_blocks
+from pelt_fast.ops.common.gradients import bottleneck_gradients, down_gradients
+from pelt_fast.ops.common.passes import activate, covers, cpp, cpp_mask, cpp_weight, down, up
+
+
+def adapter_forward(
+    x: Tensor,
+    base: Tensor | None,
+    adapter: Bottleneck,
+    norm: AdapterNorm,
+    transform: Transform,
+    keep_t: bool,
+) -> tuple[Tensor, Tensor]:
+    residual = x if base is None else base
+    normed = norm.layer_norm == "in"
+    if norm.layer_norm == "out" or (normed and x.dtype != norm.norm_weight.dtype):
+        return NotImplemented
+    if not normed and _in_one_pass(x, residual, adapter.down_weight.shape[0]):
+        return _forward_in_one_pass(x, residual, adapter, transform, keep_t)
+    t = _normed_down(x, adapter, norm) if normed else down(x, *adapter[:2])
+    h = activate(transform.activation, t, p=transform.dropout_p, seed=transform.seed)
+    out = up(residual, h, adapter.up_weight, adapter.up_bias, transform.scale)
+    return out, t if keep_t else absent(t)
+
+
+def _normed_down(x: Tensor, adapter: Bottleneck, norm: AdapterNorm) -> Tensor:
+    """T of the LayerNorm's output, a block of rows at a time, read while it is in cache."""
+    down_weight, bias = adapter.down_weight.to(x.dtype), adapter.down_bias
+    bias = None if bias is None else bias.to(x.dtype)
+    t = x.new_empty(x.shape[0], down_weight.shape[0])
+    for rows in row_blocks(x):
+        u = F.layer_norm(x[rows], x.shape[1:], norm.norm_weight, norm.norm_bias, LAYER_NORM_EPS)
+        t[rows] = F.linear(u, down_weight, bias)
+    return t
+
+
+def adapter_backward(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    adapter: Bottleneck,
+    norm: AdapterNorm,
+    transform: Transform,
+    sequential: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if norm.layer_norm != "none":
+        return NotImplemented
+    down_weight, up_weight = adapter.down_weight, adapter.up_weight
+    grads = [absent(dy) for _ in range(7)]
+    if _covered(dy, x, down_weight.shape[0]):
+        found = _backward_in_one_pass(dy, x, t, adapter, transform, sequential, needs)
+        return *found, *grads[5:]
+    need_dt = needs[0] or needs[1] or needs[2]
+    dt, *found = bottleneck_gradients(
+        dy, t, up_weight, transform, need_dt=need_dt, need_db=needs[3], need_bias=needs[4]
+    )
+    fill(grads, [3, 4], found)
+    if needs[2]:
+        grads[2] = dt.sum(0, dtype=down_weight.dtype)
+    if needs[0] or needs[1]:
+        found = down_gradients(
+            dt, x, down_weight, dy if sequential else None, need_dx=needs[0], need_da=needs[1]
+        )
+        fill(grads, [0, 1], found)
+    return tuple(grads)
+
+
+def _in_one_pass(x: Tensor, residual: Tensor, rank: int) -> bool:
+    """Whether one pass is the quickest: products that round to 16 bits are quicker in the
+    library."""
+    return x.element_size() == 4 and _covered(x, residual, rank)
+
+
+def _covered(dy: Tensor, x: Tensor, rank: int) -> bool:
+    """Whether the one pass takes dy (M, N), x (M, K) and a rank."""
+    return covers(dy, rank) and covers(x, rank)
+
+
+def _forward_in_one_pass(
+    x: Tensor, residual: Tensor, adapter: Bottleneck, transform: Transform, keep_t: bool
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    t = x.new_empty(x.shape[0], adapter.down_weight.shape[0]) if keep_t else None
+    cpp.adapter_(
+        y, t, x, residual, *map(cpp_weight, adapter), transform.scale,
+        ACTIVATIONS.index(transform.activation), *cpp_mask(transform.dropout_p, transform.seed),
+    )  # fmt: skip
+    return y, t if keep_t else absent(x)
+
+
+def _backward_in_one_pass(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    adapter: Bottleneck,
+    transform: Transform,
+    sequential: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of x, down_weight, down_bias, up_weight and up_bias; what is not needed is
+    empty."""
+    down_weight, up_weight = adapter.down_weight, adapter.up_weight
+    like = (down_weight, down_weight[:, 0], up_weight, up_weight[:, 0])
+    dx = x.new_empty(x.shape) if needs[0] else None
+    found = [
+        torch.empty(weight.shape, dtype=torch.float32) if needed else None
+        for weight, needed in zip(like, needs[1:5], strict=True)
+    ]
+    cpp.adapter_backward_(
+        dy, x, t, cpp_weight(down_weight), cpp_weight(up_weight),
+        dy if sequential and needs[0] else None, dx, *found, transform.scale,
+        ACTIVATIONS.index(transform.activation), *cpp_mask(transform.dropout_p, transform.seed),
+    )  # fmt: skip
+    nothing = absent(dy)
+    grads = (None if d is None else d.to(weight.dtype) for d, weight in zip(found, like))
+    return tuple(nothing if grad is None else grad for grad in (dx, *grads))

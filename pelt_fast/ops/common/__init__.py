@@ -1,0 +1,1 @@
+"""What the ops share: arguments, dropout, activations, and the choice of what runs."""

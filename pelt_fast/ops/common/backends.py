@@ -1,0 +1,82 @@
+"""The backend in force: what the ops run."""
+
+import importlib.util
+import threading
+from collections.abc import Iterator
+
+from pelt_fast import env
+
+from . import native, native_cuda
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
+
+
+def why_missing(name: str) -> str | None:
+    """Why a backend cannot run here, or None."""
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'pelt_fast[triton]')"
+        if not env.has_gpu() and not env.interpret():
+            return "there is no GPU (TRITON_INTERPRET=1 interprets the kernels, slowly)"
+        return None
+    if name == "cpp":
+        return native.why_missing()
+    if name == "cuda":
+        return native_cuda.why_missing()
+    return None
+
+
+def _checked(name: str, asked_by: str) -> str:
+    """``name``, which must be a backend that can run here."""
+    if name not in BACKENDS:
+        raise ValueError(f"{asked_by} must be one of {BACKENDS}, got {name!r}")
+    missing = why_missing(name)
+    if missing is not None:
+        raise RuntimeError(f"{asked_by} {name!r} cannot run here: {missing}")
+    return name
+
+
+class _Active(threading.local):
+    """Each thread's backend: the process's until the thread chooses one."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+active = _Active(_checked(env.backend(), "PELT_FAST_BACKEND"))
+
+
+def active_backend() -> str:
+    """The name of the calling thread's backend; a Function keeps the one of its forward for
+    backward."""
+    return active.name
+
+
+class backend:
+    """Choose what the ops run: ``with backend("reference"): ...``, or ``backend("auto")`` alone.
+
+    ``"auto"`` is the best that is present for the device, ``"triton"`` the Triton kernels (what
+    ``"auto"`` runs on a GPU; on a CPU where they are interpreted), ``"cuda"`` the CUDA C++ kernels
+    where they take the input and the Triton kernels elsewhere, ``"reference"`` the plain PyTorch
+    specification. Acts on the calling thread, as ``torch.set_grad_enabled`` does; the others keep
+    theirs, which begins as ``PELT_FAST_BACKEND`` says ("auto" where it is not set). A backward runs
+    the backend of its forward, in whatever thread. Takes effect when created; leaving a ``with``
+    block restores what was before. Raises ValueError for an unknown name, RuntimeError with the
+    reason for one that is not here.
+    """
+
+    def __init__(self, name: str):
+        self.name = _checked(name, "backend")
+        self.before, active.name = active.name, name
+
+    def __enter__(self) -> "backend":
+        active.name = self.name
+        return self
+
+    def __exit__(self, *exception) -> None:
+        active.name = self.before
+
+
+def backends() -> Iterator[tuple[str, str | None]]:
+    """Each backend's name and why it is not here (None when it is)."""
+    return ((name, why_missing(name)) for name in BACKENDS)

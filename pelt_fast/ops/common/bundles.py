@@ -1,0 +1,224 @@
+"""Arguments that go together, each group under one name.
+
+A bundle is a ``NamedTuple``: frozen, and ``*bundle`` is its flat form. The functions of an op take
+bundles; its schema in ``torch.library``, which knows no groups, is read off their fields
+(:func:`flat_fields`), and :func:`from_flat` makes the groups again: a new argument is one edit.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, get_type_hints
+
+from torch import Tensor
+
+LAYER_NORM_EPS = 1e-5  # of an adapter's LayerNorm
+
+
+class FrozenLinear(NamedTuple):
+    """A frozen linear layer: weight (N, K), bias (N) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class LowRank(NamedTuple):
+    """The factors of LoRA: lora_a (R, K), lora_b (N, R), and the scale s of their product."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+
+class Dropout(NamedTuple):
+    """A dropout: its probability and its seed, None where it does not act."""
+
+    dropout_p: float
+    seed: Tensor | None
+
+
+class Bottleneck(NamedTuple):
+    """The weights of an adapter: D (R, K), d (R) or None, U (N, R), u (N) or None."""
+
+    down_weight: Tensor
+    down_bias: Tensor | None
+    up_weight: Tensor
+    up_bias: Tensor | None
+
+
+class AdapterNorm(NamedTuple):
+    """The LayerNorm of an adapter: of its input ("in"), of its update ("out") or "none"."""
+
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    layer_norm: str
+
+
+class Transform(NamedTuple):
+    """What happens between the two matrices of a bottleneck, and the scale of the update."""
+
+    activation: str
+    scale: float
+    dropout_p: float
+    seed: Tensor | None
+
+
+class FrozenFFN(NamedTuple):
+    """The frozen feed-forward block: W1, Wg (F, K), W2 (N, F), biases or None; no gate is None."""
+
+    in_weight: Tensor
+    in_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+
+
+class FFNMatrices(NamedTuple):
+    """The matrices of a widened block, which are all that backward reads of its weights."""
+
+    in_weight: Tensor
+    gate_weight: Tensor | None
+    out_weight: Tensor
+    down_weight: Tensor
+    up_weight: Tensor
+
+
+class Packed(NamedTuple):
+    """The stacked weights: [gate; in; down; zeros] and [out | s up | zeros], either or None."""
+
+    packed: Tensor | None
+    packed_out: Tensor | None
+
+
+class FFNSettings(NamedTuple):
+    """The activations of block and bottleneck, the scale, and three dropouts with one seed row
+    each: 0 the bottleneck's, 1 the block's activation, 2 its output."""
+
+    ffn_activation: str
+    activation: str
+    scale: float
+    dropout_p: float
+    activation_dropout_p: float
+    output_dropout_p: float
+    seed: Tensor | None
+
+
+class QKV(NamedTuple):
+    """Queries (B, H, T, D), keys and values (B, Hkv, S, D)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Prefix(NamedTuple):
+    """Trainable keys and values (Hkv, P, D)."""
+
+    prefix_k: Tensor
+    prefix_v: Tensor
+
+
+class Scores(NamedTuple):
+    """How scores are made: the mask of the context, whether it is causal, and their scale."""
+
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float
+
+
+class Form(NamedTuple):
+    """The function of the prefix's scores, "softmax" or "relu", and how the two parts are put
+    together: "gated" (prefix tuning) or "add"."""
+
+    form: str
+    composition: str
+
+
+class AttentionOutput(NamedTuple):
+    """What the forward pass made: o (B, H, T, D), lse (B, H, T), the context's own output, and the
+    dropout state of a library's kernel."""
+
+    o: Tensor
+    lse: Tensor
+    context_o: Tensor
+    context_rng: Tensor
+
+
+NOTHING = {kind: (None,) * len(kind._fields) for kind in (
+    FrozenFFN, FFNSettings, Packed, Transform, Dropout, Scores, Form,
+)}  # fmt: skip
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", str: "str",
+    Sequence[bool]: "bool[]",
+}  # fmt: skip
+
+
+def absent(like: Tensor) -> Tensor:
+    """The empty tensor that stands in an op's result for one that nobody asked for."""
+    return like.new_empty(0)
+
+
+def _parameters(function: Callable) -> list[tuple[str, type]]:
+    """The positional parameters of ``function`` with their types."""
+    hints = get_type_hints(function)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [(p.name, hints[p.name]) for p in parameters if p.kind in kinds]
+
+
+def parameter_types(function: Callable) -> list[type]:
+    """The types of the positional parameters of ``function``, bundles as they are."""
+    return [kind for _, kind in _parameters(function)]
+
+
+def _is_bundle(kind: type) -> bool:
+    return hasattr(kind, "_fields")
+
+
+def flat_fields(function: Callable) -> dict[str, type]:
+    """The arguments of ``function`` by name, each bundle replaced by its fields."""
+    flat: dict[str, type] = {}
+    for name, kind in _parameters(function):
+        flat |= get_type_hints(kind) if _is_bundle(kind) else {name: kind}
+    return flat
+
+
+def schema_of(function: Callable) -> str:
+    """The schema of an op whose specification is ``function``, a tuple of tensors its result."""
+    arguments = ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in flat_fields(function).items())
+    results = get_type_hints(function)["return"].__args__
+    return f"({arguments}) -> ({', '.join(_SCHEMA_TYPES[t] for t in results)})"
+
+
+def unflatten(*kinds: type) -> Callable:
+    """A function of flat values that returns them grouped: one item for each of ``kinds``."""
+    return from_flat(lambda *items: items, kinds)
+
+
+def from_flat(function: Callable, kinds: Sequence[type] | None = None) -> Callable:
+    """A function of flat arguments that calls ``function`` with bundles.
+
+    Args:
+        function: what is called.
+        kinds: the types of its arguments, a bundle or any other; by default they are read off
+            ``function``, which then takes them under their names.
+
+    The call is written out as source, so that a group costs no loop when the op runs.
+    """
+    named = _parameters(function) if kinds is None else [(f"a{i}", k) for i, k in enumerate(kinds)]
+    names, call, scope = [], [], {"function": function}
+    for name, kind in named:
+        if not _is_bundle(kind):
+            names.append(name)
+            call.append(name)
+            continue
+        fields = [f"{name}_{field}" if kinds is not None else field for field in kind._fields]
+        scope[kind.__name__] = kind
+        names += fields
+        call.append(f"{kind.__name__}({', '.join(fields)})")
+    source = f"def flat({', '.join(names)}):\n    return function({', '.join(call)})\n"
+    exec(
+        compile(source, f"<flat arguments of {getattr(function, '__name__', 'op')}>", "exec"), scope
+    )
+    return scope["flat"]

@@ -1,0 +1,199 @@
+"""Passes over large tensors, backward: the counterparts of ``passes``.
+
+Shapes   x, dx (M, K); dy (M, N); a (R, K); b (N, R); h, ds, dh, t (M, R).
+"""
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+from .bundles import Dropout, FFNMatrices, Transform
+from .chunking import drop_, drop_factor, row_blocks
+from .passes import activate, by_library, covers, covers_rows, cpp, cpp_mask, cpp_weight
+
+
+def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``leftᵀ right`` (P, Q) of left (M, P) and right (M, Q), accumulated in at least ``dtype``.
+
+    Low-precision activations are neither rounded in the result nor cast as a whole: CUDA's GEMM
+    writes fp32, elsewhere one block of rows at a time is cast.
+    """
+    if torch.promote_types(left.dtype, dtype) == left.dtype:
+        return (left.t() @ right).to(dtype)
+    if left.is_cuda and dtype == torch.float32:
+        return torch.mm(left.t(), right, out_dtype=dtype)
+    out = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
+    for rows in row_blocks(left, left.shape[1] + right.shape[1]):
+        out.addmm_(left[rows].to(dtype).t(), right[rows].to(dtype))
+    return out
+
+
+def activation_backward(
+    name: str,
+    grad: Tensor,
+    t: Tensor,
+    *,
+    linear: Tensor | None = None,
+    dt: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """drop(grad) f'(t), written over ``grad``, which must be ours.
+
+    Of a gated unit ``dt`` gets drop(grad) linear f'(t), and ``grad`` becomes drop(grad) f(t), the
+    gradient of ``linear``.
+    """
+    as_is = name == "identity" and linear is None and seed is None
+    if not as_is and covers_rows(t):
+        kind = ACTIVATIONS.index(name)
+        return cpp.activate_backward_(grad, t, linear, dt, kind, *cpp_mask(p, seed))
+    drop_(grad, p, seed)
+    if linear is None:
+        return _library_backward(name, grad, t)
+    _library_backward(name, torch.mul(grad, linear, out=dt), t)
+    return grad.mul_(activate(name, t))
+
+
+def _library_backward(name: str, grad: Tensor, t: Tensor) -> Tensor:
+    aten = torch.ops.aten
+    if name == "relu":
+        aten.threshold_backward.grad_input(grad, t, 0, grad_input=grad)
+    elif name == "gelu":
+        aten.gelu_backward.grad_input(grad, t, approximate="none", grad_input=grad)
+    elif name == "gelu_tanh":
+        aten.gelu_backward.grad_input(grad, t, approximate="tanh", grad_input=grad)
+    elif name == "silu":
+        aten.silu_backward.grad_input(grad, t, grad_input=grad)
+    elif name == "tanh":
+        aten.tanh_backward.grad_input(grad, torch.tanh(t), grad_input=grad)
+    return grad
+
+
+def up_gradients(
+    dy: Tensor,
+    h: Tensor | None,
+    b: Tensor,
+    scale: float,
+    *,
+    need_dh: bool,
+    need_bias: bool,
+    dh: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh = s dy b in dy's dtype; db = s dyᵀ h (with ``h``) and the bias' gradient in b's, from one
+    read of dy. None for what is not asked for; ``dh`` may be given to be written to."""
+    db = d_bias = None
+    if not need_dh:
+        dh = None
+    elif dh is None:
+        dh = dy.new_empty(dy.shape[0], b.shape[1])
+    if covers(dy, b.shape[1]) and (h is None or h.stride(-1) == 1):
+        db = None if h is None else dy.new_empty(b.shape, dtype=torch.float32)
+        d_bias = dy.new_empty(b.shape[0], dtype=torch.float32) if need_bias else None
+        weight = cpp_weight(b) if need_dh else None
+        cpp.rank_up_backward_(dy, h, weight, scale, dh, db, d_bias)
+        return dh, *(None if d is None else d.to(b.dtype) for d in (db, d_bias))
+    if h is not None:
+        db = weight_gradient(dy, h, b.dtype).mul_(scale)
+    if need_bias:
+        d_bias = dy.sum(0, dtype=b.dtype).mul_(scale)
+    if need_dh:
+        torch.mm(dy, b.to(dy.dtype), out=dh).mul_(scale)
+    return dh, db, d_bias
+
+
+def bottleneck_gradients(
+    dy: Tensor,
+    t: Tensor,
+    up_weight: Tensor,
+    transform: Transform,
+    *,
+    need_dt: bool,
+    need_db: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dt (M, R) = s drop(dy U) f'(t), and the gradients of up_weight and up_bias; None for what is
+    not needed."""
+    name, scale, p, seed = transform
+    h = activate(name, t, p=p, seed=seed) if need_db else None
+    dt, d_up, d_up_bias = up_gradients(
+        dy, h, up_weight, scale, need_dh=need_dt, need_bias=need_bias
+    )
+    if need_dt:
+        dt = activation_backward(name, dt, t, p=p, seed=seed)
+    return dt, d_up, d_up_bias
+
+
+def down_gradients(
+    ds: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    base: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    need_dx: bool,
+    need_da: bool,
+    in_place: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = base + drop(ds a), over ``base`` where it is ours, and da = dsᵀ drop(x) in a's dtype;
+    one mask for both. None for what is not asked for; ``x`` is read for da alone."""
+    like, (rank, width) = x if need_da else ds, a.shape
+    ours = covers(like, rank) and ds.stride(-1) == 1
+    if seed is not None and not ours:
+        return _masked_gradients(ds, x, a, base, Dropout(p, seed), need_dx, need_da)
+    dx = da = None
+    if need_dx and (not ours or by_library(like, rank, seed)):
+        dx, need_dx = _input_gradient(ds, a.to(ds.dtype), base, in_place), False
+    if not ours:
+        return dx, weight_gradient(ds, x, a.dtype) if need_da else None
+    if need_dx:
+        dx = base if in_place else ds.new_empty(ds.shape[0], width)
+    if need_da:
+        da = ds.new_empty(rank, width, dtype=torch.float32)
+    if need_dx or need_da:
+        cpp.rank_down_backward_(
+            ds, x if need_da else None, cpp_weight(a) if need_dx else None,
+            base if need_dx else None, dx if need_dx else None, da, *cpp_mask(p, seed),
+        )  # fmt: skip
+    return dx, None if da is None else da.to(a.dtype)
+
+
+def _input_gradient(ds: Tensor, a: Tensor, base: Tensor | None, in_place: bool) -> Tensor:
+    """base + ds a by the library's GEMM."""
+    if base is None:
+        return ds @ a
+    return base.addmm_(ds, a) if in_place else torch.addmm(base, ds, a)
+
+
+def _masked_gradients(ds, x, a, base, mask: Dropout, need_dx: bool, need_da: bool):
+    """The same by the library's GEMMs, a block of rows at a time under the mask."""
+    low, wide = a.to(ds.dtype), torch.promote_types(ds.dtype, a.dtype)
+    dx = base if need_dx else None  # LoRA's, in place: nobody else draws a mask here
+    da = torch.zeros_like(a, dtype=wide) if need_da else None
+    for rows in row_blocks(ds, a.shape[1]):
+        factor = drop_factor(rows, a.shape[1], mask.dropout_p, mask.seed, ds.dtype)
+        if need_dx:
+            dx[rows].addcmul_(ds[rows] @ low, factor)
+        if need_da:
+            da.addmm_(ds[rows].t().to(wide), factor.mul_(x[rows]).to(wide))
+    return dx, None if da is None else da.to(a.dtype)
+
+
+def stacked_input_gradient(
+    d_pre: Tensor, weights: FFNMatrices, packed: Tensor | None, separate: bool
+) -> Tensor:
+    """[dG | dZ | dT] times the stacked weights: one GEMM where they are packed. Where the adapter
+    reads a ``separate`` tensor, dT is no part of it."""
+    if packed is not None and not separate:
+        return d_pre @ packed
+    stack = [weights.in_weight]
+    if weights.gate_weight is not None:
+        stack.insert(0, weights.gate_weight)
+    if not separate:
+        stack.append(weights.down_weight.to(d_pre.dtype))
+    first = stack[0].shape[0]
+    dx = d_pre[:, :first] @ stack[0]
+    for weight in stack[1:]:
+        dx.addmm_(d_pre[:, first : first + weight.shape[0]], weight)
+        first += weight.shape[0]
+    return dx

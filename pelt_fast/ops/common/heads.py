@@ -1,0 +1,87 @@
+"""Tensors of attention heads: their layout, grouped heads, and the masks of their scores."""
+
+import torch
+from torch import Tensor
+
+
+def heads_last(x: Tensor) -> Tensor:
+    """The same (B, H, T, D) laid out in memory as (B, T, H, D), as models hold it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def heads_last_empty(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape (B, H, T, D) in that layout."""
+    batch, heads, length, dim = x.shape
+    return x.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def no_rng(q: Tensor, seed: Tensor | None) -> Tensor:
+    """What stands for the dropout state of a library's context kernel where none ran: its masks
+    come from ``seed`` alone."""
+    return torch.zeros(0 if seed is None else 2, dtype=torch.int64, device=q.device)
+
+
+def expand_heads(kv: Tensor, heads: int) -> Tensor:
+    """(..., Hkv, S, D) -> (..., H, S, D), each head repeated for its group of queries."""
+    if kv.shape[-3] == heads:
+        return kv
+    return kv.repeat_interleave(heads // kv.shape[-3], dim=-3)
+
+
+def reduce_heads(grad: Tensor, kv_heads: int) -> Tensor:
+    """The transpose of :func:`expand_heads`."""
+    *batch, heads, length, dim = grad.shape
+    return grad.reshape(*batch, kv_heads, heads // kv_heads, length, dim).sum(-3)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Bottom-right aligned: bool (T, S), True is visible."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return ones.tril(keys - queries)
+
+
+def context_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """C (B, H, T, S), -inf where a key is hidden. ``mask`` is bool (True visible) or additive."""
+    scores = (scale * q) @ k.transpose(-1, -2)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        else:
+            scores = scores + mask.to(scores.dtype)
+    if causal:
+        visible = causal_mask(q.shape[-2], k.shape[-2], q.device)
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores
+
+
+def additive_mask(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor | None, bool, Tensor | None]:
+    """The mask and causal flag of a library's kernel, and the rows (.., T) that see no key at all.
+
+    The kernel wants a mask of q's dtype, never beside its causal flag, and aligns that flag top
+    left; it reports lse 0 for a row that sees nothing.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None and (not causal or queries == keys):
+        return None, causal, None
+    if mask is None or mask.dtype == torch.bool:
+        visible = causal_mask(queries, keys, q.device) if causal else None
+        if mask is not None:
+            visible = mask if visible is None else mask & visible
+        additive = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        hidden = ~visible.any(-1)
+    else:
+        additive = mask.to(q.dtype)
+        if causal:
+            visible = causal_mask(queries, keys, q.device)
+            additive = additive.masked_fill(~visible, float("-inf"))
+        hidden = (additive == float("-inf")).all(-1)
+    while additive.dim() < 4:
+        additive, hidden = additive.unsqueeze(0), hidden.unsqueeze(0)
+    return additive.expand(-1, -1, queries, keys), False, hidden.expand(-1, -1, queries)
+
+
+def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), 0 in rows that see nothing."""
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1))

@@ -1,0 +1,155 @@
+"""The ``pelt_fast::`` op library: schemas, what each device runs, and autograd's way in.
+
+Every op is defined once. Its reference is registered under CompositeExplicitAutograd: it runs on
+any device that has nothing better. What ``cpu`` and ``gpu`` files hold is registered under CPU and
+CUDA.
+An implementation returns NotImplemented for an input that another one runs quicker, or that it does
+not take; the next one gets it: gpu, cpu, reference. Ops are opaque to autograd and torch.compile;
+the Functions beside them differentiate.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pelt_fast import env
+from pelt_fast.kernels import config
+
+from . import dispatch
+from .bundles import flat_fields, from_flat, parameter_types, schema_of
+
+_LIBRARY = torch.library.Library("pelt_fast", "DEF")
+OPS: dict[str, "Op"] = {}  # by name, of the folders that were imported
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of ``tensor`` (meta tensors know none)."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+class Op:
+    """One op: called, it runs what the backend in force says. Everything here takes the arguments
+    flat, in the order of the reference's bundles.
+
+    Args:
+        name: its name in ``torch.ops.pelt_fast``.
+        reference: the specification, a function of bundles.
+        fake: its result's shapes and dtypes, of the same arguments.
+    """
+
+    def __init__(self, name: str, reference: Callable, fake: Callable):
+        self.name = name
+        OPS[name] = self
+        self.arguments = tuple(flat_fields(reference))
+        self.reference = from_flat(reference)
+        self.cpu = self.gpu = self.reference
+        _LIBRARY.define(f"{name}{schema_of(reference)}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, self.reference, "CompositeExplicitAutograd")
+        shapes = from_flat(fake, parameter_types(reference))
+        torch.library.register_fake(f"pelt_fast::{name}", shapes, lib=_LIBRARY)
+        self.dispatched = getattr(torch.ops.pelt_fast, name).default
+
+    def on_cpu(self, function: Callable, otherwise: Callable | None = None) -> None:
+        """Register what a CPU runs, and what takes the inputs it leaves (the reference)."""
+        first = from_flat(function)
+        last = self.reference if otherwise is None else from_flat(otherwise)
+
+        def run(*args):
+            result = first(*args)
+            return last(*args) if result is NotImplemented else result
+
+        self.cpu = run
+        _LIBRARY.impl(self.name, run, "CPU")
+
+    def on_gpu(
+        self,
+        path: str,
+        kernels: str,
+        *,
+        size: tuple[str, int],
+        any_strides: Sequence[str] = (),
+        without: Callable | None = None,
+    ) -> None:
+        """Register what a GPU runs.
+
+        Args:
+            path: "module:function", imported (and Triton with it) on the first call.
+            kernels: whose rules ``dispatch.unsupported`` asks.
+            size: the argument, and its dim, whose length is the rank or the prefix length.
+            any_strides: weights that only GEMMs read (GPT-2 keeps its own transposed).
+            without: what runs where the kernels cannot, ``cpu`` by default. The reason is said
+                once, or raised under strict.
+        """
+        sized, dim = self.arguments.index(size[0]), size[1]
+        free = {self.arguments.index(name) for name in any_strides}
+        otherwise = self.cpu if without is None else from_flat(without)
+        loaded: list[Callable] = []
+
+        def run(*args):
+            tensors = [
+                _upright(arg) if i in free else arg
+                for i, arg in enumerate(args) if isinstance(arg, Tensor)
+            ]  # fmt: skip
+            reason = dispatch.unsupported(kernels, tensors, args[sized].shape[dim])
+            if reason is not None:
+                dispatch.fall_back(f"{kernels}: running on library kernels, because {reason}")
+                return otherwise(*args)
+            if not loaded:
+                module, name = path.split(":")
+                loaded.append(from_flat(getattr(importlib.import_module(module), name)))
+            # Triton launches on the current device, which need not be that of the tensors
+            with torch.cuda.device_of(tensors[0]):
+                result = loaded[0](*args)
+            return self.cpu(*args) if result is NotImplemented else result
+
+        self.gpu = run
+        _LIBRARY.impl(self.name, run, "CUDA")
+
+    def __call__(self, *args, backend: str):
+        if autocasts(args[0]):
+            # what an op computes in is its own: autocast has acted on what it was given
+            with torch.autocast(args[0].device.type, enabled=False):
+                return self._run(args, backend)
+        return self._run(args, backend)
+
+    def _run(self, args: tuple, backend: str):
+        if backend == "reference":
+            return self.reference(*args)
+        if backend == "triton" and env.interpret():
+            return self.gpu(*args)
+        if backend == "cuda":
+            with config.cuda_kernels():
+                return self.dispatched(*args)
+        return self.dispatched(*args)
+
+
+def _upright(weight: Tensor) -> Tensor:
+    """A transposed matrix the other way round."""
+    return weight.t() if weight.dim() == 2 and weight.stride(0) == 1 else weight
+
+
+def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients asked for, None for the rest."""
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+class OpFunction(torch.autograd.Function):
+    """A Function whose op can also run without what a backward would read.
+
+    ``infer`` takes the arguments of ``forward`` and returns the output; nothing is kept, and what
+    only a backward needs is not made.
+    """
+
+    @staticmethod
+    def infer(*args) -> Tensor:
+        raise NotImplementedError
+
+
+def run(function: type[OpFunction], *args) -> Tensor:
+    """``function`` of ``args``: differentiable where a gradient may be asked for."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return function.apply(*args)
+    return function.infer(*args)

@@ -1,0 +1,198 @@
+"""Passes over large tensors, forward: what the ``cpu`` files are made of.
+
+Shapes   x, base (M, K) or (M, N); a (R, K); b (N, R); s, h (M, R).
+In C++ (csrc/cpu/) each is one pass over its large tensors, the dropout mask made in registers.
+Without it the library's GEMMs and elementwise kernels do them, under a mask in blocks of rows.
+Products that round to 16 bits and draw no mask are the library's in any case: it multiplies 16-bit
+numbers, the C++ fp32.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import native
+from .activations import ACTIVATIONS
+from .bundles import Bottleneck, FrozenFFN
+from .chunking import drop_, drop_factor, row_blocks
+from .dropout import keep_scale, threshold
+
+MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+cpp = torch.ops.pelt_fast_cpp
+
+
+def covers_rows(x: Tensor) -> bool:
+    """Whether the C++ passes take a tensor of x's device, dtype and last stride."""
+    ours = x.device.type == "cpu" and x.dtype in DTYPES and x.stride(-1) == 1 and x.numel() > 0
+    return ours and native.why_missing() is None
+
+
+def covers(x: Tensor, rank: int) -> bool:
+    """Whether the C++ rank passes take an activation x (M, K) and a rank."""
+    return covers_rows(x) and 1 <= rank <= MAX_RANK
+
+
+def cpp_mask(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """A dropout mask as the C++ takes it."""
+    return (None, 0, 1.0) if seed is None else (seed, threshold(p), keep_scale(p))
+
+
+def cpp_weight(tensor: Tensor | None) -> Tensor | None:
+    """A trainable weight as the C++ reads it."""
+    return None if tensor is None else tensor.detach().float()
+
+
+def by_library(x: Tensor, rank: int, seed: Tensor | None) -> bool:
+    """Whether a rank product of x is the library's."""
+    return not covers(x, rank) or (seed is None and x.element_size() == 2)
+
+
+def activate(
+    name: str,
+    t: Tensor,
+    out: Tensor | None = None,
+    *,
+    linear: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """drop(f(t) * linear), t (M, N), in ``out`` where given, else as a new contiguous tensor.
+
+    ``out`` may be t, or ``linear`` where t is ours: it may then be written to.
+    """
+    if out is None:
+        out = torch.empty_like(t, memory_format=torch.contiguous_format)
+    # a copy, and the normal distribution to 16 bits, are quicker in torch
+    as_is = name == "identity" and linear is None and seed is None
+    by_torch = as_is or (name == "gelu" and t.element_size() == 2)
+    if not by_torch and covers_rows(t):
+        return cpp.activate_(out, t, linear, ACTIVATIONS.index(name), *cpp_mask(p, seed))
+    if linear is None:
+        return drop_(_library_activate(name, t, out), p, seed)
+    over_linear = out.data_ptr() == linear.data_ptr()
+    torch.mul(_library_activate(name, t, t if over_linear else out), linear, out=out)
+    return drop_(out, p, seed)
+
+
+def _library_activate(name: str, t: Tensor, out: Tensor) -> Tensor:
+    aten = torch.ops.aten
+    if name == "relu":
+        return torch.clamp_min(t, 0, out=out)
+    if name in ("gelu", "gelu_tanh"):
+        return aten.gelu.out(t, approximate="tanh" if name == "gelu_tanh" else "none", out=out)
+    if name == "silu":
+        return aten.silu.out(t, out=out)
+    if name == "tanh":
+        return torch.tanh(t, out=out)
+    return out.copy_(t)
+
+
+def down(
+    x: Tensor, a: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """s = drop(x) aᵀ + bias with one read of x and no masked copy of it."""
+    low, rank = x.dtype, a.shape[0]
+    if not by_library(x, rank, seed):
+        s = x.new_empty(x.shape[0], rank)
+        return cpp.rank_down_(s, x, cpp_weight(a), cpp_weight(bias), *cpp_mask(p, seed))
+    a, bias = a.to(low), None if bias is None else bias.to(low)
+    if seed is None:
+        return F.linear(x, a, bias)
+    s = x.new_empty(x.shape[0], rank)
+    for rows in row_blocks(x):
+        factor = drop_factor(rows, x.shape[1], p, seed, low)
+        torch.mm(factor.mul_(x[rows]), a.t(), out=s[rows])
+    return s if bias is None else s.add_(bias)
+
+
+def up(
+    base: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """drop(base) + scale (h bᵀ + bias), over ``base`` where it is ours to write to."""
+    low = base.dtype
+    out = base if in_place else torch.empty_like(base, memory_format=torch.contiguous_format)
+    if not by_library(base, b.shape[1], seed) and h.stride(-1) == 1:
+        mask = cpp_mask(p, seed)
+        return cpp.rank_up_(out, base, h, cpp_weight(b), cpp_weight(bias), scale, *mask)
+    b = b.to(low).t()
+    if seed is not None:
+        bias = None if bias is None else bias.to(low) * scale
+        for rows in row_blocks(base):
+            block = torch.mul(base[rows], drop_factor(rows, base.shape[1], p, seed, low),
+                              out=out[rows])  # fmt: skip
+            block = block if bias is None else block.add_(bias)
+            block.addmm_(h[rows], b, alpha=scale)
+        return out
+    if bias is not None:
+        # the bias rides on the copy of base that the accumulating GEMM needs anyway
+        return torch.add(base, bias.to(low), alpha=scale, out=out).addmm_(h, b, alpha=scale)
+    return torch.addmm(base, h, b, alpha=scale, out=out)
+
+
+def stacked_linear(
+    x: Tensor,
+    adapter_x: Tensor | None,
+    ffn: FrozenFFN,
+    adapter: Bottleneck,
+    packed: Tensor | None,
+) -> Tensor:
+    """The pre-activations (M, F + R or 2 F + R) of a widened block, [gate | in | down]: one GEMM
+    where the weights are packed, which then may give columns of padding."""
+    stack = [(ffn.in_weight, ffn.in_bias), (adapter.down_weight, adapter.down_bias)]
+    if ffn.gate_weight is not None:
+        stack.insert(0, (ffn.gate_weight, ffn.gate_bias))
+    if packed is not None:
+        padding = packed.shape[0] - sum(weight.shape[0] for weight, _ in stack)
+        parts = [(bias, weight.shape[0]) for weight, bias in stack] + [(None, padding)]
+        return F.linear(x, packed, _stacked_bias(parts, x))
+    pre = x.new_empty(x.shape[0], sum(weight.shape[0] for weight, _ in stack))
+    inputs = [x] * (len(stack) - 1) + [x if adapter_x is None else adapter_x]
+    first = 0
+    for (weight, bias), source in zip(stack, inputs):
+        part = pre[:, first : first + weight.shape[0]]
+        if bias is None:
+            torch.mm(source, weight.to(x.dtype).t(), out=part)
+        else:
+            torch.addmm(bias.to(x.dtype), source, weight.to(x.dtype).t(), out=part)
+        first += weight.shape[0]
+    return pre
+
+
+def _stacked_bias(parts: list[tuple[Tensor | None, int]], like: Tensor) -> Tensor | None:
+    """The biases one under the other, zeros for the missing; None when all are missing."""
+    if all(bias is None for bias, _ in parts):
+        return None
+    return torch.cat([like.new_zeros(n) if b is None else b.to(like.dtype) for b, n in parts])
+
+
+def activation_buffer(pre: Tensor, inner: int, rank: int, gated: bool, keep_pre: bool) -> Tensor:
+    """Where [A | H | padding] goes: over the pre-activations where nobody else will read them."""
+    if not keep_pre:
+        return pre[:, inner:] if gated else pre
+    return pre.new_empty(pre.shape[0], inner + rank)
+
+
+def summed_bias(
+    out_bias: Tensor | None, up_bias: Tensor | None, scale: float, low: torch.dtype
+) -> Tensor | None:
+    """b2 + s u in ``low``; None when both are missing."""
+    if up_bias is None:
+        return out_bias
+    bias = up_bias.to(low) * scale
+    return bias if out_bias is None else bias + out_bias
+
+
+def packed_product(act: Tensor, packed_out: Tensor, bias: Tensor | None) -> Tensor:
+    """[A | H] [W2 | s U]ᵀ + bias; what either holds past F + R is zeros."""
+    width = min(act.shape[1], packed_out.shape[1])
+    return F.linear(act[:, :width], packed_out[:, :width], bias)

@@ -1,0 +1,1 @@
+"""LoRA on a linear layer (paper equation 6)."""

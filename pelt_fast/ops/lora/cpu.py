@@ -1,0 +1,54 @@
+"""LoRA on the library's GEMM and the C++ passes: the *accumulate* plan.
+
+Shapes and maths are those of ``reference``.
+Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEMM's own 2 P each way
+         are in the sums. In brackets: with the C++ ops.
+         forward   x for S, y read and written for the update:                     5 P
+         backward  dy for dS, dy for dB, x for dA, dx read and written again:       7 P (6)
+Flops    2MR(K + N) forward, 4MR(K + N) backward beside 2MNK each.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelt_fast.ops.common.bundles import Dropout, FrozenLinear, LowRank, absent
+from pelt_fast.ops.common.chunking import fill
+from pelt_fast.ops.common.gradients import down_gradients, up_gradients
+from pelt_fast.ops.common.passes import down, up
+
+
+def lora_forward(
+    x: Tensor, linear: FrozenLinear, factors: LowRank, drop: Dropout
+) -> tuple[Tensor, Tensor]:
+    lora_a, lora_b, scale = factors
+    s = down(x, lora_a, p=drop.dropout_p, seed=drop.seed)
+    y = F.linear(x, *linear)
+    return up(y, s, lora_b, scale=scale, in_place=True), s
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    factors: LowRank,
+    drop: Dropout,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    lora_a, lora_b, scale = factors
+    grads = [absent(dy) for _ in range(3)]
+    need_ds = needs[0] or needs[1]
+    ds, db, _ = up_gradients(
+        dy, s if needs[2] else None, lora_b, scale, need_dh=need_ds, need_bias=False
+    )
+    fill(grads, [2], [db])
+    if need_ds:
+        dx = dy @ weight if needs[0] else None
+        found = down_gradients(
+            ds, x, lora_a, dx, p=drop.dropout_p, seed=drop.seed, need_dx=needs[0],
+            need_da=needs[1], in_place=True,
+        )  # fmt: skip
+        fill(grads, [0, 1], found)
+    return tuple(grads)

@@ -1,0 +1,1 @@
+"""Attention with a trainable prefix beside its context (paper equation 7)."""

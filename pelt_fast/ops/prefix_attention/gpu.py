@@ -1,0 +1,201 @@
+"""Prefix attention on a GPU: the library's context kernel and one Triton merge, each way.
+
+Shapes and maths are those of ``reference``.
+Traffic  beside attention without a prefix, in passes of B H T D: q, o_c, o forward 3; q, do, o, dq
+         read and dq written backward 5 (P <= 64). Flops (S + P) / S of the attention's.
+Saved    q, k, v, o, lse, what attention without a prefix saves; added forms keep o_c as well.
+
+Which context kernel: flash where it can go (16-bit, no mask, causal only over T = S; grouped heads
+as they are), on architectures of ``config.CONTEXT_KERNELS`` cuDNN's in its place; the
+memory-efficient one with a mask or in fp32 (grouped heads expanded); torch's CPU flash kernel on a
+CPU, where attention dropout is left to ``cpu``. All take K and V in the layout the model has and
+return the log-sum-exp; their backward, given the merged o and the joint lse, returns the context's
+exact gradients (docs/maths.md#i4).
+
+``rng`` is the dropout state the kernel drew, as it gave it: (2,) int64, on the CPU or the GPU. A
+row that sees no key comes back with lse -inf; what its o holds is not to be read.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelt_fast.kernels import config
+from pelt_fast.kernels.heads import prefix_merge
+from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
+from pelt_fast.ops.common.bundles import (
+    QKV,
+    AttentionOutput,
+    Dropout,
+    Form,
+    Prefix,
+    Scores,
+    absent,
+)
+from pelt_fast.ops.common.heads import (
+    additive_mask,
+    expand_heads,
+    heads_last,
+    heads_last_empty,
+    no_rng,
+    reduce_heads,
+)
+
+aten = torch.ops.aten
+MASK_ALIGNMENT = 16  # elements: rows of the mask start on 32 bytes
+LSE_ALIGNMENT = 32  # the memory-efficient backward reads its lse in blocks
+
+
+def _left_to_cpu(q: Tensor, drop: Dropout) -> bool:
+    """The CPU (the kernels interpreted) has no flash kernel with dropout."""
+    return q.device.type == "cpu" and drop.dropout_p > 0
+
+
+def prefix_attention_forward(
+    qkv: QKV, prefix: Prefix, scores: Scores, form: Form, drop: Dropout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, _ = qkv
+    if _left_to_cpu(q, drop):
+        return NotImplemented
+    context_o = context_lse = rng = None
+    if q.numel() and k.numel():
+        context_o, context_lse, rng = context_forward(*qkv, *scores, drop.dropout_p)
+    o = heads_last_empty(q)
+    lse = prefix_merge(
+        q, *prefix, context_o, context_lse, o, scale=scores.scale, **form._asdict(),
+        dropout_p=drop.dropout_p, seed=None if drop.seed is None else drop.seed[0],
+    )  # fmt: skip
+    kept = absent(q)
+    if form.composition == "add":
+        kept = torch.zeros_like(o) if context_o is None else heads_last(context_o)
+        kept = kept.masked_fill(lse.unsqueeze(-1) == float("-inf"), 0)
+    return o, lse, kept, no_rng(q, drop.seed) if rng is None else rng
+
+
+def prefix_attention_backward(
+    do: Tensor,
+    qkv: QKV,
+    prefix: Prefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, _ = qkv
+    if _left_to_cpu(q, drop):
+        return NotImplemented
+    parts = (None, None, None)
+    if any(needs[:3]) and not (q.numel() and k.numel()):
+        parts = tuple(heads_last_empty(t).zero_() for t in qkv)
+    elif any(needs[:3]):
+        own = output.o if form.composition == "gated" else output.context_o
+        context = AttentionOutput(own, output.lse, own, output.context_rng)
+        parts = context_backward(do, qkv, context, scores, drop.dropout_p)
+    dq = parts[0] if needs[0] else None
+    if needs[0] or needs[3] or needs[4]:
+        prefix_grads = prefix_merge_bwd(
+            do, q, *prefix, output.o, output.lse, dq, scale=scores.scale, **form._asdict(),
+            dropout_p=drop.dropout_p, seed=None if drop.seed is None else drop.seed[0],
+        )  # fmt: skip
+        parts = (*parts, *prefix_grads)
+    parts = (*parts, *[None] * (5 - len(parts)))
+    return tuple(part if need else absent(do) for part, need in zip(parts, needs, strict=True))
+
+
+def kernel_for(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> str:
+    """The name of the library kernel that takes this context."""
+    if q.device.type == "cpu":
+        return "cpu"
+    square = q.shape[2] == k.shape[2]
+    if mask is None and q.dtype != torch.float32 and (not causal or square):
+        return config.context_kernel(q.device)
+    return "efficient"
+
+
+def context_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, p: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return o (B, H, T, D), lse (B, H, T) and rng (None without dropout)."""
+    kernel = kernel_for(q, k, mask, causal)
+    rng = None
+    if kernel == "flash":
+        o, lse, *_, state, _, _ = aten._scaled_dot_product_flash_attention(
+            q, k, v, p, causal, False, scale=scale
+        )
+        return o, lse, state.view(torch.int64) if p > 0 else None
+    if kernel == "cudnn":
+        o, lse, *_, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, p, causal, False, scale=scale
+        )
+        return o, lse[..., 0], torch.stack([seed, offset]) if p > 0 else None
+    bias, causal, hidden = additive_mask(q, k, mask, causal)
+    if kernel == "cpu":
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        )
+        lse = lse.contiguous()
+    else:
+        k, v = (expand_heads(t, q.shape[1]) for t in (k, v))
+        o, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+            q, k, v, _aligned(bias, q), True, p, causal, scale=scale
+        )
+        lse = lse[..., : q.shape[2]]
+        rng = torch.stack([seed, offset]) if p > 0 else None
+    if hidden is not None:
+        lse.masked_fill_(hidden, float("-inf"))
+    return o, lse, rng
+
+
+def context_backward(
+    do: Tensor, qkv: QKV, output: AttentionOutput, scores: Scores, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv of the context, laid out as the model holds them, from o and lse (B, H, T)
+    that may be the merged ones."""
+    (q, k, v), (o, lse, _, rng), (mask, causal, scale) = qkv, output, scores
+    rng = rng if p > 0 else None
+    kernel, queries, keys = kernel_for(q, k, mask, causal), q.shape[2], k.shape[2]
+    none = torch.zeros((), dtype=torch.int64, device=q.device)
+    seed, offset = (none, none) if rng is None else (rng[0], rng[1])
+    if kernel == "flash":
+        state = torch.zeros(2, dtype=torch.int64, device=q.device) if rng is None else rng
+        unused = none.view(torch.uint64)
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            do, q, k, v, o, lse, None, None, queries, keys, p, causal, state.view(torch.uint64),
+            unused, scale=scale,
+        )  # fmt: skip
+    elif kernel == "cudnn":
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            do, q, k, v, o, lse.unsqueeze(-1), seed, offset, None, None, None, queries, keys, p,
+            causal, scale=scale,
+        )  # fmt: skip
+    else:
+        bias, causal, hidden = additive_mask(q, k, mask, causal)
+        if hidden is not None:
+            # a row that sees nothing: any finite lse gives it weight exp(-inf) = 0
+            lse = lse.masked_fill(lse == float("-inf"), 0.0)
+        if kernel == "cpu":
+            lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                do, q, k, v, o, lse, 0.0, causal, attn_mask=bias, scale=scale
+            )
+        else:
+            wide = (expand_heads(t, q.shape[1]) for t in (k, v))
+            dq, *grads = aten._scaled_dot_product_efficient_attention_backward(
+                do, q, *wide, _aligned(bias, q), o,
+                F.pad(lse, (0, -queries % LSE_ALIGNMENT), value=float("inf")),
+                seed, offset, p, [True, True, True, False], causal, scale=scale,
+            )  # fmt: skip
+            grads = (dq, *(reduce_heads(grad, k.shape[1]) for grad in grads[:2]))
+    return tuple(heads_last(grad) for grad in grads)
+
+
+def _aligned(bias: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask (.., T, S) for every head, its rows on the boundary the kernel asks for."""
+    if bias is None:
+        return None
+    keys = bias.shape[-1]
+    padded = F.pad(bias, (0, -keys % MASK_ALIGNMENT))
+    return padded.expand(*q.shape[:2], -1, -1)[..., :keys]

@@ -1,0 +1,234 @@
+"""The specification of attention with P trainable keys and values beside its context.
+
+Shapes   q (B, H, T, D); k, v (B, Hkv, S, D); prefix_k, prefix_v (Hkv, P, D); o (B, H, T, D);
+         lse (B, H, T). H is a multiple of Hkv (grouped queries); T and S are independent.
+Maths    C = scale q kᵀ + mask,  l_c = logsumexp C;   Z = scale q pkᵀ,  l_p = logsumexp Z
+         gated  o = exp(C - l) v + exp(Z - l) pv,     l = logaddexp(l_c, l_p)   (paper eq. 7)
+         add    o = exp(C - l_c) v + f(Z) pv,         f = softmax or ReLU (multi-head adapter)
+         docs/maths.md#i4 has the derivation.
+         Every form scales its scores: W_down = scale Wq pkᵀ takes the constant up.
+         Causal is bottom-right aligned: query i sees key j when j <= i + S - T. The prefix is
+         seen by every query. A row that sees no key has l_c = -inf and weight 0 on the context.
+         Dropout acts on the weights that multiply v and pv, after the normalisation.
+Saved    q, k, v, prefix_k, prefix_v, o, lse: what attention without a prefix saves. ``add`` also
+         keeps the context's own output.
+
+The seed has two rows: prefix weights (B, H, T, P), context weights (B, H, T, S). The functions
+``.._in_blocks`` run the same, a block of the batch at a time: scores never take more than a block,
+however large the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pelt_fast.ops.common.bundles import (
+    QKV,
+    AttentionOutput,
+    Dropout,
+    Form,
+    Prefix,
+    Scores,
+    absent,
+)
+from pelt_fast.ops.common.chunking import block_elements
+from pelt_fast.ops.common.dropout import keep_mask, keep_scale
+from pelt_fast.ops.common.heads import (
+    context_scores,
+    expand_heads,
+    heads_last,
+    heads_last_empty,
+    no_rng,
+    reduce_heads,
+    softmax_weights,
+)
+
+
+def _drop_factor(
+    weights: Tensor, p: float, seed: Tensor | None, row: int, first_batch: int
+) -> Tensor | float:
+    """What the weights (B, H, T, keys) are multiplied by: 0 or 1 / (1 - p)."""
+    if seed is None:
+        return 1.0
+    start = first_batch * weights[0].numel()
+    keep = keep_mask(start, start + weights.numel(), p, seed[row])
+    return keep.view(weights.shape).to(weights.dtype).mul_(keep_scale(p))
+
+
+def _wide(qkv: QKV, prefix: Prefix, dtype: torch.dtype) -> tuple[QKV, Prefix]:
+    """All of them in ``dtype``, with a head of keys and values for each of q's."""
+    heads = qkv.q.shape[1]
+    q, *kv = (t.to(dtype) for t in qkv)
+    k, v = (expand_heads(t, heads) for t in kv)
+    return QKV(q, k, v), Prefix(*(expand_heads(t.to(dtype), heads) for t in prefix))
+
+
+def prefix_attention_forward(
+    qkv: QKV,
+    prefix: Prefix,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    *,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return o, lse (joint when gated, the context's when added), the context's own output (empty
+    when gated) and a context kernel's dropout state (none here). Computed in at least fp32.
+
+    ``first_batch``: where q's batch starts in the larger one the dropout masks are defined on.
+    """
+    dtype, (attn_mask, is_causal, scale) = qkv.q.dtype, scores
+    (q, k, v), (pk, pv) = _wide(qkv, prefix, torch.promote_types(dtype, torch.float32))
+    context = context_scores(q, k, attn_mask, is_causal, scale)
+    prefixed = (scale * q) @ pk.transpose(-1, -2)
+    lse = torch.logsumexp(context, -1)
+    if form.composition == "gated":
+        lse = torch.logaddexp(lse, torch.logsumexp(prefixed, -1))
+        weights = softmax_weights(prefixed, lse)
+    elif form.form == "softmax":
+        weights = torch.softmax(prefixed, -1)
+    else:
+        weights = prefixed.clamp_min(0)
+    context = softmax_weights(context, lse)
+    context = (context * _drop_factor(context, *drop, 1, first_batch)) @ v
+    out = context + (weights * _drop_factor(weights, *drop, 0, first_batch)) @ pv
+    gated = form.composition == "gated"
+    kept = absent(qkv.q) if gated else heads_last(context.to(dtype))
+    return heads_last(out.to(dtype)), lse, kept, no_rng(q, drop.seed)
+
+
+def prefix_attention_backward(
+    do: Tensor,
+    qkv: QKV,
+    prefix: Prefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+    *,
+    first_batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv, d_prefix_k, d_prefix_v; ``needs`` holds a flag for each.
+
+    With the joint o and lse the two parts of a gated head separate: each is the softmax backward
+    of its own keys, dS = P (dP - rowsum(do o)).
+    """
+    kv_heads, lse, (attn_mask, is_causal, scale) = qkv.k.shape[1], output.lse, scores
+    (q, k, v), (pk, pv) = _wide(qkv, prefix, lse.dtype)
+    dow = do.to(lse.dtype)
+    context = context_scores(q, k, attn_mask, is_causal, scale)
+    prefixed = (scale * q) @ pk.transpose(-1, -2)
+    prefix_factor = _drop_factor(prefixed, *drop, 0, first_batch)
+    context_factor = _drop_factor(context, *drop, 1, first_batch)
+    own = output.o if form.composition == "gated" else output.context_o
+    delta = (dow * own.to(lse.dtype)).sum(-1, keepdim=True)
+    weights = softmax_weights(context, lse)
+    dq, dk, dv = _softmax_backward(dow, QKV(q, k, v), weights, delta, scale, context_factor)
+    prefixed_qkv = QKV(q, pk, pv)
+    if form.form == "relu":
+        parts = _relu_backward(dow, prefixed_qkv, prefixed, scale, prefix_factor)
+    else:
+        if form.composition == "add":
+            lse = torch.logsumexp(prefixed, -1)
+            prefix_o = (prefix_factor * softmax_weights(prefixed, lse)) @ pv
+            delta = (dow * prefix_o).sum(-1, keepdim=True)
+        weights = softmax_weights(prefixed, lse)
+        parts = _softmax_backward(dow, prefixed_qkv, weights, delta, scale, prefix_factor)
+    grads = (
+        heads_last((dq + parts[0]).to(qkv.q.dtype)),
+        heads_last(reduce_heads(dk, kv_heads).to(qkv.k.dtype)),
+        heads_last(reduce_heads(dv, kv_heads).to(qkv.v.dtype)),
+        reduce_heads(parts[1].sum(0), kv_heads).to(prefix.prefix_k.dtype),
+        reduce_heads(parts[2].sum(0), kv_heads).to(prefix.prefix_v.dtype),
+    )
+    return tuple(grad if need else absent(do) for grad, need in zip(grads, needs, strict=True))
+
+
+def _softmax_backward(
+    do: Tensor, qkv: QKV, weights: Tensor, delta: Tensor, scale: float, factor: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of ``(factor weights) v``, with delta = rowsum(do o) of the output."""
+    q, k, v = qkv
+    d_scores = weights * (factor * (do @ v.transpose(-1, -2)) - delta)
+    dv = (factor * weights).transpose(-1, -2) @ do
+    return scale * (d_scores @ k), scale * (d_scores.transpose(-1, -2) @ q), dv
+
+
+def _relu_backward(
+    do: Tensor, qkv: QKV, scores: Tensor, scale: float, factor: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of ``(factor relu(scores)) v``."""
+    q, k, v = qkv
+    d_scores = factor * (do @ v.transpose(-1, -2)) * (scores > 0)
+    dv = (factor * scores.clamp_min(0)).transpose(-1, -2) @ do
+    return scale * (d_scores @ k), scale * (d_scores.transpose(-1, -2) @ q), dv
+
+
+def _batch_blocks(q: Tensor, width: int) -> Iterator[slice]:
+    """Slices of the batch, each a block of scores, ``width`` for each query."""
+    batch, heads, queries, _ = q.shape
+    step = max(1, block_elements(q.device) // max(heads * queries * width, 1))
+    return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
+
+
+def _scores_of(scores: Scores, batch: slice) -> Scores:
+    """The scores' settings for a block of the batch."""
+    mask = scores.attn_mask
+    if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+        return scores._replace(attn_mask=mask[batch])
+    return scores
+
+
+def prefix_attention_forward_in_blocks(
+    qkv: QKV, prefix: Prefix, scores: Scores, form: Form, drop: Dropout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, of a block of the batch at a time."""
+    q, gated = qkv.q, form.composition == "gated"
+    wide = torch.promote_types(q.dtype, torch.float32)
+    o = heads_last_empty(q)
+    lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
+    context_o = absent(q) if gated else heads_last_empty(q)
+    for batch in _batch_blocks(q, qkv.k.shape[2] + prefix.prefix_k.shape[1]):
+        block = QKV(*(t[batch] for t in qkv))
+        o[batch], lse[batch], kept, _ = prefix_attention_forward(
+            block, prefix, _scores_of(scores, batch), form, drop, first_batch=batch.start
+        )
+        if not gated:
+            context_o[batch] = kept
+    return o, lse, context_o, no_rng(q, drop.seed)
+
+
+def prefix_attention_backward_in_blocks(
+    do: Tensor,
+    qkv: QKV,
+    prefix: Prefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same, of a block of the batch at a time, the prefix's gradients summed."""
+    gated = form.composition == "gated"
+    grads = [absent(do) for _ in range(5)]
+    for i, like in enumerate(qkv):
+        if needs[i]:
+            grads[i] = heads_last_empty(like)
+    for i in (3, 4):
+        if needs[i]:
+            grads[i] = torch.zeros_like(prefix.prefix_k, memory_format=torch.contiguous_format)
+    for batch in _batch_blocks(qkv.q, qkv.k.shape[2] + prefix.prefix_k.shape[1]):
+        own = output.context_o if gated else output.context_o[batch]
+        block_output = AttentionOutput(output.o[batch], output.lse[batch], own, output.context_rng)
+        block = prefix_attention_backward(
+            do[batch], QKV(*(t[batch] for t in qkv)), prefix, block_output,
+            _scores_of(scores, batch), form, drop, needs, first_batch=batch.start,
+        )  # fmt: skip
+        for i in range(5):
+            if needs[i] and i < 3:
+                grads[i][batch] = block[i]
+            elif needs[i]:
+                grads[i] += block[i]
+    return tuple(grads)

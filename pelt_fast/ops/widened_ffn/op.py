@@ -1,0 +1,172 @@
+"""The widened block's ops: schemas, fakes and autograd's Function."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pelt_fast.ops.common.backends import active
+from pelt_fast.ops.common.bundles import (
+    NOTHING,
+    Bottleneck,
+    FFNMatrices,
+    FFNSettings,
+    FrozenFFN,
+    Packed,
+    absent,
+    unflatten,
+)
+from pelt_fast.ops.common.dropout import draw_seeds
+from pelt_fast.ops.common.library import Op, OpFunction, keep_needed, run
+
+from . import cpu, reference
+
+GPU = "pelt_fast.ops.widened_ffn.gpu"
+
+
+def _forward_fake(x, adapter_x, ffn: FrozenFFN, adapter, packed: Packed, settings, keep_pre: bool):
+    blocks = 1 if ffn.gate_weight is None else 2
+    width = ffn.in_weight.shape[0] * blocks + adapter.down_weight.shape[0]
+    width = width if packed.packed is None else packed.packed.shape[0]
+    pre = x.new_empty(x.shape[0], width) if keep_pre else absent(x)
+    return x.new_empty(x.shape[0], ffn.out_weight.shape[0]), pre
+
+
+def _backward_fake(
+    dy, x, pre, weights: FFNMatrices, packed, settings, separate, needs: Sequence[bool]
+):
+    down, up, rows = weights.down_weight, weights.up_weight, dy.shape[0]
+    shapes = (
+        ((rows, weights.in_weight.shape[1]), dy.dtype), (down.shape, down.dtype),
+        ((down.shape[0],), down.dtype), (up.shape, up.dtype), ((up.shape[0],), up.dtype),
+        ((rows, down.shape[1]), dy.dtype),
+    )  # fmt: skip
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if need else absent(dy)
+        for (shape, dtype), need in zip(shapes, needs, strict=True)
+    )
+
+
+ffn_fwd = Op("ffn_fwd", reference.ffn_forward, _forward_fake)
+ffn_bwd = Op("ffn_bwd", reference.ffn_backward, _backward_fake)
+ffn_fwd.on_cpu(cpu.ffn_forward)
+ffn_bwd.on_cpu(cpu.ffn_backward)
+_READ_BY_GEMMS = ("in_weight", "gate_weight", "out_weight", "packed_out")
+for _op, _name in ((ffn_fwd, "ffn_forward"), (ffn_bwd, "ffn_backward")):
+    _op.on_gpu(f"{GPU}:{_name}", "ffn", size=("down_weight", 0), any_strides=_READ_BY_GEMMS)
+
+
+class Buffers(Protocol):
+    """Buffers of a site that hold the frozen weights, filled for each call that reads them
+    (:class:`pelt_fast.modules.packing.Packings`)."""
+
+    def filled(
+        self, weights: FFNMatrices, scale: float
+    ) -> contextlib.AbstractContextManager[Packed]:
+        """The stacked weights, this call's among them, while the others wait."""
+
+
+class Stacked(NamedTuple):
+    """The stacked weights of a call: made by the caller, or in buffers of its site."""
+
+    packed: Tensor | None = None
+    packed_out: Tensor | None = None
+    buffers: Buffers | None = None
+
+
+_arguments = unflatten(Tensor, Tensor, FrozenFFN, Bottleneck, Stacked, FFNSettings)
+
+
+def _matrices(ffn: FrozenFFN, adapter: Bottleneck) -> FFNMatrices:
+    down_weight, up_weight = adapter.down_weight, adapter.up_weight
+    return FFNMatrices(ffn.in_weight, ffn.gate_weight, ffn.out_weight, down_weight, up_weight)
+
+
+def _filled(stacked: Stacked, weights: FFNMatrices, scale: float):
+    """The stacked weights of one call."""
+    if stacked.buffers is None:
+        return contextlib.nullcontext(Packed(stacked.packed, stacked.packed_out))
+    return stacked.buffers.filled(weights, scale)
+
+
+def _forward(args: tuple, keep_pre: bool) -> tuple[Tensor, Tensor]:
+    """y and pre of the Function's arguments."""
+    x, adapter_x, ffn, adapter, stacked, settings = _arguments(*args)
+    with _filled(stacked, _matrices(ffn, adapter), settings.scale) as packed:
+        return ffn_fwd(
+            x, adapter_x, *ffn, *adapter, *packed, *settings, keep_pre, backend=active.name
+        )
+
+
+class WidenedFFNFunction(OpFunction):
+    """A frozen block with a parallel adapter, one function of x (M, K).
+
+    Saves what the adapter read, x or adapter_x, and the pre-activations (M, F + R); T (M, R) alone
+    of these when dx is not needed. Buffers of a site are written by other calls, too: backward
+    fills them again, with the weights that forward saved.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        y, pre = _forward(args, True)
+        x, adapter_x, ffn, adapter, stacked, settings = _arguments(*args)
+        need_x, _, _, needs, _, _ = _arguments(*ctx.needs_input_grad)
+        if not need_x:
+            rank, blocks = adapter.down_weight.shape[0], 1 if ffn.gate_weight is None else 2
+            first = ffn.in_weight.shape[0] * blocks
+            pre = pre[:, first : first + rank].contiguous()
+        read = x if adapter_x is None else adapter_x
+        ctx.save_for_backward(
+            read if needs.down_weight else None, pre, *_matrices(ffn, adapter), stacked.packed,
+            stacked.packed_out, settings.seed,
+        )  # fmt: skip
+        ctx.settings, ctx.backend = settings[:-1], active.name
+        ctx.separate = adapter_x is not None
+        # only dx reads the frozen weights
+        ctx.buffers = stacked.buffers if need_x else None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, pre, *weights, packed, packed_out, seed = ctx.saved_tensors
+        settings, weights = FFNSettings(*ctx.settings, seed), FFNMatrices(*weights)
+        need_x, need_adapter_x, _, adapter_needs, _, _ = _arguments(*ctx.needs_input_grad)
+        needs = [need_x, *adapter_needs, need_adapter_x]
+        with _filled(Stacked(packed, packed_out, ctx.buffers), weights, settings.scale) as packed:
+            grads = ffn_bwd(
+                dy.contiguous(), absent(dy) if x is None else x, pre, *weights, *packed, *settings,
+                ctx.separate, needs, backend=ctx.backend,
+            )  # fmt: skip
+        dx, *small, d_adapter_x = keep_needed(grads, needs)
+        nothing = (*NOTHING[Packed], None, *NOTHING[FFNSettings])
+        return dx, d_adapter_x, *NOTHING[FrozenFFN], *small, *nothing
+
+    @staticmethod
+    def infer(*args):
+        return _forward(args, False)[0]
+
+
+def widened_ffn(
+    x: Tensor,
+    adapter_x: Tensor | None,
+    ffn: FrozenFFN,
+    adapter: Bottleneck,
+    stacked: Stacked,
+    settings: FFNSettings,
+    training: bool,
+) -> Tensor:
+    """The widened block on x (..., K) of arguments that were checked; the seed of ``settings`` is
+    drawn here."""
+    seed = draw_seeds(x, training, *settings[3:6])
+    if seed is None:
+        settings = FFNSettings(*settings[:3], 0.0, 0.0, 0.0, None)
+    else:
+        settings = settings._replace(seed=seed)
+    shape = (*x.shape[:-1], ffn.out_weight.shape[0])
+    x = x.reshape(-1, x.shape[-1])
+    adapter_x = None if adapter_x is None else adapter_x.reshape(-1, adapter_x.shape[-1])
+    y = run(WidenedFFNFunction, x, adapter_x, *ffn, *adapter, *stacked, *settings)
+    return y.view(shape)
