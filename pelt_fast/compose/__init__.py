@@ -1,1 +1,1 @@
-"""What is done with whole methods: folded into the base, or several of them under names."""
+"""Whole methods: folded into the base, or several of them in one model under names."""

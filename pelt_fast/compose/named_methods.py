@@ -1,9 +1,7 @@
 """Several named methods in one model: one of them at work, or a weighted sum of them.
 
-Every method is a low-rank residual (paper section 3), so a sum of methods is one method whose
-ranks are added: its factors stand side by side, the weights are in the second. A sum costs one
-fused site of the whole rank, and a change of weights, or of one method for another of its config,
-writes into the tensors that are there: nothing is compiled again.
+A sum costs one fused site of the whole rank (``method_sum``). A change of weights, or to another
+method with an equal config, writes into the tensors that are there: nothing is compiled again.
 """
 
 import dataclasses
@@ -15,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.config import PeltConfig
 from pelt_fast.deprecated import renamed_keyword
-from pelt_fast.formats.checkpoint import copy_tensors, fold_banks, load, method_tensors
+from pelt_fast.formats.checkpoint import load
+from pelt_fast.formats.method_tensors import copy_tensors, fold_banks, method_tensors
 from pelt_fast.injection.count import method_modules
 from pelt_fast.injection.handles import carrier_of, elsewhere, refuse_second
 from pelt_fast.injection.inject import eject, inject
@@ -28,26 +27,23 @@ from pelt_fast.layouts.names import is_method, modules_of, parameters_of, unwrap
 from pelt_fast.modules.hooked import at_hand, holders
 from pelt_fast.presets import method as preset
 
-# a tensor's axis of the rank; of a bottleneck for each head, (H, R, D), it is the second
-_RANK_AXIS = {"lora_a": 0, "lora_b": 1, "down_weight": 0, "down_bias": 0, "up_weight": 1,
-              "prefix": 3, "embedding": 0}  # fmt: skip
-_UPDATE = ("lora_b", "up_weight", "up_bias")  # what a weight multiplies
-_WAITING = "pelt_several"  # the child that holds the methods that wait
-_VISIBLE = ("prefix", "prompt")  # forms whose tokens are there or not
+from .method_sum import UPDATE, Kept, sum_config, sum_tensors
+
+_CHILD = "pelt_named_methods"  # the child of the model that holds the named methods
 
 
 @dataclasses.dataclass
-class Kept:
-    """A method that waits: ``trained`` as it trains, ``plain`` folded and at scale one."""
+class _Target:
+    """What set_active makes of the model: a config, its tensors, and whether it trains."""
 
     config: PeltConfig
-    trained: dict[str, Tensor]
-    plain: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    trains: bool
 
 
 class NamedMethods(Follower):
-    """The named methods of one model, and which of them work; copies and pickles with it. Hangs on
-    the model (``_WAITING``) so that those that wait are moved and cast with it."""
+    """The named methods of one model, and the weights of those at work. It is a child of the model,
+    so that it is copied, pickled, moved and cast with it."""
 
     def __init__(self, layout: Layout | None, pack: bool):
         super().__init__()
@@ -65,12 +61,12 @@ class NamedMethods(Follower):
 
     @property
     def single(self) -> str | None:
-        """The name of the one method at work, None under a sum."""
+        """The name of the one method at work; None when it is a sum."""
         return single_of(self.weights)
 
 
 def single_of(weights: dict[str, float]) -> str | None:
-    """The one name there is, at weight 1; None of a sum."""
+    """The one name, at weight 1; None of a sum."""
     return next(iter(weights)) if list(weights.values()) == [1] else None
 
 
@@ -82,12 +78,29 @@ def inject_named(
     layout: Layout | None = None,
     pack: bool = True,
 ) -> nn.Module:
-    """Put several methods into ``model`` by name, the first of them at work; returns the model.
+    """Put several methods into a model, each under a name. The first one is at work.
 
-    A value is a preset's name, a :class:`PeltConfig`, or a ``Path`` to a folder that
-    :func:`pelt_fast.save` wrote. ``layout`` and ``pack`` as for :func:`pelt_fast.inject`. Raises
-    what inject and load raise, and ValueError for no method or full fine-tuning; the model is then
-    as it was. :func:`set_active` chooses; ``save`` writes what is at work, ``eject`` takes all out.
+    :func:`set_active` chooses another one, or a weighted sum. :func:`pelt_fast.save` writes what is
+    at work; :func:`pelt_fast.eject` takes out all of them.
+
+    Args:
+        model: as for :func:`pelt_fast.inject`.
+        methods: for each name a preset's name, a :class:`PeltConfig`, or the ``Path`` of a folder
+            that :func:`pelt_fast.save` wrote.
+        layout: as for :func:`pelt_fast.inject`.
+        pack: as for :func:`pelt_fast.inject`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no method, full fine-tuning among them, or what inject and load refuse. The
+            model is unchanged.
+        FileNotFoundError: a folder holds no saved method.
+
+    Example:
+        pelt_fast.inject_named(model, {"news": Path("news"), "mail": "lora"})
+        pelt_fast.set_active(model, "mail")
     """
     if not methods:
         raise ValueError("methods must name at least one method, got none")
@@ -107,32 +120,76 @@ def inject_named(
             named.kept[name] = _capture(model)
         finally:
             eject(model)
-    first = next(iter(configs))
-    named.weights = {first: 1.0}
-    _put(model, named, *_what(named, named.weights, model))
-    _hang(model, named)
+    named.weights = {next(iter(configs)): 1.0}
+    _apply(model, named, _target_of(named, named.weights, model))
+    _attach(model, named)
     return handle
 
 
 def active(model: nn.Module) -> dict[str, float]:
-    """The names at work and their weights; ValueError without :func:`inject_named`."""
+    """The named methods that are at work.
+
+    Args:
+        model: a model that :func:`inject_named` was called on.
+
+    Returns:
+        Their weights, by name.
+
+    Raises:
+        ValueError: the model has no named methods.
+
+    Example:
+        pelt_fast.active(model)  # {"mail": 1.0}
+    """
     return dict(_named_methods_of(model).weights)
 
 
 def set_active(model: nn.Module, weights: str | dict[str, float]) -> nn.Module:
-    """Let one method work, or the sum h + Σ w Δh of several; returns the model.
+    """Let one named method work, or the sum h + Σ w Δh of several (paper, section 3).
 
-    A method alone trains; what it learned is kept when another takes its place. A sum does not
-    train. Between methods of one config, and between weights of one sum, tensors are written in
-    place; otherwise sites are made anew, and an optimizer must be too. The sum of task heads and
-    biases is base + Σ w (trained - base). Keys of a prefix or prompt stand side by side: their
-    weight can be 1 or 0. Raises ValueError, the model unchanged, for an unknown name, a weight that
-    is not finite, a merged model, methods that no sum can hold (two adapters with a LayerNorm, a
-    place modified in two ways).
+    One method alone trains, and what it learned is kept when another one is chosen. A sum does not
+    train. Task heads and biases become base + Σ w (trained - base). Between methods of equal
+    configs, and between weights of one sum, the tensors are written in place. Otherwise new sites
+    are made, and an optimizer must be made anew as well.
+
+    Args:
+        model: a model that :func:`inject_named` was called on.
+        weights: a name, or a weight for each of several names. That of a gated prefix or a prompt
+            must be 1 or 0: its keys are there or not.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: an unknown name, a weight that is not finite, a merged model, or methods that no
+            single method is the sum of (two adapters with a LayerNorm, one module modified in two
+            ways). The model is unchanged.
+
+    Example:
+        pelt_fast.set_active(model, {"news": 0.7, "mail": 0.3})
     """
     named, handle, model = _named_methods_of(model), model, carrier_of(model)
-    injection = injection_of(model)
     weights = {weights: 1.0} if isinstance(weights, str) else dict(weights)
+    _check_weights(named, weights)
+    if injection_of(model).merged:
+        raise ValueError("this model is merged into its base: unmerge it before set_active")
+    if named.single is not None:
+        named.kept[named.single] = _capture(model)
+    before = _target_of(named, named.weights, model)
+    after = _target_of(named, weights, model)
+    try:
+        _apply(model, named, after)
+    except BaseException:
+        _apply(model, named, before)
+        raise
+    else:
+        named.weights = {name: float(weight) for name, weight in weights.items()}
+    finally:
+        _attach(model, named)
+    return handle
+
+
+def _check_weights(named: NamedMethods, weights: dict[str, float]) -> None:
     for name, weight in weights.items():
         if name not in named.kept:
             known = ", ".join(named.kept)
@@ -141,159 +198,83 @@ def set_active(model: nn.Module, weights: str | dict[str, float]) -> nn.Module:
             raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
     if not weights:
         raise ValueError("weights must name at least one method, got none")
-    if injection.merged:
-        raise ValueError("this model is merged into its base: unmerge it before set_active")
-    if named.single is not None:
-        named.kept[named.single] = _capture(model)
-    before = _what(named, named.weights, model)
-    after = _what(named, weights, model)
-    try:
-        _put(model, named, *after)
-    except BaseException:
-        _put(model, named, *before)
-        raise
-    else:
-        named.weights = {name: float(weight) for name, weight in weights.items()}
-    finally:
-        _hang(model, named)
-    return handle
 
 
-def _what(named: NamedMethods, weights: dict[str, float], model: nn.Module) -> tuple:
-    """The config and tensors of a method or a sum, and whether it trains."""
+def _target_of(named: NamedMethods, weights: dict[str, float], model: nn.Module) -> _Target:
+    """What the model becomes with these weights."""
     name = single_of(weights)
     if name is not None:
-        return named.kept[name].config, named.kept[name].trained, True
+        return _Target(named.kept[name].config, named.kept[name].trained, True)
     chosen = {name: (named.kept[name], weight) for name, weight in weights.items()}
-    return _sum_config(chosen), _sum_tensors(chosen, model), False
+    base = {**parameters_of(model), **injection_of(model).before.trained}
+    return _Target(sum_config(chosen), sum_tensors(chosen, base), False)
 
 
 def _named_methods_of(model: nn.Module) -> NamedMethods:
     model = unwrapped(model)
-    if _WAITING not in model._modules:
+    if _CHILD not in model._modules:
         none = f"this {type(model).__name__} has no named methods: use inject_named"
         raise ValueError(("_pelt" not in model.__dict__ and elsewhere(model)) or none)
-    return model._modules[_WAITING]
+    return model._modules[_CHILD]
 
 
-def _hang(model: nn.Module, named: NamedMethods) -> None:
-    """Let the methods that wait be the model's until it ejects, or merges for good."""
-    if _WAITING not in model._modules:
-        injection_of(model).add(model, _WAITING, named)
+def _attach(model: nn.Module, named: NamedMethods) -> None:
+    """Make the named methods a child of the model, until it is ejected or merged for good."""
+    if _CHILD not in model._modules:
+        injection_of(model).changes.add(model, _CHILD, named)
 
 
-def _own(model: nn.Module) -> dict[str, nn.Parameter]:
+def _method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are the method: its sites', and the model's own that it trains."""
-    own = injection_of(model).own_trained
-    return {n: p for n, p in parameters_of(model).items() if is_method(n) or n in own}
+    trained = injection_of(model).own_trained
+    return {n: p for n, p in parameters_of(model).items() if is_method(n) or n in trained}
 
 
 @torch.no_grad()
 def _capture(model: nn.Module) -> Kept:
-    with at_hand(holders(model, _own(model))):
-        trained = {name: p.detach().clone() for name, p in _own(model).items()}
+    """The method at work, copied."""
+    parameters = _method_parameters(model)
+    with at_hand(holders(model, parameters)):
+        trained = {name: p.detach().clone() for name, p in parameters.items()}
     plain = {name: tensor.clone() for name, tensor in method_tensors(model).items()}
-    ours = set(method_modules(model))
+    sites = set(method_modules(model))
     for name, module in modules_of(model).items():
-        if module not in ours or not hasattr(module, "scale"):
-            continue
-        scale = plain.pop(f"{name}.scale", module.scale)
-        for last in _UPDATE:
-            tensor = plain.get(f"{name}.{last}")
-            if tensor is not None:
-                rows = isinstance(scale, Tensor) and tensor.dim() > 1
-                tensor.mul_(scale[:, None] if rows else scale)
+        if module in sites and hasattr(module, "scale"):
+            _fold_scale(name, module, plain)
     return Kept(injection_of(model).config, trained, plain)
 
 
-def _put(model, named: NamedMethods, config: PeltConfig, tensors: dict, trains: bool) -> None:
-    """Let ``config`` with ``tensors`` be what is injected: in place where it is already."""
-    there = model.__dict__.get("_pelt")
-    if there is None or not _same(model, config, tensors, trains):
-        if there is not None:
+def _fold_scale(name: str, module: nn.Module, plain: dict[str, Tensor]) -> None:
+    """Multiply a site's second factor by its scale: a number, or learned, (1,) or (N,)."""
+    scale = plain.pop(f"{name}.scale", module.scale)
+    for last in UPDATE:
+        tensor = plain.get(f"{name}.{last}")
+        if tensor is not None:
+            rows = isinstance(scale, Tensor) and tensor.dim() > 1
+            tensor.mul_(scale[:, None] if rows else scale)
+
+
+def _apply(model: nn.Module, named: NamedMethods, target: _Target) -> None:
+    """Make ``target`` what is injected. It is written in place where the tensors are the same
+    ones."""
+    present = "_pelt" in model.__dict__
+    if not present or not _fits(model, target):
+        if present:
             eject(model)
-        inject(model, config, **named.options)
-        fold_banks(model, tensors)
-        for parameter in _own(model).values():
-            parameter.requires_grad_(trains)
-    copy_tensors(model, tensors)
+        inject(model, target.config, **named.options)
+        fold_banks(model, target.tensors)
+        for parameter in _method_parameters(model).values():
+            parameter.requires_grad_(target.trains)
+    copy_tensors(model, target.tensors)
 
 
-def _same(model: nn.Module, config: PeltConfig, tensors: dict, trains: bool) -> bool:
-    own = _own(model)
-    present = dataclasses.replace(injection_of(model).config, name=config.name)
-    shapes = {name: p.shape for name, p in own.items()} == {n: t.shape for n, t in tensors.items()}
-    return present == config and shapes and all(p.requires_grad == trains for p in own.values())
-
-
-def _place(m: Modification) -> Modification:
-    """A modification as the sum has it, of size 1 (of a bias: 0)."""
-    composition = m.composition if m.form in _VISIBLE else "add"
-    return dataclasses.replace(
-        m, composition=composition, size=min(m.size, 1), scale=1.0, dropout=0.0, init="lora",
-        reparameterization="none", mlp_dim=1,
-    )  # fmt: skip
-
-
-def _sum_config(chosen: dict[str, tuple[Kept, float]]) -> PeltConfig:
-    """The method that the weighted sum is."""
-    sizes: dict[Modification, int] = {}
-    for name, (kept, weight) in chosen.items():
-        for m in kept.config.modifications:
-            if m.form in _VISIBLE and weight not in (0, 1) and m.composition == "gated":
-                raise ValueError(
-                    f"{name!r} has a {m.form}, whose keys are there or not: its weight can be 1 or"
-                    f" 0, got {weight}"
-                )
-            place = _place(m)
-            ungated = (m.form, m.composition) == ("prefix", "add")
-            if place in sizes and (m.layer_norm != "none" or ungated):
-                what = "an ungated prefix" if ungated else "an adapter with a LayerNorm"
-                raise ValueError(
-                    f"two methods have {what} on {m.target}: no one of them is their sum"
-                )
-            if m.layer_norm == "out" and weight != 1:
-                raise ValueError(f"{name!r} has a LayerNorm on its update: its weight must be 1")
-            if m.form not in _VISIBLE or weight:
-                sizes[place] = sizes.get(place, 0) + m.size
-    configs = [kept.config for kept, _ in chosen.values()]
-    return PeltConfig(
-        " + ".join(f"{weight:g} {name}" for name, (_, weight) in chosen.items()),
-        tuple(dataclasses.replace(place, size=size) for place, size in sizes.items()),
-        any(config.train_head for config in configs),
-        max((c.dtype for c in configs), key=lambda dtype: getattr(torch, dtype).itemsize),
+def _fits(model: nn.Module, target: _Target) -> bool:
+    """Whether what is injected differs from ``target`` in values alone."""
+    parameters = _method_parameters(model)
+    present = dataclasses.replace(injection_of(model).config, name=target.config.name)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    return (
+        present == target.config
+        and shapes == {name: tensor.shape for name, tensor in target.tensors.items()}
+        and all(p.requires_grad == target.trains for p in parameters.values())
     )
-
-
-@torch.no_grad()
-def _sum_tensors(chosen: dict, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the method that the weighted sum is, by name."""
-    base = {**parameters_of(model), **injection_of(model).values_before}
-    found: dict[str, list[tuple[Tensor, float]]] = {}
-    for kept, weight in chosen.values():
-        for name, tensor in kept.plain.items():
-            found.setdefault(name, []).append((tensor, weight))
-    tensors = {}
-    for name, parts in found.items():
-        if not is_method(name):
-            before = base[name]
-            tensors[name] = before + sum(w * (t - before) for t, w in parts)
-        else:
-            tensors[name] = _joined(name.rpartition(".")[2], parts)
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _joined(last: str, parts: list[tuple[Tensor, float]]) -> Tensor | None:
-    """One tensor of the sum from those of its methods."""
-    if last in ("prefix", "embedding"):
-        parts = [(tensor, weight) for tensor, weight in parts if weight]
-        if not parts:
-            return None
-    tensors = [weight * t if last in _UPDATE else t for t, weight in parts]
-    if last == "prefix" and parts[0][1] != 1:  # an ungated one: its values carry the weight
-        tensors = [torch.stack([tensors[0][:, 0], parts[0][1] * tensors[0][:, 1]], 1)]
-    if last == "up_bias":
-        return sum(tensors[1:], tensors[0])
-    if last not in _RANK_AXIS:
-        return tensors[0]  # a LayerNorm's, of one method alone
-    return torch.cat(tensors, 1 if tensors[0].dim() == 3 else _RANK_AXIS[last])

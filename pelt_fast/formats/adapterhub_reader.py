@@ -1,12 +1,4 @@
-"""AdapterHub's files, read without ``adapters``: ``adapter_config.json`` and
-``adapter.safetensors`` or ``pytorch_adapter.bin``, as adapters 1.x lays them out.
-
-Keys: a bottleneck is ``{layer}.{place}.adapters.{name}.adapter_down.0`` (``.1`` behind a LayerNorm)
-and ``.adapter_up``, the place ``output`` and ``attention.output`` in BERT's family, elsewhere
-``output_adapters``, ``attention_adapters``, ``cross_attention_adapters``; LoRA is
-``{projection}.loras.{name}.lora_A``; a prefix ``{base}.prefix_tuning.prefix_tunings.{name}.
-{self,encoder,cross}_prefix``, repeated below every attention that shares it.
-"""
+"""AdapterHub's files, read without ``adapters``: the config, the tensors, and a task head."""
 
 import os
 import re
@@ -17,7 +9,7 @@ from torch import Tensor, nn
 
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.injection.record import Site, injection_of
-from pelt_fast.layouts.lookup import base_of, stacks_of, task_head
+from pelt_fast.layouts.lookup import task_head
 from pelt_fast.modules import PrefixBank
 
 from .adapterhub_config import (
@@ -27,26 +19,36 @@ from .adapterhub_config import (
     parts_of,
     prefix_modifications,
 )
-from .foreign import Factors, Placed, adopt, lora_tensors, place_lora, read_json, read_weights
-
-CONFIG_FILE, HEAD_CONFIG_FILE = "adapter_config.json", "head_config.json"
-WEIGHTS_FILES = "adapter.safetensors", "pytorch_adapter.bin"
-HEAD_FILES = "model_head.safetensors", "pytorch_model_head.bin"
-_BERT_LIKE = ("bert", "roberta", "electra", "xlm-roberta")
-_T5_LIKE = ("t5", "mt5")
-_PREFIXES = {"encoder": "encoder_prefix", "decoder": "self_prefix", "cross": "cross_prefix"}
+from .adapterhub_keys import CONFIG_FILE, HEAD_FILES, WEIGHTS_FILES, bottleneck_keys, prefix_key
+from .foreign import inject_with_tensors, read_json, read_weights
+from .lora_factors import Factors, FactorsByKey, lora_modifications, lora_tensors
 
 
 def load_adapterhub(model: nn.Module, folder: str | os.PathLike, *, head: bool = True) -> nn.Module:
-    """Inject the method that AdapterHub's ``save_adapter`` wrote to ``folder``, with its weights
-    and the task head beside it (``head=False`` leaves that out); returns the model.
+    """Inject a method that AdapterHub saved, with its weights and its task head.
 
     Parallel and Houlsby bottlenecks (``par_bn``, ``double_seq_bn``, learned scales), LoRA, prefix
-    tuning and unions of them (``mam``), layers left out, on the architectures where they were
-    compared with AdapterHub's own. Raises FileNotFoundError, or ValueError with the reason:
-    Pfeiffer's ``seq_bn``, whose residual leaves out what its LayerNorm adds, gates, Compacter, IA3,
-    a prefix of T5, dropout of an adapter's output, a key or tensor that is not known, a head that
-    is not the model's; the model is then as it was.
+    tuning and unions of them (``mam``), also with layers left out. Each is read for the
+    architectures on which it was compared with AdapterHub's own.
+
+    Args:
+        model: a model of the base that the files belong to, without a method.
+        folder: what ``save_adapter`` of adapters 1.x wrote. ``adapters`` is not needed.
+        head: False leaves the task head beside the adapter out.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; the method has no counterpart here (Pfeiffer's ``seq_bn``,
+            whose residual leaves out what its LayerNorm adds; gates, Compacter, IA3, a prefix of
+            T5, dropout of an adapter's output); a key or tensor is not known; or the head is not
+            the model's. The message says which, and the model is unchanged.
+
+    Example:
+        model = AutoModelForSequenceClassification.from_pretrained("roberta-base")
+        pelt_fast.load_adapterhub(model, "my-adapter")
     """
     folder = Path(folder)
     about = read_json(folder / CONFIG_FILE)
@@ -61,8 +63,8 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike, *, head: bool =
     _check_sizes(modifications, tensors, folder)
     method = PeltConfig(name, tuple(modifications), bool(saved_head))
 
-    def fill() -> dict[str, Tensor]:
-        found, used = {**lora_tensors(model, placed), **saved_head}, set()
+    def tensors_of() -> dict[str, Tensor]:
+        ours, used = {**lora_tensors(model, placed), **saved_head}, set()
         names = {module: name for name, module in model.named_modules()}
         for site in injection_of(model).sites:
             if isinstance(site.module, PrefixBank):
@@ -72,17 +74,17 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike, *, head: bool =
             else:
                 continue
             used |= keys
-            found |= values
+            ours |= values
         _check_used(tensors, used, name, folder)
-        return found
+        return ours
 
-    return adopt(model, method, fill, folder)
+    return inject_with_tensors(model, method, tensors_of, folder)
 
 
-def _read(model, parts: list[dict], name: str, tensors, folder) -> tuple[list, Placed]:
-    """The modifications of every part, and the LoRA's factors where they go."""
+def _read(model, parts: list[dict], name: str, tensors, folder) -> tuple[list, FactorsByKey]:
+    """The modifications of every part, and the LoRA's factors."""
     modifications: list[Modification] = []
-    placed: Placed = {}
+    placed: FactorsByKey = {}
     for part in parts:
         kind = check_config(model, part, folder)
         if kind == "prefix_tuning":
@@ -94,14 +96,15 @@ def _read(model, parts: list[dict], name: str, tensors, folder) -> tuple[list, P
             ranks = {factors.a.shape[0] for factors in loras.values()}
             if ranks != {part["r"]}:
                 raise ValueError(f"{folder}: r={part['r']}, the factors are of rank {ranks or 0}")
-            found, placed = place_lora(model, loras, float(part.get("dropout", 0)), folder)
-            modifications += found
+            dropout = float(part.get("dropout", 0))
+            of_part, placed = lora_modifications(model, loras, dropout, folder)
+            modifications += of_part
     return modifications, placed
 
 
 def _check_used(tensors: dict[str, Tensor], used: set[str], name: str, folder) -> None:
-    """ValueError for a tensor nobody took. A prefix is written once more below every attention that
-    shares it: what ends like one that was taken, and is it, is no other."""
+    """ValueError for a tensor that was not used. A prefix is written again under every attention
+    that shares it: a tensor with the same end of its name, and equal, is a copy."""
     for key, tensor in tensors.items():
         if key in used or re.search(rf"\.loras\.{re.escape(name)}\.lora_[AB]$", key):
             continue
@@ -111,7 +114,7 @@ def _check_used(tensors: dict[str, Tensor], used: set[str], name: str, folder) -
 
 
 def _check_sizes(modifications: list[Modification], tensors: dict[str, Tensor], folder) -> None:
-    """A size is a dim of some tensor, or divides a flat one: no other is allocated."""
+    """A size must be a dimension of a tensor, or divide a flat one: no other is allocated."""
     dims = {size for tensor in tensors.values() for size in tensor.shape}
     flat = [tensor.numel() for tensor in tensors.values() if tensor.dim() == 1]
     for m in modifications:
@@ -125,70 +128,17 @@ def _check_sizes(modifications: list[Modification], tensors: dict[str, Tensor], 
 
 def _loras(name: str, tensors: dict[str, Tensor], scale: float) -> dict[str, Factors]:
     pattern = rf"(.+)\.loras\.{re.escape(name)}\.lora_A"
-    found = {key: re.fullmatch(pattern, key) for key in tensors}
+    matches = {key: re.fullmatch(pattern, key) for key in tensors}
     return {
         match[1]: Factors(tensors[key], tensors[key[:-1] + "B"], scale)
-        for key, match in found.items() if match
+        for key, match in matches.items() if match
     }  # fmt: skip
 
 
-def _place_of(model: nn.Module, site: Site, name: str) -> str:
-    """The key of a bottleneck in front of ``.adapter_down``."""
-    base = base_of(model)
-    for stack in stacks_of(model):
-        found = re.match(rf"{re.escape(stack.layers)}\.\d+", site.name)
-        if found is None:
-            continue
-        layer, path = found[0], site.name[found.end() + 1 :]
-        outs = {attention.out: attention.kind for attention in stack.attentions}
-        if base.config.model_type in _T5_LIKE:
-            place = ".".join(path.split(".")[:2])
-        elif base.config.model_type in _BERT_LIKE:
-            place = "attention.output" if path in outs else "output"
-        elif path in outs:
-            place = "cross_attention_adapters" if outs[path] == "cross" else "attention_adapters"
-        else:
-            place = "output_adapters"
-        head = f"{model.base_model_prefix}." if base is not model else ""
-        return f"{head}{layer}.{place}.adapters.{name}"
-    raise ValueError(f"{site.name} is in no stack of {type(model).__name__}")
-
-
-def bottleneck_keys(model: nn.Module, site: Site, name: str) -> dict[str, str]:
-    """Our names of a bottleneck's tensors, each with AdapterHub's key."""
-    place, module = _place_of(model, site, name), site.module
-    down = 1 if module.layer_norm == "in" else 0
-    keys = {"down_weight": f"adapter_down.{down}.weight", "down_bias": f"adapter_down.{down}.bias",
-            "up_weight": "adapter_up.weight", "up_bias": "adapter_up.bias"}  # fmt: skip
-    if module.layer_norm != "none":
-        norm = "adapter_norm_before" if module.layer_norm == "in" else "adapter_norm_after"
-        keys |= {"norm.weight": f"{norm}.weight", "norm.bias": f"{norm}.bias"}
-    if isinstance(module.scale, Tensor):
-        keys["scale"] = "scaling"
-    return {ours: f"{place}.{theirs}" for ours, theirs in keys.items()}
-
-
 def _bottleneck(model, site: Site, name: str, tensors: dict, prefix: str) -> tuple[set, dict]:
-    """The keys a site takes, and their tensors by our names."""
+    """The keys that a bottleneck uses, and their tensors under our names."""
     keys = {o: key for o, key in bottleneck_keys(model, site, name).items() if key in tensors}
     return set(keys.values()), {f"{prefix}.{ours}": tensors[key] for ours, key in keys.items()}
-
-
-def prefix_key(model: nn.Module, site: Site, name: str) -> str:
-    """The key of a prefix in front of its tensors."""
-    single = len(stacks_of(model)) == 1
-    head = f"{model.base_model_prefix}." if base_of(model) is not model else ""
-    part = "self_prefix" if single else _PREFIXES[_kind(model, site)]
-    return f"{head}prefix_tuning.prefix_tunings.{name}.{part}"
-
-
-def _kind(model: nn.Module, site: Site) -> str:
-    for stack in stacks_of(model):
-        for attention in stack.attentions:
-            layer, module = map(re.escape, (stack.layers, attention.module))
-            if re.fullmatch(rf"{layer}\.\d+\.{module}", site.name):
-                return attention.kind
-    raise ValueError(f"{site.name} is no attention of {type(model).__name__}")
 
 
 _MLP = {"embedding": "wte.weight", "mlp.0.weight": "control_trans.0.weight",
@@ -211,21 +161,21 @@ def _prefix(model, site: Site, name: str, tensors: dict, ours: str) -> tuple[set
 
 
 def _read_head(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """The task head saved beside an adapter. An output layer is saved with it that did not train:
-    what the model holds already is left there. ValueError for whatever else is not the model's
-    head."""
+    """The task head saved beside an adapter. AdapterHub also saves an output layer that did not
+    train: what equals the model's own is left out. Raises ValueError for any other tensor that is
+    not of the model's head."""
     if not any((folder / name).is_file() for name in HEAD_FILES):
         return {}
-    own = {
+    shapes = {
         f"{name}.{path}": parameter.shape
         for name, child in task_head(model).items() for path, parameter in child.named_parameters()
     }  # fmt: skip
-    found = read_weights(folder, *HEAD_FILES)
-    head = {name: tensor for name, tensor in found.items() if own.get(name) == tensor.shape}
-    there = model.state_dict()
-    for name in found.keys() - head.keys():
-        mine = there.get(name)
-        same = mine is not None and torch.equal(mine.cpu(), found[name].to(mine.dtype))
+    saved = read_weights(folder, *HEAD_FILES)
+    head = {name: tensor for name, tensor in saved.items() if shapes.get(name) == tensor.shape}
+    present = model.state_dict()
+    for name in saved.keys() - head.keys():
+        mine = present.get(name)
+        same = mine is not None and torch.equal(mine.cpu(), saved[name].to(mine.dtype))
         if not same:
             raise ValueError(
                 f"{folder}: {name} of the head is not of the head of {type(model).__name__}, nor"

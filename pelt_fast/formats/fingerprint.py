@@ -1,5 +1,7 @@
-"""Which base a method belongs to: the names and shapes of its weights, as they would be if nothing
-were quantised, wrapped, tied or adapted by PEFT."""
+"""Which base a method belongs to: the names and shapes of the base's weights.
+
+They are those of the plain model: without quantisation, wrappers, ties or PEFT's layers.
+"""
 
 import hashlib
 
@@ -11,14 +13,14 @@ from pelt_fast.modules.projection_view import is_linear
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the names and logical shapes of the base's weights (not of their values): a layer
-    in 4 bits has that of the layer it stands for."""
+    """A digest of the names and logical shapes of the base's weights, not of their values. A layer
+    in 4 bits has the shape of the layer that was quantised."""
     return _digest(logical_shapes(base_of(unwrapped(model))))
 
 
 def fingerprints(model: nn.Module) -> set[str]:
-    """Every fingerprint this model's methods may have been saved under: earlier versions took the
-    shapes as they are stored, and a tied weight once."""
+    """Every fingerprint that a method of this model may have been saved with. Earlier versions used
+    the shapes as they are stored, and a tied weight once."""
     base = base_of(unwrapped(model))
     stored = {name: tuple(p.shape) for name, p in parameters_of(base).items()}
     stored = {name: shape for name, shape in stored.items() if not is_method(name)}
@@ -31,19 +33,19 @@ def _digest(shapes: dict[str, tuple]) -> str:
 
 
 def logical_shapes(module: nn.Module, path: str = "") -> dict[str, tuple]:
-    """The shapes of a module's weights by name; of linear layers (N, K) whatever holds them."""
+    """The shapes of a module's weights by name; a linear layer has (N, K), however it is stored."""
     for around in ("base_layer", "original_module"):  # PEFT's, around a layer
         if around in module._modules:
             return logical_shapes(module._modules[around], path)
-    found = {}
+    shapes = {}
     if is_linear(module):
-        found[f"{path}weight"] = (module.out_features, module.in_features)
+        shapes[f"{path}weight"] = (module.out_features, module.in_features)
         if getattr(module, "bias", None) is not None:
-            found[f"{path}bias"] = (module.out_features,)
+            shapes[f"{path}bias"] = (module.out_features,)
     else:
-        found |= {f"{path}{name}": tuple(p.shape)
-                  for name, p in module._parameters.items() if p is not None}  # fmt: skip
+        shapes |= {f"{path}{name}": tuple(p.shape)
+                   for name, p in module._parameters.items() if p is not None}  # fmt: skip
     for name, child in module._modules.items():
         if child is not None and not name.startswith("pelt_"):
-            found |= logical_shapes(child, clean(f"{path}{name}."))
-    return found
+            shapes |= logical_shapes(child, clean(f"{path}{name}."))
+    return shapes

@@ -21,13 +21,13 @@ CARD = "README.md"
 
 
 def model_card(model: nn.Module, repo_id: str = "OWNER/NAME") -> str:
-    """What an injected model carries, in the hub's form: base, method, sizes, how to use it."""
+    """The card of an injected model: its base, its method, the sizes, and how to use it."""
     model = carrier_of(model)
     config, explanation = injection_of(model).config, explain(model)
     base = base_of(model).config
     name, count = base._name_or_path or base.model_type, explanation.count
-    places = Counter((site.op, site.name.rpartition(".")[2]) for site in explanation.sites)
-    sites = [f"| {op} | {place} | {number} |" for (op, place), number in sorted(places.items())]
+    counts = Counter((site.op, site.name.rpartition(".")[2]) for site in explanation.sites)
+    sites = [f"| {op} | {module} | {number} |" for (op, module), number in sorted(counts.items())]
     known = [f"base_model: {base._name_or_path}"] if base._name_or_path else []
     front = ["---", "library_name: pelt_fast", *known, "tags:", "- parameter-efficient",
              f"- {config.name}", "---"]  # fmt: skip
@@ -37,7 +37,7 @@ def model_card(model: nn.Module, repo_id: str = "OWNER/NAME") -> str:
         "", *(f"- {_line(m)}" for m in config.modifications), "",
         f"{count.kept:,} numbers are kept, by the paper's count {count.percent:.2f} % of the base's"
         f" {count.base:,}.", "",
-        "| op | place | sites |", "|---|---|---|", *sites, "",
+        "| op | module | sites |", "|---|---|---|", *sites, "",
         "```python", "import pelt_fast", f"from transformers import {type(model).__name__}", "",
         f'model = {type(model).__name__}.from_pretrained("{name}")',
         f'pelt_fast.load_from_hub(model, "{repo_id}")', "```", "",
@@ -59,12 +59,28 @@ def push_to_hub(
     include_trained: bool | None = None,
     api: HfApi | None = None,
 ) -> str:
-    """Upload the method of ``model`` and its card to ``repo_id``, made where it is not; returns the
-    commit's URL.
+    """Upload the method of a model, with a model card, to the Hugging Face hub.
 
-    ``api`` is huggingface_hub's, with a token or endpoint of yours; ``include_trained`` as for
-    :func:`pelt_fast.save`. Raises ValueError when nothing
-    is injected, and huggingface_hub's own errors; nothing is uploaded unless all is written.
+    Args:
+        model: a model with a method, or a wrapper of one.
+        repo_id: "OWNER/NAME"; the repository is made when it does not exist.
+        private: whether a new repository is private; None is the account's default.
+        commit_message: of the upload.
+        include_trained: as for :func:`pelt_fast.save`.
+        api: huggingface_hub's client, where another token or endpoint is wanted.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        ValueError: nothing is injected, or the method is merged. Nothing is uploaded.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+
+    Saved:
+        What :func:`pelt_fast.save` writes, and ``README.md``.
+
+    Example:
+        pelt_fast.push_to_hub(model, "me/bart-xsum-mam")
     """
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder, include_trained=include_trained)
@@ -86,8 +102,30 @@ def load_from_hub(
     pack: bool = True,
     head: bool = True,
 ) -> nn.Module:
-    """:func:`pelt_fast.load` of what :func:`push_to_hub` put in ``repo_id``; only its two files are
-    fetched, or found in the cache."""
+    """Load a method from the Hugging Face hub, as :func:`pelt_fast.load` does from a folder.
+
+    Only the method's two files are fetched, or taken from the cache.
+
+    Args:
+        model: a model of the base that the method belongs to, without a method.
+        repo_id: "OWNER/NAME".
+        revision: a branch, tag or commit; None is the main branch.
+        token: for a private repository; True reads the one that is stored on this machine.
+        layout: as for :func:`pelt_fast.inject`.
+        pack: as for :func:`pelt_fast.inject`.
+        head: as for :func:`pelt_fast.load`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: the repository holds no saved method.
+        ValueError: as for :func:`pelt_fast.load`. The model is unchanged.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses, or there is no such repository.
+
+    Example:
+        pelt_fast.load_from_hub(model, "me/bart-xsum-mam")
+    """
     folder = snapshot_download(
         repo_id, revision=revision, token=token, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
     )

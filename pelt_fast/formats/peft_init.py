@@ -1,21 +1,21 @@
-"""What PEFT does to the base when it loads: PiSSA and OLoRA begin with a part of the weight itself,
-and take it out of the base whenever the file is loaded.
+"""Initialisations of LoRA after which PEFT changes the base when it loads a file.
 
-Here that part is subtracted by factors of its own, beside the trained ones: W + s (B A - B0 A0).
-The base stays as it was, for eject and for other methods; PEFT converts its files in this way.
+PiSSA and OLoRA start from a part of the weight itself, and PEFT takes that part out of the base.
+Here the base stays as it is, for eject and for other methods: the part is subtracted by factors of
+its own, beside the trained ones, W + s (B A - B0 A0). PEFT converts its files in the same way.
 """
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# inits after which the base is as it was: nothing of them is left but the factors
+# inits that leave the base as it is
 PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
     "convert the file with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion="
     "...)"
 )
-# what cannot be made again from the base and the file
+# inits whose first factors cannot be computed from the base and the file
 _LOST = {
     "corda": "CorDA's first factors come from data",
     "lora_ga": "LoRA-GA's first factors come from gradients",
@@ -24,7 +24,7 @@ _LOST = {
 
 
 def check_init(init) -> None:
-    """ValueError for an init after which PEFT's base is one that nobody has."""
+    """ValueError for an init whose changed base cannot be computed here."""
     if init in PLAIN or init in ("pissa", "olora"):
         return
     name = str(init).lower()
@@ -40,7 +40,7 @@ def check_init(init) -> None:
 @torch.no_grad()
 def first_factors(init, layer: nn.Module, name: str, rank: int, scale: float):
     """A0 (R, K) and B0 (N, R) that PEFT takes out of the layer's weight when it loads; None where
-    it leaves it."""
+    it leaves the weight as it is."""
     if init in PLAIN:
         return None
     weight = getattr(layer, "weight", None)

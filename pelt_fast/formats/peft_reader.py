@@ -1,10 +1,8 @@
-"""PEFT's files, read without PEFT: LoRA, prefix and prompt as ``adapter_config.json`` and
-``adapter_model.safetensors`` hold them. ``peft_config`` knows the config, ``peft_init`` what PEFT
-does to the base when it loads, ``peft_export`` writes.
+"""PEFT's files, read without PEFT: LoRA, prefix and prompt.
 
-PEFT's prefix and prompt stand in front of the tokens and move their positions. Rotary ones are
-relative, so a prefix is the same after turning its keys by its length, and a prompt as it is; with
-learned positions PEFT trains another function than the paper's, and is refused.
+They are ``adapter_config.json`` (``peft_config``) and ``adapter_model.safetensors``. ``peft_init``
+has what PEFT does to the base when it loads, ``peft_positions`` what it does to positions, and
+``peft_writer`` writes the files.
 """
 
 import os
@@ -15,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast.config import Modification, PeltConfig
-from pelt_fast.injection.inject import bias_names
-from pelt_fast.layouts.lookup import base_of, stacks_of, task_head
+from pelt_fast.injection.trained_names import bias_names
+from pelt_fast.layouts.lookup import stacks_of, task_head
 from pelt_fast.modules import PrefixBank, Prompt
 
-from .foreign import Factors, adopt, lora_tensors, place_lora, read_json, read_weights
+from .foreign import inject_with_tensors, read_json, read_weights
+from .lora_factors import Factors, lora_modifications, lora_tensors
 from .peft_config import READ, check_config, number, scale_of
 from .peft_init import check_init, first_factors
+from .peft_positions import check_prompt, one_rotary, rotated
 
 CONFIG_FILE, WEIGHTS_FILE, OLD_WEIGHTS_FILE = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -32,16 +32,30 @@ _BIASES = Modification("bias", "model")
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """Inject the LoRA, prefix or prompt that PEFT saved in ``folder``, with its weights and the
-    task head that came with it; returns the model. What PEFT reloads to, this computes.
+    """Inject a LoRA, prefix or prompt that PEFT saved, with its weights and its task head.
 
-    LoRA: rank-stabilised scale, rank and alpha patterns, any layers a method here can be on, fused
-    projections. PiSSA and OLoRA take a part out of the base when PEFT loads them: here it is
-    subtracted by factors of its own, so the rank is twice the file's and the base stays as it was.
-    Prefix and prompt: causal language models with rotary positions; a prompt of T5 too. Raises
-    FileNotFoundError, or ValueError that names what is damaged, what the config says beyond this
-    (DoRA, biases of some layers, an unknown key), every tensor that has no place (embeddings,
-    an output layer), or what does not fit the model, which is then as it was.
+    The model computes what PEFT computes after it loads the files. LoRA: rank-stabilised scale,
+    rank and alpha patterns, joined projections, any layers that a method here can be on. PiSSA and
+    OLoRA take a part out of the base when PEFT loads them. Here that part is subtracted by factors
+    of its own: the rank is twice the file's, and the base stays as it is. Prefix and prompt: causal
+    language models with rotary positions; a prompt of T5, too.
+
+    Args:
+        model: a model of the base that the files belong to, without a method.
+        folder: what PEFT's ``save_pretrained`` wrote. PEFT is not needed.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; the config asks for something else (DoRA, biases of some
+            layers, an unknown key); a tensor belongs nowhere (embeddings, an output layer); or
+            something does not fit the model. The message names it, and the model is unchanged.
+
+    Example:
+        model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
+        pelt_fast.load_peft(model, "my-peft-lora")
     """
     folder = Path(folder)
     about = read_json(folder / CONFIG_FILE)
@@ -66,17 +80,21 @@ def _read_lora(model: nn.Module, about: dict, tensors: dict[str, Tensor], folder
         }
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    found, placed = place_lora(model, layers, dropout, folder, parts=True)
+    modifications, placed = lora_modifications(model, layers, dropout, folder, parts=True)
     biases = _biases(model, rest, folder) if about.get("bias") == "all" else {}
-    found += [_BIASES] if biases else []
+    modifications += [_BIASES] if biases else []
     head = _head(model, about, {k: t for k, t in rest.items() if k not in biases}, folder)
-    own = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
-    config = PeltConfig("lora", tuple(found), bool(head))
-    return adopt(model, config, lambda: {**lora_tensors(model, placed), **own}, folder)
+    others = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
+    config = PeltConfig("lora", tuple(modifications), bool(head))
+
+    def tensors_of() -> dict[str, Tensor]:
+        return {**lora_tensors(model, placed), **others}
+
+    return inject_with_tensors(model, config, tensors_of, folder)
 
 
 def _biases(model: nn.Module, rest: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The biases of the base among the tensors: every one it has, or ValueError."""
+    """The base's biases among the tensors; ValueError when one is missing."""
     names = bias_names(model, _BIASES, stacks_of(model))
     missing = [name for name in names if f"{PREFIX}{name}" not in rest]
     if missing:
@@ -89,9 +107,9 @@ def _pairs(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], di
     pairs: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, tensor in tensors.items():
-        found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight", key)
-        if found:
-            pairs.setdefault(found[1], {})[found[2]] = tensor
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        if match:
+            pairs.setdefault(match[1], {})[match[2]] = tensor
         elif "lora_embedding_" in key:
             raise ValueError(f"{key}: a method here has no LoRA on embeddings")
         else:
@@ -107,7 +125,7 @@ def _pairs(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], di
 
 
 def _reloaded(init, layer: nn.Module | None, name: str, a: Tensor, b: Tensor, about) -> Factors:
-    """The factors of what PEFT's layer computes after it was loaded, beside an untouched base."""
+    """The factors that give, on an unchanged base, what PEFT's layer computes after it loads."""
     rank = a.shape[0]
     scale = scale_of(about, name, rank)
     first = first_factors(init, layer, name, rank, scale)
@@ -120,17 +138,17 @@ def _reloaded(init, layer: nn.Module | None, name: str, a: Tensor, b: Tensor, ab
 
 
 def _head(model: nn.Module, about: dict, rest: dict[str, Tensor], folder) -> dict[str, Tensor]:
-    """The task head's tensors by our names. Raises ValueError for one of anything else, and where
-    modules_to_save names a head that is not there whole."""
-    own = {
+    """The task head's tensors under our names. Raises ValueError for any other tensor, and where a
+    module that modules_to_save names is not complete."""
+    names = {
         f"{child}.{name}"
         for child, module in task_head(model).items() for name, _ in module.named_parameters()
     }  # fmt: skip
     head = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
-    strange = [key for key in rest if key.removeprefix(PREFIX) not in own]
-    if strange:
+    unknown = [key for key in rest if key.removeprefix(PREFIX) not in names]
+    if unknown:
         raise ValueError(
-            f"{folder}: {', '.join(strange[:3])} ({len(strange)} in all) is neither a factor nor of"
+            f"{folder}: {', '.join(unknown[:3])} ({len(unknown)} in all) is neither a factor nor of"
             f" the task head of {type(model).__name__}: there is no place for it"
         )
     saved = about.get("modules_to_save") or []
@@ -147,26 +165,27 @@ def _head(model: nn.Module, about: dict, rest: dict[str, Tensor], folder) -> dic
 
 
 def _embeddings(model: nn.Module, about: dict, tensors: dict[str, Tensor], folder: Path) -> Tensor:
-    """The virtual tokens, of one stack. PEFT makes a prompt for both stacks of an encoder-decoder
-    and uses the first."""
+    """The virtual tokens of one stack (P, width). For an encoder-decoder PEFT makes a prompt for
+    both stacks and uses the first."""
     if EMBEDDINGS not in tensors:
         raise ValueError(f"{folder}: {EMBEDDINGS} is missing")
-    found, prompt = tensors[EMBEDDINGS], about["peft_type"] == "PROMPT_TUNING"
+    embeddings, is_prompt = tensors[EMBEDDINGS], about["peft_type"] == "PROMPT_TUNING"
     default = 2 if about.get("task_type") == "SEQ_2_SEQ_LM" else 1
     given = about.get("num_transformer_submodules")
     count = default if given is None else given
-    two = prompt and count == 2 and len(stacks_of(model)) == 2
+    two = is_prompt and count == 2 and len(stacks_of(model)) == 2
     if count != 1 and not two:
         raise ValueError(f"{folder} holds a prefix or prompt of {count} stacks: one can be read")
     length = about.get("num_virtual_tokens")
-    if type(length) is not int or found.dim() != 2 or found.shape[0] != count * length:
+    is_matrix = type(length) is int and embeddings.dim() == 2
+    if not is_matrix or embeddings.shape[0] != count * length:
         raise ValueError(
-            f"{folder}: {EMBEDDINGS} is {tuple(found.shape)}, num_virtual_tokens says {length}"
+            f"{folder}: {EMBEDDINGS} is {tuple(embeddings.shape)}, num_virtual_tokens says {length}"
         )
-    return found[:length]
+    return embeddings[:length]
 
 
-def _agree(about: dict, folder: Path, **wanted: int) -> None:
+def _check_numbers(about: dict, folder: Path, **wanted: int) -> None:
     """ValueError where the config says another number than the model."""
     for name, value in wanted.items():
         if about.get(name) not in (None, value):
@@ -184,83 +203,39 @@ def _read_prefix(model: nn.Module, about: dict, tensors: dict[str, Tensor], fold
     prefix = Modification("prefix", "heads", composition="gated", size=length,
                           reparameterization="none")  # fmt: skip
 
-    def fill() -> dict[str, Tensor]:
+    def tensors_of() -> dict[str, Tensor]:
         banks = {n: m for n, m in model.named_modules() if isinstance(m, PrefixBank)}
         (bank,) = one_rotary(model, list(banks.values()))
         layers, two, heads, _, dim = bank.shape
-        _agree(about, folder, num_layers=layers, num_attention_heads=heads, token_dim=heads * dim)
+        _check_numbers(
+            about, folder, num_layers=layers, num_attention_heads=heads, token_dim=heads * dim
+        )
         if flat.shape[1] != layers * two * heads * dim:
             raise ValueError(
                 f"{folder}: {EMBEDDINGS} is {flat.shape[1]} wide, {layers} layers of {heads} heads"
                 f" of {dim} take {layers * two * heads * dim}"
             )
         both = flat.view(length, layers, two, heads, dim).permute(1, 2, 3, 0, 4)
-        keys = turned(model, both[:, 0].to(bank.prefix.device), -length)
+        keys = rotated(model, both[:, 0].to(bank.prefix.device), -length)
         return {f"{next(iter(banks))}.prefix": torch.stack([keys, both[:, 1].to(keys)], 1), **head}
 
-    return adopt(model, PeltConfig("prefix", (prefix,), bool(head)), fill, folder)
+    config = PeltConfig("prefix", (prefix,), bool(head))
+    return inject_with_tensors(model, config, tensors_of, folder)
 
 
 def _read_prompt(model: nn.Module, about: dict, tensors: dict[str, Tensor], folder: Path):
     check_prompt(model)
     embedding = _embeddings(model, about, tensors, folder)
     head = _head(model, about, _other(tensors), folder)
-    _agree(about, folder, token_dim=embedding.shape[1])
+    _check_numbers(about, folder, token_dim=embedding.shape[1])
     prompt = Modification("prompt", "embeddings", composition="gated", size=embedding.shape[0])
 
-    def fill() -> dict[str, Tensor]:
+    def tensors_of() -> dict[str, Tensor]:
         names = [name for name, module in model.named_modules() if isinstance(module, Prompt)]
         return {f"{names[0]}.embedding": embedding, **head}
 
-    return adopt(model, PeltConfig("prompt", (prompt,), bool(head)), fill, folder)
+    config = PeltConfig("prompt", (prompt,), bool(head))
+    return inject_with_tensors(model, config, tensors_of, folder)
 
 
 _READERS = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
-
-
-def one_rotary(model: nn.Module, banks: list[PrefixBank]) -> list[PrefixBank]:
-    """The one prefix of a decoder with rotary positions, ValueError where there is another."""
-    stacks = stacks_of(model)
-    rotary = getattr(base_of(model), "rotary_emb", None)
-    one = len(banks) == len(stacks) == 1 and stacks[0].kind == "decoder"
-    if not one or rotary is None or _angles(model, 1)[0].shape[-1] != banks[0].shape[-1]:
-        raise ValueError(
-            f"PEFT's prefix on {type(model).__name__} is another function than the paper's: it"
-            " moves the tokens' positions, and only whole rotary ones, of a decoder alone, are"
-            " relative"
-        )
-    if getattr(base_of(model).config, "sliding_window", None):
-        raise ValueError(
-            f"PEFT's prefix on {type(model).__name__} falls out of a window of"
-            f" {base_of(model).config.sliding_window} tokens, the paper's is seen by every one"
-        )
-    return banks
-
-
-def check_prompt(model: nn.Module) -> None:
-    first = stacks_of(model)[0]
-    layout = first.prompt
-    if layout is None or layout.norm or layout.layer or layout.positions or layout.strip:
-        raise ValueError(
-            f"PEFT's prompt on {type(model).__name__} takes learned positions, or others'; the"
-            " paper's takes none: they are two functions"
-        )
-
-
-def _angles(model: nn.Module, position: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (1, D) by which the model turns keys at ``position``, of length one."""
-    base = base_of(model)
-    like = base.get_input_embeddings().weight
-    where = torch.tensor([[abs(position)]], device=like.device)
-    found = base.rotary_emb(like[:1].float()[None], where)
-    cos, sin = (t[0].float() for t in found)
-    length = (cos**2 + sin**2).sqrt()
-    return cos / length, sin / length * (1 if position >= 0 else -1)
-
-
-def turned(model: nn.Module, keys: Tensor, position: int) -> Tensor:
-    """Keys (.., P, D), all turned as the model turns those at ``position``."""
-    cos, sin = _angles(model, position)
-    half = keys.shape[-1] // 2
-    turned = torch.cat([-keys[..., half:], keys[..., :half]], -1)
-    return (keys.float() * cos + turned.float() * sin).to(keys.dtype)

@@ -1,4 +1,4 @@
-"""PEFT's files, written without PEFT: what PEFT, vLLM and what else reads the format can load."""
+"""PEFT's files, written without PEFT. PEFT, vLLM and other readers of the format can load them."""
 
 import json
 import os
@@ -16,17 +16,10 @@ from pelt_fast.layouts.names import parameters_of
 from pelt_fast.modules import LoRALinear, PrefixBank, Prompt
 from pelt_fast.modules.projection_view import ProjectionView, shape_of
 
-from .checkpoint import write_files
-from .foreign import Factors
-from .peft_reader import (
-    CONFIG_FILE,
-    EMBEDDINGS,
-    PREFIX,
-    WEIGHTS_FILE,
-    check_prompt,
-    one_rotary,
-    turned,
-)
+from .files import write_files
+from .lora_factors import Factors
+from .peft_positions import check_prompt, one_rotary, rotated
+from .peft_reader import CONFIG_FILE, EMBEDDINGS, PREFIX, WEIGHTS_FILE
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
@@ -36,12 +29,25 @@ TASKS = {
 
 
 def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the LoRA, prefix or prompt of ``model``, and its task head where one trains, in PEFT's
-    format.
+    """Write a LoRA, prefix or prompt, and the task head that trains with it, in PEFT's format.
 
-    Raises ValueError, before anything is written, for what the format has no place for: two forms
-    at once or others, several dropouts, a prefix that is ungated or on some layers only, a prefix
-    or prompt in front of learned positions; OSError when the disk refuses.
+    Args:
+        model: a model with a method, or a wrapper of one.
+        folder: made when it is missing.
+
+    Raises:
+        ValueError: the format cannot hold the method: two forms at once or other forms, more than
+            one dropout, an ungated prefix, a prefix on some layers only, a prefix or prompt in
+            front of learned positions. Nothing is written.
+        OSError: the disk refuses.
+
+    Saved:
+        ``adapter_config.json`` and ``adapter_model.safetensors``: ``PeftModel.from_pretrained``
+        reads the folder.
+
+    Example:
+        pelt_fast.inject(model, "lora")
+        pelt_fast.export_peft(model, "my-peft-lora")
     """
     model = carrier_of(model)
     injection = injection_of(model)
@@ -53,9 +59,9 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
             " more or less"
         )
     config, tensors = _WRITERS[kinds.pop()](model, sites)
-    heads = sorted({name.split(".")[0] for name in injection.head})
+    head_modules = sorted({name.split(".")[0] for name in injection.head})
     config |= dict(
-        task_type=_task(model), modules_to_save=heads or None, inference_mode=True,
+        task_type=_task(model), modules_to_save=head_modules or None, inference_mode=True,
         base_model_name_or_path=base_of(model).config._name_or_path or None,
     )  # fmt: skip
     parameters = parameters_of(model)
@@ -74,10 +80,10 @@ def _write_lora(model: nn.Module, sites: list[LoRALinear]) -> tuple[dict, dict]:
             f"PEFT's format holds one dropout, this method has {len(dropouts)}: {sorted(dropouts)}"
         )
     layers = _layers(model, sites)
-    # the most frequent rank and alpha are the config's, the others stand in patterns
+    # the most frequent rank and alpha are the config's, the others are in patterns
     ranks = {name: f.a.shape[0] for name, f in layers.items()}
     alphas = {name: f.scale * ranks[name] for name, f in layers.items()}
-    rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
+    rank, alpha = (Counter(numbers.values()).most_common(1)[0][0] for numbers in (ranks, alphas))
     config = dict(
         peft_type="LORA", r=rank, lora_alpha=alpha, lora_dropout=dropouts.pop(),
         target_modules=list(layers), bias="none", fan_in_fan_out=False, use_rslora=False,
@@ -93,19 +99,19 @@ def _write_lora(model: nn.Module, sites: list[LoRALinear]) -> tuple[dict, dict]:
 
 
 def _layers(model: nn.Module, sites: list[LoRALinear]) -> dict[str, Factors]:
-    """The factors of each layer by its name; those on parts of one are joined."""
+    """The factors of each layer by its name. Those on projections of one matrix are joined."""
     names = {module: name for name, module in model.named_modules()}
-    found: dict[str, list[LoRALinear]] = {}
+    by_layer: dict[str, list[LoRALinear]] = {}
     for site in sites:
         linear = site.frozen.module
         owner = linear.owner if isinstance(linear, ProjectionView) else linear
-        found.setdefault(names[owner], []).append(site)
-    return {name: _joined(group) for name, group in found.items()}
+        by_layer.setdefault(names[owner], []).append(site)
+    return {name: _joined(group) for name, group in by_layer.items()}
 
 
 @torch.no_grad()
 def _joined(sites: list[LoRALinear]) -> Factors:
-    """A one under the other, B on a block diagonal."""
+    """The A's under each other, the B's on a block diagonal."""
     linear = sites[0].frozen.module
     if not isinstance(linear, ProjectionView) or linear.rows is None:
         return Factors(sites[0].lora_a, sites[0].lora_b, sites[0].scale)
@@ -131,7 +137,7 @@ def _write_prefix(model: nn.Module, sites: list[PrefixBank]) -> tuple[dict, dict
     layers, _, heads, length, dim = bank.shape
     with torch.no_grad():
         keys, values = bank().unbind(1)  # (L, Hkv, P, D)
-        both = torch.stack([turned(model, keys, length), values], 1)
+        both = torch.stack([rotated(model, keys, length), values], 1)
     config = dict(
         peft_type="PREFIX_TUNING", num_virtual_tokens=length, token_dim=heads * dim,
         num_layers=layers, num_attention_heads=heads, num_transformer_submodules=1,

@@ -1,6 +1,6 @@
-"""Parameters that FSDP2 cut (``fully_shard`` after inject): gathered to be read, cut to be written.
+"""Parameters that FSDP2 cut (``fully_shard`` after inject): gathered to read, cut again to write.
 
-Every process makes these calls, in the same order: they communicate.
+The processes communicate: each one must make these calls, in the same order.
 """
 
 import torch.distributed as dist
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds any of its parameters, gathered at the moment or not."""
-    held = any(hasattr(module, "reshard") for module in model.modules())
-    return held or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    """Whether FSDP2 manages any of the model's parameters, gathered at the moment or not."""
+    managed = any(hasattr(module, "reshard") for module in model.modules())
+    return managed or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def writes(model: nn.Module) -> bool:
 
 
 def resharded(model: nn.Module) -> nn.Module:
-    """The model, every parameter cut again: a forward without a backward leaves some gathered, and
-    what is written there is lost."""
+    """The model, with every parameter cut again. A forward without a backward leaves some gathered,
+    and what is written into those is lost."""
     for module in model.modules():
         if hasattr(module, "reshard"):  # an FSDPModule
             module.reshard()
@@ -34,7 +34,7 @@ def resharded(model: nn.Module) -> nn.Module:
 
 
 def like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor cut as a parameter is."""
+    """A tensor, cut in the same way as a parameter."""
     if not hasattr(parameter, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

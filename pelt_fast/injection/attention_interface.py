@@ -1,11 +1,11 @@
-"""Prefix tuning's way into the models: transformers' AttentionInterface.
+"""How a prefix gets into a model's attentions: through transformers' AttentionInterface.
 
-For each attention a user may have chosen and that can carry a prefix, a function of the name
-``pelt_fast_<choice>`` is registered beside the matching mask function. An attention module with a
+For each attention that can carry a prefix (sdpa, eager), a function named ``pelt_fast_<choice>`` is
+registered, and the matching mask function. An attention module with a
 :class:`~pelt_fast.modules.PrefixSlice` or :class:`~pelt_fast.modules.QuerySlice` runs
-``prefix_attention``; any other runs the user's choice as it is. Nothing goes through a cache, so
-any cache and any decoding work; a prefix has no positions, and those of the tokens stay what they
-were.
+``prefix_attention`` (docs/maths.md#i4); any other runs the attention that the user chose. The
+prefix is in no cache, so that any cache and any decoding work. It has no positions, and those of
+the tokens stay what they were.
 """
 
 import inspect
@@ -18,9 +18,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pelt_fast import functional
 from pelt_fast.modules import PrefixSlice, QuerySlice
 from pelt_fast.ops.common.backends import backend
+from pelt_fast.ops.common.bundles import QKV, Form, Prefix, Scores
 from pelt_fast.ops.common.heads import context_scores, expand_heads
+from pelt_fast.ops.prefix_attention.op import attention_with_prefix
 
-from .attention_keywords import check_given, check_known
+from .attention_keywords import KNOWN, check_given, check_known
 from .record import Injection
 
 SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
@@ -29,7 +31,7 @@ _NAME = "pelt_fast_{}"
 
 
 def wrapping(choice: str | None) -> str:
-    """The registered name that wraps the user's attention; ValueError when it cannot be."""
+    """The registered name that wraps the user's attention; ValueError when it cannot be wrapped."""
     choice = choice or "eager"
     for known in WRAPPED:
         if choice in (known, _NAME.format(known)):
@@ -61,22 +63,22 @@ def check(module: nn.Module) -> None:
 
 
 def wrap(module: nn.Module, injection: Injection) -> None:
-    """Let the config of an attention module, by now the model's own (``configs``), choose the
-    function that wraps the user's choice."""
+    """Choose the wrapping function on the config of an attention module, which is the model's own
+    by now (``own_configs``)."""
     choice = wrapping(module.config._attn_implementation)
     if module.config._attn_implementation != choice:
         module.config._attn_implementation = choice
 
 
 def _asks_the_interface(module: nn.Module) -> bool:
-    """Whether an attention looks its function up, so that a prefix can ride on it."""
+    """Whether an attention looks up its function in the interface."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is None or "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def still_wrapped(stack: nn.Module, *_) -> None:
-    """Forward pre-hook of a stack with a prefix: RuntimeError when its attention was changed after
-    inject, for the prefix would be dropped without a word."""
+    """Forward pre-hook of a stack with a prefix: RuntimeError when another attention was chosen
+    after inject, which would ignore the prefix."""
     choice = _config_of(stack)._attn_implementation
     if choice not in map(_NAME.format, WRAPPED):
         raise RuntimeError(
@@ -86,7 +88,7 @@ def still_wrapped(stack: nn.Module, *_) -> None:
 
 
 def _config_of(stack: nn.Module):
-    """The config that a stack's attentions ask: its own, or theirs where it has none
+    """The config that a stack's attentions read: the stack's, or theirs where it has none
     (DistilBERT)."""
     config = getattr(stack, "config", None)
     carriers = (module for module in stack.modules() if SLICE in module.__dict__)
@@ -94,8 +96,7 @@ def _config_of(stack: nn.Module):
 
 
 def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) -> Tensor | None:
-    """The mask with a position bias in it (T5); a prefix has no position, so none is on its
-    keys."""
+    """The mask with a position bias (T5) added. A prefix has no position, so its keys get none."""
     if bias is None:
         return mask
     if causal:
@@ -109,55 +110,97 @@ def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) 
     return bias + mask
 
 
-def _prefixed(module: nn.Module) -> PrefixSlice | QuerySlice | None:
+def _slice_of(module: nn.Module) -> PrefixSlice | QuerySlice | None:
+    """The prefix of an attention module, when it is at work."""
     site = module.__dict__.get(SLICE)
     return site if site is not None and site.on else None
 
 
-def _attend(module, site, q, k, v, mask, causal, dropout, scaling) -> Tensor:
+def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
+    """Attention with the prefix (B, T, H, D), contiguous; q, k, v (B, H or Hkv, T or S, D)."""
     prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
-    prefix_k, prefix_v = prefix_k.to(q.device), prefix_v.to(q.device)  # layers on several devices
+    prefix_k, prefix_v = prefix_k.to(q.device), prefix_v.to(q.device)  # layers on many devices
+    qkv, prefix = QKV(q, k, v), Prefix(prefix_k, prefix_v)
+    kind = None if torch.compiler.is_compiling() else _kind(qkv, prefix)
+    if kind is not None and kind == site.checked and _fits(mask, q, k):
+        scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        scores, form = Scores(mask, causal, scale), Form(site.form, site.composition)
+        out = attention_with_prefix(qkv, prefix, scores, form, float(dropout), module.training)
+        return out.transpose(1, 2)
     out = functional.prefix_attention(
         q, k, v, prefix_k, prefix_v, attn_mask=mask, is_causal=causal, scale=scaling,
         form=site.form, composition=site.composition, dropout_p=dropout, training=module.training,
     )  # fmt: skip
-    return out.transpose(1, 2)  # (B, T, H, D), contiguous
+    site.checked = kind  # the public function took them: the next of their kind need no check
+    return out.transpose(1, 2)
+
+
+def _kind(qkv: QKV, prefix: Prefix) -> tuple | None:
+    """What the checks of ``functional.prefix_attention`` look at, but for the mask and the sizes of
+    batch and context; None where they have to be made."""
+    q, k, v = qkv
+    kind = q.device.type
+    if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or k.shape != v.shape:
+        return None
+    devices, dtypes = q.device == k.device == v.device, (q.dtype, k.dtype, v.dtype)
+    heads = (q.shape[1], k.shape[1], q.shape[3], k.shape[3])
+    small = (prefix.prefix_k.dtype, prefix.prefix_v.dtype, prefix.prefix_k.shape)
+    return (q.device, dtypes, heads, small) if devices and q.shape[0] == k.shape[0] else None
+
+
+def _fits(mask: Tensor | None, q: Tensor, k: Tensor) -> bool:
+    """Whether a mask is what transformers makes: (B or 1, H or 1, T, S), without a gradient."""
+    if mask is None:
+        return True
+    sizes = mask.dim() == 4 and mask.shape[2:] == (q.shape[2], k.shape[2])
+    batch, heads = mask.shape[:2] if sizes else (0, 0)
+    known = mask.dtype == torch.bool or mask.is_floating_point()
+    fits = batch in (1, q.shape[0]) and heads in (1, q.shape[1])
+    return sizes and fits and known and not mask.requires_grad and mask.device == q.device
 
 
 def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None,
          **kwargs):  # fmt: skip
-    """SDPA's contract: mask None or (B, 1 or H, T, S), causality from the module, no weights."""
-    site = _prefixed(module)
+    """Registered for sdpa: mask None or (B, 1 or H, T, S), causality from the module, no
+    weights."""
+    site = _slice_of(module)
     if site is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             is_causal=is_causal, **kwargs,
         )  # fmt: skip
-    check_given(module, kwargs)
+    if not kwargs.keys() <= KNOWN:
+        check_given(module, kwargs)
     queries = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = queries > 1 and attention_mask is None and causal
     if causal and key.shape[2] > queries:
-        # a static cache at prefill: what lies past the queries is not written yet
+        # a static cache at prefill: nothing is written after the queries' positions yet
         key, value = key[:, :, :queries], value[:, :, :queries]
     bias = kwargs.get("position_bias")
     mask = _biased(attention_mask, bias, causal, query, key)
     causal = causal and bias is None
-    return _attend(module, site, query, key, value, mask, causal, dropout, scaling), None
+    out = _attend(
+        module, site, query, key, value, mask=mask, causal=causal, dropout=dropout, scaling=scaling
+    )
+    return out, None
 
 
 def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Eager's contract: additive mask; scores and weights exist. Runs the reference; returns the
-    context's weights (they sum to 1 - λ) when attentions are asked for."""
-    site = _prefixed(module)
+    """Registered for eager: additive mask; the scores and weights exist. Runs the reference, and
+    returns the context's weights (they sum to 1 - λ) when attentions are asked for."""
+    site = _slice_of(module)
     if site is None:
-        own = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
-        return own(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                   **kwargs)  # fmt: skip
+        forward = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
+        return forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                       **kwargs)  # fmt: skip
     check_given(module, kwargs)
     mask = _biased(attention_mask, kwargs.get("position_bias"), False, query, key)
     with backend("reference"):
-        out = _attend(module, site, query, key, value, mask, False, dropout, scaling)
+        out = _attend(
+            module, site, query, key, value,
+            mask=mask, causal=False, dropout=dropout, scaling=scaling,
+        )  # fmt: skip
     wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
     weights = _weights(site, query, key, mask, scaling) if wanted else None
     return out, weights
@@ -165,7 +208,7 @@ def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
 
 @torch.no_grad()
 def _weights(site, query, key, mask, scaling) -> Tensor:
-    """softmax over prefix and context, the context's columns (B, H, T, S)."""
+    """softmax over prefix and context: the context's columns (B, H, T, S)."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads = query.shape[1]
     scores = context_scores(query.float(), expand_heads(key.float(), heads), mask, False, scaling)

@@ -1,5 +1,7 @@
-"""Every keyword argument that transformers' models hand their attention function, and what a prefix
-makes of it: understood, harmless, or refused by name. What is in none of the three is refused too.
+"""The keyword arguments that transformers' models give their attention function.
+
+With a prefix each one is understood, harmless, or refused by name. One that is in none of the three
+tables is refused, too.
 """
 
 import ast
@@ -8,15 +10,15 @@ import textwrap
 
 from torch import nn
 
-# what the functions of ``attention`` act on
+# what the functions of ``attention_interface`` use
 UNDERSTOOD = frozenset((
     "attention_mask", "dropout", "is_causal", "key", "output_attentions", "position_bias", "query",
     "scaling", "value",
 ))  # fmt: skip
 _PACKED = "flash attention's packed sequences; under sdpa and eager the mask tells them apart"
-_SPARSE = "a sparse kernel's choice of keys; under sdpa and eager the mask has it"
+_SPARSE = "a sparse kernel's choice of keys; under sdpa and eager the mask contains it"
 _MODEL = "the model's own, handed down with its other keywords; no attention reads it"
-# what sdpa and eager of transformers let pass as well, and why
+# what transformers' own sdpa and eager ignore as well, and why
 HARMLESS = {
     "sliding_window": "flash attention's; under sdpa and eager the mask has the window",
     "position_ids": _PACKED, "cu_seq_lens_q": _PACKED, "cu_seq_lens_k": _PACKED,
@@ -34,7 +36,7 @@ HARMLESS = {
 }  # fmt: skip
 _SINK = "attention sinks, which take a part of the softmax's mass"
 _SOFTCAP = "a cap on the scores: a prefix needs the log-sum-exp of capped scores, which no kernel"
-# what changes the scores or the values in a way that a prefix would not follow
+# what changes the scores or the values, which a prefix would not take part in
 REFUSED = {
     "s_aux": _SINK, "sinks": _SINK, "learnable_sink": _SINK,
     "softcap": f"{_SOFTCAP} gives",
@@ -44,16 +46,21 @@ REFUSED = {
 }  # fmt: skip
 
 
+# what sdpa and eager take beside a prefix, whatever the value
+KNOWN = UNDERSTOOD | HARMLESS.keys()
+
+
 def check_given(module: nn.Module, kwargs: dict) -> None:
-    """ValueError for a keyword argument that a prefix cannot carry; None says nothing."""
+    """ValueError for a keyword argument that does not work with a prefix. One that is None counts
+    as not given."""
     for name, value in kwargs.items():
         if value is not None and name not in UNDERSTOOD and name not in HARMLESS:
             raise ValueError(_message(module, name))
 
 
 def check_known(module: nn.Module) -> None:
-    """The same before a forward: what the module's own code names, where its value can be read
-    from the module, and attention sinks that it holds."""
+    """The same check before any forward: for the keywords in the module's code whose values can be
+    read from the module, and for attention sinks that it holds."""
     if getattr(module, "sinks", None) is not None:
         raise ValueError(_message(module, "sinks"))
     for name, expression in _named(type(module)):
@@ -70,11 +77,11 @@ def _message(module: nn.Module, name: str) -> str:
 
 
 def _named(kind: type) -> list[tuple[str, ast.expr]]:
-    """The keywords that the forward of an attention names where it calls its function."""
+    """The keywords, with their expressions, in an attention's call of its function."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
     except (OSError, TypeError, SyntaxError):
-        return []  # no source: the first forward tells
+        return []  # no source: check_given runs at the first forward
     return calls(tree)
 
 
@@ -90,8 +97,8 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.expr]]:
 
 
 def _value(module: nn.Module, expression: ast.expr) -> bool:
-    """Whether an expression is something else than None, as far as the module can tell; what a
-    forward computes is."""
+    """Whether an expression is not None. It is evaluated when it is an attribute of the module;
+    anything that the forward computes counts as not None."""
     steps = []
     while isinstance(expression, ast.Attribute):
         steps.append(expression.attr)

@@ -1,38 +1,47 @@
-"""What a site rests on where it does a part of a layer's work, looked at before each forward.
+"""What must stay as it is where a site does a part of a layer's work, checked before each forward.
 
-Such a block is spelled out by its layer: the class's forward has to stay, its pieces have to stay
-alone and without hooks. What may change and is read when it runs (activations, dropouts) is taken
-over again. Whether what was taken over still runs is ``watch``'s.
+Such a block is spelled out by its layer. The class's forward must stay the same, the pieces of the
+block must stay in their places, and nobody may put hooks on them. What may change (activations,
+dropouts) is taken over again. Whether inject's own forwards still run is checked in ``watch``.
 """
 
+import torch
 from torch import nn
 
-from pelt_fast.modules.frozen_module import HOOKS, is_repatched
+from pelt_fast.modules.decision import HOOKS, Basis
+from pelt_fast.modules.frozen_module import is_repatched
 from pelt_fast.modules.late import Taken
 
 
 class Alone:
-    """A module that has to stay at ``owner.name``: a site does its work elsewhere and would pass by
-    a wrapper around it."""
+    """The module ``owner.name`` must stay there: the site would not call a wrapper around it."""
 
     def __init__(self, path: str, owner: nn.Module, name: str):
         self.path, self.owner, self.name = path, owner, name
         self.module = getattr(owner, name)
 
+    def rests_on(self, basis: Basis) -> None:
+        """Tell ``basis`` what :meth:`why_not` looks at."""
+        basis.attribute(self.owner, self.name)
+
     def why_not(self) -> str | None:
         """What happened to it, or None."""
-        found = getattr(self.owner, self.name, None)
-        if found is self.module:
+        now = getattr(self.owner, self.name, None)
+        if now is self.module:
             return None
-        was, now = type(self.module).__name__, type(found).__name__
-        return f"was replaced after inject (it was a {was}, now it is a {now})"
+        kinds = type(self.module).__name__, type(now).__name__
+        return f"was replaced after inject (it was a {kinds[0]}, now it is a {kinds[1]})"
 
 
 class Unpatched:
-    """A module whose class's forward is the one it was."""
+    """The class of the module must keep its forward."""
 
     def __init__(self, path: str, module: nn.Module):
         self.path, self.module, self.forward = path, module, type(module).forward
+
+    def rests_on(self, basis: Basis) -> None:
+        """Tell ``basis`` what :meth:`why_not` looks at."""
+        basis.kinds.append((self.module, type(self.module), type(self.module).forward))
 
     def why_not(self) -> str | None:
         """What happened to it, or None."""
@@ -42,12 +51,17 @@ class Unpatched:
 
 
 class Unhooked:
-    """A module whose work a site does at another place: hooks on it would see other tensors.
-    ``entry``: the site runs in its call, so that a hook of its input sees the right one."""
+    """The module must have no hooks: a site does its work in another call, so that they would see
+    other tensors. ``entry``: the site runs in this module's own call, so that a hook on its input
+    sees the right one."""
 
     def __init__(self, path: str, module: nn.Module, entry: bool):
         self.path, self.module = path, module
         self.hooks = tuple(name for name in HOOKS if not (entry and name == "_forward_pre_hooks"))
+
+    def rests_on(self, basis: Basis) -> None:
+        """Tell ``basis`` what :meth:`why_not` looks at."""
+        basis.tables(self.module, self.hooks)
 
     def why_not(self) -> str | None:
         """What is on it, or None."""
@@ -57,16 +71,31 @@ class Unhooked:
 
 
 class Conditions:
-    """Forward pre-hook of a stack: RuntimeError where the method would not run as it should."""
+    """Forward pre-hook of a stack: RuntimeError where the method would not run as it should. They
+    are checked again when something that they look at has changed."""
 
     def __init__(self):
         self.conditions: list[Alone | Unpatched | Unhooked] = []
         self.taken: list[Taken] = []
+        self._checked: Basis | None = None
 
     def __call__(self, stack: nn.Module, *_) -> None:
-        again = [taken for taken in self.taken if taken.take()]  # each, not the first alone
-        if again:
-            for taken in self.taken:  # a module that two places share, let go of by one
+        if torch.compiler.is_compiling():
+            self.check()
+        elif self._checked is None or self._checked.look() is None:
+            self.check()
+            basis = Basis()
+            for taken in self.taken:
+                taken.is_taken_on(basis)
+            for condition in self.conditions:
+                condition.rests_on(basis)
+            self._checked = basis
+
+    def check(self) -> None:
+        """Check everything, and take over again what may have been changed."""
+        changed = [taken for taken in self.taken if taken.take()]  # a list: each is asked
+        if changed:
+            for taken in self.taken:  # one module in two layers: the first one released it
                 taken.take()
         for condition in self.conditions:
             why = condition.why_not()

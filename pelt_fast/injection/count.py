@@ -1,4 +1,4 @@
-"""How many parameters: as the paper counts, as they train, as they are kept."""
+"""How many parameters a method has: as the paper counts, as they train, as they are saved."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,16 @@ _MATRICES = ("lora_a", "lora_b", "down_weight", "up_weight", "embedding")
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """paper: the method's matrices, as appendix B counts (no biases, LayerNorms, heads or prefix
-    MLP). kept: the method after training, the prefix MLP folded away. trainable: what has a
-    gradient now, task head included. head: the task head. base: the frozen model."""
+    """Numbers of parameters of an injected model.
+
+    Args:
+        paper: the method's matrices, as the paper's appendix B counts: no biases, LayerNorms, task
+            head or prefix MLP.
+        kept: the method after training, the prefix MLP folded away.
+        trainable: what has a gradient now, task head included.
+        head: the task head.
+        base: the frozen model.
+    """
 
     paper: int
     kept: int
@@ -32,7 +39,22 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """The :class:`ParameterCount` of an injected model; ValueError when nothing is injected."""
+    """Count the parameters of an injected model.
+
+    Args:
+        model: a model with a method, or a wrapper of one.
+
+    Returns:
+        A :class:`ParameterCount`: ``paper``, ``kept``, ``trainable``, ``head`` and ``base``, and
+        ``percent``, which is ``paper`` as a percentage of the base.
+
+    Raises:
+        ValueError: nothing is injected.
+
+    Example:
+        pelt_fast.inject(model, "mam")
+        print(pelt_fast.count_parameters(model).percent)
+    """
     model = carrier_of(model)
     injection = injection_of(model)
     named = parameters_of(model)

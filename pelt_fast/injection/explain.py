@@ -1,4 +1,4 @@
-"""explain: for each site what runs, what fell back and why, what it saves and trains."""
+"""explain: what each site runs, why it is not the fused op, and what it saves and trains."""
 
 from dataclasses import asdict, dataclass
 
@@ -25,9 +25,12 @@ from .record import Site, injection_of
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site. ``plan`` is what runs in the model's present mode; ``fell_back`` says whether it
-    is less than the fused op, ``reason`` why (or what is worth knowing). ``saved_bytes`` are kept
-    for backward for each token (a prefix: each query)."""
+    """One site of an :class:`Explanation`.
+
+    ``plan`` is what runs in the model's present mode. ``fell_back`` says whether that is something
+    else than the fused op; ``reason`` says why, or is a note. ``saved_bytes`` is what is saved for
+    backward, for each token (of a prefix: for each query).
+    """
 
     name: str
     op: str
@@ -40,7 +43,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was injected: printable as a table, ``as_dict`` for machines."""
+    """What was injected. ``print`` shows a table; ``as_dict`` gives plain data."""
 
     method: str
     model: str
@@ -82,16 +85,33 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """The :class:`Explanation` of an injected model; ValueError when nothing is injected."""
+    """Say what each site of an injected model runs, and why.
+
+    Args:
+        model: a model with a method, or a wrapper of one. Its present mode (training or not),
+            device and dtype are what is explained.
+
+    Returns:
+        An :class:`Explanation`: ``sites``, each with its op, what runs, the reason for a fallback,
+        the bytes saved for backward for each token, and the trainable parameters; ``fallbacks``;
+        ``count``. It prints as a table.
+
+    Raises:
+        ValueError: nothing is injected.
+
+    Example:
+        pelt_fast.inject(model, "mam")
+        print(pelt_fast.explain(model))
+    """
     model = carrier_of(model)
     injection = injection_of(model)
-    seen: set[int] = set()
+    counted: set[int] = set()
     sites = []
     for site in injection.sites:
-        fresh = id(site.module) not in seen  # a prefix bank is shared: count it once
-        seen.add(id(site.module))
+        is_new = id(site.module) not in counted  # several sites share one prefix bank
+        counted.add(id(site.module))
         trainable = sum(p.numel() for p in site.module.parameters() if p.requires_grad)
-        sites.append(_report(site, trainable if fresh else 0))
+        sites.append(_report(site, trainable if is_new else 0))
     return Explanation(
         injection.config.name, type(model).__name__, model.training, tuple(sites),
         count_parameters(model),
@@ -124,7 +144,7 @@ def _report(site: Site, trainable: int) -> SiteReport:
             plan = dispatch.Plan("own FFN + adapter", note)
         elif module.is_packed and plan.reason is None:
             plan = dispatch.Plan(f"packed, {plan.name}")
-        saved = _ffn_bytes(module, fused=not note)
+        saved = _ffn_bytes(module, is_one_op=not note)
     return SiteReport(
         site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved,
         trainable,
@@ -156,13 +176,13 @@ def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[di
 
 
 def _noted(plan: dispatch.Plan) -> tuple[dispatch.Plan, str]:
-    """The plan, and what is worth knowing about it."""
+    """The plan, and a note on it."""
     blocked = "dropout: torch's CPU flash kernel has none"
     return plan, blocked if plan.name == "blocked" else ""
 
 
 def _dtype_and_size(module: nn.Module) -> dict:
-    """What decides about the kernels: the base's dtype, and the rank or prefix length."""
+    """What the choice of kernels depends on: the base's dtype, and the rank or prefix length."""
     if isinstance(module, PrefixBank):
         return dict(dtype=next(module.parameters()).dtype, size=module.shape[3])
     weight = _frozen_weight(module)
@@ -175,8 +195,8 @@ def _down(module: nn.Module) -> nn.Parameter:
 
 
 def _frozen_weight(module: nn.Module) -> nn.Parameter:
-    layout = module.ffn.out_proj if hasattr(module, "ffn") else module.frozen
-    return weight_of(layout.module)
+    frozen = module.ffn.out_proj if hasattr(module, "ffn") else module.frozen
+    return weight_of(frozen.module)
 
 
 def _prefix_bytes(module: nn.Module, attention: nn.Module, queries: int) -> int:
@@ -191,11 +211,11 @@ def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
     return tuple(module.shape[2:] if isinstance(module, PrefixBank) else module.down_weight.shape)
 
 
-def _ffn_bytes(module: ParallelFFNAdapter, fused: bool) -> int:
+def _ffn_bytes(module: ParallelFFNAdapter, is_one_op: bool) -> int:
     weight = weight_of(module.ffn.in_proj.module)
     inner, inputs = shape_of(module.ffn.in_proj.module)
     widths = inner * (len(module.ffn.projections) - 1) + module.down_weight.shape[0] + inputs
-    if not fused:
+    if not is_one_op:
         widths += inner + module.up_weight.shape[0]
     return widths * weight.element_size()
 

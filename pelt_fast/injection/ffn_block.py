@@ -1,4 +1,8 @@
-"""Feed-forward blocks: what is refused before anything is changed, and how a site gets at one."""
+"""Feed-forward blocks: what is refused before anything is changed, and how a site runs one.
+
+A block is either a module of its own, or *spelled out*: the layer's forward calls its projections,
+activation and dropouts itself. In a spelled-out block a site does a part of the layer's work.
+"""
 
 from collections.abc import Iterator
 
@@ -15,78 +19,104 @@ from pelt_fast.modules.late import Attribute, Dropout, Taken
 from pelt_fast.modules.projection_view import host_of
 
 from .conditions import Alone, Unhooked, Unpatched
-from .record import Injection, MovedDropout
-from .targets import Place
+from .record import Injection
+from .targets import TargetLayer
+
+
+class MovedDropout:
+    """Forward hook of an attention: applies the output dropout that it shares with the block.
+
+    The site reads that dropout from the layer, which then drops nothing itself.
+    """
+
+    def __init__(self, dropout: Dropout):
+        self.dropout = dropout
+
+    def __call__(self, module: nn.Module, args, output):
+        first, *rest = output
+        return self.dropout(first), *rest
 
 
 def check_block(
-    base: nn.Module, place: Place, layout: FFNLayout, modification: Modification
+    base: nn.Module, target: TargetLayer, layout: FFNLayout, modification: Modification
 ) -> None:
-    """ValueError where a site cannot do the work of a block rightly.
+    """ValueError where a site cannot do the work of a block correctly.
 
-    A block that is a module of its own may be any: its own forward then runs beside the adapter.
-    Where the layer spells it out the site does a part of the layer's work, which must be known.
+    A block that is a module of its own may be anything: its own forward then runs, with the adapter
+    beside it. Where the layer spells the block out, the layer's forward must be known.
     """
     if modification.placement in ("after_norm", "around_norm"):
-        return  # the whole layer runs itself
+        return  # the whole layer runs its own forward
     if layout.is_container:
-        inside = modification.placement == "before_dropout" and layout.output_dropout is not None
-        why = why_itself(base, place.layer, layout) if inside else None
-        if why is not None:
-            raise ValueError(
-                f"{place.name}.{layout.entry}: {why}, so nothing can be put before its dropout: put"
-                " the adapter after it (placement='after_dropout')"
-            )
+        _check_container(base, target, layout, modification)
         return
-    for path, module in _around(place.layer, layout):
+    for path, module in _around(target.layer, layout):
         why = why_foreign(module, own_file(base))
         if why is not None:
             raise ValueError(
-                f"{_joined(place.name, path)}: {why}. It spells the feed-forward block out, and a"
+                f"{_joined(target.name, path)}: {why}. It spells the feed-forward block out, and a"
                 " method there would do a part of its work: put one on the attention, or after the"
                 " layer's norm (placement='after_norm')"
             )
-    for condition in _unhooked(place, layout):
+    for condition in _unhooked(target, layout):
         why = condition.why_not()
         if why is not None:
             raise ValueError(f"{condition.path} {why}: remove it before inject")
 
 
-def take_block(base: nn.Module, place: Place, layout: FFNLayout, injection: Injection) -> FFNBlock:
-    """The block of a layer, for a site that runs in its place. Where the layer spells it out, what
-    the site will run is silenced, and watched."""
-    layer = place.layer
+def _check_container(
+    base: nn.Module, target: TargetLayer, layout: FFNLayout, modification: Modification
+) -> None:
+    if modification.placement != "before_dropout" or layout.output_dropout is None:
+        return
+    why = why_own_forward(base, target.layer, layout)
+    if why is not None:
+        raise ValueError(
+            f"{target.name}.{layout.entry}: {why}, so nothing can be put before its dropout: put"
+            " the adapter after it (placement='after_dropout')"
+        )
+
+
+def take_block(
+    base: nn.Module, target: TargetLayer, layout: FFNLayout, injection: Injection
+) -> FFNBlock:
+    """The block of a layer, for a site that runs instead of it. Where the layer spells it out, the
+    layer's own projections and dropouts are made to do nothing, and are watched."""
+    layer = target.layer
     if layout.is_container:
         return describe_block(base, layer, layout)
+    conditions = injection.conditions_of(find(base, target.stack.owner))
 
     def take(owner: nn.Module, name: str) -> Attribute:
-        taken = injection.take(Taken(owner, name))
+        taken = injection.changes.take(Taken(owner, name))
         conditions.taken.append(taken)
         return taken
 
-    conditions = injection.conditions_of(find(base, place.stack.owner))
     ffn = describe_block(base, layer, layout, take)
     conditions.conditions += [
-        *(Alone(_joined(place.name, p), *_owner_and_name(layer, p))
+        *(Alone(_joined(target.name, p), *_owner_and_name(layer, p))
           for p in (layout.in_proj, layout.out_proj)),
-        *(Unpatched(_joined(place.name, path), module) for path, module in _around(layer, layout)),
-        *_unhooked(place, layout),
+        *(Unpatched(_joined(target.name, p), module) for p, module in _around(layer, layout)),
+        *_unhooked(target, layout),
     ]  # fmt: skip
-    injection.call(host_of(find(layer, layout.out_proj)), passthrough)
+    injection.changes.call(host_of(find(layer, layout.out_proj)), passthrough)
     for path in layout.output_dropout_also:
         hook = MovedDropout(ffn.output_dropout)
-        injection.hook(find(layer, path).register_forward_hook(hook))
+        injection.changes.hook(find(layer, path).register_forward_hook(hook))
     return ffn
 
 
-def describe_block(base: nn.Module, layer: nn.Module, layout: FFNLayout, at=Attribute) -> FFNBlock:
-    """The block of a layer; ``at`` makes what reads an attribute when the block runs."""
+def describe_block(
+    base: nn.Module, layer: nn.Module, layout: FFNLayout, attribute=Attribute
+) -> FFNBlock:
+    """The block of a layer. ``attribute`` makes what reads a value from the layer when the block
+    runs: an :class:`Attribute`, or a :class:`Taken` one."""
     block = find(layer, layout.entry) if layout.is_container else None
     projections = filter(None, (layout.gate_proj, layout.in_proj, layout.out_proj))
-    taken: dict[str, Attribute] = {}
+    made: dict[str, Attribute] = {}
 
     def reader(path: str) -> Attribute:
-        return taken.setdefault(path, taken.get(path) or at(*_owner_and_name(layer, path)))
+        return made.setdefault(path, made.get(path) or attribute(*_owner_and_name(layer, path)))
 
     dropouts = [
         Dropout(reader(path) if path else None)
@@ -98,11 +128,11 @@ def describe_block(base: nn.Module, layer: nn.Module, layout: FFNLayout, at=Attr
         activation=reader(layout.activation), activation_dropout=dropouts[0],
         output_dropout=dropouts[1],
         projections_at=[Attribute(*_owner_and_name(layer, path)) for path in projections],
-        why_itself=None if block is None else why_itself(base, layer, layout),
+        why_itself=None if block is None else why_own_forward(base, layer, layout),
     )  # fmt: skip
 
 
-def why_itself(base: nn.Module, layer: nn.Module, layout: FFNLayout) -> str | None:
+def why_own_forward(base: nn.Module, layer: nn.Module, layout: FFNLayout) -> str | None:
     """Why a block that is a module of its own must run its own forward, or None."""
     return why_foreign(find(layer, layout.entry), own_file(base)) or why_beside(layer, layout)
 
@@ -113,19 +143,19 @@ def _owner_and_name(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _around(layer: nn.Module, layout: FFNLayout) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose forwards spell a block out: the layer, and what holds a piece of it."""
+    """The modules whose forwards spell a block out: the layer, and the owners of its pieces."""
     paths = [layout.in_proj, layout.out_proj, layout.activation, layout.output_dropout]
-    held = {path.rpartition(".")[0] for path in filter(None, paths)}
-    return ((path, find(layer, path)) for path in sorted({"", *held}))
+    owners = {path.rpartition(".")[0] for path in filter(None, paths)}
+    return ((path, find(layer, path)) for path in sorted({"", *owners}))
 
 
-def _unhooked(place: Place, layout: FFNLayout) -> list[Unhooked]:
-    """The pieces of a spelled-out block that a site does the work of."""
+def _unhooked(target: TargetLayer, layout: FFNLayout) -> list[Unhooked]:
+    """The pieces of a spelled-out block whose work a site does."""
     paths = (layout.in_proj, layout.out_proj, layout.activation, layout.activation_dropout,
              layout.output_dropout)  # fmt: skip
-    pieces = ((path, find(place.layer, path)) for path in filter(None, paths))
+    pieces = ((path, find(target.layer, path)) for path in filter(None, paths))
     return [
-        Unhooked(_joined(place.name, path), host_of(piece), path == layout.entry)
+        Unhooked(_joined(target.name, path), host_of(piece), path == layout.entry)
         for path, piece in pieces if isinstance(piece, nn.Module)
     ]  # fmt: skip
 

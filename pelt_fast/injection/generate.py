@@ -1,5 +1,4 @@
-"""What holds while a model generates: nothing trains, so that a prefix is made once for all
-steps."""
+"""While a model generates nothing trains, so that each prefix is computed once for all steps."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from .record import Injection
 
 @contextlib.contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
-    """Inside, this thread's forwards without autograd make each prefix of ``model`` once: the
-    weights must not change. Nothing of it outlives the block."""
+    """In this block, forwards of this thread without autograd compute each prefix of ``model``
+    once. The weights must not change in it. Nothing is kept afterwards."""
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, PrefixBank):
@@ -23,19 +22,20 @@ def generating(model: nn.Module) -> Iterator[None]:
 
 
 class Generate:
-    """A model's ``generate``, the one that was there, inside :func:`generating`. A wrapper's
-    (PEFT's) comes by here as well."""
+    """The model's ``generate`` inside :func:`generating`. A wrapper's (PEFT's) calls it, too."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.own = model, model.__dict__.get("generate")
+        self.model, self.before = model, model.__dict__.get("generate")
 
     def __call__(self, *args, **kwargs):
-        own = type(self.model).generate.__get__(self.model) if self.own is None else self.own
+        inner = self.before
+        if inner is None:
+            inner = type(self.model).generate.__get__(self.model)
         with generating(self.model):
-            return own(*args, **kwargs)
+            return inner(*args, **kwargs)
 
 
 def take_generate(model: nn.Module, injection: Injection) -> None:
-    """Let ``model`` say when it generates, where it can."""
+    """Wrap ``model.generate``, if there is one."""
     if hasattr(type(model), "generate"):
-        injection.set(model, "generate", Generate(model), watched=False)
+        injection.changes.set(model, "generate", Generate(model), watched=False)

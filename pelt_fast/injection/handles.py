@@ -1,8 +1,8 @@
-"""Which model a handle stands for: a method is found behind wrappers, inside and around.
+"""Which model a handle stands for: the method may be on a model inside or around it.
 
-torch.compile, DDP, DataParallel and PEFT wrap a model in another module; a base model is inside one
-with a task head, and may be inside two. A method lives on the model that inject was given, without
-its wrappers, and its names are those of that model.
+torch.compile, DDP, DataParallel and PEFT wrap a model in another module. A base model is inside a
+model with a task head, and may be inside two. A method is on the model that inject was given,
+without its wrappers, and its names are those of that model.
 """
 
 from torch import nn
@@ -10,13 +10,13 @@ from torch import nn
 from pelt_fast.layouts.names import is_method, modules_of, unwrapped
 
 METHOD = "_pelt"  # the attribute that holds a model's injection
-INSIDE = "_pelt_inside"  # on what else of that model can be a handle: (method, class of the model)
+INSIDE = "_pelt_inside"  # on parts of that model: (method's name, class of the model)
 
 
 def carrier_of(handle: nn.Module) -> nn.Module:
     """The model that carries the method ``handle`` stands for, without its wrappers.
 
-    Raises ValueError when there is none, or when it is another: the message says where it is.
+    Raises ValueError when there is none, or when another model carries it: the message says which.
     """
     model = unwrapped(handle)
     if METHOD in model.__dict__:
@@ -28,7 +28,7 @@ def carrier_of(handle: nn.Module) -> nn.Module:
 
 
 def elsewhere(model: nn.Module) -> str | None:
-    """Where the method is, of a model that carries none itself; None when it is nowhere."""
+    """Where the method is when ``model`` itself carries none; None when there is none."""
     kind = type(model).__name__
     for path, module in modules_of(model).items():
         if METHOD in module.__dict__:
@@ -45,31 +45,31 @@ def elsewhere(model: nn.Module) -> str | None:
 
 
 def refuse_second(model: nn.Module) -> None:
-    """ValueError when any part of a model carries a method already: what, and where."""
-    kind = type(model).__name__
+    """ValueError when any part of a model carries a method already: which one, and where."""
     for path, module in modules_of(model).items():
-        there = f"model.{path} of this {kind}" if path else f"this {kind}"
+        part = f"this {type(model).__name__}"
+        part = f"model.{path} of {part}" if path else part
         if METHOD in module.__dict__:
             present = module.__dict__[METHOD].config.name
             last = "eject it first" if not path else f"eject it there first (eject(model.{path}))"
-            raise ValueError(f"{there} already carries {present!r}: {last}")
+            raise ValueError(f"{part} already carries {present!r}: {last}")
         if INSIDE in module.__dict__:
             present, outer = module.__dict__[INSIDE]
             how = "shares it" if path else "is around it"
             raise ValueError(
-                f"{there} already carries {present!r}, injected into the {outer} that {how}: eject"
+                f"{part} already carries {present!r}, injected into the {outer} that {how}: eject"
                 " it there first"
             )
         if is_method(path) or "pelt_prefix_slice" in module.__dict__:
             raise ValueError(
-                f"{there} already carries a method, injected into another model that shares it:"
+                f"{part} already carries a method, injected into another model that shares it:"
                 " eject it there first"
             )
 
 
 def mark(model: nn.Module, parts: list[nn.Module], injection) -> None:
-    """Let the parts of a model that can be handles themselves say what is around them."""
+    """Note on the parts of a model that can be handles which model is around them."""
     for part in dict.fromkeys(parts):
         if part is not model:
             inside = injection.config.name, type(model).__name__
-            injection.set(part, INSIDE, inside, watched=False)
+            injection.changes.set(part, INSIDE, inside, watched=False)

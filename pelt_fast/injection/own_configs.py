@@ -1,5 +1,8 @@
-"""A prefix chooses its attention on the config, and models share config objects: while it is
-injected, a model has configs of its own, alike and of the same identities."""
+"""Configs that belong to one model alone.
+
+A prefix chooses its attention on the config, and models share config objects. While a prefix is
+injected, the model has copies: what was one object in it is one copy.
+"""
 
 import copy
 
@@ -12,36 +15,36 @@ _CHOICE = "_attn_implementation_internal"
 
 
 class OwnConfig:
-    """A config, the copy that stands in its place, and what the copy said first."""
+    """A shared config, the model's copy of it, and what the copy said at first."""
 
-    def __init__(self, shared: PreTrainedConfig, own: PreTrainedConfig):
-        self.shared, self.own = shared, own
-        self.first = copy.deepcopy(vars(own))
+    def __init__(self, shared: PreTrainedConfig, copied: PreTrainedConfig):
+        self.shared, self.copied = shared, copied
+        self.first = copy.deepcopy(vars(copied))
 
-    def give_back(self) -> None:
-        """Tell the shared config what was changed on the copy, but for the attention."""
-        for name, value in vars(self.own).items():
+    def write_back(self) -> None:
+        """Write what was changed on the copy, except the attention, to the shared config."""
+        for name, value in vars(self.copied).items():
             changed = name not in self.first or self.first[name] != value
             if changed and name != _CHOICE and not isinstance(value, PreTrainedConfig):
                 setattr(self.shared, name, value)
 
 
 def own_configs(model: nn.Module, injection: Injection) -> None:
-    """Put a copy in the place of every config that a module of ``model`` holds: what was one object
-    is one again, and no other model's."""
+    """Replace every config that a module of ``model`` holds by a copy."""
     memo: dict = {}
     pairs: dict[int, OwnConfig] = {}
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig):
-                own = copy.deepcopy(value, memo)
-                pairs.setdefault(id(value), OwnConfig(value, own))
-                injection.set(module, name, own, watched=False)
+                copied = copy.deepcopy(value, memo)
+                pairs.setdefault(id(value), OwnConfig(value, copied))
+                injection.changes.set(module, name, copied, watched=False)
     injection.configs = list(pairs.values())
 
 
 def return_configs(injection: Injection) -> None:
-    """Before the shared configs stand in their places again: give them what was changed since."""
+    """Write what was changed on the copies to the shared configs; called before undo puts those
+    back."""
     for config in injection.configs:
-        config.give_back()
+        config.write_back()
     injection.configs = []

@@ -1,11 +1,11 @@
-"""A cache that begins with a prompt: it counts its tokens alone, and is known by what it holds.
+"""A cache whose first keys are a prompt's: how it is marked, what length it tells, what is refused.
 
-Whoever asks such a cache for its length (``generate``, or code by hand) wants to know how many of
-the tokens are in it already; the virtual ones are no tokens of theirs. So ``get_seq_length`` leaves
-them out, but for the stack that runs with the prompt in front, whose keys they are. The mark lies
-on the cache: it copies and pickles with it, and goes on through crops, reordering and resets. Keys
-that the present prompt did not make are refused: those of a cache without the mark, of another
-prompt, or of this one before it was trained, loaded or exchanged.
+Code that asks a cache for its length (``generate``, or a user's) wants the number of tokens in it.
+The virtual tokens are not the user's. So ``get_seq_length`` leaves them out, except for the stack
+that is running with the prompt in front. The mark is an attribute of the cache: it is copied and
+pickled with it, and stays through crops, reordering and resets. Keys that the present prompt did
+not make are refused: those of a cache without a mark, of another prompt, or of this one before it
+was trained, loaded or exchanged.
 """
 
 from functools import partial
@@ -19,12 +19,12 @@ _ANEW = "start with an empty cache"
 
 
 class HeldPrompt:
-    """The prompt (P, d) that a cache's ``layers`` begin with."""
+    """The mark: the prompt (P, d) whose keys come first in a cache's ``layers``."""
 
     def __init__(self, layers: list, rows: Tensor):
-        # the layers, not the cache: a cycle would keep its memory until Python looks for cycles
+        # the layers, not the cache: a reference cycle would keep the memory until it is collected
         self.layers, self.rows = layers, rows.detach().clone()
-        self.running = False  # whether the stack that put the prompt there is
+        self.running = False  # whether the stack that put the prompt there is running
 
     @property
     def length(self) -> int:
@@ -32,19 +32,19 @@ class HeldPrompt:
         return self.rows.shape[0]
 
     def whole(self, layer_idx: int = 0) -> int:
-        """The keys of a layer, or of the first behind it that counts them."""
+        """The number of keys of a layer, or of the next one that counts them."""
         for layer in self.layers[layer_idx:]:
             if hasattr(layer, "get_seq_length"):
                 return layer.get_seq_length()
         return 0
 
     def tokens(self, layer_idx: int = 0) -> int:
-        """The cache's ``get_seq_length``."""
+        """The number of tokens: the cache's ``get_seq_length``."""
         whole = self.whole(layer_idx)
         return whole if self.running else max(whole - self.length, 0)
 
     def offset(self, layer_idx: int = 0) -> int:
-        """The cache's ``get_query_offset``, which a running model asks for."""
+        """The cache's ``get_query_offset``, which a model asks for while it runs."""
         if not self.running:
             raise ValueError(
                 f"this cache begins with the {self.length} virtual tokens of a prompt, which the"
@@ -53,7 +53,7 @@ class HeldPrompt:
         return self.whole(layer_idx)
 
     def check(self, prompt: Tensor) -> None:
-        """ValueError unless the layers begin with ``prompt`` and hold one number of keys each."""
+        """ValueError unless the layers begin with ``prompt`` and hold equally many keys."""
         lengths = {self.whole(i) for i in range(len(self.layers))} - {0}
         if self.running or len(lengths) > 1:
             raise ValueError(
@@ -74,10 +74,10 @@ class HeldPrompt:
 
 
 def given_cache(kwargs: dict, length: int) -> Cache | None:
-    """The cache of a stack's own keys among a call's arguments; ValueError for a static one, which
-    has no room for ``length`` more."""
+    """The cache of a stack's own keys among a call's arguments. Raises ValueError for a static one,
+    which has no room for ``length`` more keys."""
     cache = kwargs.get("cache")
-    cache = _own(kwargs.get("past_key_values") if cache is None else cache)
+    cache = _self_attention(kwargs.get("past_key_values") if cache is None else cache)
     if isinstance(cache, StaticCache):
         raise ValueError(
             f"a static cache has no place for the {length} virtual tokens of this prompt: use the"
@@ -87,8 +87,8 @@ def given_cache(kwargs: dict, length: int) -> Cache | None:
 
 
 def held_by(cache: Cache, prompt: nn.Module) -> HeldPrompt:
-    """The mark of a cache that a forward begins with, made where it is empty; ValueError for keys
-    that ``prompt`` did not make."""
+    """The mark of the cache that a forward was given; an empty cache gets one. Raises ValueError
+    for keys that ``prompt`` did not make."""
     held = cache.__dict__.get(_MARK)
     if cache.get_seq_length() == 0 and (held is None or held.whole() == 0):
         return mark(cache, prompt)
@@ -103,7 +103,7 @@ def held_by(cache: Cache, prompt: nn.Module) -> HeldPrompt:
 
 
 def mark(cache: Cache, prompt: nn.Module) -> HeldPrompt:
-    """Say that a cache begins with ``prompt``."""
+    """Mark a cache that begins with ``prompt``."""
     held = HeldPrompt(cache.layers, prompt.embedding)
     setattr(cache, _MARK, held)
     cache.get_seq_length = partial(HeldPrompt.tokens, held)  # a graph can return no bound method
@@ -112,15 +112,15 @@ def mark(cache: Cache, prompt: nn.Module) -> HeldPrompt:
 
 
 def mark_returned(outputs, prompt: nn.Module) -> None:
-    """The same of a cache that a model made itself."""
+    """Mark the caches among a model's outputs that the model made itself."""
     for value in outputs.values() if hasattr(outputs, "values") else outputs:
-        if isinstance(value, Cache) and _MARK not in _own(value).__dict__:
-            mark(_own(value), prompt)
+        if isinstance(value, Cache) and _MARK not in _self_attention(value).__dict__:
+            mark(_self_attention(value), prompt)
 
 
 def check_cross_keys(kwargs: dict, states: Tensor | None) -> None:
-    """ValueError for a decoder's cache whose cross-attention is of other encoder outputs than
-    ``states``, by their length: of those without the prompt."""
+    """ValueError for a decoder's cache whose cross-attention keys have another length than the
+    encoder outputs ``states``: they were made without the prompt."""
     cross = getattr(kwargs.get("cache"), "cross_attention_cache", None)
     if states is None or not isinstance(cross, DynamicCache):
         return
@@ -131,5 +131,5 @@ def check_cross_keys(kwargs: dict, states: Tensor | None) -> None:
         )
 
 
-def _own(cache: Cache | None) -> Cache | None:
+def _self_attention(cache: Cache | None) -> Cache | None:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

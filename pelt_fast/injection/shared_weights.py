@@ -1,4 +1,4 @@
-"""One weight in two places: who holds a parameter, each module looked at once."""
+"""Weights that more than one module holds."""
 
 from torch import nn
 
@@ -8,14 +8,14 @@ Holders = dict[nn.Parameter, list[str]]
 
 
 def holders_of(model: nn.Module) -> Holders:
-    """For each parameter the names it has, one for each module that holds it: more than one where
-    layers are tied, one where a layer is in two places."""
-    found: Holders = {}
+    """The names of each parameter, one for each module that holds it. There are several where
+    weights are tied, and one where a layer is in the model twice."""
+    holders: Holders = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(parameter, []).append(clean(f"{path}.{name}").lstrip("."))
-    return found
+                holders.setdefault(parameter, []).append(clean(f"{path}.{name}").lstrip("."))
+    return holders
 
 
 def is_shared(holders: Holders, parameter: nn.Parameter | None) -> bool:
@@ -24,7 +24,7 @@ def is_shared(holders: Holders, parameter: nn.Parameter | None) -> bool:
 
 
 def refuse_shared(holders: Holders, parameter: nn.Parameter) -> None:
-    """ValueError when what a merge would write is read in another place, too."""
+    """ValueError when another module reads the weight that a merge would write."""
     first, *others = holders.get(parameter, [""])
     if others:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The places of a model that a modification asks for: layers, attentions, blocks, linear layers."""
+"""What a modification asks for in a model: layers, attentions, FFN blocks, linear layers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from pelt_fast.modules.projection_view import ProjectionView
 
 
 @dataclass(frozen=True)
-class Place:
-    """One layer, where it is (``index`` in the stack's list, ``order`` among the places asked for),
-    and its layouts."""
+class TargetLayer:
+    """One layer that is asked for: ``index`` counts in its stack, ``order`` among those asked
+    for."""
 
     name: str
     layer: nn.Module
@@ -24,32 +24,32 @@ class Place:
     order: int
 
 
-def places(
+def target_layers(
     base: nn.Module, stacks: list[StackLayout], layers: tuple[int, ...] | None = None
-) -> Iterator[Place]:
-    """The layers with these indices in each stack, every layer where there are none; one that is
-    there twice is one place. Raises ValueError for one that a stack does not have."""
+) -> Iterator[TargetLayer]:
+    """The layers with these indices in each stack; None is every layer. A module that is in a stack
+    twice comes once. Raises ValueError for an index that a stack does not have."""
     seen: set[nn.Module] = set()
     for stack in stacks:
-        there, order = find(base, stack.layers), 0
-        for index in range(len(there)) if layers is None else layers:
-            if index >= len(there):
+        modules, order = find(base, stack.layers), 0
+        for index in range(len(modules)) if layers is None else layers:
+            if index >= len(modules):
                 raise ValueError(
-                    f"{stack.layers} of {type(base).__name__} has {len(there)} layers, from 0:"
+                    f"{stack.layers} of {type(base).__name__} has {len(modules)} layers, from 0:"
                     f" there is no layer {index}"
                 )
-            layer = compiled_from(there[index])
+            layer = compiled_from(modules[index])
             if layer not in seen:
                 seen.add(layer)
-                yield Place(f"{stack.layers}.{index}", layer, index, stack, order)
+                yield TargetLayer(f"{stack.layers}.{index}", layer, index, stack, order)
                 order += 1
 
 
 def attention_layouts(
     base: nn.Module, modification: Modification, stacks: list[StackLayout]
-) -> Iterator[tuple[Place, AttentionLayout]]:
-    """The attentions the modification asks for. A decoder without its encoder never runs its
-    cross-attention: nothing is put there that could not train."""
+) -> Iterator[tuple[TargetLayer, AttentionLayout]]:
+    """The attentions that are asked for. A decoder without its encoder never runs its
+    cross-attention, so that no method is put there: it could not train."""
     asked = {
         stack: [
             layout
@@ -59,73 +59,76 @@ def attention_layouts(
         for stack in stacks
     }
     seen: set[nn.Module] = set()
-    for place in places(base, [stack for stack in stacks if asked[stack]], modification.layers):
-        for layout in asked[place.stack]:
-            module = find(place.layer, layout.module)
+    with_attention = [stack for stack in stacks if asked[stack]]
+    for target in target_layers(base, with_attention, modification.layers):
+        for layout in asked[target.stack]:
+            module = find(target.layer, layout.module)
             if module not in seen:
                 seen.add(module)
-                yield place, layout
+                yield target, layout
 
 
 def attentions(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
-    """The attention modules, by name."""
-    for place, layout in attention_layouts(base, modification, stacks):
-        yield f"{place.name}.{layout.module}", find(place.layer, layout.module)
+    """The attention modules that are asked for, by name."""
+    for target, layout in attention_layouts(base, modification, stacks):
+        yield f"{target.name}.{layout.module}", find(target.layer, layout.module)
 
 
-def ffns(base, modification, stacks) -> Iterator[tuple[Place, FFNLayout]]:
-    """The feed-forward blocks."""
+def ffn_layouts(base, modification, stacks) -> Iterator[tuple[TargetLayer, FFNLayout]]:
+    """The feed-forward blocks that are asked for. Raises ValueError for a stack that has none."""
     asked = [stack for stack in stacks if stack.kind in modification.where]
-    for place in places(base, asked, modification.layers):
-        if place.stack.ffn is None:
-            raise ValueError(f"{place.name}: no method on its FFN: {place.stack.no_ffn}")
-        yield place, place.stack.ffn
+    for target in target_layers(base, asked, modification.layers):
+        if target.stack.ffn is None:
+            raise ValueError(f"{target.name}: no method on its FFN: {target.stack.no_ffn}")
+        yield target, target.stack.ffn
 
 
 def linears(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers a low-rank modification targets, one that layers share once."""
-    for place, path, linear in placed_linears(base, modification, stacks):
-        yield f"{place.name}.{path}", linear
+    """The linear layers of a low-rank modification, by name. One that layers share comes once."""
+    for target, path, linear in linears_of_layers(base, modification, stacks):
+        yield f"{target.name}.{path}", linear
 
 
-def placed_linears(base, modification, stacks) -> Iterator[tuple[Place, str, nn.Module]]:
-    """And the layer each is in, with its path there."""
+def linears_of_layers(base, modification, stacks) -> Iterator[tuple[TargetLayer, str, nn.Module]]:
+    """As :func:`linears`, with the layer that each is in and its path there."""
     seen = set()
-    for place, path, linear in _every_linear(base, modification, stacks):
+    for target, path, linear in _all_linears(base, modification, stacks):
         if identity(linear) not in seen:
             seen.add(identity(linear))
-            yield place, path, linear
+            yield target, path, linear
 
 
 def identity(linear: nn.Module) -> tuple[nn.Module, str]:
-    """What tells one linear layer from another: a part is made anew each time it is looked for."""
+    """Equal for one linear layer, whenever it is looked up: a view of a projection is a new object
+    each time."""
     return (linear.owner, linear.name) if isinstance(linear, ProjectionView) else (linear, "")
 
 
-def _every_linear(base, modification, stacks) -> Iterator[tuple[Place, str, nn.Module]]:
+def _all_linears(base, modification, stacks) -> Iterator[tuple[TargetLayer, str, nn.Module]]:
     group, which = modification.target.split(".")
     if group == "attention":
-        for place, layout in attention_layouts(base, modification, stacks):
+        for target, layout in attention_layouts(base, modification, stacks):
             path = layout.out if which == "o" else getattr(layout, which)
-            yield place, path, find(place.layer, path)
+            yield target, path, find(target.layer, path)
         return
-    for place, layout in ffns(base, modification, stacks):
+    for target, layout in ffn_layouts(base, modification, stacks):
         paths = [layout.out_proj] if which == "out" else [layout.gate_proj, layout.in_proj]
         for path in filter(None, paths):
-            yield place, path, find(place.layer, path)
+            yield target, path, find(target.layer, path)
 
 
-def prompted(modification: Modification, stacks: list[StackLayout]) -> Iterator[StackLayout]:
-    """The stack a prompt stands in front of: the first, that of an encoder where there is one."""
+def prompt_stacks(modification: Modification, stacks: list[StackLayout]) -> Iterator[StackLayout]:
+    """The stack that a prompt goes in front of: the first one, which is the encoder's if there is
+    an encoder. Nothing when it is not asked for, or its layout has no prompt."""
     return (stack for stack in stacks[:1] if stack.kind in modification.where and stack.prompt)
 
 
-def targets(base, modification, stacks) -> Iterator:
-    """What a modification changes, whatever its kind."""
+def everything_asked(base, modification, stacks) -> Iterator:
+    """What a modification changes, of any form."""
     if modification.form == "prompt":
-        return prompted(modification, stacks)
+        return prompt_stacks(modification, stacks)
     if "." in modification.target:
         return linears(base, modification, stacks)
     if modification.target == "ffn":
-        return ffns(base, modification, stacks)
+        return ffn_layouts(base, modification, stacks)
     return attentions(base, modification, stacks)

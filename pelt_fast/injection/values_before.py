@@ -1,4 +1,7 @@
-"""Tensors that are no part of a model, and yet are moved and cast with it."""
+"""Values of parameters from before the method: eject and unmerge write them back.
+
+They are not part of the model's state, and yet they are moved and cast with the model.
+"""
 
 from collections.abc import Callable
 
@@ -6,30 +9,33 @@ from torch import Tensor, nn
 
 
 class Follower(nn.Module):
-    """Holds tensors beside a model's own: in no state_dict, among no buffers. What is done to the
-    model (``.to``, ``.half``) is done to them."""
+    """Holds tensors that are in no state_dict and among no buffers. What is done to the model
+    (``.to``, ``.half``) is done to them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         self.map(fn)
         return super()._apply(fn, recurse)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Put ``fn`` of each tensor in its place."""
+        """Replace each tensor by ``fn`` of it."""
         raise NotImplementedError
 
 
-class Before(Follower):
-    """What eject and unmerge give back: ``values`` of parameters by name, ``base`` as merge wrote
-    over it, (module, name, value or None)."""
+class ValuesBefore(Follower):
+    """The values that eject and unmerge write back.
+
+    ``trained``: the model's own parameters that train (task head, biases), by name.
+    ``overwritten``: the parameters that merge wrote, as (module, name, value or None).
+    """
 
     def __init__(self):
         super().__init__()
-        self.values: dict[str, Tensor] = {}
-        self.base: list[tuple[nn.Module, str, Tensor | None]] = []
+        self.trained: dict[str, Tensor] = {}
+        self.overwritten: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.values = {name: fn(value) for name, value in self.values.items()}
-        self.base = [
+        self.trained = {name: fn(value) for name, value in self.trained.items()}
+        self.overwritten = [
             (module, name, None if value is None else fn(value))
-            for module, name, value in self.base
+            for module, name, value in self.overwritten
         ]

@@ -1,8 +1,8 @@
-"""Every injection looked at again, whenever a stack begins to run.
+"""Before each forward of a stack: what was changed in the model is still what runs.
 
-After inject another library may patch a module that a site runs in the place of, or put another
-module where it is: the site is then dead without a word. The watch is a forward pre-hook of each
-stack: it compares what was taken by identity, and says who stands there instead.
+After inject another library may patch a module whose work a site does, or put another module in its
+place. The site then no longer runs, and nothing says so. The watch is a forward pre-hook of each
+stack. It compares by identity, and names what is there instead.
 """
 
 from collections.abc import Callable
@@ -12,79 +12,92 @@ from torch import nn
 
 from pelt_fast.modules.hooked import wrappers
 
-from .record import Injection, holds
+from .record import Injection
+from .wrapped_forward import is_kept_inside
 
 
 def watch(model: nn.Module, owners: list[nn.Module], injection: Injection) -> None:
-    """Look at what was taken in ``model`` whenever one of ``owners``, or the model for what
-    lies outside of them, begins its forward; undone with the rest."""
+    """Check the changes of ``injection`` before each forward of ``owners``; what is outside of all
+    of them is checked before the model's. Removed together with the other changes."""
     paths = {module: path for path, module in model.named_modules()}
-    forwards, attributes, children = injection.taken()
-    modules = [*forwards, *(owner for owner, _ in (*attributes, *children)),
-               *injection.hooked(model)]  # fmt: skip
-    if not modules:
+    changed = _changed_modules(model, injection)
+    if not changed:
         return
-    inner: dict[nn.Module, nn.Module] = {}
+    nearest: dict[nn.Module, nn.Module] = {}
     for owner in owners:
         for module in owner.modules():
-            inner.setdefault(module, owner)
+            nearest.setdefault(module, owner)
     watches = {owner: Watch(injection.config.name) for owner in (model, *owners)}
     for owner in dict.fromkeys(owners):
         watches[model].children += _steps(model, owner, paths)
-    for module in dict.fromkeys(modules):
+    for module in changed:
         if module in paths:  # PEFT's own wrapper is around the model
-            owner = inner.get(module, model)
+            owner = nearest.get(module, model)
             watches[owner].children += _steps(owner, module, paths)
-    for module, ours in forwards.items():
+    _add_changes(injection, paths, lambda module: watches[nearest.get(module, model)])
+    for owner, checks in watches.items():
+        if checks.settle():
+            injection.changes.hook(owner.register_forward_pre_hook(checks, prepend=True))
+
+
+def _changed_modules(model: nn.Module, injection: Injection) -> list[nn.Module]:
+    """Every module that a change is on, each once."""
+    changes = injection.changes
+    owners = (owner for owner, _ in (*changes.attributes(), *changes.children()))
+    return list(dict.fromkeys([*changes.forwards(), *owners, *changes.hooked(model)]))
+
+
+def _add_changes(
+    injection: Injection, paths: dict[nn.Module, str], watch_of: Callable[[nn.Module], "Watch"]
+) -> None:
+    """Hand each change to the watch of its module."""
+    for module, ours in injection.changes.forwards().items():
         if module in paths:
-            found = watches[inner.get(module, model)]
-            found.forwards.append((paths[module], module, ours))
-    for (module, name), value in attributes.items():
+            watch_of(module).forwards.append((paths[module], module, ours))
+    for (module, name), value in injection.changes.attributes().items():
         if module in paths:
-            found = watches[inner.get(module, model)]
-            found.attributes.append((f"{paths[module]}.{name}", module, name, value))
-    for (module, name), child in children.items():
+            entry = f"{paths[module]}.{name}", module, name, value
+            watch_of(module).attributes.append(entry)
+    for (module, name), child in injection.changes.children().items():
         if module in paths:
-            found = watches[inner.get(module, model)]
-            found.children.append((f"{paths[module]}.{name}", module, (name,), child, None))
-    for owner, found in watches.items():
-        if found.settle():
-            injection.hook(owner.register_forward_pre_hook(found, prepend=True))
+            entry = f"{paths[module]}.{name}", module, (name,), child, None
+            watch_of(module).children.append(entry)
 
 
 def _steps(owner: nn.Module, module: nn.Module, paths: dict) -> list[tuple]:
-    """The way from ``owner`` down to ``module``: (path, parent, steps, child, count), a list of so
-    many layers passed over with the step after it."""
+    """The way from ``owner`` down to ``module``: (path, parent, steps, child, count). A list of
+    layers is passed over together with the step after it; ``count`` is its length."""
     top = paths[owner]
     below = paths[module].removeprefix(top).removeprefix(".")
-    found, parent, at, steps, count = [], owner, owner, (), None
+    way, parent, at, steps, count = [], owner, owner, (), None
     for step in below.split(".") if below else ():
         at, steps, top = at._modules[step], (*steps, step), f"{top}.{step}".removeprefix(".")
         if isinstance(at, (nn.ModuleList, nn.ModuleDict)):
             count = len(at)
         else:
-            found.append((top, parent, steps, at, count))
+            way.append((top, parent, steps, at, count))
             parent, steps, count = at, (), None
-    return found
+    return way
 
 
 class Watch:
-    """Forward pre-hook: RuntimeError when what was taken over is not what runs any more."""
+    """Forward pre-hook: RuntimeError when something else runs than what inject put there."""
 
     def __init__(self, method: str):
         self.method = method
         self.forwards: list | tuple = []  # (path, module, ours)
         self.attributes: list | tuple = []  # (path, module, name, value)
-        self.children: list | tuple = []  # (path, parent, steps, child, layers of a list between)
+        self.children: list | tuple = []  # (path, parent, steps, child, length of a list between)
 
     def settle(self) -> bool:
-        """Each once, and no more of them; whether there is any."""
+        """Make the lists final, each entry once; return whether there is any entry."""
         self.forwards, self.attributes = tuple(self.forwards), tuple(self.attributes)
         self.children = tuple(dict.fromkeys(self.children))
         return bool(self.forwards or self.attributes or self.children)
 
     def __call__(self, *_) -> None:
-        """Look; while a graph is traced once, as a constant: its guards know each forward."""
+        """Check. While a graph is traced this is a constant: the graph's guards know each
+        forward."""
         if torch.compiler.is_compiling():
             _look_now(self)
         else:
@@ -94,75 +107,78 @@ class Watch:
         """Compare everything."""
         for path, module, ours in self.forwards:
             if module.__dict__.get("forward") is not ours:
-                self._wrapped(path, module, ours)
+                self._check_wrapped(path, module, ours)
         for path, module, name, value in self.attributes:
-            found = module.__dict__.get(name)
-            if found is not value and not (isinstance(value, (int, float)) and found == value):
-                self._refuse(f"{path} is {_what(found)} now")
+            now = module.__dict__.get(name)
+            if now is not value and not (isinstance(value, (int, float)) and now == value):
+                self._refuse(f"{path} is {_described(now)} now")
         for path, parent, steps, child, count in self.children:
-            found = _down(parent, steps)
-            if found is child or _contains(found, child):
+            now = _down(parent, steps)
+            if now is child or _contains(now, child):
                 continue
             layers = None if count is None else _down(parent, steps[:-1])
             if layers is not None and len(layers._modules) != count:
-                continue  # layers that were taken out took their sites with them
-            self._refuse(f"{path} is {_what(found)} now, not the {type(child).__name__}")
+                continue  # layers that were removed took their sites with them
+            self._refuse(f"{path} is {_described(now)} now, not the {type(child).__name__}")
 
-    def _wrapped(self, path: str, module: nn.Module, ours: Callable) -> None:
-        """Somebody else's forward: it has to say that it wraps ours."""
-        if not any(found is ours for found in wrappers(module)):
-            found = module.__dict__.get("forward", type(module).forward)
-            self._refuse(f"{path}.forward is {_what(found)} now", holds(module, ours))
+    def _check_wrapped(self, path: str, module: nn.Module, ours: Callable) -> None:
+        """Another forward is allowed only when it says that it wraps ours."""
+        if not any(inner is ours for inner in wrappers(module)):
+            now = module.__dict__.get("forward", type(module).forward)
+            removable = is_kept_inside(module, ours)
+            self._refuse(f"{path}.forward is {_described(now)} now", removable)
 
-    def _refuse(self, what: str, first: bool = False) -> None:
+    def _refuse(self, what: str, removable: bool = False) -> None:
+        way_out = (
+            "Take that off again" if removable else "Eject, make that change, and inject again"
+        )
         raise RuntimeError(
             f"{what}, put there after {self.method!r} was injected, which no longer runs there."
-            f" {'Take that off again' if first else 'Eject, make that change, and inject again'}"
+            f" {way_out}"
         )
 
 
 def _down(parent: nn.Module, steps: tuple[str, ...]) -> nn.Module | None:
-    """The module that the steps lead to; None where one is missing."""
+    """The module at the end of the steps; None where one is missing."""
     for step in steps:
         parent = None if parent is None else parent._modules.get(step)
     return parent
 
 
 @torch.compiler.assume_constant_result
-def _look_now(found: Watch) -> bool:
-    """What a trace does instead of reading every comparison into its guards."""
-    found.look()
+def _look_now(checks: Watch) -> bool:
+    """Run at trace time, so that the comparisons do not become guards."""
+    checks.look()
     return True
 
 
-def _contains(found: nn.Module | None, child: nn.Module) -> bool:
-    """Whether a wrapper (a compiled or checkpointed layer, PEFT's) stands around ``child``."""
-    return found is not None and any(module is child for module in found.modules())
+def _contains(module: nn.Module | None, child: nn.Module) -> bool:
+    """Whether a wrapper (a compiled or checkpointed layer, PEFT's) is around ``child``."""
+    return module is not None and any(inner is child for inner in module.modules())
 
 
-def _what(found) -> str:
-    """Who that is: module and name of a function, class of anything else."""
-    if found is None:
+def _described(value) -> str:
+    """Module and name of a function, or the class of anything else."""
+    if value is None:
         return "gone"
-    found = getattr(found, "func", found)  # a partial's
-    found = getattr(found, "__func__", found)  # a method's
-    if hasattr(found, "__code__"):  # its own name, whatever functools.wraps wrote over it
-        name = getattr(found.__code__, "co_qualname", found.__code__.co_name)
-        return f"{found.__globals__['__name__']}.{name}"
-    named = found if hasattr(found, "__qualname__") else type(found)
+    value = getattr(value, "func", value)  # of a partial
+    value = getattr(value, "__func__", value)  # of a method
+    if hasattr(value, "__code__"):  # its own name, also where functools.wraps wrote another
+        name = getattr(value.__code__, "co_qualname", value.__code__.co_name)
+        return f"{value.__globals__['__name__']}.{name}"
+    named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def check_free(model: nn.Module, injection: Injection) -> None:
-    """RuntimeError when another library's wrapper holds a forward of ours where eject cannot reach
-    it: the method would stay alive in there."""
+    """RuntimeError when another library's wrapper keeps a forward of ours inside: eject cannot
+    reach it there, and the method would still run."""
     paths = {module: path for path, module in model.named_modules()}
-    forwards, *_ = injection.taken()
-    for module, ours in forwards.items():
-        if holds(module, ours):
-            found = module.__dict__.get("forward", type(module).forward)
+    for module, ours in injection.changes.forwards().items():
+        if is_kept_inside(module, ours):
+            now = module.__dict__.get("forward", type(module).forward)
             raise RuntimeError(
-                f"{paths.get(module, type(module).__name__)}.forward is {_what(found)}, which keeps"
-                f" {injection.config.name!r} inside: take that wrapper off first (what put it there"
-                " has a call for it), then eject"
+                f"{paths.get(module, type(module).__name__)}.forward is {_described(now)}, which"
+                f" keeps {injection.config.name!r} inside: take that wrapper off first (what put it"
+                " there has a call for it), then eject"
             )

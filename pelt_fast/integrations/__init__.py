@@ -1,1 +1,1 @@
-"""Other libraries' objects made to work with ours: PEFT models, transformers' Trainer."""
+"""Other libraries' models and trainers at work with ours: PEFT models, transformers' Trainer."""

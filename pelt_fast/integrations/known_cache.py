@@ -1,7 +1,8 @@
-"""Caches under accelerate_peft: the prefix is in none of them, and in every one of PEFT's own.
+"""Caches under accelerate_peft: PEFT's own caches hold the prefix, those of ours do not.
 
-A cache that PEFT filled before would bring the prefix a second time. So one that the accelerated
-model fills is marked (the mark copies and pickles with it), and one with keys and no mark refused.
+With a cache that PEFT filled before, the prefix would be attended to twice. So a cache that the
+accelerated model fills is marked; the mark is copied and pickled with it. A cache that has keys and
+no mark is refused.
 """
 
 import torch
@@ -11,7 +12,7 @@ _MARK = "_pelt_no_prefix"
 
 
 def refuse_unknown(kwargs: dict) -> None:
-    """Mark the caches among a forward's arguments; ValueError for one that something else
+    """Mark the caches among a forward's arguments. Raises ValueError for one that another model
     filled."""
     for cache in _caches(kwargs):
         if _MARK not in cache.__dict__ and cache.get_seq_length() > 0:
@@ -24,15 +25,15 @@ def refuse_unknown(kwargs: dict) -> None:
 
 
 def mark_known(outputs):
-    """The outputs, a cache among them marked, which the model may have made itself."""
+    """The outputs. Caches among them, which the model may have made itself, are marked."""
     for cache in _caches(outputs):
         setattr(cache, _MARK, True)
     return outputs
 
 
-def _caches(found) -> list[Cache]:
-    """The caches among arguments or outputs; none in a graph, which asks nothing of them."""
+def _caches(named) -> list[Cache]:
+    """The caches among arguments or outputs; none while a graph is traced."""
     if torch.compiler.is_compiling():
         return []
-    values = found.values() if hasattr(found, "values") else found
+    values = named.values() if hasattr(named, "values") else named
     return [value for value in values if isinstance(value, Cache)]

@@ -1,9 +1,9 @@
 """transformers' Trainer on an injected model: a checkpoint holds the method, not the base.
 
-``PeltTrainer`` and ``PeltSeq2SeqTrainer`` are transformers' own in all but what they write and
-read: the method as :func:`pelt_fast.save` writes it, and beside it what trains as it stands (a
-prefix's MLP, which ``save`` folds away, goes on training after a resume). Under accelerate's FSDP2
-(``inject(pack=False)`` first) too: every process gathers the method, the first writes it, and the
+``PeltTrainer`` and ``PeltSeq2SeqTrainer`` differ from transformers' own in what they write and
+read. That is the method as :func:`pelt_fast.save` writes it, and every parameter that trains: a
+prefix's MLP, which ``save`` folds away, trains further after a resume. Under accelerate's FSDP2
+(``inject(pack=False)`` first) every process gathers the method, the first one writes it, and the
 base is in no checkpoint. Needs the extra ``train``.
 """
 
@@ -18,20 +18,20 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pelt_fast.formats.checkpoint import load_trained, save, save_trained
+from pelt_fast.formats.checkpoint import save
 from pelt_fast.formats.sharded import is_sharded, resharded
+from pelt_fast.formats.training_state import load_trained, save_trained
 from pelt_fast.injection.handles import carrier_of
 from pelt_fast.layouts.names import is_method
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The newest checkpoint in ``folder`` that was written to its end: the trainer's state comes
-    last. None where there is none."""
-    found = [
+    """The newest complete checkpoint in ``folder``, or None. Its last file is the trainer state."""
+    checkpoints = [
         path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.rpartition("-")[2].isdigit() and _is_whole(path / TRAINER_STATE_NAME)
     ]  # fmt: skip
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _is_whole(state: Path) -> bool:
@@ -43,17 +43,17 @@ def _is_whole(state: Path) -> bool:
 
 
 class MethodCheckpoints:
-    """What a Trainer writes and reads; mixed in before it."""
+    """What a Trainer writes and reads: a mix-in, to be named before the Trainer's class."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """transformers' own; ``True`` goes on from the newest checkpoint that is whole: one that a
-        kill cut short is passed over."""
-        carrier_of(self.model)  # refuse now what no checkpoint could be written of
+        """As transformers' own. ``True`` resumes from the newest complete checkpoint; one that was
+        interrupted while it was written is skipped."""
+        carrier_of(self.model)  # a model without a method is refused now, not at the first save
         if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
-            if found is None:
+            newest = last_checkpoint(self.args.output_dir)
+            if newest is None:
                 raise ValueError(f"no whole checkpoint in {self.args.output_dir} to go on from")
-            resume_from_checkpoint = str(found)
+            resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _plain_model(self, model: nn.Module | None = None) -> nn.Module:
@@ -64,20 +64,20 @@ class MethodCheckpoints:
         )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """transformers' own, but for a method's learned scale: a factor about one, which decay
-        would pull to zero."""
+        """As transformers' own, without a method's learned scale: decay would pull that factor,
+        which starts at one, to zero."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not (is_method(name) and name.endswith(".scale"))]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """transformers' own, which under FSDP would gather the base."""
+        """As transformers' own; that one would gather the base under FSDP."""
         if self.is_fsdp_enabled:
             self._save(output_dir)
         else:
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """transformers' own, which under FSDP would write the base beside the optimizer."""
+        """As transformers' own; that one would write the base beside the optimizer under FSDP."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -111,8 +111,8 @@ class MethodCheckpoints:
 
 
 class PeltTrainer(MethodCheckpoints, Trainer):
-    """transformers' ``Trainer``."""
+    """transformers' ``Trainer``, with checkpoints that hold the method alone."""
 
 
 class PeltSeq2SeqTrainer(MethodCheckpoints, Seq2SeqTrainer):
-    """transformers' ``Seq2SeqTrainer``: generates in evaluation."""
+    """transformers' ``Seq2SeqTrainer``, with checkpoints that hold the method alone."""

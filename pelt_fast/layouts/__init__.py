@@ -1,1 +1,1 @@
-"""What a model looks like: the words for it, the table of known models, the search for others."""
+"""What a model looks like: its description, the table of known models, drafts for others."""

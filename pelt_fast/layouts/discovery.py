@@ -1,7 +1,7 @@
-"""A draft of a table row for an architecture that has none, guessed from the names of its modules.
+"""A draft of a layout for an architecture that is not in the table, guessed from module names.
 
-What a name cannot tell is left as "?", and a comment says why: the draft is a form to fill in, not
-an answer. Nothing of a block is left out without a word.
+What a name cannot tell is left as "?", with a comment that says why. The draft is to be completed
+by a person. Everything in a block is either in it or in a comment.
 """
 
 import re
@@ -14,7 +14,7 @@ from .lookup import base_of, has
 from .unnamed import unnamed_in_block
 
 UNKNOWN = "?"
-# one guess each, the first that a layer has; matched against the last step of a path
+# names to try, in order; compared with the last step of a path
 NAMES = {
     "q": ("q_proj", "query", "query_proj", "q", "q_lin", "wq", "fc_q"),
     "k": ("k_proj", "key", "key_proj", "k", "k_lin", "wk", "fc_k"),
@@ -26,14 +26,14 @@ NAMES = {
     "out_proj": ("down_proj", "fc2", "wo", "lin2", "dense_4h_to_h", "fc_out"),
     "activation": ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation"),
 }
-# what configs call their activation
+# the names that configs use for their activation
 CONFIG = ("hidden_act", "activation_function", "hidden_activation", "dense_act_fn", "activation")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)
 _EXPERTS = re.compile(r"expert|moe|router|mixture", re.IGNORECASE)
 
 
 def draft(model: nn.Module) -> str:
-    """Python that makes a :class:`~pelt_fast.SlotMap` of what the names of ``model`` suggest."""
+    """Python that makes the :class:`~pelt_fast.Layout` that the names in ``model`` suggest."""
     base = base_of(model)
     stacks = "".join(_stack(base, path) for path in _stacks(base))
     if not stacks:
@@ -47,7 +47,7 @@ def draft(model: nn.Module) -> str:
 
 
 def _stacks(base: nn.Module) -> list[str]:
-    """Paths of the lists of layers that hold a projection of queries."""
+    """Paths of the lists of layers that have a query projection."""
     return [
         path for path, module in base.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and _queries(module[0])
@@ -55,15 +55,15 @@ def _stacks(base: nn.Module) -> list[str]:
 
 
 def _queries(layer: nn.Module) -> list[str]:
-    """Paths of the projections of queries, alone or with keys and values."""
+    """Paths of the query projections, alone or joined with keys and values."""
     return _paths(layer, "q") or _paths(layer, "qkv")
 
 
 def _paths(layer: nn.Module, role: str, under: str = "") -> list[str]:
     """Paths of a layer's modules whose last step is one of the names of ``role``."""
-    found = {path: path.rpartition(".")[2] for path, _ in layer.named_modules() if path}
+    last_steps = {path: path.rpartition(".")[2] for path, _ in layer.named_modules() if path}
     return [
-        path for name in NAMES[role] for path, last in found.items()
+        path for name in NAMES[role] for path, last in last_steps.items()
         if last == name and path.startswith(under)
     ]  # fmt: skip
 
@@ -77,10 +77,11 @@ def _stack(base: nn.Module, path: str) -> str:
     layer = layers[0]
     first = layer.get_submodule(_queries(layer)[0].rpartition(".")[0])
     kind = "decoder" if getattr(first, "is_causal", "decoder" in path) else "encoder"
-    own = "".join(_attention(layer, query, kind) for query in _queries(layer))
+    attentions = "".join(_attention(layer, query, kind) for query in _queries(layer))
     return (
         f"{_differing(layers)}"
-        f"    StackLayout({kind!r}, owner={owner!r}, layers={path!r}, attentions=(\n{own}    ),\n"
+        f"    StackLayout({kind!r}, owner={owner!r}, layers={path!r}, attentions=(\n"
+        f"{attentions}    ),\n"
         f"{_block(layers, base.config)}    ),\n"
     )
 
@@ -100,14 +101,14 @@ def _attention(layer: nn.Module, query: str, kind: str) -> str:
     kind = "cross" if _CROSS.search(module) else kind
     under = module + "." if module else ""
     keys, values, out = (_first(layer, role, under) for role in ("k", "v", "out"))
-    if out == UNKNOWN and "." in module:  # BERT: beside the attention, not in it
+    if out == UNKNOWN and "." in module:  # BERT has it beside the attention, not in it
         out = _first(layer, "out", module.rpartition(".")[0] + ".")
-    fused = query if query in _paths(layer, "qkv") else None
-    why = "" if fused is None else _comment(
-        f"{fused} holds q, k and v: {fused + ':q'!r}, ':k', ':v' where all of q's rows lie above"
-        " k's, above v's; heads one after another cannot be named"
+    joined = query if query in _paths(layer, "qkv") else None
+    why = "" if joined is None else _comment(
+        f"{joined} holds q, k and v: {joined + ':q'!r}, ':k', ':v' where all rows of q come first,"
+        " then those of k, then those of v; rows sorted by head cannot be named"
     )  # fmt: skip
-    three = (UNKNOWN,) * 3 if fused else (query, keys, values)
+    three = (UNKNOWN,) * 3 if joined else (query, keys, values)
     names = ", ".join(map(repr, (kind, module, *three, out)))
     return f"{why}        AttentionLayout({names}),\n"
 
@@ -115,7 +116,7 @@ def _attention(layer: nn.Module, query: str, kind: str) -> str:
 def _block(layers: nn.ModuleList, config) -> str:
     """The line of the feed-forward block, and comments on what a layout cannot say."""
     layer = layers[0]
-    experts = sorted({found for each in layers for found in _experts(each)})
+    experts = sorted({path for each in layers for path in _experts(each)})
     if experts:
         why = f"{', '.join(experts[:3])}: experts that a router chooses"
         return (
@@ -132,7 +133,7 @@ def _block(layers: nn.ModuleList, config) -> str:
 
 
 def _experts(layer: nn.Module) -> list[str]:
-    """Paths of what makes a layer a mixture of experts."""
+    """Paths of the modules that make a layer a mixture of experts."""
     return [
         path for path, module in layer.named_modules()
         if path and (_EXPERTS.search(path.rpartition(".")[2]) or "Experts" in type(module).__name__)
@@ -145,9 +146,9 @@ def _ffn(layers: nn.ModuleList, config) -> str:
     parent = into.rpartition(".")[0]
     under = parent + "." if parent else ""
     gate, activation = (_first(layer, role, under) for role in ("gate_proj", "activation"))
-    if activation == UNKNOWN:  # no module, but a function that the block keeps
-        kept = (under + name for name in NAMES["activation"])
-        activation = next((path for path in kept if has(layer, path)), UNKNOWN)
+    if activation == UNKNOWN:  # no module: a function, as an attribute of the block
+        names = (under + name for name in NAMES["activation"])
+        activation = next((path for path in names if has(layer, path)), UNKNOWN)
     entry = parent if parent and parent == out.rpartition(".")[0] else into
     name = next((key for key in CONFIG if getattr(config, key, None)), UNKNOWN)
     layout = FFNLayout(entry, into, out, activation, name, None if gate == UNKNOWN else gate)
@@ -165,50 +166,50 @@ def _ffn(layers: nn.ModuleList, config) -> str:
 
 
 def _dropouts(layer: nn.Module, layout: FFNLayout) -> tuple[dict, str]:
-    """The block's dropouts by the layout's names for them, and what is to be said of the rest."""
+    """The block's dropouts by the layout's names for them, and a comment on what has no name."""
     if UNKNOWN in (layout.entry, layout.in_proj, layout.out_proj):
         return {}, ""
     if not layout.is_container:
         return _spelled_out(layer), ""
-    found = _by_order(layer, layout)
+    dropouts = _by_order(layer, layout)
     named = FFNLayout(layout.entry, layout.in_proj, layout.out_proj, layout.activation, "",
-                      layout.gate_proj, **found)  # fmt: skip
+                      layout.gate_proj, **dropouts)  # fmt: skip
     rest = [path for path in unnamed_in_block(layer, named) if layout.activation != UNKNOWN]
     if not rest:
-        return found, ""
-    return found, _comment(
-        f"no layout names {', '.join(rest)}: the block runs itself, an adapter stands beside it"
+        return dropouts, ""
+    return dropouts, _comment(
+        f"no layout names {', '.join(rest)}: the block runs its own forward, an adapter beside it"
     )
 
 
 def _spelled_out(layer: nn.Module) -> dict:
-    """By what the numbers are called; inject tries whether they stand there."""
-    found = {}
+    """By the names of the layer's float attributes; inject's self-test checks them."""
+    dropouts = {}
     if isinstance(getattr(layer, "activation_dropout", None), float):
-        found["activation_dropout"] = "activation_dropout"
+        dropouts["activation_dropout"] = "activation_dropout"
     if isinstance(getattr(layer, "dropout", None), float):
-        found["output_dropout"] = "dropout"
+        dropouts["output_dropout"] = "dropout"
         modules = dict.fromkeys(path.rpartition(".")[0] for path in _queries(layer))
-        found["output_dropout_also"] = tuple(modules)
-    return found
+        dropouts["output_dropout_also"] = tuple(modules)
+    return dropouts
 
 
 def _by_order(layer: nn.Module, layout: FFNLayout) -> dict:
-    """By the order in which a block calls its modules: one in front of the last projection, or
-    behind it. Empty where that cannot be seen."""
+    """By the order in which a block calls its modules: before or after the last projection. Empty
+    where the block cannot be run."""
     block, calls, handles = layer.get_submodule(layout.entry), [], []
 
-    def noting(path: str):
+    def record(path: str):
         return lambda *_: calls.append(path)
 
     for path, module in block.named_modules(prefix=layout.entry):
-        handles.append(module.register_forward_hook(noting(path)))
+        handles.append(module.register_forward_hook(record(path)))
     weight = layer.get_submodule(layout.in_proj).weight
     width = getattr(layer.get_submodule(layout.in_proj), "in_features", weight.shape[0])
     try:
         with torch.no_grad(), torch.random.fork_rng():
             block(weight.new_zeros(1, 1, width))
-    except Exception:  # a block that takes more than its input keeps its dropouts for itself
+    except Exception:  # a block that needs more than its input cannot be run here
         return {}
     finally:
         for handle in handles:
@@ -217,7 +218,6 @@ def _by_order(layer: nn.Module, layout: FFNLayout) -> dict:
     if layout.out_proj not in calls or len(set(dropouts)) != len(dropouts):
         return {}
     at = calls.index(layout.out_proj)
-    places = {path: "output_dropout" if calls.index(path) > at else "activation_dropout"
-              for path in dropouts}  # fmt: skip
-    found = {place: path for path, place in places.items()}
-    return found if len(found) == len(places) else {}
+    names = ["output_dropout" if calls.index(path) > at else "activation_dropout"
+             for path in dropouts]  # fmt: skip
+    return dict(zip(names, dropouts)) if len(set(names)) == len(names) else {}

@@ -1,10 +1,10 @@
-"""The one rule for whose maths a site may do in a module's place.
+"""Whose forward is known, so that a site may do a module's work itself.
 
-A module's forward is known where it is the one its class was written with: found in a class of
-transformers' own model files, under that class's name, with nothing but transformers' decorators
-around it. A subclass of the user's, a forward that was put on the class or on the module itself, a
-class of another library's in the place of transformers' (Liger) are not. A model that is no
-transformers class at all comes with a row of the user's, who vouches for the classes of its file.
+A module's forward is known when its class was written with it: it is defined in a class of
+transformers' own model files, under that class's name, and only transformers' decorators are around
+it. It is not known when it is a user's subclass, when it was put on the class or the module later,
+or when another library (Liger) replaced the class. A model that is no transformers class at all
+comes with a layout; the classes in its own file then count as known.
 """
 
 import inspect
@@ -21,21 +21,22 @@ _MODELS = "transformers.models."
 
 
 def own_file(base: nn.Module) -> str | None:
-    """The file (a module's name) of a model's class that is not, and inherits from no, model of
-    transformers'."""
+    """The Python module of a model's class, where neither it nor a parent is a model of
+    transformers; else None."""
     if any(kind.__module__.startswith(_MODELS) for kind in type(base).__mro__):
         return None
     return type(base).__module__
 
 
-def why_foreign(module: nn.Module, own: str | None = None) -> str | None:
-    """Why the forward of ``module`` is not known, or None; ``own`` is the model's own file."""
+def why_foreign(module: nn.Module, model_file: str | None = None) -> str | None:
+    """Why the forward of ``module`` is not known, or None. ``model_file`` is the Python
+    module of the model's class (:func:`own_file`)."""
     name, foreign = type(module).__name__, foreign_forward(module)
     if foreign is not None and not _is_accelerates(module):
         what = described(foreign)
         return f"the forward of its {name} was replaced by another library ({what})"
     for kind in type(module).__mro__:
-        if not (kind.__module__.startswith(_MODELS) or kind.__module__ == own):
+        if not (kind.__module__.startswith(_MODELS) or kind.__module__ == model_file):
             return f"{name} is not a class of the model's own file: its forward is not known"
         if "forward" in vars(kind):
             known = _is_written_there(vars(kind)["forward"], kind)
@@ -44,13 +45,13 @@ def why_foreign(module: nn.Module, own: str | None = None) -> str | None:
 
 
 def _is_accelerates(module: nn.Module) -> bool:
-    """Whether what stands on a module is accelerate's hook around its own forward."""
+    """Whether a module's instance forward is accelerate's hook around its class's forward."""
     inner = getattr(module, "_old_forward", None)
     return hasattr(module, "_hf_hook") and getattr(inner, "__func__", None) is type(module).forward
 
 
 def _is_written_there(function, kind: type) -> bool:
-    """Whether a forward is the one that the file of ``kind`` defines in it."""
+    """Whether a forward is the one that the class ``kind`` was written with."""
     names = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
     if names != (kind.__module__, f"{kind.__qualname__}.forward"):
         return False

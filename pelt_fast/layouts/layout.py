@@ -1,9 +1,10 @@
-"""Where a model keeps what the methods modify: the words of the architecture table, and its reader.
+"""The dataclasses that describe where a model keeps what the methods modify.
 
-Paths are attribute paths: a stack's from the base model, everything else from one layer. A
-projection that shares its matrix is a part of it: "attn.c_attn:q" of fused q, k and v,
-"mlp.gate_up_proj:0/2" the first of two; ":" alone is all of a Conv1D, whose weight lies transposed.
-The rows are in ``architectures``; a :class:`Layout` of the user's makes one more.
+Every field is an attribute path. Those of a stack start at the base model, all others at a layer.
+Some projections share one matrix. A path then names the rows after a colon: "attn.c_attn:q" is the
+query part of a matrix that holds q, k and v; "mlp.gate_up_proj:0/2" is the first of two halves. ":"
+alone is the whole matrix of a Conv1D, which is stored transposed. The known models are in
+``table``.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """One attention of a layer. ``module`` calls the attention interface; ``out`` is the output
-    projection, whose result the model drops out and adds to the residual."""
+    """One attention of a layer.
 
-    kind: str  # "encoder", "decoder" or "cross"
+    Args:
+        kind: "encoder" or "decoder" (self-attention), or "cross".
+        module: the module that calls the attention function.
+        q: the query projection.
+        k: the key projection.
+        v: the value projection.
+        out: the output projection. The model applies dropout to its result, and adds it to the
+            residual stream.
+
+    Example:
+        AttentionLayout("encoder", "attn", "attn.wq", "attn.wk", "attn.wv", "attn.wo")
+    """
+
+    kind: str
     module: str
     q: str
     k: str
@@ -26,14 +39,24 @@ class AttentionLayout:
 class FFNLayout:
     """The feed-forward block of a layer.
 
-    ``entry`` is the module whose call is taken over: the block's own module, or ``in_proj`` where
-    the layer spells the block out. ``activation`` is the module or attribute of the activation; the
-    config's name for it, ``config_activation``, is there for rows written before and is not read.
-    A dropout is a module or a float attribute; ``output_dropout_also`` names the attentions whose
-    output the same float drops. ``norm`` is the norm in front of a pre-norm block, whose input is
-    the residual stream; ``adapter_reads`` what a parallel adapter reads there in the paper's code,
-    "input" or "residual"; ``norm_after`` the norm behind a post-norm block, which reads the sum of
-    the block and its input.
+    Args:
+        entry: the module whose call a method runs in: the block's own module, or ``in_proj`` where
+            the layer's forward spells the block out.
+        in_proj: the first projection (F, K).
+        out_proj: the second projection (N, F).
+        activation: the activation, a module or an attribute.
+        config_activation: the config's name for the activation. It is not read any more.
+        gate_proj: the gate projection of a gated block.
+        activation_dropout: the dropout after the activation, a module or a float attribute.
+        output_dropout: the dropout after the block, a module or a float attribute.
+        output_dropout_also: the attentions whose output is dropped by the same float.
+        norm: the norm before a pre-norm block. Its input is the residual stream.
+        adapter_reads: what a parallel adapter reads in the paper's code: "input" (the block's) or
+            "residual" (the stream before ``norm``).
+        norm_after: the norm after a post-norm block. It reads the block's output plus its input.
+
+    Example:
+        FFNLayout("mlp", "mlp.up", "mlp.down", "mlp.act", "hidden_act", norm="ln_2")
     """
 
     entry: str
@@ -51,21 +74,29 @@ class FFNLayout:
 
     @property
     def is_container(self) -> bool:
-        """Whether ``entry`` runs the whole block, so that nothing of it is called elsewhere."""
+        """Whether ``entry`` runs the whole block, so that no piece of it is called elsewhere."""
         return self.entry != self.in_proj
 
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How a prompt gets in front of a stack's tokens; every path from the base model.
+    """How a prompt gets in front of a stack's tokens. Every path starts at the base model.
 
-    ``norm``: the LayerNorm of the summed embeddings, in front of which the prompt is put;
-    ``own_mask`` says that the model makes a mask of the ids' shape where it gets none. ``layer``:
-    the first layer, in front of which it is put where what is embedded is no tokens. Else it is put
-    in front of the token embeddings of ``owner``, and ``positions`` is the module that gives
-    learned positions, of which the prompt gets none (None: relative positions, where it takes the
-    first). ``strip``: the module whose output is without it again (None: a decoder's own output; an
-    encoder's goes to its decoder with it).
+    With neither ``norm`` nor ``layer`` the prompt goes in front of the token embeddings of the
+    stack's ``owner``.
+
+    Args:
+        norm: the LayerNorm of the summed embeddings; the prompt goes in front of its input.
+        strip: the module whose output loses the virtual tokens again. None: a decoder's own output
+            loses them, and an encoder's goes to its decoder with them.
+        positions: the module that gives learned positions, of which the prompt gets none. None:
+            positions are relative, and the prompt has the first P.
+        layer: the first layer; the prompt goes in front of its input, where the model embeds
+            patches or audio.
+        own_mask: whether the model makes a mask of the ids' shape (B, T) when it is given none.
+
+    Example:
+        PromptLayout(positions="encoder.embed_positions")
     """
 
     norm: str | None = None
@@ -77,23 +108,44 @@ class PromptLayout:
 
 @dataclass(frozen=True)
 class StackLayout:
-    """A stack of like layers. ``owner`` runs once per forward of the stack, before its layers."""
+    """A stack of layers that are built alike.
 
-    kind: str  # "encoder" or "decoder"
-    owner: str  # "" is the base model itself
+    Args:
+        kind: "encoder" or "decoder".
+        owner: the module that runs once in each forward of the stack, before its layers. "" is the
+            base model itself.
+        layers: the list of layers.
+        attentions: the attentions of one layer.
+        ffn: the feed-forward block of one layer, or None.
+        prompt: how a prompt gets in front of the stack, where one can.
+        no_ffn: where ``ffn`` is None, why no method can be on the blocks.
+
+    Example:
+        StackLayout("decoder", "", "layers", (attention,), ffn)
+    """
+
+    kind: str
+    owner: str
     layers: str
     attentions: tuple[AttentionLayout, ...]
     ffn: FFNLayout | None
     prompt: PromptLayout | None = None
-    no_ffn: str = ""  # why nothing can be put on the blocks, where ``ffn`` is None
+    no_ffn: str = ""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One row of the table: the stacks of a model whose config has this ``model_type``.
+    """Where a model keeps its layers, attentions and feed-forward blocks.
 
-    Hand one of your own to :func:`pelt_fast.inject` for an architecture that has no row, or lays
-    its layers out in another way; ``pelt-fast explain MODEL`` prints a draft.
+    Give one to :func:`pelt_fast.inject` for an architecture that is not in the table, or whose
+    layers are built differently. ``pelt-fast explain MODEL`` prints a draft of one.
+
+    Args:
+        model_type: the ``model_type`` of the model's config.
+        stacks: the stacks, the encoder's first.
+
+    Example:
+        pelt_fast.inject(model, "lora", layout=Layout("my_model", (stack,)))
     """
 
     model_type: str

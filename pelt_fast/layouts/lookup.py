@@ -1,4 +1,4 @@
-"""Which stacks a model has, and where in it a layout's paths lead."""
+"""Which stacks a model has, and what a layout's paths lead to."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,8 @@ from .table import ROWS, rows_of
 
 def find(module: nn.Module, path: str):
     """The attribute at ``path``; AttributeError when a step is missing. A path that ends in
-    ":name" is a :class:`Part` of what lies there."""
+    ":name" gives a :class:`~pelt_fast.modules.projection_view.ProjectionView`: some rows of that
+    projection."""
     path, colon, name = path.partition(":")
     parent = module
     for step in path.split(".") if path else ():
@@ -33,13 +34,11 @@ def has(module: nn.Module, path: str) -> bool:
 
 
 def stacks_of(model: nn.Module, layout: Layout | None = None) -> list[StackLayout]:
-    """The stacks of ``model`` as ``layout`` names them, else the first row of the table that fits.
+    """The stacks of ``model`` as ``layout`` names them, or as the first row of the table that fits.
 
-    Raises TypeError for what is no transformers model or no Layout, ValueError when there is no
-    row for its architecture, or none fits: the message says which paths were looked for and how to
-    add them.
+    Raises TypeError for what is no transformers model or no Layout, and ValueError when the table
+    has no row for the architecture, or none that fits: the message says which paths are missing.
     """
-
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise TypeError(f"model must be a transformers model with a config, got {type(model)}")
@@ -70,7 +69,7 @@ def stacks_of(model: nn.Module, layout: Layout | None = None) -> list[StackLayou
 
 
 def missing_paths(base: nn.Module, stack: StackLayout) -> Iterator[str]:
-    """What the stack names and one of its layers lacks, each once."""
+    """The paths that the stack names and one of its layers does not have, each once."""
     seen: set[str] = set()
     for index, layer in enumerate(find(base, stack.layers)):
         for path in _named_paths(base, layer, stack):
@@ -80,7 +79,7 @@ def missing_paths(base: nn.Module, stack: StackLayout) -> Iterator[str]:
 
 
 def _named_paths(base: nn.Module, layer: nn.Module, stack: StackLayout) -> Iterator[str]:
-    """What a layer must have for a method to be put on it."""
+    """The paths that a layer must have."""
     ffn, paths = stack.ffn, []
     if ffn is not None:
         paths += [ffn.entry, ffn.in_proj, ffn.out_proj, ffn.gate_proj, ffn.norm, ffn.norm_after]
@@ -93,9 +92,10 @@ def _named_paths(base: nn.Module, layer: nn.Module, stack: StackLayout) -> Itera
 
 
 def _runs_itself(base: nn.Module, layer: nn.Module, ffn: FFNLayout) -> bool:
-    """Whether a block runs a forward that nobody knows: what it applies is its own business."""
-    block = has(layer, ffn.entry) and ffn.is_container
-    return block and why_foreign(find(layer, ffn.entry), own_file(base)) is not None
+    """Whether a block has a forward that is not known: it need not have the pieces that are
+    named."""
+    is_block = has(layer, ffn.entry) and ffn.is_container
+    return is_block and why_foreign(find(layer, ffn.entry), own_file(base)) is not None
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -103,47 +103,47 @@ def base_of(model: nn.Module) -> nn.Module:
     return compiled_from(getattr(model, "base_model", model))
 
 
-# what heads are called where nothing else tells them from the base
+# the names of task heads, where nothing else tells a head from the base
 _HEADS = frozenset((
     "classifier", "classification_head", "cls_classifier", "ctc_head", "distillation_classifier",
     "fc", "head", "pre_classifier", "projector", "qa_outputs", "score",
 ))  # fmt: skip
 
 
-_PARTS = ("embeddings", "encoder", "backbone", "tower")  # in the name of what is no head
+_PARTS = ("embeddings", "encoder", "backbone", "tower")  # in the names of children that are no head
 
 
 def task_head(model: nn.Module) -> dict[str, nn.Module]:
-    """The children of ``model`` that make the task head: all but the base model and its parts, and
-    what holds the output embeddings, which are the base's own.
+    """The children of ``model`` that make the task head, by name.
 
-    A class without a task (transformers' ``..Model`` and ``..Backbone``) has none, whatever stands
-    beside its base. A model that is its own base, or whose base is no model of transformers', has
-    what is named as heads are.
+    They are all children except the base model, its parts, and the output embeddings, which belong
+    to the base. A class without a task (transformers' ``..Model`` and ``..Backbone``) has none. Of
+    a model that is its own base, or whose base is no transformers model, only children with the
+    names of heads count.
     """
     base = base_of(model)
     if _is_bare(type(model)):
         return {}
     getter = getattr(model, "get_output_embeddings", None)
     embeddings = getter() if getter is not None else None
-    told = base is not model and isinstance(base, PreTrainedModel)
+    is_told = base is not model and isinstance(base, PreTrainedModel)
     return {
         name: child
         for name, child in model.named_children()
         if compiled_from(child) is not base
         and all(module is not embeddings for module in child.modules())
-        and (told or name in _HEADS) and not _is_part(name, child)
+        and (is_told or name in _HEADS) and not _is_part(name, child)
     }  # fmt: skip
 
 
 def _is_bare(kind: type) -> bool:
-    """Whether a class of transformers' is a base alone."""
+    """Whether this is a class of transformers without a task."""
     ends = kind.__name__.endswith(("Model", "Backbone")) and "Head" not in kind.__name__
     return kind.__module__.startswith("transformers.") and ends
 
 
 def _is_part(name: str, child: nn.Module) -> bool:
-    """Whether a child belongs to a base: a model of its own, or what embeds or encodes."""
+    """Whether a child belongs to the base: it is a model itself, embeds, or encodes."""
     kinds = (PreTrainedModel, nn.Embedding)
     named = any(part in name for part in _PARTS)
     return named or any(isinstance(module, kinds) for module in child.modules())

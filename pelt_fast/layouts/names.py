@@ -1,4 +1,4 @@
-"""The names of a model's parameters and modules, whatever wraps the model or its layers."""
+"""The names of a model's parameters and modules, without those of wrappers."""
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -27,7 +27,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def clean(name: str) -> str:
-    """A name without the steps of torch.compile."""
+    """A name without the steps that torch.compile adds."""
     return name.replace(f"{_COMPILED}.", "").removesuffix(f".{_COMPILED}")
 
 
@@ -37,7 +37,7 @@ def is_method(name: str) -> bool:
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by their names in the plain model, whichever layers are compiled."""
+    """The parameters by their names in the plain model, whether layers are compiled or not."""
     return {clean(name): parameter for name, parameter in model.named_parameters()}
 
 

@@ -1,6 +1,6 @@
-"""The architecture table. A new architecture is a new row; those laid out alike share a function.
+"""The architecture table. A new architecture is a new row; similar ones share a function.
 
-Where an architecture comes in variants (T5's plain and gated blocks) it has a row for each.
+An architecture with variants (T5's plain and gated blocks) has a row for each.
 """
 
 from torch import nn
@@ -13,18 +13,20 @@ def attention(kind: str, module: str, names: tuple[str, str, str, str]) -> Atten
     return AttentionLayout(kind, module, *(f"{module}.{name}" for name in names))
 
 
-def _encoder(layers: str, owner: str, own: AttentionLayout, ffn: FFNLayout | None, **more) -> tuple:
-    return (StackLayout("encoder", owner, layers, (own,), ffn, **more),)
+def _encoder(
+    layers: str, owner: str, self_attention: AttentionLayout, ffn: FFNLayout | None, **more
+) -> tuple:
+    return (StackLayout("encoder", owner, layers, (self_attention,), ffn, **more),)
 
 
 def bert() -> tuple[StackLayout, ...]:
     """BERT, RoBERTa, ELECTRA."""
-    own = AttentionLayout(
+    self_attention = AttentionLayout(
         "encoder", "attention.self", "attention.self.query", "attention.self.key",
         "attention.self.value", "attention.output.dense",
     )  # fmt: skip
     prompt = PromptLayout(norm="embeddings.LayerNorm", strip="encoder")
-    return _encoder("encoder.layer", "encoder", own, _bert_ffn(), prompt=prompt)
+    return _encoder("encoder.layer", "encoder", self_attention, _bert_ffn(), prompt=prompt)
 
 
 def _bert_ffn() -> FFNLayout:
@@ -36,22 +38,22 @@ def _bert_ffn() -> FFNLayout:
 
 
 def deberta_v2() -> tuple[StackLayout, ...]:
-    """Its attention computes itself: no prefix (``attention.check`` says so)."""
-    own = AttentionLayout(
+    """Its attention does not use the attention interface, so that it cannot carry a prefix."""
+    self_attention = AttentionLayout(
         "encoder", "attention.self", "attention.self.query_proj", "attention.self.key_proj",
         "attention.self.value_proj", "attention.output.dense",
     )  # fmt: skip
     prompt = PromptLayout(norm="embeddings.LayerNorm", strip="encoder", own_mask=True)
-    return _encoder("encoder.layer", "encoder", own, _bert_ffn(), prompt=prompt)
+    return _encoder("encoder.layer", "encoder", self_attention, _bert_ffn(), prompt=prompt)
 
 
 def vit() -> tuple[StackLayout, ...]:
-    """The block's output dropout is the layer's: an adapter's update is dropped with it."""
-    own = attention("encoder", "attention", ("q_proj", "k_proj", "v_proj", "o_proj"))
+    """The block's output dropout is the layer's, which drops an adapter's update as well."""
+    self_attention = attention("encoder", "attention", ("q_proj", "k_proj", "v_proj", "o_proj"))
     ffn = FFNLayout("mlp", "mlp.fc1", "mlp.fc2", "mlp.activation_fn", "hidden_act",
-                  norm="layernorm_after")  # fmt: skip
+                    norm="layernorm_after")  # fmt: skip
     prompt = PromptLayout(layer="layers.0", strip="layernorm")
-    return _encoder("layers", "", own, ffn, prompt=prompt)
+    return _encoder("layers", "", self_attention, ffn, prompt=prompt)
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -72,10 +74,13 @@ _BART_PROMPT = PromptLayout(positions="encoder.embed_positions")
 
 def bart(prompt: PromptLayout = _BART_PROMPT, **norms: str) -> tuple[StackLayout, ...]:
     """BART, mBART, Whisper."""
-    own, cross = "self_attn", "encoder_attn"
-    ffns = _bart_ffn(own, **norms), _bart_ffn(own, cross, **norms)
-    encoder = (attention("encoder", own, PROJECTIONS),)
-    decoder = (attention("decoder", own, PROJECTIONS), attention("cross", cross, PROJECTIONS))
+    self_attn, cross_attn = "self_attn", "encoder_attn"
+    ffns = _bart_ffn(self_attn, **norms), _bart_ffn(self_attn, cross_attn, **norms)
+    encoder = (attention("encoder", self_attn, PROJECTIONS),)
+    decoder = (
+        attention("decoder", self_attn, PROJECTIONS),
+        attention("cross", cross_attn, PROJECTIONS),
+    )
     return (
         StackLayout("encoder", "encoder", "encoder.layers", encoder, ffns[0], prompt),
         StackLayout("decoder", "decoder", "decoder.layers", decoder, ffns[1]),
@@ -85,39 +90,42 @@ def bart(prompt: PromptLayout = _BART_PROMPT, **norms: str) -> tuple[StackLayout
 def opt() -> tuple[StackLayout, ...]:
     """BART's layer in a decoder alone."""
     ffn = _bart_ffn("self_attn", activation_dropout=None, norm="final_layer_norm")
-    own = (attention("decoder", "self_attn", PROJECTIONS),)
+    attentions = (attention("decoder", "self_attn", PROJECTIONS),)
     prompt = PromptLayout(positions="decoder.embed_positions")
-    return (StackLayout("decoder", "decoder", "decoder.layers", own, ffn, prompt),)
+    return (StackLayout("decoder", "decoder", "decoder.layers", attentions, ffn, prompt),)
 
 
 def gpt2() -> tuple[StackLayout, ...]:
-    """Every projection is a Conv1D, whose weight lies transposed."""
-    own = AttentionLayout(
+    """Every projection is a Conv1D, whose weight is stored transposed."""
+    self_attention = AttentionLayout(
         "decoder", "attn", "attn.c_attn:q", "attn.c_attn:k", "attn.c_attn:v", "attn.c_proj:"
     )
     ffn = FFNLayout("mlp", "mlp.c_fc:", "mlp.c_proj:", "mlp.act", "activation_function",
-                  output_dropout="mlp.dropout", norm="ln_2")  # fmt: skip
-    return (StackLayout("decoder", "", "h", (own,), ffn, PromptLayout(positions="wpe")),)
+                    output_dropout="mlp.dropout", norm="ln_2")  # fmt: skip
+    return (StackLayout("decoder", "", "h", (self_attention,), ffn, PromptLayout(positions="wpe")),)
 
 
 def phi3() -> tuple[StackLayout, ...]:
     """q, k and v are rows of one matrix, gate and up of another."""
-    fused = "self_attn.qkv_proj"
-    own = AttentionLayout("decoder", "self_attn", *(f"{fused}:{x}" for x in "qkv"),
-                        "self_attn.o_proj")  # fmt: skip
+    joined = "self_attn.qkv_proj"
+    self_attention = AttentionLayout(
+        "decoder", "self_attn", *(f"{joined}:{x}" for x in "qkv"), "self_attn.o_proj"
+    )
     ffn = FFNLayout("mlp", "mlp.gate_up_proj:1/2", "mlp.down_proj", "mlp.activation_fn",
-                  "hidden_act", gate_proj="mlp.gate_up_proj:0/2",
-                  norm="post_attention_layernorm")  # fmt: skip
-    return (StackLayout("decoder", "", "layers", (own,), ffn, PromptLayout()),)
+                    "hidden_act", gate_proj="mlp.gate_up_proj:0/2",
+                    norm="post_attention_layernorm")  # fmt: skip
+    return (StackLayout("decoder", "", "layers", (self_attention,), ffn, PromptLayout()),)
 
 
 def modernbert() -> tuple[StackLayout, ...]:
-    """As Phi-3's, in an encoder; local layers hand the attention their own mask."""
-    own = AttentionLayout("encoder", "attn", *(f"attn.Wqkv:{x}" for x in "qkv"), "attn.Wo")
+    """Joined matrices as in Phi-3, in an encoder; local layers have another attention mask."""
+    self_attention = AttentionLayout(
+        "encoder", "attn", *(f"attn.Wqkv:{x}" for x in "qkv"), "attn.Wo"
+    )
     ffn = FFNLayout("mlp", "mlp.Wi:1/2", "mlp.Wo", "mlp.act", "hidden_activation",
-                  gate_proj="mlp.Wi:0/2", activation_dropout="mlp.drop",
-                  norm="mlp_norm")  # fmt: skip
-    return _encoder("layers", "", own, ffn, prompt=PromptLayout(strip="final_norm"))
+                    gate_proj="mlp.Wi:0/2", activation_dropout="mlp.drop",
+                    norm="mlp_norm")  # fmt: skip
+    return _encoder("layers", "", self_attention, ffn, prompt=PromptLayout(strip="final_norm"))
 
 
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -129,15 +137,15 @@ def llama(norm: str = "post_attention_layernorm", activation: str = "hidden_act"
         "mlp", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", activation,
         gate_proj="mlp.gate_proj", norm=norm,
     )  # fmt: skip
-    own = (attention("decoder", "self_attn", LLAMA),)
-    return (StackLayout("decoder", "", "layers", own, ffn, PromptLayout()),)
+    attentions = (attention("decoder", "self_attn", LLAMA),)
+    return (StackLayout("decoder", "", "layers", attentions, ffn, PromptLayout()),)
 
 
 def mixtral() -> tuple[StackLayout, ...]:
     """The experts hold their weights in one tensor and are called by the router."""
-    own = (attention("decoder", "self_attn", LLAMA),)
+    attentions = (attention("decoder", "self_attn", LLAMA),)
     why = "its blocks are experts that a router chooses: put the method on the attention"
-    return (StackLayout("decoder", "", "layers", own, None, PromptLayout(), no_ffn=why),)
+    return (StackLayout("decoder", "", "layers", attentions, None, PromptLayout(), no_ffn=why),)
 
 
 def t5(gated: bool) -> tuple[StackLayout, ...]:
@@ -151,10 +159,10 @@ def t5(gated: bool) -> tuple[StackLayout, ...]:
             activation_dropout=f"{block}.dropout", norm=f"layer.{index}.layer_norm",
         )  # fmt: skip
 
-    own = "layer.0.SelfAttention"
-    encoder = (attention("encoder", own, tuple("qkvo")),)
+    self_attn = "layer.0.SelfAttention"
+    encoder = (attention("encoder", self_attn, tuple("qkvo")),)
     decoder = (
-        attention("decoder", own, tuple("qkvo")),
+        attention("decoder", self_attn, tuple("qkvo")),
         attention("cross", "layer.1.EncDecAttention", tuple("qkvo")),
     )
     return (

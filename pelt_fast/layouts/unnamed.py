@@ -1,5 +1,5 @@
-"""What a layer holds that no layout of its row names: what a site in the place of a block would
-leave out."""
+"""What a layer holds and its layout does not name: a site that runs instead of it would leave that
+out."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,8 @@ from .lookup import find
 
 
 def unnamed_in_block(layer: nn.Module, layout: FFNLayout) -> list[str]:
-    """Paths from ``layer`` of what the block's module holds and the row does not name: a module, a
-    parameter or buffer of its own, a factor. Empty where the layer spells the block out."""
+    """Paths, from ``layer``, of what the block's module holds and the layout does not name: a
+    module, a parameter or buffer, a factor. Empty where the layer spells the block out."""
     if not layout.is_container:
         return []
     named = set(_paths(layout))
@@ -19,15 +19,15 @@ def unnamed_in_block(layer: nn.Module, layout: FFNLayout) -> list[str]:
 
 
 def why_beside(layer: nn.Module, layout: FFNLayout) -> str | None:
-    """Why a block must run its own forward, with the adapter beside it; None where the row says all
-    that it does."""
+    """Why a block must run its own forward, with the adapter beside it; None where the layout names
+    everything in it."""
     unnamed = ", ".join(unnamed_in_block(layer, layout)[:4])
     return f"its block holds {unnamed}, which the row does not name" if unnamed else None
 
 
 def unnamed_in_layer(layer: nn.Module, stack: StackLayout) -> list[str]:
-    """Paths from ``layer`` of its innermost modules that neither a layout names nor pelt_fast put
-    there."""
+    """Paths, from ``layer``, of innermost modules that the layout does not name and pelt_fast did
+    not add."""
     named = _named_in(stack)
     return [
         path for path, module in layer.named_modules()
@@ -37,7 +37,7 @@ def unnamed_in_layer(layer: nn.Module, stack: StackLayout) -> list[str]:
 
 
 def unnamed_dropouts(layer: nn.Module, stack: StackLayout) -> list[str]:
-    """Paths of a layer's dropouts that no layout names: modules, and numbers that are called so."""
+    """Paths of a layer's dropouts that the layout does not name: modules, and float attributes."""
     return [path for path in _dropouts(layer) if path not in _named_in(stack)]
 
 
@@ -58,8 +58,8 @@ def _named_in(stack: StackLayout) -> set[str]:
 
 
 def _held(block: nn.Module, path: str) -> Iterator[str]:
-    """What ``block`` holds: its own tensors and numbers, and the innermost modules below it."""
-    for name in _own(block):
+    """Paths of what ``block`` holds: its own tensors and numbers, and its innermost modules."""
+    for name in _own_values(block):
         yield f"{path}.{name}"
     for name, child in block.named_children():
         below = f"{path}.{name}"
@@ -71,7 +71,7 @@ def _held(block: nn.Module, path: str) -> Iterator[str]:
             yield below
 
 
-def _own(module: nn.Module) -> list[str]:
+def _own_values(module: nn.Module) -> list[str]:
     """Names of a module's own tensors, and of numbers that may be factors or dropouts."""
     tensors = [name for name, tensor in (*module._parameters.items(), *module._buffers.items())
                if tensor is not None]  # fmt: skip

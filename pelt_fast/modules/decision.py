@@ -68,7 +68,11 @@ class Basis:
         self.kinds.append((module, type(module), type(module).forward))
         for name in ("forward", "_old_forward", "_hf_hook", *attributes):
             self.value(module.__dict__, name)
-        self.filled += [(t, bool(t)) for t in (getattr(module, name) for name in HOOKS)]
+        self.tables(module, HOOKS)
+
+    def tables(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        """Whether the tables of hooks with these names hold any."""
+        self.filled += [(t, bool(t)) for t in (getattr(module, name) for name in names)]
 
     def linear(self, holder: nn.Module) -> None:
         """A module that holds a frozen weight: what :meth:`module` says, and its parameters."""
@@ -85,6 +89,9 @@ class Basis:
     def probability(self, owner: Any, name: str, mode: nn.Module) -> None:
         """A dropout's probability, read at each look: 0 where ``mode`` is not training."""
         self.probabilities.append((owner, name, mode))
+
+    def __reduce__(self):
+        return _nothing, ()  # it is of one object: copies and pickles take their own
 
     def look(self) -> list[float] | None:
         """The dropouts' probabilities now; None where anything is another than it was, or a
@@ -117,17 +124,16 @@ class Basis:
 
 
 class Held:
-    """A decision with its basis. It is of one object: copies and pickles hold none, and take their
-    own."""
+    """A decision with its basis."""
 
     def __init__(self, decision: Decision, basis: Basis):
         self.decision, self.basis = decision, basis
 
     def __reduce__(self):
-        return _no_decision, ()
+        return _nothing, ()
 
 
-def _no_decision() -> None:
+def _nothing() -> None:
     return None
 
 

@@ -76,6 +76,7 @@ class QuerySlice:
     """What the attention function finds on the module, as a prefix's slice."""
 
     form, composition, on = "relu", "add", True
+    checked: tuple | None = None  # as a prefix's slice has it
 
     def __init__(self, heads: QueryHeads):
         self.heads = heads

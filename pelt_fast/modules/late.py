@@ -58,6 +58,13 @@ class Taken(Attribute):
         """What the layer would find there, were it not for the site."""
         return self._value
 
+    def is_taken_on(self, basis: Basis) -> None:
+        """Tell ``basis`` what :meth:`take` looks at: what the layer finds."""
+        basis.attribute(self.owner, self.name)
+        if isinstance(self._value, nn.Module):
+            for name in ("forward", "_old_forward"):
+                basis.value(self._value.__dict__, name)
+
     def rests_on(self, basis: Basis) -> None:
         if isinstance(self._value, (int, float)):
             return  # a probability is read at each look

@@ -101,6 +101,7 @@ class PrefixSlice:
     """
 
     form, on = "softmax", True
+    checked: tuple | None = None  # the kind of inputs that the public function took last
 
     def __init__(self, bank: nn.Module, index: int, composition: str):
         self.bank, self.index, self.composition = bank, index, composition

@@ -137,7 +137,7 @@ def build(folder: Path, output: Path, steps: int = STEPS, seed: int = 0) -> Path
         for r in (mixture, scored)
     )
     outcome = fit(model, tokenizer, recipe, encoded, finals, {"test": finals}, output, keep=False)
-    model._pelt.undo()
+    model._pelt.changes.undo()
     del model._pelt
     about = dict(steps=steps, rows=len(encoded), sentences=len(finals), metrics=outcome.metrics,
                  seconds=outcome.seconds, losses=losses(outcome.log))  # fmt: skip

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import pelt_fast
-from pelt_fast.formats.checkpoint import load_trained, save_trained
+from pelt_fast.formats.training_state import load_trained, save_trained
 from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from tests.models.judge import assert_near, exactly
 from tests.parity.grid import past_budget

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from torch import nn
 
 import pelt_fast
-from pelt_fast.formats.checkpoint import WEIGHTS_FILE, load_trained, save_trained
+from pelt_fast.formats.checkpoint import WEIGHTS_FILE
+from pelt_fast.formats.training_state import load_trained, save_trained
 from tests.models.judge import assert_near
 from tests.models.test_inject import METHODS, same, snapshot
 from tests.models.test_parity import small_method

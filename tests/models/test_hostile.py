@@ -10,13 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pelt_fast
-from pelt_fast.formats.checkpoint import (
-    CONFIG_FILE,
-    TRAINED_FILE,
-    WEIGHTS_FILE,
-    load_trained,
-    save_trained,
-)
+from pelt_fast.formats.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from pelt_fast.formats.training_state import TRAINED_FILE, load_trained, save_trained
 from tests.small import roberta
 
 HUGE = 2**60

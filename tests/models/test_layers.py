@@ -8,7 +8,7 @@ import torch
 
 import pelt_fast
 from pelt_fast.injection.count import is_method
-from pelt_fast.injection.targets import places
+from pelt_fast.injection.targets import target_layers
 from pelt_fast.injection.watch import Watch
 from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from pelt_fast.modules import PrefixBank
@@ -38,7 +38,7 @@ def plain_elsewhere(plain, everywhere, layers):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, Watch):
                 del module._forward_pre_hooks[key]
-    for place in places(base, stacks_of(plain)):
+    for place in target_layers(base, stacks_of(plain)):
         if place.index not in layers:
             stack = find(base_of(mixed), place.stack.layers)
             stack[place.index] = copy.deepcopy(place.layer).requires_grad_(False)

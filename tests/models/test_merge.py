@@ -301,10 +301,10 @@ def test_a_head_and_biases_come_back_cast(cast):
 def test_methods_that_wait_are_cast_with_the_model(cast):
     methods = {"a": small_method("lora"), "b": small_method("mam"), "c": small_method("bitfit")}
     model = pelt_fast.inject_named(MODELS["roberta"](dropout=0.0), methods)
-    waiting = model.pelt_several.kept["b"].trained
+    waiting = model.pelt_named_methods.kept["b"].trained
     before = {name: tensor.clone() for name, tensor in waiting.items()}
     CASTS[cast](model)
-    after = model.pelt_several.kept["b"].trained
+    after = model.pelt_named_methods.kept["b"].trained
     assert before.keys() == after.keys()
     if cast == "meta":
         assert {tensor.device.type for tensor in after.values()} == {"meta"}

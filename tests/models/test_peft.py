@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
 import pelt_fast
-from pelt_fast.integrations.accelerate_peft import FusedLoRA
+from pelt_fast.integrations.peft_lora import FusedLoRA
 from tests.small import MODELS, PAD, gradients, inputs, llama, randomise
 
 TARGETS = {"bert": ["query", "value", "dense"], "roberta": ["query", "value", "dense"]}

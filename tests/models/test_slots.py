@@ -92,7 +92,7 @@ DRAFTED = {
     "GPTJ": (GPTJ, dict(output_dropout="mlp.dropout"), None),
     "Cohere": ({}, dict(gate_proj="mlp.gate_proj"), None),
     "Granite": (dict(residual_multiplier=0.3), {}, None),
-    "BitNet": ({}, {}, "no layout names mlp.ffn_sub_norm: the block runs itself"),
+    "BitNet": ({}, {}, "no layout names mlp.ffn_sub_norm: the block runs its own forward"),
     "FalconH1": (dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1,
                       mamba_d_state=8, head_dim=8, mlp_multipliers=[0.5, 0.25]),
                  {}, "no layout names feed_forward.gate_multiplier"),

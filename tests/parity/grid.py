@@ -195,7 +195,7 @@ def _of_layer(layer, stack, modification, whole: bool) -> int:
 
 
 def _of_heads(layer, slot, modification, k) -> int:
-    from pelt_fast.injection.build import head_dim_of
+    from pelt_fast.injection.dimensions import head_dim_of
 
     dim = head_dim_of(find(layer, slot.module))
     heads = (

@@ -96,6 +96,6 @@ def attention_with_prefix(
     qkv: QKV, prefix: Prefix, scores: Scores, form: Form, dropout_p: float, training: bool
 ) -> Tensor:
     """Prefix attention of arguments that were checked: the dropouts' seeds are drawn here."""
-    seed = draw_seeds(qkv.q, training, dropout_p, dropout_p)
+    seed = draw_seeds(qkv.q, training, dropout_p, dropout_p) if dropout_p else None
     drop = Dropout(0.0 if seed is None else dropout_p, seed)
     return run(PrefixAttentionFunction, *qkv, *prefix, *scores, *form, *drop)

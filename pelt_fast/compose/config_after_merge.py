@@ -1,8 +1,8 @@
-"""Whether what a merge made can be saved and loaded as a plain model: its config has to say it.
+"""A config that describes what a merge made, so that it is saved and loaded as a plain model.
 
-A folded adapter leaves biases where there were none, a widened block other sizes. The config's
-fields are tried one after the other: one that brings the weights of a fresh model nearer to those
-that are there stays.
+A folded adapter leaves biases where there were none; a widened block has another width. The fields
+of the config are tried one after the other. A change is kept when the weights of a fresh model then
+differ less from the weights that are there.
 """
 
 import copy
@@ -15,25 +15,25 @@ from transformers import PreTrainedConfig
 from pelt_fast.layouts.names import clean, is_method
 
 Change = tuple[tuple[str, ...], str, object]  # sub-configs, field, value
-_WIDTHS = ("inner", "intermediate", "ffn")  # of fields that say a width, where they are None
+_WIDTHS = ("inner", "intermediate", "ffn")  # in the names of fields that may be a width
 
 
-def say(model: nn.Module, widths: dict[int, int]) -> None:
-    """Let ``model.config`` say the biases and widths (old: new) that ``model`` has now; linear
-    layers that it then gives a bias get one of zeros.
+def describe(model: nn.Module, widths: dict[int, int]) -> None:
+    """Write the biases and widths (old: new) that ``model`` has now into ``model.config``. A linear
+    layer that has a bias under the new config, and none now, gets one of zeros.
 
-    Raises ValueError, the model unchanged, when no fields of the config say it.
+    Raises ValueError, the model unchanged, when no fields of the config can describe the model.
     """
-    own = _shapes(model)
+    present = _shapes(model)
     config, changes = model.config, []
-    left = _misfits(model, own, config)
+    left = _misfits(model, present, config)
     for change in _candidates(config, widths):
         if not left:
             break
         tried = _changed(config, [*changes, change])
-        found = _misfits(model, own, tried)
-        if len(found) < len(left):
-            changes, left = [*changes, change], found
+        still_left = _misfits(model, present, tried)
+        if len(still_left) < len(left):
+            changes, left = [*changes, change], still_left
     if left:
         raise ValueError(
             f"no field of {type(config).__name__} says what this merge makes of"
@@ -41,7 +41,7 @@ def say(model: nn.Module, widths: dict[int, int]) -> None:
             " model. Merge with keep_base=True"
         )
     config = _changed(config, changes)
-    _fill_biases(model, _fresh(model, config).keys() - own.keys())
+    _fill_biases(model, _fresh(model, config).keys() - present.keys())
     _replace_config(model, changes)
 
 
@@ -51,18 +51,20 @@ def _shapes(model: nn.Module) -> dict[str, tuple]:
 
 
 def _fresh(model: nn.Module, config: PreTrainedConfig) -> dict[str, tuple]:
-    """The shapes of a fresh model of the class, made without memory."""
+    """The shapes of a fresh model of the class, made on the meta device."""
     with torch.device("meta"):
         return _shapes(type(model)(copy.deepcopy(config)))
 
 
-def _misfits(model: nn.Module, own: dict[str, tuple], config: PreTrainedConfig) -> set[str]:
-    """The weights that a fresh model of this config has otherwise; all where there is none."""
+def _misfits(model: nn.Module, present: dict[str, tuple], config: PreTrainedConfig) -> set[str]:
+    """The weights whose shape in a fresh model of this config is another one; all of them where no
+    model can be made."""
     try:
         fresh = _fresh(model, config)
     except Exception:  # whatever a model's own code raises on a config it cannot take
-        return set(own)
-    differ = {name for name in own.keys() | fresh.keys() if own.get(name) != fresh.get(name)}
+        return set(present)
+    names = present.keys() | fresh.keys()
+    differ = {name for name in names if present.get(name) != fresh.get(name)}
     return {name for name in differ if not _can_be_zero(model, name)}
 
 
@@ -109,8 +111,8 @@ def _fill_biases(model: nn.Module, names: set[str]) -> None:
 
 
 def _replace_config(model: nn.Module, changes: list[Change]) -> None:
-    """Give every module of the model the changed config: a copy, for the object that was there may
-    be another model's, too."""
+    """Give every module of the model the changed config. It is a copy, because another model may
+    hold the object that was there."""
     memo = {id(model.config): _changed(model.config, changes)}
     for module in model.modules():
         for name, value in list(vars(module).items()):

@@ -1,0 +1,180 @@
+"""What inject refuses. Every check is made before anything in the model is changed."""
+
+import logging
+
+from torch import nn
+
+from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.layouts.layout import StackLayout
+from pelt_fast.layouts.lookup import base_of, find, task_head
+from pelt_fast.modules.projection_view import ProjectionView, is_linear, shape_of
+
+from . import attention_interface as attention
+from .dimensions import head_dim_of, reads_residual
+from .ffn_block import check_block
+from .targets import (
+    attention_layouts,
+    attentions,
+    everything_asked,
+    ffn_layouts,
+    identity,
+    linears,
+)
+from .trained_names import bias_names
+
+logger = logging.getLogger("pelt_fast")
+
+
+def check(model: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> None:
+    """ValueError when the method cannot be put into the model."""
+    _check_not_sharded(model)
+    if not config.modifications and not (config.train_head and task_head(model)):
+        raise ValueError(
+            f"{config.name!r} trains the task head alone, and {type(model).__name__} has none"
+        )
+    for modification in config.modifications:
+        if modification.form != "full":
+            _check_something_asked(model, modification, stacks)
+            _check_modification(model, modification, stacks)
+    _check_one_dropout_a_matrix(base_of(model), config, stacks)
+    _check_shared(base_of(model), config, stacks)
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    """With sharded weights a site would take one rank's part for the whole."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor
+            placements = ", ".join(map(str, parameter.placements))
+            raise ValueError(
+                f"{name} is sharded already ({placements}): inject first, then fully_shard. A"
+                " tensor-parallel plan is not supported: its collectives are inside the"
+                " projections that a method's sites replace"
+            )
+
+
+def _check_something_asked(
+    model: nn.Module, modification: Modification, stacks: list[StackLayout]
+) -> None:
+    """A modification must change something."""
+    if modification.form == "bias":
+        asked = bias_names(model, modification, stacks)
+    else:
+        asked = list(everything_asked(base_of(model), modification, stacks))
+    if asked:
+        return
+    first = {stack.kind for stack in stacks[:1]}
+    if modification.form == "prompt" and first & set(modification.where):
+        raise ValueError(f"{type(model).__name__} has no prompt in its layout")
+    what = "biases" if modification.form == "bias" else modification.target
+    where = ", ".join(modification.where)
+    raise ValueError(f"{type(model).__name__} has no {what} in {where} to modify")
+
+
+def _check_modification(
+    model: nn.Module, modification: Modification, stacks: list[StackLayout]
+) -> None:
+    """What one modification needs of the modules it is on."""
+    base = base_of(model)
+    if modification.form == "prefix" or modification.reads == "query":
+        for _, module in attentions(base, modification, stacks):
+            attention.check(module)
+    if modification.placement == "around_norm":
+        _check_norms(base, modification, stacks)
+    if modification.form == "low_rank":
+        _check_linears(dict(linears(base, modification, stacks)), modification)
+    if modification.form == "bottleneck" and modification.target == "heads":
+        _check_heads(base, modification, stacks)
+    if modification.form == "bottleneck" and modification.target == "ffn":
+        for target, layout in ffn_layouts(base, modification, stacks):
+            check_block(base, target, layout, modification)
+
+
+def _check_norms(base: nn.Module, modification: Modification, stacks: list[StackLayout]) -> None:
+    """The layout must say which norm a block has, before it or after it."""
+    for target, layout in ffn_layouts(base, modification, stacks):
+        if layout.norm is None and layout.norm_after is None:
+            raise ValueError(
+                f"{target.name}: an adapter around the norm of a block needs its FFNLayout to name"
+                " norm (in front of a pre-norm block) or norm_after (behind a post-norm one);"
+                " placement='after_norm' puts it on the layer's output, whichever it is"
+            )
+
+
+def _check_linears(linears: dict[str, nn.Module], modification: Modification) -> None:
+    for name, linear in linears.items():
+        if not is_linear(linear):
+            raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs a linear layer")
+    smallest = min(min(shape_of(linear)) for linear in linears.values())
+    if modification.size > smallest:
+        logger.warning(
+            "LoRA of rank %d on %s is wider than a matrix it is on (%d): beyond full rank there is"
+            " nothing to gain", modification.size, modification.target, smallest,
+        )  # fmt: skip
+
+
+def _check_heads(base: nn.Module, modification: Modification, stacks: list[StackLayout]) -> None:
+    """A bottleneck for each head splits the attention's input by head."""
+    if modification.reads == "query":
+        return
+    for target, layout in attention_layouts(base, modification, stacks):
+        inputs, out = (shape_of(find(target.layer, path))[1] for path in (layout.q, layout.out))
+        if inputs != out:
+            dim = head_dim_of(find(target.layer, layout.module))
+            raise ValueError(
+                f"{target.name}.{layout.module}: a bottleneck for each head reads a slice of the"
+                f" input, which is {inputs} wide; {out // dim} heads of {dim} make {out}."
+                " reads='query' has no such need"
+            )
+
+
+def _check_one_dropout_a_matrix(
+    base: nn.Module, config: PeltConfig, stacks: list[StackLayout]
+) -> None:
+    """LoRA on two projections of one matrix reads one dropped input."""
+    probabilities: dict[nn.Module, float] = {}
+    for modification in config.modifications:
+        if modification.form != "low_rank":
+            continue
+        for name, linear in linears(base, modification, stacks):
+            if not isinstance(linear, ProjectionView):
+                continue
+            p = probabilities.setdefault(linear.owner, modification.dropout)
+            if p != modification.dropout:
+                raise ValueError(
+                    f"{name} shares its matrix with another projection that has LoRA: their"
+                    f" dropouts must be the same, got {p} and {modification.dropout}"
+                )
+
+
+def _check_shared(base: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> None:
+    """A module that two layers share can carry one method only."""
+    loras: dict[tuple, tuple[str, tuple]] = {}
+    for modification in config.modifications:
+        if modification.form == "low_rank":
+            wanted = (modification.size, modification.scale, modification.dropout,
+                      modification.init)  # fmt: skip
+            for name, linear in linears(base, modification, stacks):
+                first, present = loras.setdefault(identity(linear), (name, wanted))
+                if present != wanted:
+                    raise ValueError(
+                        f"{first} and {name} are one layer: two LoRA of other size, scale, dropout"
+                        " or init cannot both be on it"
+                    )
+        if modification.form == "bottleneck" and modification.target == "ffn":
+            _check_shared_blocks(base, modification, stacks)
+
+
+def _check_shared_blocks(
+    base: nn.Module, modification: Modification, stacks: list[StackLayout]
+) -> None:
+    if modification.placement in ("after_norm", "around_norm"):
+        return
+    blocks: dict[nn.Module, str] = {}
+    for target, layout in ffn_layouts(base, modification, stacks):
+        name = f"{target.name}.{layout.entry}"
+        first = blocks.setdefault(find(target.layer, layout.entry), name)
+        if first != name and (not layout.is_container or reads_residual(modification, layout)):
+            raise ValueError(
+                f"{first} and {name} are one block, which two layers run each in its own way: an"
+                " adapter on it cannot be in both. Give each layer its own, or leave the FFN out"
+            )

@@ -1,0 +1,28 @@
+"""What a site needs to know of its modules: head dimension, dtype, and what an adapter reads."""
+
+import torch
+from torch import nn
+
+from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.layouts.layout import FFNLayout
+
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")  # names for D, by model
+
+
+def head_dim_of(module: nn.Module) -> int:
+    """D of an attention module."""
+    return next(getattr(module, name) for name in _HEAD_DIM if getattr(module, name, None))
+
+
+def trained_dtype(config: PeltConfig, *weights: torch.Tensor) -> torch.dtype:
+    """The dtype of trainable tensors beside ``weights``: never narrower than one of them."""
+    floating = (weight.dtype for weight in weights if weight.is_floating_point())
+    dtypes = [getattr(torch, config.dtype), *floating]
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def reads_residual(modification: Modification, layout: FFNLayout) -> bool:
+    """Whether a parallel adapter reads the residual stream before the block's norm. In a post-norm
+    model that stream is the block's own input."""
+    reads = layout.adapter_reads if modification.reads == "default" else modification.reads
+    return reads == "residual" and layout.norm is not None

@@ -1,0 +1,35 @@
+"""A block after which a model and the random states are as they were."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
+    """In this block every module is in one mode, and the random states are seeded. Afterwards
+    modes, buffers and random states are as they were."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    states = random.getstate(), numpy.random.get_state()
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices)):
+        torch.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
+        for module in modes:
+            module.training = training
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+            for module, mode in modes.items():
+                module.training = mode
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
