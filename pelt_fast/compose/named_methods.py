@@ -233,9 +233,9 @@ def _method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def _capture(model: nn.Module) -> Kept:
     """The method at work, copied."""
-    parameters = _method_parameters(model)
-    with at_hand(holders(model, parameters)):
-        trained = {name: p.detach().clone() for name, p in parameters.items()}
+    with at_hand(holders(model, _method_parameters(model))):
+        # looked up again: accelerate replaces the parameters that it brings
+        trained = {name: p.detach().clone() for name, p in _method_parameters(model).items()}
     plain = {name: tensor.clone() for name, tensor in method_tensors(model).items()}
     sites = set(method_modules(model))
     for name, module in modules_of(model).items():

@@ -9,6 +9,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoModelForCausalLM
 
 import pelt_fast
+import pelt_fast.formats.checkpoint
 from tests.models.judge import assert_near
 from tests.models.test_parity import small_method
 from tests.small import MEANINGLESS, MODELS, inputs, randomise
