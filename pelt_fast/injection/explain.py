@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from pelt_fast.modules import (
-    LoRALinear,
     MultiHeadAdapter,
     ParallelFFNAdapter,
     PrefixBank,
@@ -133,18 +132,17 @@ def _report(site: Site, trainable: int) -> SiteReport:
         p = in_force(module.dropout)
         plan, note = _noted(dispatch.plan("prefix", device, p, **_dtype_and_size(module)))
         saved = _low_rank_bytes(module)
-    else:
-        plan = dispatch.plan(site.op, device, **_dtype_and_size(module))
-        saved = _low_rank_bytes(module)
-    if isinstance(module, LoRALinear) and module.why_beside() not in (None, QUANTISED):
-        plan = dispatch.Plan("own layer + update", module.why_beside())
-    if isinstance(module, ParallelFFNAdapter):
-        note = module.why_not_fused() or ""
-        if note:
-            plan = dispatch.Plan("own FFN + adapter", note)
-        elif module.is_packed and plan.reason is None:
+    elif isinstance(module, ParallelFFNAdapter):
+        decision = module.decision()
+        plan = dispatch.Plan(decision.plan, decision.reason)
+        if decision.runs_op and module.is_packed and plan.reason is None:
             plan = dispatch.Plan(f"packed, {plan.name}")
-        saved = _ffn_bytes(module, is_one_op=not note)
+        saved = _ffn_bytes(module, is_one_op=decision.runs_op)
+    else:
+        decision = module.decision()
+        plan, saved = dispatch.Plan(decision.plan, decision.reason), _low_rank_bytes(module)
+        if decision.reason == QUANTISED:  # the op beside the layer's own product
+            plan = dispatch.plan(site.op, device, **_dtype_and_size(module))
     return SiteReport(
         site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved,
         trainable,

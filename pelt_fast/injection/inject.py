@@ -9,6 +9,7 @@ from pelt_fast.layouts.layout import Layout, StackLayout
 from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from pelt_fast.layouts.names import parameters_of, unwrapped
 from pelt_fast.modules import ParallelFFNAdapter
+from pelt_fast.modules.decision import DecidesOnce
 from pelt_fast.modules.hooked import at_hand, holders
 from pelt_fast.presets import method as preset
 
@@ -68,6 +69,9 @@ def inject(
         _build(model, stacks, injection)
         if self_test is not None:
             self_test.check(injection)
+        for site in injection.sites:
+            if isinstance(site.module, DecidesOnce):
+                site.module.decision()
         watch(model, [find(base_of(model), stack.owner) for stack in stacks], injection)
     except BaseException:
         _restore(model, injection)

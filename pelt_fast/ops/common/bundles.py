@@ -5,8 +5,8 @@ bundles; its schema in ``torch.library``, which knows no groups, is read off the
 (:func:`flat_fields`), and :func:`from_flat` makes the groups again: a new argument is one edit.
 """
 
+import functools
 import inspect
-import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, get_type_hints
 
@@ -156,7 +156,7 @@ _SCHEMA_TYPES = {
 
 
 # the empty tensor that stands in an op's result for one that nobody asked for
-absent: Callable[[Tensor], Tensor] = operator.methodcaller("new_empty", 0)
+absent: Callable[[Tensor], Tensor] = functools.partial(Tensor.new_empty, size=(0,))
 
 
 def _parameters(function: Callable) -> list[tuple[str, type]]:

@@ -50,8 +50,8 @@ def ffn_forward(
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     bottleneck_drop, inner_drop, output_drop = ffn_dropouts(settings)
-    covered = covers_rows(x)
     pre = stacked_linear(x, adapter_x, ffn, adapter, packed.packed)
+    covered = covers_rows(pre)
     gated = ffn.gate_weight is not None
     inner, rank = ffn.in_weight.shape[0], adapter.down_weight.shape[0]
     act = activation_buffer(pre, inner, rank, gated, keep_pre)
@@ -114,8 +114,9 @@ def ffn_backward(
         grads[2] = dt.sum(0, dtype=weights.down_weight.dtype)
     if needs[1] or needs[5]:
         found = down_gradients(
-            dt, x, weights.down_weight, need_dx=needs[5], need_da=needs[1], covered=covered
-        )
+            dt, x, weights.down_weight, need_dx=needs[5], need_da=needs[1],
+            covered=covered and x.stride(-1) == 1,
+        )  # fmt: skip
         fill(grads, [5, 1], found)
     if needs[0]:
         if not in_one:
