@@ -109,7 +109,7 @@ def mam_on_bart() -> nn.Module:
 def measure() -> dict[str, Walk]:
     """The walk of every part."""
     model = mam_on_bart()
-    layer, adapter = model.model.encoder.layers[0], _ffn_site(model)
+    adapter, attend = _ffn_site(model), _prefix_site(model)
     ids = torch.randint(3, 60, (ROWS, LENGTH))
     hidden = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
     loss: list[torch.Tensor] = []
@@ -122,7 +122,7 @@ def measure() -> dict[str, Walk]:
 
     work = {
         "ffn": lambda: adapter(hidden),
-        "prefix": lambda: layer.self_attn(hidden_states=hidden),
+        "prefix": attend,
         "forward": forward,
         "backward": backward,
     }
@@ -130,6 +130,19 @@ def measure() -> dict[str, Walk]:
         for run in work.values():
             run()
     return {name: walk(run) for name, run in work.items()}
+
+
+def _prefix_site(model: nn.Module) -> Callable[[], object]:
+    """The call of the first attention's function, in a forward of its stack that has begun."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    encoder = model.model.encoder
+    attention = encoder.layers[0].self_attn
+    function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    heads = [torch.randn(ROWS, 2, LENGTH, WIDTH // 2, requires_grad=True) for _ in range(3)]
+    bank = next(m for name, m in encoder.named_children() if name.startswith("pelt_"))
+    bank.before_stack()
+    return lambda: function(attention, *heads, None, dropout=0.0, scaling=attention.scaling)
 
 
 def _ffn_site(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pelt_fast import env
+from pelt_fast.kernels.config import cuda_kernels as cuda_kernels
 from pelt_fast.kernels.tiles import MAX_HEAD_DIM, MAX_PREFIX, MAX_RANK
 
 from .backends import active_backend

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pelt_fast import env
-from pelt_fast.kernels import config
 
 from . import dispatch
 from .bundles import flat_fields, from_flat, parameter_types, schema_of
@@ -121,7 +120,7 @@ class Op:
         if backend == "triton" and env.interpret():
             return self.gpu(*args)
         if backend == "cuda":
-            with config.cuda_kernels():
+            with dispatch.cuda_kernels():
                 return self.dispatched(*args)
         return self.dispatched(*args)
 
