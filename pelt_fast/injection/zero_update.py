@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast.modules import ParallelFFNAdapter, PrefixBank, Prompt
+from pelt_fast.modules.prefix_run import AttentionSlice
 
 from .attention_interface import SLICE
 from .record import Injection
@@ -37,10 +38,10 @@ def zero_update(injection: Injection, training: bool) -> Iterator[None]:
         yield
 
 
-class _EmptySlice:
+class _EmptySlice(AttentionSlice):
     """Used instead of a prefix: one key whose value is zero, added to the attention's output."""
 
-    on, composition = True, "add"
+    composition = "add"
 
     def __init__(self, site: nn.Module, form: str):
         self.form, like = form, next(site.parameters())

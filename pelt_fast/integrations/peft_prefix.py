@@ -13,7 +13,7 @@ from pelt_fast.injection.record import Injection
 from pelt_fast.injection.targets import target_layers
 from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from pelt_fast.modules.per_thread import PerThread
-from pelt_fast.modules.prefix_run import PrefixRuns
+from pelt_fast.modules.prefix_run import AttentionSlice, PrefixRuns
 
 from .known_cache import mark_known, refuse_unknown
 
@@ -111,11 +111,8 @@ class PeftPrefix:
         return self._run(self.peft_model.get_base_model().generate, *args, **kwargs)
 
 
-class PeftSlice:
+class PeftSlice(AttentionSlice):
     """The keys and values of one attention in a :class:`PeftPrefix`."""
-
-    form, composition = "softmax", "gated"
-    checked: tuple | None = None  # as a prefix's slice has it
 
     def __init__(self, bank: PeftPrefix, index: int):
         self.bank, self.index = bank, index

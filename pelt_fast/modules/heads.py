@@ -9,6 +9,7 @@ from pelt_fast.config import Modification
 from .frozen_module import FrozenModule
 from .kept_input import KeptInput
 from .late import in_force
+from .prefix_run import AttentionSlice
 from .projection_view import device_of, shape_of
 
 
@@ -72,11 +73,10 @@ class QueryHeads(_Heads):
         return self.down_weight / scaling, self.scale * self.up_weight
 
 
-class QuerySlice:
+class QuerySlice(AttentionSlice):
     """What the attention function finds on the module, as a prefix's slice."""
 
-    form, composition, on = "relu", "add", True
-    checked: tuple | None = None  # as a prefix's slice has it
+    form, composition = "relu", "add"
 
     def __init__(self, heads: QueryHeads):
         self.heads = heads

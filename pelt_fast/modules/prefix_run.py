@@ -91,7 +91,16 @@ class PrefixRuns:
         return type(self), ()
 
 
-class PrefixSlice:
+class AttentionSlice:
+    """What the attention function finds on a module: called with the scale of the scores it gives
+    prefix_k and prefix_v (Hkv, P, D)."""
+
+    form, composition = "softmax", "gated"
+    on = True  # whether it is at work
+    checked: tuple | None = None  # the kind of inputs that the public function took last
+
+
+class PrefixSlice(AttentionSlice):
     """One attention's layer of a bank; the attention function finds it on the module.
 
     Args:
@@ -99,9 +108,6 @@ class PrefixSlice:
         index: the layer's.
         composition: "gated" or "add" (``functional.prefix_attention``).
     """
-
-    form, on = "softmax", True
-    checked: tuple | None = None  # the kind of inputs that the public function took last
 
     def __init__(self, bank: nn.Module, index: int, composition: str):
         self.bank, self.index, self.composition = bank, index, composition
