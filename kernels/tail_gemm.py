@@ -1,4 +1,5 @@
-"""A frozen GEMM whose K loop ends in the rank tail: no extra pass over the output (identity I2).
+"""A frozen GEMM whose K loop ends in the rank tail (docs/maths.md#i2): no extra pass over the
+output.
 
 Shapes   x (M, K), w (K, N) of any strides (Wᵀ forward, W for dx), s (M, R), u (R, N) of any strides
          (Bᵀ forward, A for dx), bias (N), y (M, N); u may be fp32 beside a 16-bit x.

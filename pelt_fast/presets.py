@@ -1,4 +1,4 @@
-"""The presets: the paper's methods at the paper's settings (PAPER Table 8, appendix A)."""
+"""The presets: the paper's methods at the paper's settings (Table 8, appendix A)."""
 
 from typing import Any
 

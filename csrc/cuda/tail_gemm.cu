@@ -1,4 +1,4 @@
-// A frozen GEMM that begins with its rank tail, for Hopper (identity I2).
+// A frozen GEMM that begins with its rank tail, for Hopper (docs/maths.md#i2).
 //
 // Shapes   a (M, K), s (M, R); w (N, K), u (N, R) or w (K, N), u (R, N); bias (N); out (M, N).
 // Maths    out = a w + mask * (s u) + bias, fp32 accumulation. The tail comes first: a mask is then

@@ -34,12 +34,12 @@ class Bottleneck(DecidesOnce, Foldable):
         self, inputs: int, outputs: int, modification: Modification, device, dtype: torch.dtype
     ):
         super().__init__()
-        place = dict(device=device, dtype=dtype)
+        factory = dict(device=device, dtype=dtype)
         rank = modification.size
-        self.down_weight = nn.Parameter(torch.empty(rank, inputs, **place))
-        self.down_bias = nn.Parameter(torch.zeros(rank, **place))
-        self.up_weight = nn.Parameter(torch.zeros(outputs, rank, **place))
-        self.up_bias = nn.Parameter(torch.zeros(outputs, **place))
+        self.down_weight = nn.Parameter(torch.empty(rank, inputs, **factory))
+        self.down_bias = nn.Parameter(torch.zeros(rank, **factory))
+        self.up_weight = nn.Parameter(torch.zeros(outputs, rank, **factory))
+        self.up_bias = nn.Parameter(torch.zeros(outputs, **factory))
         if modification.init == "lora":
             nn.init.kaiming_uniform_(self.down_weight, a=math.sqrt(5))
         else:
@@ -48,11 +48,11 @@ class Bottleneck(DecidesOnce, Foldable):
         self.register_module("norm", None)
         if modification.layer_norm != "none":
             width = inputs if modification.layer_norm == "in" else outputs
-            self.norm = nn.LayerNorm(width, **place)
+            self.norm = nn.LayerNorm(width, **factory)
         self.scale = modification.scale
         if modification.composition.startswith("learned"):
             size = outputs if modification.composition == "learned_channel_scale" else 1
-            self.scale = nn.Parameter(torch.full((size,), float(modification.scale), **place))
+            self.scale = nn.Parameter(torch.full((size,), float(modification.scale), **factory))
         self.activation = modification.activation
         self.layer_norm = modification.layer_norm
         self.residual = modification.residual

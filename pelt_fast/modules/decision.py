@@ -153,9 +153,10 @@ class DecidesOnce:
 
     def decision(self) -> Decision:
         """The decision in force, for a reader (``explain``)."""
-        if self._held is None or self._held.basis.look() is None:
-            self._decide_now()
-        return self._held.decision
+        held = self._held
+        if held is None or held.basis.look() is None:
+            held = self._decide_now()
+        return held.decision
 
     def decided(self, x: Tensor) -> tuple[Decision, list[float] | None]:
         """The decision in force, and the probabilities of the dropouts now; None in their place
@@ -182,7 +183,9 @@ class DecidesOnce:
     def _decide_now(self) -> Held:
         basis = Basis()
         self.rests_on(basis)
-        self._held = held = Held(self.decide(), basis)
+        held = Held(self.decide(), basis)
+        # a dropout that the ops do not know is looked at again in each forward
+        self._held = None if basis.look() is None else held
         return held
 
     def decide_again(self) -> None:

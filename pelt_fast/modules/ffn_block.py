@@ -46,7 +46,7 @@ class FFNBlock:
         self.activation_dropout, self.output_dropout = activation_dropout, output_dropout
         self.block = None if block is None else FrozenModule(block)
         self._forward = None if block is None else type(block).forward
-        self._projections_at = [(place, place.value) for place in projections_at]
+        self._projections_at = [(at, at.value) for at in projections_at]
         self._why_itself = why_itself
 
     @property

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from pelt_fast.ops.common.dispatch import DTYPES
 
 from .decision import HOOKS, Basis
-from .hooked import holder_of, is_away, place_of, run
+from .hooked import forward_attribute_of, holder_of, is_away, run
 from .projection_view import LORA, holds_numbers, host_of, is_readable
 
 # the forwards that are nothing but x Wᵀ + b, as they are written: one patched later is another
@@ -22,7 +22,7 @@ def foreign_forward(module: nn.Module) -> Callable | None:
     there is a call of a site's or :func:`passthrough`, and a site knows what it found there;
     accelerate's hook runs the module's own."""
     module = holder_of(module)
-    found = module.__dict__.get(place_of(module))
+    found = module.__dict__.get(forward_attribute_of(module))
     own = getattr(found, "__func__", None) is type(module).forward
     if found is None or found is passthrough or own:
         return None

@@ -20,7 +20,7 @@ def holder_of(module: nn.Module) -> nn.Module:
     return module.__dict__.get("owner", module)
 
 
-def place_of(module: nn.Module) -> str:
+def forward_attribute_of(module: nn.Module) -> str:
     """The attribute that holds the module's own forward: inside of accelerate's wrapper, where
     there is one, so that the hook runs around whatever is put there."""
     hooked = HOOK in module.__dict__ and INNER in module.__dict__
@@ -29,24 +29,24 @@ def place_of(module: nn.Module) -> str:
 
 def put(module: nn.Module, forward: Callable) -> Callable | None:
     """Let ``module`` run ``forward`` when called, inside the hook it may have; what stood there."""
-    place = place_of(module)
-    before = module.__dict__.get(place)
-    setattr(module, place, forward)
+    attribute = forward_attribute_of(module)
+    before = module.__dict__.get(attribute)
+    setattr(module, attribute, forward)
     return before
 
 
 def give_back(module: nn.Module, before: Callable | None, ours: Callable) -> None:
-    """Put what was there before in the place of our forward, where that is now: accelerate's
+    """Put what was there before in the attribute of our forward, where that is now: accelerate's
     wrapper keeps it inside. A forward that is not ours and does not hold ours stays."""
-    for place in ("forward", INNER):
-        if module.__dict__.get(place) is not ours:
+    for attribute in ("forward", INNER):
+        if module.__dict__.get(attribute) is not ours:
             continue
         if before is not None:
-            setattr(module, place, before)
-        elif place == INNER:
-            setattr(module, place, type(module).forward.__get__(module))
+            setattr(module, attribute, before)
+        elif attribute == INNER:
+            setattr(module, attribute, type(module).forward.__get__(module))
         else:
-            delattr(module, place)
+            delattr(module, attribute)
 
 
 def is_away(module: nn.Module) -> bool:

@@ -29,9 +29,9 @@ class LoRALinear(DecidesOnce, Foldable):
         self.frozen = FrozenModule(linear)
         self.scale, self.dropout = scale, nn.Dropout(dropout_p)
         out_features, in_features = shape_of(linear)
-        place = dict(device=device_of(linear), dtype=dtype)
-        self.lora_a = nn.Parameter(torch.empty(rank, in_features, **place))
-        self.lora_b = nn.Parameter(torch.zeros(out_features, rank, **place))
+        factory = dict(device=device_of(linear), dtype=dtype)
+        self.lora_a = nn.Parameter(torch.empty(rank, in_features, **factory))
+        self.lora_b = nn.Parameter(torch.zeros(out_features, rank, **factory))
         if init == "lora":
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         else:

@@ -37,9 +37,9 @@ class Packing:
             return False
         return all(
             _has_memory(weight)
-            and weight.data_ptr() == place.data_ptr()
-            and weight.stride() == place.stride()
-            for weight, place in zip(frozen, self._places(frozen))
+            and weight.data_ptr() == region.data_ptr()
+            and weight.stride() == region.stride()
+            for weight, region in zip(frozen, self._regions(frozen))
         )
 
     @torch.inference_mode(False)
@@ -52,8 +52,8 @@ class Packing:
         rows = [self._turned(weight.data) for weight in frozen]
         room = rows[0].new_zeros(self.room + -self.room % ALIGNMENT, rows[0].shape[1])
         self.buffer = torch.cat([*rows, room])
-        for weight, place in zip(frozen, self._places(frozen)):
-            weight.data = _with_own_storage(place)
+        for weight, region in zip(frozen, self._regions(frozen)):
+            weight.data = _with_own_storage(region)
 
     def pack_again(self, frozen: list[Tensor]) -> None:
         """Pack parameters that were moved since: they themselves, not what stands in for them
@@ -82,15 +82,15 @@ class Packing:
     def filled(self, block: Tensor, scale: float = 1) -> Tensor:
         """The stacked weights, ``scale * block`` among them."""
         first = self.buffer.shape[0] - self.room - -self.room % ALIGNMENT
-        place = self._turned(self.buffer.narrow(0, first, self.room))
-        place.copy_(block if scale == 1 else block * scale)
+        region = self._turned(self.buffer.narrow(0, first, self.room))
+        region.copy_(block if scale == 1 else block * scale)
         return self._turned(self.buffer)
 
     def _turned(self, matrix: Tensor) -> Tensor:
         """From the weights' own shape to the buffer's, and back."""
         return matrix if self.dim == 0 else matrix.t()
 
-    def _places(self, frozen: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _regions(self, frozen: Sequence[Tensor]) -> Iterator[Tensor]:
         """Where in the buffer each weight belongs."""
         first = 0
         for weight in frozen:

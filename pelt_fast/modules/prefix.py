@@ -1,7 +1,8 @@
 """Prefix tuning: the bank of trainable keys and values of one stack, and each layer's slice.
 
-The bank's reparameterisation (an embedding, Linear, Tanh, Linear; PAPER 3.4) runs once per
-forward of the stack, never per batch row; while a thread generates, once for all its steps.
+The bank's reparameterisation (an embedding, Linear, Tanh, Linear: docs/maths.md#the-prefix-mlp)
+runs once per forward of the stack, never per batch row; while a thread generates, once for all its
+steps.
 """
 
 import contextlib
@@ -27,20 +28,20 @@ class PrefixBank(nn.Module):
                  modification: Modification, device, dtype: torch.dtype):  # fmt: skip
         super().__init__()
         self.shape = (layers, 2, heads, modification.size, head_dim)
-        place = dict(device=device, dtype=dtype)
+        factory = dict(device=device, dtype=dtype)
         self.embedding = self.mlp = None
         if modification.reparameterization == "mlp":
-            self.embedding = nn.Parameter(torch.empty(modification.size, width, **place))
+            self.embedding = nn.Parameter(torch.empty(modification.size, width, **factory))
             nn.init.normal_(self.embedding)
             outputs = layers * 2 * heads * head_dim
             self.mlp = nn.Sequential(
-                nn.Linear(width, modification.mlp_dim, **place),
+                nn.Linear(width, modification.mlp_dim, **factory),
                 nn.Tanh(),
-                nn.Linear(modification.mlp_dim, outputs, **place),
+                nn.Linear(modification.mlp_dim, outputs, **factory),
             )
             self.register_parameter("prefix", None)
         else:
-            self.prefix = nn.Parameter(torch.empty(self.shape, **place))
+            self.prefix = nn.Parameter(torch.empty(self.shape, **factory))
             nn.init.normal_(self.prefix, std=0.02)
         self.runs, self._generation = PrefixRuns(), PerThread()
 

@@ -44,9 +44,9 @@ class ProjectionView(nn.Module):
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> Tensor:
         """Copy ``value`` into the owner's weight or bias; what was there before."""
-        place = getattr(self, name)
-        before = place.detach().clone()
-        place.data.copy_(value)
+        held = getattr(self, name)
+        before = held.detach().clone()
+        held.data.copy_(value)
         return before
 
 

@@ -11,8 +11,8 @@ class Prompt(nn.Module):
 
     def __init__(self, modification: Modification, width: int, device, dtype: torch.dtype):
         super().__init__()
-        place = dict(device=device, dtype=dtype)
-        self.embedding = nn.Parameter(torch.empty(modification.size, width, **place))
+        factory = dict(device=device, dtype=dtype)
+        self.embedding = nn.Parameter(torch.empty(modification.size, width, **factory))
         nn.init.normal_(self.embedding, std=0.02)
 
     @property

@@ -35,7 +35,7 @@ FORMULAS = {
     "mam": lambda d, attention, ffn: (2 * 30 * attention + 2 * 512 * ffn) * d * L,
     "mam_glue": lambda d, attention, ffn: (2 * 16 * attention + 2 * 16 * ffn) * d * L,
 }
-# PAPER 1.4 and 3.4: the figures the paper and its users print
+# appendix B of the paper (docs/maths.md#parameter-counts): the figures the paper and its users print
 PRINTED = {
     "prefix": 14_745_600, "prefix_ungated": 2_211_840, "scaled_parallel_adapter": 25_165_824,
     "mam": 27_377_664,

@@ -1,4 +1,4 @@
-"""The elementwise functions f of identity I1 and their derivatives, by hand."""
+"""The elementwise functions f of docs/maths.md#i1 and their derivatives, by hand."""
 
 import math
 
