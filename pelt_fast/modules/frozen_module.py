@@ -22,15 +22,21 @@ def foreign_forward(module: nn.Module) -> Callable | None:
     there is a call of a site's or :func:`passthrough`, and a site knows what it found there;
     accelerate's hook runs the module's own."""
     module = holder_of(module)
-    found = module.__dict__.get(forward_attribute_of(module))
-    own = getattr(found, "__func__", None) is type(module).forward
-    if found is None or found is passthrough or own:
+    outermost = module.__dict__.get(forward_attribute_of(module))
+    if outermost is None or getattr(outermost, "__func__", None) is type(module).forward:
         return None
-    owner = getattr(found, "__self__", found)
-    if not type(owner).__module__.startswith("pelt_fast."):
-        return found
-    below = getattr(owner, "frozen", None)
-    return None if below is None else below.foreign
+    found = outermost
+    for _ in range(64):  # what wraps ours, and says so (``functools.wraps``), runs ours
+        if found is passthrough:
+            return None
+        owner = getattr(found, "__self__", found)
+        if type(owner).__module__.startswith("pelt_fast."):
+            below = getattr(owner, "frozen", None)
+            return None if below is None else below.foreign
+        found = getattr(found, "__wrapped__", None)
+        if found is None:
+            break
+    return outermost
 
 
 def is_repatched(module: nn.Module, forward: Callable) -> bool:
