@@ -28,6 +28,7 @@ from .record import Injection
 SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
 WRAPPED = ("sdpa", "eager")
 _NAME = "pelt_fast_{}"
+_prefix_attention = functional.prefix_attention  # the package's own, whoever replaces it later
 
 
 def wrapping(choice: str | None) -> str:
@@ -121,7 +122,8 @@ def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
     prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
     prefix_k, prefix_v = prefix_k.to(q.device), prefix_v.to(q.device)  # layers on many devices
     qkv, prefix = QKV(q, k, v), Prefix(prefix_k, prefix_v)
-    kind = None if torch.compiler.is_compiling() else _kind(qkv, prefix)
+    known = functional.prefix_attention is _prefix_attention
+    kind = _kind(qkv, prefix) if known and not torch.compiler.is_compiling() else None
     if kind is not None and kind == site.checked and _fits(mask, q, k):
         scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
         scores, form = Scores(mask, causal, scale), Form(site.form, site.composition)

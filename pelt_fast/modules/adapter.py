@@ -12,7 +12,7 @@ from pelt_fast.ops.common import dispatch
 from pelt_fast.ops.common.bundles import AdapterNorm, Transform
 from pelt_fast.ops.common.bundles import Bottleneck as BottleneckWeights
 
-from .decision import Basis, DecidesOnce, Decision
+from .decision import Basis, DecidesOnce, Decision, is_public
 from .frozen_module import Foldable, FrozenModule, is_beside
 from .hooked import at_hand, is_away
 from .kept_input import KeptInput
@@ -102,13 +102,15 @@ class Bottleneck(DecidesOnce, Foldable):
     def decide(self) -> Decision:
         weight = self.frozen_weight()
         plan = dispatch.plan("adapter", weight.device, 0.0, weight.dtype, self.down_weight.shape[0])
-        given = _NO_NORM if plan.reason is None and self.is_checked(weight) else None
+        known = plan.reason is None and is_public("parallel_adapter", "sequential_adapter")
+        given = _NO_NORM if known and self.is_checked(weight) else None
         return Decision(
             plan.name, plan.reason, True, given, weight.dtype, weight.device,
             self.down_weight.shape[1],
         )  # fmt: skip
 
     def rests_on(self, basis: Basis) -> None:
+        basis.functions("parallel_adapter", "sequential_adapter")
         for name, parameter in self._parameters.items():
             basis.value(self._parameters, name)
             if parameter is not None:

@@ -13,9 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pelt_fast import functional
 from pelt_fast.ops.common.backends import active
 
+_PUBLIC = {name: getattr(functional, name) for name in functional.__all__}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_public(*names: str) -> bool:
+    """Whether the public functions of these names are the package's own: a site calls one that
+    somebody put in its place."""
+    return all(getattr(functional, name) is _PUBLIC[name] for name in names)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,11 @@ class Basis:
     def value(self, table: dict, name: str) -> None:
         """An entry of ``table``, by identity; it may be missing."""
         self.values.append((table, name, table.get(name)))
+
+    def functions(self, *names: str) -> None:
+        """The public functions of these names (:func:`is_public`)."""
+        for name in names:
+            self.value(vars(functional), name)
 
     def attribute(self, owner: Any, name: str) -> None:
         """What is at ``owner.name``."""

@@ -11,7 +11,7 @@ from pelt_fast.ops.common.bundles import FFNSettings, FrozenFFN
 from pelt_fast.ops.widened_ffn.op import Stacked, widened_ffn
 
 from .adapter import Bottleneck
-from .decision import Basis, Decision
+from .decision import Basis, Decision, is_public
 from .ffn_block import FFNBlock
 from .frozen_module import FrozenModule
 from .kept_input import KeptInput
@@ -100,7 +100,8 @@ class ParallelFFNAdapter(_FFNAdapter):
             return Decision("own FFN + adapter", reason, runs_op=False)
         plan = dispatch.plan("ffn", weight.device, 0.0, weight.dtype, self.down_weight.shape[0])
         given = None
-        if plan.reason is None and self.is_checked(weight):
+        known = plan.reason is None and is_public("ffn_parallel_adapter")
+        if known and self.is_checked(weight):
             given = self._given()
         width = self.down_weight.shape[1]
         return Decision(plan.name, plan.reason, True, given, weight.dtype, weight.device, width)
@@ -112,6 +113,7 @@ class ParallelFFNAdapter(_FFNAdapter):
 
     def rests_on(self, basis: Basis) -> None:
         self.ffn.rests_on(basis)
+        basis.functions("ffn_parallel_adapter")
         basis.value(self.__dict__, "_is_fsdp_managed_module")
         for dropout in (self.ffn.activation_dropout, self.output_dropout):
             dropout.rests_on(basis)

@@ -10,7 +10,7 @@ from pelt_fast.ops.common import dispatch
 from pelt_fast.ops.common.bundles import FrozenLinear, LowRank
 from pelt_fast.ops.lora.op import lora
 
-from .decision import Basis, DecidesOnce, Decision
+from .decision import Basis, DecidesOnce, Decision, is_public
 from .frozen_module import QUANTISED, Foldable, FrozenModule, is_beside
 from .late import in_force
 from .projection_view import device_of, shape_of
@@ -54,13 +54,14 @@ class LoRALinear(DecidesOnce, Foldable):
         weight, size = linear.weight, self.lora_a.shape[0]
         plan, held = dispatch.plan("lora", weight.device, 0.0, weight.dtype, size), None
         factors = (self.lora_a, self.lora_b)
-        if plan.reason is None and is_beside(weight, factors):
+        if plan.reason is None and is_beside(weight, factors) and is_public("lora_linear"):
             held = self.frozen.held_weight()
         given = None if held is None else FrozenLinear(*held)
         width = self.lora_a.shape[1]
         return Decision(plan.name, plan.reason, True, given, weight.dtype, weight.device, width)
 
     def rests_on(self, basis: Basis) -> None:
+        basis.functions("lora_linear")
         self.frozen.rests_on(basis)
         for name, parameter in self._parameters.items():
             basis.value(self._parameters, name)
