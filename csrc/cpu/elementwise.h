@@ -1,4 +1,4 @@
-// The functions f of pelt_fast/reference/activations.py and their derivatives in fp32, without
+// The functions f of pelt_fast/ops/common/activations.py and their derivatives in fp32, without
 // branches: loops over them become vectors.
 #pragma once
 

@@ -2,7 +2,7 @@
 //
 // Shapes   out: any, contiguous, read as one row; seed (2): key, offset.
 // Maths    Philox4x32, 7 rounds, one draw for 8 elements; definition and bits are those of
-//          pelt_fast/reference/philox.py.
+//          pelt_fast/ops/common/dropout.py.
 // Traffic  writes out once; 14 products of 32 x 32 bits for 8 elements, in vectors.
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
 // The dropout mask: Philox4x32, 7 rounds, one draw for 8 elements; definition and bits are those of
-// pelt_fast/reference/philox.py.
+// pelt_fast/ops/common/dropout.py.
 #pragma once
 
 #include <cstdint>
