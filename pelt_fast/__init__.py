@@ -4,6 +4,7 @@ Each name is imported when it is first used, so that ``import pelt_fast`` needs 
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 from pelt_fast import deprecated
@@ -60,6 +61,10 @@ _HOMES = {
     "ops.common.backends": ("backend",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+# a backend that the environment asks for is checked at once, not when the first op runs
+if os.environ.get("PELT_FAST_BACKEND", "auto") != "auto":
+    importlib.import_module("pelt_fast.ops.common.backends")
 
 __all__ = [
     "AttentionLayout",
