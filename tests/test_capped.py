@@ -11,7 +11,7 @@ from tests.capped import CAPS, SHARE, capped
 
 SAYS = """
 import torch
-from pelt_fast.ops import native
+from pelt_fast.ops.common import native
 print(torch.backends.cpu.get_cpu_capability(), *native.facts().values(), sep=";")
 """
 

@@ -55,7 +55,7 @@ def test_it_installs_and_runs(sdist, tmp_path, compiled):
     assert (tmp_path / "pelt_fast" / "py.typed").exists()
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
-        "import torch, pelt_fast; from pelt_fast.ops import native; print(pelt_fast.__file__);"
+        "import torch, pelt_fast; from pelt_fast.ops.common import native; print(pelt_fast.__file__);"
         "print(native.why_missing());"
         "x = torch.randn(3, 8); w = torch.randn(4, 8); a = torch.randn(2, 8); b = torch.randn(4, 2);"
         "print(pelt_fast.functional.lora_linear(x, w, None, a, b, scale=1.0).shape)"
