@@ -71,32 +71,50 @@ _REASONS = (
 
 @dataclass(frozen=True)
 class Modification:
-    """One modification of the frozen model.
+    """One modification of the frozen model: a point of the paper's design space (Table 1).
 
-    form: "low_rank" (LoRA), "bottleneck" (adapter; on "heads" one for each head), "prefix",
-    "prompt" (vectors in front of the input), "bias" (BitFit: the model's own biases), "full".
-    target: what is modified. insertion: "parallel" reads the target's input, "sequential" its
-    output. composition: "add" h + Δh; "scaled" h + s Δh; "learned_scale" with s trained from
-    ``scale`` (scalar) or "learned_channel_scale" (per channel); "gated" (1 - λ) h + λ Δh.
-    size: rank R, bottleneck R, prefix or prompt length P. dropout: on a LoRA's input or an
-    adapter's bottleneck (in an attention function, on a prefix and on what reads the query, the
-    attention's own acts instead). layer_norm: of an adapter, "none", "in" or "out". init: "lora"
-    (Kaiming down, zero up) or "bert" (normal 0.02). where: which attention / stacks ("encoder",
-    "decoder", "cross"; a prompt goes to the first stack there is). reparameterization: of a prefix,
-    "mlp" (embedding, Linear, Tanh, Linear) or "none"; mlp_dim its hidden width. layers: the layers
-    of each stack in ``where`` that carry it, from 0; None is all of them.
+    Where libraries differ, "default" is what the paper's code does (but for ``reads`` on heads).
 
-    Where libraries differ, "default" is what the paper's code does, but on heads:
-    reads: of a parallel FFN adapter "input" (the block's) or "residual" (the stream before a
-    pre-norm; mBART's default); of a bottleneck on heads "input" (the attention's, split by head,
-    with a down projection of its own: the paper's Table 1, default) or "query" (the frozen query
-    projection is reused: the paper's code, and the preset ``multi_head_parallel_adapter``).
-    placement: of a parallel attention adapter "before_output" (added to the heads, default) or
-    "after_output" (to the projected output); of an FFN adapter "after_dropout" (default),
-    "before_dropout" (parallel), "after_norm" (sequential: on the layer's output) or "around_norm"
-    (sequential, Pfeiffer: of a post-norm block y of x, LN(Δ(LN(y + x)) + y + x); of a pre-norm one,
-    where nothing normalises the sum, y + x + Δ(y + x)).
-    residual: whether a sequential adapter adds its input to its update.
+    Args:
+        form: the functional form. "low_rank" (LoRA), "bottleneck" (adapter; on "heads" one for each
+            head), "prefix", "prompt" (vectors in front of the input), "bias" (BitFit: the model's
+            own biases) or "full".
+        target: what is modified: "attention", "attention.q", "attention.k", "attention.v",
+            "attention.o", "heads", "ffn", "ffn.in", "ffn.out", "embeddings" or "model".
+        insertion: "parallel" reads the target's input, "sequential" its output.
+        composition: "add" h + Δh; "scaled" h + s Δh; "learned_scale", s trained from ``scale`` (a
+            scalar), or "learned_channel_scale" (one for each channel); "gated" (1 - λ) h + λ Δh.
+        size: the rank or bottleneck R, or the length P of a prefix or prompt.
+        scale: s.
+        activation: f of a bottleneck: "identity", "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        init: "lora" (Kaiming down, zero up) or "bert" (normal 0.02).
+        dropout: the probability on a LoRA's input or an adapter's bottleneck, in [0, 1). In an
+            attention function (a prefix, what reads the query) the attention's own acts instead.
+        layer_norm: of an adapter: "none", "in" or "out".
+        where: which attentions and stacks: "encoder", "decoder", "cross". A prompt goes to the
+            first stack there is.
+        reparameterization: of a prefix: "mlp" (embedding, Linear, Tanh, Linear) or "none".
+        mlp_dim: the hidden width of that MLP.
+        reads: of a parallel FFN adapter "input" (the block's) or "residual" (the stream before a
+            pre-norm; mBART's default); of a bottleneck on heads "input" (the attention's, split by
+            head, with a down projection of its own: Table 1, default) or "query" (the frozen query
+            projection is used again: the paper's code, and ``multi_head_parallel_adapter``).
+        placement: of a parallel attention adapter "before_output" (added to the heads, default) or
+            "after_output" (to the projected output); of an FFN adapter "after_dropout" (default),
+            "before_dropout" (parallel), "after_norm" (sequential: on the layer's output) or
+            "around_norm" (sequential, Pfeiffer: of a post-norm block y of x,
+            LN(Δ(LN(y + x)) + y + x); of a pre-norm one, where nothing normalises the sum,
+            y + x + Δ(y + x)).
+        residual: whether a sequential adapter adds its input to its update.
+        layers: the layers of each stack in ``where`` that have it, from 0; None is all of them.
+
+    Raises:
+        ValueError: a field has another value, or the point has no meaning; the message names the
+            nearest one that has.
+
+    Example:
+        >>> Modification("low_rank", "attention.q", size=8, scale=2.0, composition="scaled").size
+        8
     """
 
     form: str
@@ -242,10 +260,22 @@ def _check_together(m: Modification, other: Modification) -> None:
 
 @dataclass(frozen=True)
 class PeltConfig:
-    """A method: its modifications, whether the task head trains, the trainable tensors' dtype.
+    """A method: the modifications that are made to one model.
 
-    ``dtype`` is "float32" (master weights beside a bf16 base), "bfloat16", "float16" or
-    "float64"; it is raised to the base's own precision where that is higher.
+    Args:
+        name: its name, in messages and saved files.
+        modifications: what is changed. Two of them on one target must go together.
+        train_head: whether the task head trains, too.
+        dtype: of the trained tensors: "float32" (beside a bf16 base, too), "bfloat16", "float16" or
+            "float64". It is raised to the base's own precision where that is higher.
+
+    Raises:
+        TypeError: a field has another type.
+        ValueError: the modifications cannot be together; the message says which.
+
+    Example:
+        lora = Modification("low_rank", "attention.q", size=8, composition="scaled", scale=2.0)
+        pelt_fast.inject(model, PeltConfig("my_lora", (lora,)))
     """
 
     name: str

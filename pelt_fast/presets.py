@@ -98,7 +98,15 @@ def formula(modification: Modification) -> str:
 
 
 def methods() -> dict[str, PeltConfig]:
-    """The presets by name, each a :class:`PeltConfig`."""
+    """The presets: the paper's methods at the paper's settings (Table 8, appendix A).
+
+    Returns:
+        Each :class:`PeltConfig` by its name.
+
+    Example:
+        >>> methods()["mam"].modifications[0].form
+        'prefix'
+    """
     return {config.name: config for config in _PRESETS}
 
 

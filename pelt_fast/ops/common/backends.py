@@ -53,16 +53,26 @@ def active_backend() -> str:
 
 
 class backend:
-    """Choose what the ops run: ``with backend("reference"): ...``, or ``backend("auto")`` alone.
+    """Choose what the ops of the calling thread run.
 
-    ``"auto"`` is the best that is present for the device, ``"triton"`` the Triton kernels (what
-    ``"auto"`` runs on a GPU; on a CPU where they are interpreted), ``"cuda"`` the CUDA C++ kernels
-    where they take the input and the Triton kernels elsewhere, ``"reference"`` the plain PyTorch
-    specification. Acts on the calling thread, as ``torch.set_grad_enabled`` does; the others keep
-    theirs, which begins as ``PELT_FAST_BACKEND`` says ("auto" where it is not set). A backward runs
-    the backend of its forward, in whatever thread. Takes effect when created; leaving a ``with``
-    block restores what was before. Raises ValueError for an unknown name, RuntimeError with the
-    reason for one that is not here.
+    The choice acts as soon as it is made. ``with backend(...):`` gives back what was chosen before,
+    at the end of the block. Other threads keep their own choice; a thread that chose nothing runs
+    what ``PELT_FAST_BACKEND`` says, "auto" by default. A backward pass runs the backend of its
+    forward pass, in whatever thread.
+
+    Args:
+        name: "auto", the best that is present for the device; "triton", the Triton kernels (what
+            "auto" runs on a GPU; on a CPU they are interpreted); "cuda", the CUDA C++ kernels where
+            they take the input, the Triton kernels elsewhere; "cpp", the C++ ops, which must be
+            built; "reference", the plain PyTorch specification.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it cannot run here; the message says why.
+
+    Example:
+        with pelt_fast.backend("reference"):
+            expected = model(**batch).logits
     """
 
     def __init__(self, name: str):
