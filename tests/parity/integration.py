@@ -17,7 +17,7 @@ ROWS = [  # what, which tests
     ("transformers' Trainer: stopped and resumed bit for bit, the method alone written, best model",
      "tests/models/test_trainer.py"),
     ("killed with SIGKILL and resumed, no growth of memory", "tests/models/test_long_run.py"),
-    ("DDP and FSDP2, two gloo processes: the losses of one, saved and gone on from; a checkpoint in"
+    ("DDP and FSDP2, two gloo processes: the losses of one, saved and resumed; a checkpoint in"
      " another world size", "tests/models/test_distributed.py"),
     ("`pelt-fast train` under accelerate's FSDP2: the losses of DDP, resumed, the base in no"
      " checkpoint", "tests/tasks/test_fsdp.py"),
@@ -26,7 +26,7 @@ ROWS = [  # what, which tests
      "tests/models/test_quantised.py"),
     ("packed sequences without padding", "tests/models/test_packed_sequences.py"),
     ("fused and transposed projections", "tests/models/test_parts.py"),
-    ("the user's own rows of the table", "tests/models/test_slots.py"),
+    ("the user's own layouts", "tests/models/test_slots.py"),
     ("generation with every cache and beams, prefixes and prompts", "tests/models/test_generate.py"),
     ("fp32 factors on a bf16 base", "tests/models/test_bf16.py"),
     ("Liger's and parametrized models, tied embeddings", "tests/models/test_composition.py"),
@@ -44,8 +44,8 @@ ROWS = [  # what, which tests
     ("sdist and wheel, with and without a compiler", "tests/test_release.py"),
 ]  # fmt: skip
 NOT_HERE = """Refused with the reason: weights sharded before inject (tensor-parallel plans of
-transformers, `fully_shard` first). Not read: checkpoints of the paper's own code, whose names are
-nowhere written down. Not tried: a real GPTQ layer, float8 of torchao (they need a GPU).
+transformers, `fully_shard` first). Not read: checkpoints of the paper's own code; their tensor names
+are not documented. Not tried: a real GPTQ layer, float8 of torchao (they need a GPU).
 """
 
 

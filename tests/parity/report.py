@@ -14,8 +14,9 @@ TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = """# Architectures
 
 Written by `make parity`, which runs every cell on small random models (`tests/parity/grid.py` says
-what a cell checks). **yes** holds; a number is a refusal, whose reason stands below. `inject` takes
-a `Layout` of yours for an architecture that is not here; `pelt-fast explain MODEL` prints a draft.
+what a cell checks). **yes** means that it works; a number is a refusal, and its reason is below. For
+an architecture that is not here, give `inject` your own `Layout`; `pelt-fast explain MODEL` prints a
+draft of one.
 """
 
 
