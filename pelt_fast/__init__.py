@@ -62,10 +62,6 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-# a backend that the environment asks for is checked at once, not when the first op runs
-if os.environ.get("PELT_FAST_BACKEND", "auto") != "auto":
-    importlib.import_module("pelt_fast.ops.common.backends")
-
 __all__ = [
     "AttentionLayout",
     "FFNLayout",
@@ -116,3 +112,12 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _check_environment() -> None:
+    """Check a backend that the environment asks for at once, not when the first op runs."""
+    if os.environ.get("PELT_FAST_BACKEND", "auto") != "auto":
+        importlib.import_module(f"pelt_fast.{_HOME['backend']}")
+
+
+_check_environment()
