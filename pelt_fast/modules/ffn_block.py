@@ -65,9 +65,8 @@ class FFNBlock:
         if self.block is not None:
             basis.module(self.block.module)
         self.activate.rests_on(basis)
-        for attribute, _ in self._projections_at:
-            attribute_owner, name = attribute.source
-            basis.attribute(attribute_owner, name)
+        for at, _ in self._projections_at:
+            basis.attribute(*at.source)
         for projection in self.projections:
             projection.rests_on(basis)
 

@@ -15,7 +15,7 @@ from pelt_fast.ops.common.bundles import (
     unflatten,
 )
 from pelt_fast.ops.common.dropout import draw_seeds, seed_row
-from pelt_fast.ops.common.library import Op, OpFunction, keep_needed, run
+from pelt_fast.ops.common.library import Op, OpFunction, fake_gradients, keep_needed, run
 
 from . import cpu, reference
 
@@ -37,10 +37,7 @@ def _backward_fake(
         (x.shape, x.dtype), (down.shape, down.dtype), ((down.shape[0],), down.dtype),
         (up.shape, up.dtype), ((up.shape[0],), up.dtype), (width, kind), (width, kind),
     )  # fmt: skip
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if need else absent(dy)
-        for (shape, dtype), need in zip(shapes, needs, strict=True)
-    )
+    return fake_gradients(dy, shapes, needs)
 
 
 adapter_fwd = Op("adapter_fwd", reference.adapter_forward, _forward_fake)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pelt_fast import env
 
 from . import dispatch
-from .bundles import flat_fields, from_flat, parameter_types, schema_of
+from .bundles import absent, flat_fields, from_flat, parameter_types, schema_of
 
 _LIBRARY = torch.library.Library("pelt_fast", "DEF")
 OPS: dict[str, "Op"] = {}  # by name, of the folders that were imported
@@ -128,6 +128,17 @@ class Op:
 def _upright(weight: Tensor) -> Tensor:
     """A transposed matrix the other way round."""
     return weight.t() if weight.dim() == 2 and weight.stride(0) == 1 else weight
+
+
+def fake_gradients(
+    dy: Tensor, kinds: Sequence[tuple[Sequence[int], torch.dtype]], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of these shapes and dtypes; an empty tensor for what is not asked
+    for."""
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if need else absent(dy)
+        for (shape, dtype), need in zip(kinds, needs, strict=True)
+    )
 
 
 def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

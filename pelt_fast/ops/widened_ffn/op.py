@@ -19,7 +19,7 @@ from pelt_fast.ops.common.bundles import (
     unflatten,
 )
 from pelt_fast.ops.common.dropout import draw_seeds
-from pelt_fast.ops.common.library import Op, OpFunction, keep_needed, run
+from pelt_fast.ops.common.library import Op, OpFunction, fake_gradients, keep_needed, run
 
 from . import cpu, reference
 
@@ -43,10 +43,7 @@ def _backward_fake(
         ((down.shape[0],), down.dtype), (up.shape, up.dtype), ((up.shape[0],), up.dtype),
         ((rows, down.shape[1]), dy.dtype),
     )  # fmt: skip
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if need else absent(dy)
-        for (shape, dtype), need in zip(shapes, needs, strict=True)
-    )
+    return fake_gradients(dy, shapes, needs)
 
 
 ffn_fwd = Op("ffn_fwd", reference.ffn_forward, _forward_fake)
