@@ -31,6 +31,7 @@ LEVELS = 1 << 16  # p is rounded to a multiple of 1 / LEVELS
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+_cpp = native.ops()
 # draws a chunk: on a CPU enough that torch splits an operation over its threads (from 32 Ki) while
 # the int64 temporaries stay in cache; elsewhere launches cost
 _CHUNK = {"cpu": 1 << 17}
@@ -148,7 +149,7 @@ def row_blocks(x: Tensor, width: int | None = None) -> Iterator[slice]:
 def dropout_factor(out: Tensor, threshold: int, scale: float, seed: Tensor, start: int) -> Tensor:
     """Fill ``out`` (contiguous, CPU) with ``scale`` where the mask keeps elements ``start`` and on,
     else 0, in C++ (csrc/cpu/philox.cpp)."""
-    return torch.ops.pelt_fast_cpp.dropout_factor_(out, threshold, scale, seed, start)
+    return _cpp.dropout_factor_(out, threshold, scale, seed, start)
 
 
 def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_MASK = (None, 0, 1.0)  # what the C++ takes where nothing is dropped
 
-cpp = torch.ops.pelt_fast_cpp
+cpp = native.ops()
 
 
 def covers_rows(x: Tensor) -> bool:
