@@ -15,6 +15,8 @@ def compiled_from(module: nn.Module) -> nn.Module:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model behind torch.compile, DDP, DataParallel and PEFT."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     while True:
         inner = compiled_from(model)
         if isinstance(inner, (DistributedDataParallel, DataParallel)):

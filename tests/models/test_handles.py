@@ -241,3 +241,11 @@ def test_the_trainer_refuses_a_model_around_the_one_with_the_method(inside, tmp_
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match=r"the method is on model\.model"):
         PeltTrainer(inside, arguments, train_dataset=[{}]).train()
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("given", [3, "facebook/bart-large", None], ids=repr)
+def test_what_is_no_model_is_refused_by_name(action, given, tmp_path):
+    pelt_fast.save(pelt_fast.inject(llama(), "lora"), tmp_path)
+    with pytest.raises(TypeError, match=f"model must be .*{type(given).__name__}"):
+        ACTIONS[action](given, tmp_path)
