@@ -90,6 +90,8 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
+    if "PELT_FAST_COMMIT" in os.environ:  # a copy of the tree without its history
+        return os.environ["PELT_FAST_COMMIT"]
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -106,14 +108,19 @@ def _device() -> str:
 def result_path(name: str, about: dict, folder: Path | None = None) -> Path:
     """``<device>-<date>-<commit>-<name>.json``, with a number if that file exists: a result is
     never overwritten."""
-    kind = "cpu" if about["device"].startswith("CPU") else about["device"].split()[-1].lower()
     folder = RESULTS if folder is None else folder
-    stem = f"{kind}-{about['time'][:10]}-{about['commit']}-{name}"
+    stem = f"{_kind(about['device'])}-{about['time'][:10]}-{about['commit']}-{name}"
     path, count = folder / f"{stem}.json", 1
     while path.exists():
         count += 1
         path = folder / f"{stem}-{count}.json"
     return path
+
+
+def _kind(device: str) -> str:
+    """ "cpu", or the word of a GPU's name that has its number: "NVIDIA H100 80GB HBM3" is h100."""
+    words = ["cpu"] if device.startswith("CPU") else device.split()
+    return next((word for word in words if re.search(r"\d", word)), words[-1]).lower()
 
 
 def dump(path: Path, data: dict) -> None:

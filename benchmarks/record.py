@@ -37,7 +37,14 @@ class Record:
     @property
     def in_time(self) -> bool:
         """Whether there is time for one more entry."""
-        return self.seconds is None or time.monotonic() - self.started < self.seconds
+        return self.seconds_left > 0
+
+    @property
+    def seconds_left(self) -> float:
+        """The seconds that are left; infinity without a limit."""
+        if self.seconds is None:
+            return float("inf")
+        return self.seconds - (time.monotonic() - self.started)
 
     def add(self, **entry) -> None:
         """Add an entry."""

@@ -1,10 +1,13 @@
-"""The numerics suite and ``pelt-fast check``, compiled on the GPU; stops at the first miss."""
+"""The numerics suite and ``pelt-fast check``, compiled on the GPU: every miss is written down."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,8 +15,10 @@ import torch
 from benchmarks.common import REPOSITORY
 
 from .record import Record
+from .reporter import LOST, VARIABLE
 
-WORKERS = 12  # processes: what takes the time is compiling
+WORKERS = 14  # processes: what takes the time is compiling
+SLOW = "test_op_compiles_without_a_graph_break"  # torch.compile: last, where time may run out
 
 
 def environment() -> dict[str, str]:
@@ -24,62 +29,114 @@ def environment() -> dict[str, str]:
 
 
 def collect(folder: str = "tests/numerics") -> list[str]:
-    """The names of the tests."""
-    command = [sys.executable, "-m", "pytest", folder, "--collect-only", "-qq", "-o", "addopts="]
+    """The names of the tests, the slow ones last."""
+    command = [sys.executable, "-m", "pytest", folder, "--collect-only", "-q", "-o", "addopts="]
     ran = subprocess.run(
-        [part if part != "-qq" else "-q" for part in command],
-        cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True
     )  # fmt: skip
     names = [line for line in ran.stdout.splitlines() if "::" in line]
     if ran.returncode or not names:
         raise RuntimeError(f"pytest found no tests:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
-    return names
+    return sorted(names, key=lambda name: SLOW in name)
+
+
+@dataclass
+class Worker:
+    """A process of pytest over ``names``, and the lines that its reporter has written."""
+
+    names: list[str]
+    lines: Path
+    process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start on the tests that have no line yet."""
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-o", "addopts=",
+                   "-p", "benchmarks.gpu.reporter", *self.waiting()]  # fmt: skip
+        with self.lines.with_suffix(".log").open("w") as out:
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, env={**environment(), VARIABLE: str(self.lines)},
+                stdout=out, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def reports(self) -> list[dict]:
+        """What is known so far."""
+        if not self.lines.exists():
+            return []
+        return [json.loads(line) for line in self.lines.read_text().splitlines()]
+
+    def waiting(self) -> list[str]:
+        """The tests without a line."""
+        known = {report["test"] for report in self.reports()}
+        return [name for name in self.names if name not in known]
+
+    def goes_on(self) -> bool:
+        """Whether the process runs. One that ended with tests left is started again after the test
+        that ended it, which counts as failed."""
+        if self.process.poll() is None:
+            return True
+        left = self.waiting()
+        if not left or self.process.returncode in (0, 1):
+            return False
+        if self.process.returncode != LOST:
+            said = self.lines.with_suffix(".log").read_text()[-3000:]
+            line = dict(test=left[0], outcome="failed", seconds=0, message=said)
+            with self.lines.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.start()
+        return True
 
 
 def run(record: Record, device: torch.device, folder: str = "tests/numerics") -> int:
-    """Run everything in several processes; 1 at the first that fails."""
+    """Run everything in several processes; 1 when one comparison misses."""
     names = collect(folder)
-    workers = min(WORKERS, os.cpu_count() or 1, len(names))
+    count = min(WORKERS, os.cpu_count() or 1, len(names))
     with tempfile.TemporaryDirectory() as scratch:
-        running = {i: _start(names[i::workers], Path(scratch) / f"{i}.log") for i in range(workers)}
-        failed = _watch(record, running, Path(scratch))
-    if failed is None and record.in_time:
-        failed = _check(record, device)
-    record.finish(tests=len(names), miss=failed)
-    print("every comparison inside its budget" if failed is None else f"MISS\n{failed}")
-    return 0 if failed is None else 1
+        workers = [Worker(names[i::count], Path(scratch) / f"{i}.jsonl") for i in range(count)]
+        reports = _watch(record, workers)
+    for report in reports:
+        if report["outcome"] == "failed":
+            record.add(**report)
+    outcomes = Counter(report["outcome"] for report in reports)
+    slowest = sorted(reports, key=lambda report: -report["seconds"])[:10]
+    misses = _check(record, device) if record.in_time else None
+    record.finish(
+        tests=len(names), **outcomes, slowest=[(r["test"], r["seconds"]) for r in slowest]
+    )
+    _print(reports, outcomes, misses)
+    return int(bool(outcomes["failed"] or misses))
 
 
-def _start(names: list[str], log: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", "addopts=", *names]
-    with log.open("w") as out:
-        return subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment(), stdout=out, stderr=subprocess.STDOUT
-        )
-
-
-def _watch(record: Record, running: dict[int, subprocess.Popen], scratch: Path) -> str | None:
-    """Wait for all processes; end the others at the first failure or when the time is over."""
-    failed, waiting = None, dict(running)
-    while waiting and failed is None:
-        time.sleep(0.5)
-        for i in [i for i, process in waiting.items() if process.poll() is not None]:
-            code, text = waiting.pop(i).returncode, (scratch / f"{i}.log").read_text()
-            record.add(worker=i, exit=code, last=text.strip().splitlines()[-1:])
-            if code:
-                failed = text[-4000:]
+def _watch(record: Record, workers: list[Worker]) -> list[dict]:
+    """Wait for all processes; end them when the time is over."""
+    for worker in workers:
+        worker.start()
+    while [worker for worker in workers if worker.goes_on()]:
         if not record.in_time:
-            for i in waiting:
-                record.leave(f"worker {i} had not finished")
+            for worker in workers:
+                worker.process.kill()
+                worker.process.wait()
             break
-    for process in waiting.values():
-        process.kill()
-    return failed
+        time.sleep(0.5)
+    for name in (name for worker in workers for name in worker.waiting()):
+        record.leave(name)
+    return [report for worker in workers for report in worker.reports()]
 
 
 def _check(record: Record, device: torch.device) -> str | None:
+    """What ``pelt-fast check`` says is wrong, or None."""
     command = [sys.executable, "-m", "pelt_fast", "check", "--device", device.type]
     ran = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
-    record.add(command="pelt-fast check", exit=ran.returncode, last=ran.stdout.splitlines()[-1:])
     misses = [line for line in ran.stdout.splitlines() if line.startswith("MISS")]
+    record.add(command="pelt-fast check", exit=ran.returncode, misses=misses,
+               last=ran.stdout.splitlines()[-1:])  # fmt: skip
     return "\n".join(misses) or (ran.stderr[-2000:] if ran.returncode else None)
+
+
+def _print(reports: list[dict], outcomes: Counter, misses: str | None) -> None:
+    for report in reports:
+        if report["outcome"] == "failed":
+            lines = [line for line in report["message"].splitlines() if line.startswith("E ")]
+            print(f"MISS {report['test']}\n     {(lines or ['?'])[0][:200]}")
+    print(", ".join(f"{count} {name}" for name, count in outcomes.items()))
+    if misses:
+        print(f"pelt-fast check:\n{misses}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import decode, layer, model, traffic
+from benchmarks.common import REPOSITORY
 from benchmarks.gpu import counters, decoding, kernels, layers, models, numerics, peers, tune
 from benchmarks.gpu.kernel_cases import Sizes, cases
 from benchmarks.gpu.record import Record
@@ -175,3 +176,18 @@ def test_layers_have_their_predictions():
     )
     assert layers.predicted(known, "prefix attention B16 H16 S1024 D64 P=30", "concatenation") > 1
     assert layers.predicted(known, "unheard of", "pelt_fast") is None
+
+
+def test_a_test_that_ends_its_process_is_a_miss_and_the_others_run(tmp_path, monkeypatch):
+    (tmp_path / "test_ends.py").write_text(
+        "import os\n\ndef test_a(): pass\n\ndef test_b(): os._exit(5)\n\n"
+        "def test_c(): assert 1 == 2\n\ndef test_d(): pass\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(numerics, "REPOSITORY", tmp_path)
+    names = [f"test_ends.py::test_{letter}" for letter in "abcd"]
+    worker = numerics.Worker(names, tmp_path / "0.jsonl")
+    numerics._watch(Record("numerics", tmp_path), [worker])
+    found = {r["test"][-1]: r for r in worker.reports()}
+    assert [found[letter]["outcome"] for letter in "acd"] == ["passed", "failed", "passed"]
+    assert "assert 1 == 2" in found["c"]["message"] and found["b"]["outcome"] == "failed"
