@@ -12,7 +12,7 @@ from pelt_fast.kernels import config
 from pelt_fast.modules.packing import Packing, Packings
 from pelt_fast.ops.common import native_cuda
 
-from .measure import milliseconds
+from .measure import graph_milliseconds, milliseconds
 from .record import Record
 
 
@@ -204,7 +204,8 @@ def predicted(known: dict[tuple[str, str], float], layer: str, provider: str) ->
 
 
 def run(record: Record, device: torch.device, sizes: Layers | None = None) -> int:
-    """Measure every layer. A provider that fails gets a row with the error."""
+    """Measure every layer, launched from Python and replayed as a CUDA graph. A provider that fails
+    gets a row with the error."""
     rows, missed, known = [], 0, predictions()
     for layer in layers(device, sizes or Layers()):
         if not record.in_time:
@@ -212,29 +213,49 @@ def run(record: Record, device: torch.device, sizes: Layers | None = None) -> in
             continue
         x = torch.randn(*layer.shape, device=device).to(torch.bfloat16)
         dy = torch.randn_like(layer.floor(x))
-        floor, *_ = milliseconds(step(layer, layer.floor, x, dy), device)
-        record.add(layer=layer.name, provider="frozen", milliseconds=floor)
-        rows.append([layer.name, "frozen", f"{floor:.3f}", "1.00", "", ""])
+        floor = _times(step(layer, layer.floor, x, dy), device)
+        record.add(layer=layer.name, provider="frozen", **floor)
+        rows.append([layer.name, "frozen", *_cells(floor, floor), "", ""])
         for name, provider in layer.providers.items():
             try:
-                taken, low, high = milliseconds(step(layer, provider, x, dy), device)
+                found = _times(step(layer, provider, x, dy), device)
             except Exception as error:  # a provider that fails is a result
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
                 record.add(layer=layer.name, provider=name, failed=reason)
-                rows.append([layer.name, name, "-", "-", "", reason])
+                rows.append([layer.name, name, "-", "-", "-", "-", "", reason])
                 continue
-            ratio, verdict = taken / floor, ""
+            verdict = ""
             if name == "pelt_fast":
-                met = ratio <= layer.target
+                met = _ratio(found, floor) <= layer.target
                 missed += not met
                 verdict = f"target {layer.target:.2f} {'met' if met else 'MISSED'}"
-            record.add(
-                layer=layer.name, provider=name, milliseconds=taken, low=low, high=high,
-                ratio=ratio, target=layer.target,
-            )  # fmt: skip
+            record.add(layer=layer.name, provider=name, target=layer.target,
+                       ratio=_ratio(found, floor), **found)  # fmt: skip
             guess = predicted(known, layer.name, name)
             wanted = "" if guess is None else f"{guess:.2f}"
-            rows.append([layer.name, name, f"{taken:.3f}", f"{ratio:.2f}", wanted, verdict])
+            rows.append([layer.name, name, *_cells(found, floor), wanted, verdict])
     record.finish(missed=missed)
-    print(table(["layer", "provider", "ms", "to frozen", "predicted (h200)", ""], rows))
+    header = ["layer", "provider", "ms", "to frozen", "ms, graph", "to frozen, graph",
+              "predicted (h200)", ""]  # fmt: skip
+    print(table(header, rows))
     return 0
+
+
+def _times(function: Callable[[], None], device: torch.device) -> dict[str, float | None]:
+    taken, low, high = milliseconds(function, device)
+    graph = graph_milliseconds(function, device)
+    return dict(milliseconds=taken, low=low, high=high, graph_milliseconds=graph)
+
+
+def _ratio(found: dict, floor: dict) -> float:
+    """Of the graphs where both were captured: the targets are the device's."""
+    graphs = found["graph_milliseconds"], floor["graph_milliseconds"]
+    return graphs[0] / graphs[1] if all(graphs) else found["milliseconds"] / floor["milliseconds"]
+
+
+def _cells(found: dict, floor: dict) -> list[str]:
+    cells = []
+    for name in ("milliseconds", "graph_milliseconds"):
+        known = found[name] is not None and floor[name] is not None
+        cells += [f"{found[name]:.3f}", f"{found[name] / floor[name]:.2f}"] if known else ["", ""]
+    return cells

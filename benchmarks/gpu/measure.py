@@ -23,6 +23,20 @@ def milliseconds(
     return statistics.median(times), min(times), max(times)
 
 
+def graph_milliseconds(function: Callable[[], object], device: torch.device) -> float | None:
+    """Median of ``function`` replayed as a CUDA graph: the device's own time, without the host's
+    work for each launch. None where it cannot be captured, or without a GPU."""
+    if device.type != "cuda":
+        return None
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        return do_bench_cudagraph(function, rep=40, return_mode="median")
+    except Exception:  # a provider that waits for the host
+        torch.cuda.synchronize()
+        return None
+
+
 def floors(device: torch.device, size: int = 1 << 28, side: int = 8192) -> dict[str, float]:
     """GB/s of a copy of ``size`` bf16 elements, TFLOP/s of a bf16 GEMM of side ``side``."""
     x = torch.empty(size, dtype=torch.bfloat16, device=device).normal_()

@@ -44,7 +44,8 @@ ScalarType check_low(const char* name, const Tensor& t) {
 
 cudaStream_t stream_of(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  PELT_FAST_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
+                  "torch gives no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
