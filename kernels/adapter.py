@@ -17,12 +17,14 @@ from torch import Tensor
 
 from pelt_fast.kernels.common import bottleneck as dropped_activation
 from pelt_fast.kernels.common import dot
-from pelt_fast.kernels.config import padded, pick
+from pelt_fast.kernels.config import cdiv, padded, pick
+from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.norm import row_moments
 from pelt_fast.ops.common import dropout as philox
 from pelt_fast.ops.common.bundles import LAYER_NORM_EPS
 
 
+@launched
 @triton.jit
 def adapter_fwd_kernel(
     x_ptr,
@@ -144,7 +146,7 @@ def adapter(
         return y, t
     tile = pick("adapter", 8 * x.element_size(), R, x.device)
     norm_weight, norm_bias = (None, None) if norm is None else norm
-    adapter_fwd_kernel[(triton.cdiv(M, tile.block_m),)](
+    adapter_fwd_kernel[(cdiv(M, tile.block_m),)](
         x, down, down_bias, up, up_bias, norm_weight, norm_bias, base, seed, t, y,
         scale, LAYER_NORM_EPS, philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         M, K, N, R, x.stride(0), down.stride(0), up.stride(0), base.stride(0), R, y.stride(0),

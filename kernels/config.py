@@ -154,6 +154,11 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
     return (*measured, *TABLES[kernel].get(arch, ()))
 
 
+def cdiv(count: int, size: int) -> int:
+    """Blocks of ``size`` that hold ``count``. Triton's own is for kernels and slow on the host."""
+    return -(-count // size)
+
+
 def padded(size: int) -> int:
     """The block that holds ``size``: a power of two, 16 or more, as tensor cores want it."""
     return max(16, 1 << (size - 1).bit_length())
@@ -167,5 +172,5 @@ def split(programs: int, blocks: int, device: torch.device) -> tuple[int, int]:
     """
     wanted = 2 * processors(device) // max(programs, 1)
     blocks = max(blocks, 1)
-    part_blocks = -(-blocks // max(1, min(wanted, blocks // 2, 64)))
-    return part_blocks, -(-blocks // part_blocks)
+    part_blocks = cdiv(blocks, max(1, min(wanted, blocks // 2, 64)))
+    return part_blocks, cdiv(blocks, part_blocks)

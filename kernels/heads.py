@@ -15,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot, keep_tile, load_rows
-from pelt_fast.kernels.config import padded, pick
+from pelt_fast.kernels.config import cdiv, padded, pick
+from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.tiles import Tile
 from pelt_fast.ops.common import dropout as philox
 
 
+@launched
 @triton.jit
 def prefix_fwd_kernel(
     q_ptr,
@@ -156,7 +158,7 @@ def prefix_merge(
     tile, block_p, block_d = blocks_of("prefix", q, P)
     context = (0, 0, 0) if context_o is None else context_o.stride()[:3]
     lse_strides = (0, 0) if context_lse is None else context_lse.stride()[:2]
-    prefix_fwd_kernel[(B * H * triton.cdiv(T, tile.block_m),)](
+    prefix_fwd_kernel[(B * H * cdiv(T, tile.block_m),)](
         q, prefix_k, prefix_v, context_o, context_lse, seed, o, lse,
         scale, philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         H, H // prefix_k.shape[0], T, P, D,

@@ -15,13 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot, load_rows
-from pelt_fast.kernels.config import split
+from pelt_fast.kernels.config import cdiv, split
 from pelt_fast.kernels.heads import blocks_of, form_of
 from pelt_fast.kernels.heads_weights import softmax_rows, weight_gradients
+from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.reduce import reduce_parts
 from pelt_fast.ops.common import dropout as philox
 
 
+@launched
 @triton.jit
 def prefix_bwd_kernel_dq(
     q_ptr,
@@ -111,6 +113,7 @@ def prefix_bwd_kernel_dq(
         tl.store(place, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
+@launched
 @triton.jit
 def prefix_bwd_kernel(
     q_ptr,
@@ -238,7 +241,7 @@ def prefix_merge_bwd(
     if q.numel() == 0:
         return dpk.zero_(), dpv.zero_()
     tile, block_p, block_d = blocks_of("prefix_bwd", q, P)
-    blocks_t, blocks_p = triton.cdiv(T, tile.block_m), triton.cdiv(P, block_p)
+    blocks_t, blocks_p = cdiv(T, tile.block_m), cdiv(P, block_p)
     part_blocks, parts = split(B * H * blocks_p, blocks_t, q.device)
     form = form_of(form, composition)
     whole = blocks_p == 1 and form != "softmax"  # whose l and δ take a pass over the prefix

@@ -12,11 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import draw_bits, keep_tile
+from pelt_fast.kernels.config import cdiv
+from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 
 BLOCK = 1024
 
 
+@launched
 @triton.jit
 def mask_bits_kernel(seed_ptr, bits_ptr, threshold, count, BLOCK: tl.constexpr):
     draw = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -28,11 +31,12 @@ def mask_bits(seed: Tensor, p: float, rows: int, width: int) -> Tensor:
     """Return the mask of a (rows, width) tensor at dropout probability ``p`` as bits."""
     bits = torch.empty(rows, width // 8, dtype=torch.uint8, device=seed.device)
     if bits.numel():
-        grid = (triton.cdiv(bits.numel(), BLOCK),)
+        grid = (cdiv(bits.numel(), BLOCK),)
         mask_bits_kernel[grid](seed, bits, philox.threshold(p), bits.numel(), BLOCK=BLOCK)
     return bits
 
 
+@launched
 @triton.jit
 def dropout_kernel(
     x_ptr,
@@ -66,7 +70,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     M, N = x.shape
     if out.numel():
-        grid = (triton.cdiv(M, 4), triton.cdiv(N, 512))
+        grid = (cdiv(M, 4), cdiv(N, 512))
         dropout_kernel[grid](
             x, seed, out, philox.threshold(p), philox.keep_scale(p), M, N, x.stride(0),
             out.stride(0), ALIGNED=N % 8 == 0, BLOCK_M=4, BLOCK_N=512,

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot
-from pelt_fast.kernels.config import padded, pick
+from pelt_fast.kernels.config import cdiv, padded, pick
+from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.rank_down import rank_down_parts
 from pelt_fast.ops.common.bundles import LAYER_NORM_EPS
 
@@ -42,6 +43,7 @@ def row_moments(x_base, offs_k, mask_m, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: 
     return shift[:, None] + first, (1.0 / tl.sqrt(variance + eps))[:, None]
 
 
+@launched
 @triton.jit
 def moments_kernel(
     x_ptr, moments_ptr, eps, M, K, stride_xm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
@@ -56,6 +58,7 @@ def moments_kernel(
     tl.store(moments_ptr + M + offs_m[:, None], rstd, mask=mask_m)
 
 
+@launched
 @triton.jit
 def norm_bwd_kernel_dx(
     x_ptr,
@@ -130,6 +133,7 @@ def norm_bwd_kernel_dx(
         tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+@launched
 @triton.jit
 def norm_gradients_kernel(
     g_ptr,
@@ -185,7 +189,7 @@ def moments(x: Tensor) -> Tensor:
     out = torch.empty(2, M, dtype=torch.float32, device=x.device)
     if M:
         tile = pick("norm", 8 * x.element_size(), 1, x.device)
-        moments_kernel[(triton.cdiv(M, tile.block_m),)](
+        moments_kernel[(cdiv(M, tile.block_m),)](
             x, out, LAYER_NORM_EPS, M, K, x.stride(0),
             BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, **tile.launch,
         )  # fmt: skip
@@ -213,7 +217,7 @@ def norm_bwd(
     if down_bias is not None:
         sums[1] += down_bias
     tile = pick("norm", 8 * x.element_size(), R, x.device)
-    norm_bwd_kernel_dx[(triton.cdiv(M, tile.block_m),)](
+    norm_bwd_kernel_dx[(cdiv(M, tile.block_m),)](
         x, dy, dt, t, down, weight, sums, out, dx, LAYER_NORM_EPS, M, K,
         x.stride(0), 0 if dy is None else dy.stride(0), dt.stride(0), t.stride(0), down.stride(0),
         dx.stride(0), HAS_DY=dy is not None, R=R,
@@ -232,7 +236,7 @@ def norm_gradients(
     parts, dt_sum = rank_down_parts(dt, x, moments=moments), dt.sum(0, dtype=torch.float32)
     d_down, d_down_bias = down.new_empty(R, K), down.new_empty(R)
     d_weight, d_bias = weight.new_empty(K), bias.new_empty(K)
-    norm_gradients_kernel[(triton.cdiv(K, COLUMNS),)](
+    norm_gradients_kernel[(cdiv(K, COLUMNS),)](
         parts, dt_sum, down, weight, bias, d_down, d_down_bias, d_weight, d_bias,
         parts.shape[0], K, R, down.stride(0),
         BLOCK_K=COLUMNS, BLOCK_R=min(padded(R), 32), num_warps=4,

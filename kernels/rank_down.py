@@ -22,11 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot, keep_tile, load_mask, store_rank
-from pelt_fast.kernels.config import padded, pick, split
+from pelt_fast.kernels.config import cdiv, padded, pick, split
+from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.reduce import reduce_parts
 from pelt_fast.ops.common import dropout as philox
 
 
+@launched
 @triton.jit
 def rank_down_fwd_kernel(
     x_ptr,
@@ -107,6 +109,7 @@ def rank_down_fwd_kernel(
         )  # fmt: skip
 
 
+@launched
 @triton.jit
 def rank_down_bwd_kernel_da(
     ds_ptr,
@@ -190,8 +193,8 @@ def rank_down(
     name = "rank_down" if norm is None else "rank_down_norm"
     tile = pick(name, 8 * x.element_size(), R, x.device)
     block_r = min(padded(R), tile.block_r)
-    programs = triton.cdiv(M, tile.block_m) * triton.cdiv(R, block_r)
-    blocks = triton.cdiv(K, tile.block_k)
+    programs = cdiv(M, tile.block_m) * cdiv(R, block_r)
+    blocks = cdiv(K, tile.block_k)
     part_blocks, parts = split(programs, blocks, x.device)
     out = s if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
     rank_down_fwd_kernel[(programs, parts)](
@@ -227,10 +230,10 @@ def rank_down_parts(
     name = "rank_down_bwd" if moments is None else "rank_down_bwd_norm"
     tile = pick(name, 8 * x.element_size(), R, x.device)
     block_r = min(padded(R), tile.block_r)
-    programs = triton.cdiv(K, tile.block_k) * triton.cdiv(R, block_r)
-    part_blocks, parts = split(programs, triton.cdiv(M, tile.block_m), x.device)
+    programs = cdiv(K, tile.block_k) * cdiv(R, block_r)
+    part_blocks, parts = split(programs, cdiv(M, tile.block_m), x.device)
     da_parts = x.new_empty(parts, R, K, dtype=torch.float32)
-    grid = (triton.cdiv(R, block_r), triton.cdiv(K, tile.block_k), parts)
+    grid = (cdiv(R, block_r), cdiv(K, tile.block_k), parts)
     rank_down_bwd_kernel_da[grid](
         ds, x, seed, bits, moments, da_parts,
         philox.threshold(dropout_p), philox.keep_scale(dropout_p),

@@ -18,11 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import bottleneck, dot, keep_tile, load_mask
-from pelt_fast.kernels.config import padded, pick, split
+from pelt_fast.kernels.config import cdiv, padded, pick, split
+from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.reduce import reduce_parts
 from pelt_fast.ops.common import dropout as philox
 
 
+@launched
 @triton.jit
 def rank_up_fwd_kernel(
     h_ptr,
@@ -98,6 +100,7 @@ def rank_up_fwd_kernel(
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], y, mask=mask_m & mask_n)
 
 
+@launched
 @triton.jit
 def rank_up_bwd_kernel(
     dy_ptr,
@@ -203,7 +206,7 @@ def rank_up(
     tile = pick("rank_up", 8 * base.element_size(), R, base.device)
     drop_base, drop_update = base_dropout_p > 0, update_dropout_p > 0
     p = max(base_dropout_p, update_dropout_p) if seed is not None else 0.0
-    grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
+    grid = (cdiv(M, tile.block_m) * cdiv(N, tile.block_n),)
     rank_up_fwd_kernel[grid](
         h, b, bias, base, seed, bits, out,
         scale, philox.threshold(p), philox.keep_scale(p),
@@ -238,8 +241,8 @@ def rank_up_bwd(
     """
     (M, N), R = dy.shape, b.shape[1]
     tile = pick("rank_up_bwd", 8 * dy.element_size(), R, dy.device)
-    columns = triton.cdiv(N, tile.block_n)
-    part_blocks, parts = split(columns, triton.cdiv(M, tile.block_m), dy.device)
+    columns = cdiv(N, tile.block_n)
+    part_blocks, parts = split(columns, cdiv(M, tile.block_m), dy.device)
 
     def workspace(*shape: int, needed: bool) -> Tensor | None:
         return dy.new_empty(shape, dtype=torch.float32) if needed else None

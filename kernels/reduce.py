@@ -11,11 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import derivative, keep_tile, store_rank
+from pelt_fast.kernels.config import cdiv
+from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 128
 
 
+@launched
 @triton.jit
 def reduce_parts_kernel(
     parts_ptr,
@@ -82,7 +85,7 @@ def reduce_parts(
     J, P, Q = parts.shape
     if out.numel() == 0:
         return
-    grid = (triton.cdiv(P, BLOCK_ROWS), triton.cdiv(Q, BLOCK_COLUMNS))
+    grid = (cdiv(P, BLOCK_ROWS), cdiv(Q, BLOCK_COLUMNS))
     reduce_parts_kernel[grid](
         parts, bias, t, seed, out, h,
         scale, philox.threshold(dropout_p), philox.keep_scale(dropout_p),

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot, keep_tile, load_mask
-from pelt_fast.kernels.config import padded, pick, processors
+from pelt_fast.kernels.config import cdiv, padded, pick, processors
+from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 
 GROUP_M = 8  # row tiles whose column tiles run side by side: w and x from the L2 cache
@@ -90,6 +91,7 @@ def rank_tail(
     return acc
 
 
+@launched
 @triton.jit
 def tail_gemm_kernel(
     x_ptr,
@@ -259,7 +261,7 @@ def tail_gemm(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         BLOCK_R=min(padded(R), tile.block_r), **tile.launch,
     )  # fmt: skip
-    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     if name != "tail_gemm_descriptor":
         tail_gemm_kernel[(tiles,)](
             *common, x.stride(0), w.stride(0), w.stride(1), *rank, y.stride(0), **flags, **blocks

@@ -17,10 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import activate, bottleneck, derivative, keep_tile
-from pelt_fast.kernels.config import pick
+from pelt_fast.kernels.config import cdiv, pick
+from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 
 
+@launched
 @triton.jit
 def widened_act_fwd_kernel(
     pre_ptr,
@@ -82,6 +84,7 @@ def widened_act_fwd_kernel(
         tl.store(act + F + columns, h.to(act_ptr.dtype.element_ty), mask=inside)
 
 
+@launched
 @triton.jit
 def widened_act_bwd_kernel(
     d_pre_ptr,
@@ -189,8 +192,8 @@ def widened_act(
         return
     tile = pick("widened_ffn", 8 * pre.element_size(), rank, pre.device)
     padding = act.shape[1] - inner - rank
-    tiles = triton.cdiv(inner, tile.block_n) + triton.cdiv(rank + padding, tile.block_n)
-    widened_act_fwd_kernel[(triton.cdiv(M, tile.block_m) * tiles,)](
+    tiles = cdiv(inner, tile.block_n) + cdiv(rank + padding, tile.block_n)
+    widened_act_fwd_kernel[(cdiv(M, tile.block_m) * tiles,)](
         pre, act, seed_h, seed_a, philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         philox.threshold(activation_dropout_p), philox.keep_scale(activation_dropout_p),
         M, inner, rank, padding, pre.stride(0), act.stride(0),
@@ -229,8 +232,8 @@ def widened_act_bwd(
     tile = pick("widened_ffn", 8 * pre.element_size(), rank, pre.device)
     segments = inner * (2 if gated else 1) + rank
     padding = 0 if d_pre is None else d_pre.shape[1] - segments
-    tiles = triton.cdiv(inner, tile.block_n) + triton.cdiv(rank + padding, tile.block_n)
-    widened_act_bwd_kernel[(triton.cdiv(M, tile.block_m) * tiles,)](
+    tiles = cdiv(inner, tile.block_n) + cdiv(rank + padding, tile.block_n)
+    widened_act_bwd_kernel[(cdiv(M, tile.block_m) * tiles,)](
         pre if d_pre is None else d_pre, pre, h, seed_h, seed_a, scale,
         philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         philox.threshold(activation_dropout_p), philox.keep_scale(activation_dropout_p),

@@ -78,12 +78,18 @@ class Packing:
         if not _same(frozen, self.own):
             self.forget(frozen)
 
-    @torch.no_grad()
-    def filled(self, block: Tensor, scale: float = 1) -> Tensor:
-        """The stacked weights, ``scale * block`` among them."""
+    def fill(self, block: Tensor, scale: float = 1) -> None:
+        """Put ``scale * block`` among the weights."""
         first = self.buffer.shape[0] - self.room - -self.room % ALIGNMENT
         region = self._turned(self.buffer.narrow(0, first, self.room))
-        region.copy_(block if scale == 1 else block * scale)
+        if scale == 1:
+            region.copy_(block.detach())
+        else:
+            torch.mul(block.detach(), scale, out=region)
+
+    @property
+    def whole(self) -> Tensor:
+        """The stacked weights."""
         return self._turned(self.buffer)
 
     def _turned(self, matrix: Tensor) -> Tensor:
@@ -110,21 +116,30 @@ class Packings:
 
     def _begin(self) -> None:
         self.lock = threading.Lock()
+        self.fills = 0  # how often the buffers were filled
         self._stream: torch.cuda.Stream | None = None
 
-    def filled(self, weights: FFNMatrices, scale: float) -> Packed:
+    def filled(self, weights: FFNMatrices, scale: float, fills: int = -1) -> Packed:
         """The stacked weights of one call of the op, which holds the lock; None where the frozen
-        weights of this call are not those that live in the buffer."""
+        weights of this call are not those that live in the buffer. Where ``fills`` is the number of
+        fills so far, the buffers hold this call's block already: its forward was the last to fill
+        them."""
         stack = [weights.in_weight]
         if weights.gate_weight is not None:
             stack.insert(0, weights.gate_weight)
+        in_place = fills == self.fills and not _is_captured(weights.in_weight)
+        self.fills += not in_place
         packed = packed_out = None
         if self.stacked is not None and self.stacked.holds(stack):
             self._follow(self.stacked.buffer.device)
-            packed = self.stacked.filled(weights.down_weight)
+            if not in_place:
+                self.stacked.fill(weights.down_weight)
+            packed = self.stacked.whole
         if self.out is not None and self.out.holds([weights.out_weight]):
             self._follow(self.out.buffer.device)
-            packed_out = self.out.filled(weights.up_weight, scale)
+            if not in_place:
+                self.out.fill(weights.up_weight, scale)
+            packed_out = self.out.whole
         return Packed(packed, packed_out)
 
     def _each(self, stacked: list[Tensor], out: Tensor) -> list[tuple[Packing, list[Tensor]]]:
@@ -187,6 +202,11 @@ def _same(first: list, second: list) -> bool:
 def _has_memory(tensor: Tensor) -> bool:
     """Whether a tensor lies somewhere: not a fake one, not what a torch.func transform wraps."""
     return type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether work on the tensor becomes part of a CUDA graph: a replay must fill for itself."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_shared(tensor: Tensor) -> bool:

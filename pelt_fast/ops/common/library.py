@@ -8,6 +8,7 @@ not take; the next one gets it: gpu, cpu, reference. Ops are opaque to autograd 
 the Functions beside them differentiate.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable, Sequence
 
@@ -25,6 +26,8 @@ OPS: dict[str, "Op"] = {}  # by name, of the folders that were imported
 
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of ``tensor`` (meta tensors know none)."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     kind = tensor.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
@@ -99,8 +102,7 @@ class Op:
             if not loaded:
                 module, name = path.split(":")
                 loaded.append(from_flat(getattr(importlib.import_module(module), name)))
-            # Triton launches on the current device, which need not be that of the tensors
-            with torch.cuda.device_of(tensors[0]):
+            with _current_device(tensors[0]):
                 result = loaded[0](*args)
             return self.cpu(*args) if result is NotImplemented else result
 
@@ -121,8 +123,40 @@ class Op:
             return self.gpu(*args)
         if backend == "cuda":
             with dispatch.cuda_kernels():
-                return self.dispatched(*args)
-        return self.dispatched(*args)
+                return self._dispatch(args)
+        return self._dispatch(args)
+
+    def _dispatch(self, args: tuple):
+        """Run what the device of the first argument runs: straight, or by torch's dispatcher where
+        something other than this call needs to see the op."""
+        if not _is_plain_call(args):
+            return self.dispatched(*args)
+        if args[0].is_cuda:
+            return self.gpu(*args)
+        return self.cpu(*args) if args[0].is_cpu else self.dispatched(*args)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NOTHING_TO_DO = contextlib.nullcontext()
+
+
+def _is_plain_call(args: tuple) -> bool:
+    """Whether torch's dispatcher would do no more than call the implementation: nothing traces,
+    counts, profiles or transforms, and all tensors are plain."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
+    )
+
+
+def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING_TO_DO
+    return torch.cuda.device_of(tensor)
 
 
 def _upright(weight: Tensor) -> Tensor:

@@ -189,8 +189,9 @@ def summed_bias(
     """b2 + s u in ``low``; None when both are missing."""
     if up_bias is None:
         return out_bias
-    bias = up_bias.to(low) * scale
-    return bias if out_bias is None else bias + out_bias
+    if out_bias is None:
+        return up_bias.to(low) * scale
+    return torch.add(out_bias, up_bias, alpha=scale, out=torch.empty_like(out_bias, dtype=low))
 
 
 def packed_product(act: Tensor, packed_out: Tensor, bias: Tensor | None) -> Tensor:

@@ -60,9 +60,11 @@ class Buffers(Protocol):
     (:class:`pelt_fast.modules.packing.Packings`), which holds their lock meanwhile."""
 
     lock: contextlib.AbstractContextManager
+    fills: int
 
-    def filled(self, weights: FFNMatrices, scale: float) -> Packed:
-        """The stacked weights, this call's among them."""
+    def filled(self, weights: FFNMatrices, scale: float, fills: int = -1) -> Packed:
+        """The stacked weights, this call's among them. Nothing is copied where ``fills``, the
+        number of fills after the forward of this call, is still their number."""
 
 
 class Stacked(NamedTuple):
@@ -76,17 +78,19 @@ class Stacked(NamedTuple):
 _arguments = unflatten(Tensor, Tensor, FrozenFFN, Bottleneck, Stacked, FFNSettings)
 
 
-def _forward(args: tuple, keep_pre: bool) -> tuple[Tensor, Tensor, FFNMatrices]:
-    """y and pre of the Function's arguments, and the matrices among these."""
+def _forward(args: tuple, keep_pre: bool) -> tuple[Tensor, Tensor, FFNMatrices, int]:
+    """y and pre of the Function's arguments, the matrices among these, and the number of fills of
+    the buffers."""
     x, adapter_x, ffn, adapter, stacked, settings = _arguments(*args)
     down, up, buffers = adapter.down_weight, adapter.up_weight, stacked.buffers
     weights = FFNMatrices(ffn.in_weight, ffn.gate_weight, ffn.out_weight, down, up)
     with buffers.lock if buffers else contextlib.nullcontext():
         packed = buffers.filled(weights, settings.scale) if buffers else stacked[:2]
+        fills = buffers.fills if buffers else 0
         y, pre = ffn_fwd(
             x, adapter_x, *ffn, *adapter, *packed, *settings, keep_pre, backend=active.name
         )
-    return y, pre, weights
+    return y, pre, weights, fills
 
 
 class WidenedFFNFunction(OpFunction):
@@ -94,12 +98,12 @@ class WidenedFFNFunction(OpFunction):
 
     Saves what the adapter read, x or adapter_x, and the pre-activations (M, F + R); T (M, R) alone
     of these when dx is not needed. Buffers of a site are written by other calls, too: backward
-    fills them again, with the weights that forward saved.
+    then fills them again, with the weights that forward saved.
     """
 
     @staticmethod
     def forward(ctx, *args):
-        y, pre, weights = _forward(args, True)
+        y, pre, weights, ctx.fills = _forward(args, True)
         x, adapter_x, ffn, adapter, stacked, settings = _arguments(*args)
         need_x, _, _, needs, _, _ = _arguments(*ctx.needs_input_grad)
         if not need_x:
@@ -126,7 +130,8 @@ class WidenedFFNFunction(OpFunction):
         need_x, need_adapter_x, _, adapter_needs, _, _ = _arguments(*ctx.needs_input_grad)
         needs = [need_x, *adapter_needs, need_adapter_x]
         with buffers.lock if buffers else contextlib.nullcontext():
-            packed = buffers.filled(weights, settings.scale) if buffers else packed
+            if buffers:
+                packed = buffers.filled(weights, settings.scale, ctx.fills)
             grads = ffn_bwd(
                 dy.contiguous(), absent(dy) if x is None else x, pre, *weights, *packed, *settings,
                 ctx.separate, needs, backend=ctx.backend,
