@@ -26,6 +26,7 @@ from pelt_fast.testing import ROUNDING_BAND
 
 from . import peers, text, whole
 from .common import cell, saved_bytes, table
+from .graphs import graph_seconds
 from .layer import free_bytes
 from .memory import peak_growth, standing
 from .peers.plain_ops import as_plain
@@ -141,6 +142,7 @@ def measure(model_shape: Shape, name: str, plan: Plan, names: list[str], texts) 
             provider=provider.name, seconds=seconds[provider.name], note=provider.note,
             tokens=sum(map(whole.tokens, batches)) / len(batches), flops=counted[provider.name],
             **held(provider, steps[provider.name], batches[0], plan, injected),
+            **as_graph(provider, batches[0], plan),
         )  # fmt: skip
 
 
@@ -240,6 +242,14 @@ def flops(found: list[Trained], batch: dict) -> dict[str, int | None]:
     return counts
 
 
+def as_graph(provider: Trained, batch: dict, plan: Plan) -> dict:
+    """The step's time without the host's work, on a GPU."""
+    if provider.opaque or torch.device(plan.device).type != "cuda":
+        return {}
+    seconds, reason = graph_seconds(provider, batch)
+    return dict(graph_seconds=seconds) if reason is None else dict(no_graph=reason)
+
+
 def held(
     provider: Trained, step: Callable, batch: dict, plan: Plan, injected: torch.nn.Module
 ) -> dict:
@@ -298,7 +308,8 @@ HEADER = ["model", "method", "provider", "step, ms", "tokens/s", "to frozen", "f
 
 
 def report(entries: list[dict]) -> str:
-    """The table, with the reason of each provider that was not timed."""
+    """The table, with the reason of each provider that was not timed; the times as CUDA graphs
+    where they were taken."""
     lines = []
     for row in rows(entries):
         to_frozen, to_full = (row.get(key, (nan,) * 3)[1] for key in ("to_frozen", "to_full"))
@@ -309,10 +320,13 @@ def report(entries: list[dict]) -> str:
             cell(to_frozen, ".2f"), cell(row.get("flops_to_frozen"), ".2f"), cell(to_full, ".2f"),
             cell(row["saved_bytes"], ".0f", 1e-6), cell(row["peak_bytes"], ".0f", 1e-6),
             cell(row["trainable"], ".2f", 1e-6), cell(row["checkpoint_bytes"], ".1f", 1e-6),
+            cell(row.get("graph_seconds"), ".1f", 1e3),
         ])  # fmt: skip
     for entry in entries:
         why = why_not_timed(entry)
         if why is not None:
             where = f"{entry['model']}, {entry['layers']} layers"
-            lines.append([where, entry["method"], entry.get("provider", "all"), why, *[""] * 8])
-    return table(HEADER, lines)
+            lines.append([where, entry["method"], entry.get("provider", "all"), why, *[""] * 9])
+    if any("graph_seconds" in entry for entry in entries):
+        return table([*HEADER, "CUDA graph, ms"], lines)
+    return table(HEADER, [line[:-1] for line in lines])

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import model
+from benchmarks import model, peers
 from benchmarks.bench import quiet
 from benchmarks.record import Record
 
 HEADLINE = model.Plan(
     models=("bart-large",), methods=("mam", "lora_qv_ffn", "scaled_parallel_adapter"), rows=16,
-    source=512, target=128, dtype=torch.bfloat16, device="cuda",
+    source=512, target=128, dtype=torch.bfloat16, device="cuda", peers=peers.QUICK,
 )  # fmt: skip
 # one layer of an 8 B model with its embeddings: what fits beside full fine-tuning
 BLOCK = replace(HEADLINE, models=("llama-3-8b",), methods=("lora_qv_ffn", "mam"), layers=1, rows=4)

@@ -1,5 +1,7 @@
-"""For each site of MODEL under a method: what runs fused, what fell back and why. For an
-architecture without a row of the table: a draft of one."""
+"""Says for each site of MODEL what runs fused, what fell back, and why.
+
+For an architecture without a row in the table it prints a draft of one.
+"""
 
 import argparse
 import json

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe, its data, and every number of it."""
     known = ", ".join(path.stem for path in sorted(recipes.FOLDER.glob("*.yaml")))
     parser.add_argument("--recipe", metavar="NAME",
-                        help=f"TASK, TASK-PRESET or a YAML of yours; tasks: {known}")  # fmt: skip
+                        help=f"TASK, TASK-PRESET or a YAML file; tasks: {known}")  # fmt: skip
     parser.add_argument("--task", metavar="NAME",
                         help="a task's recipe; with --data alone: classification")  # fmt: skip
     local = "your own files: train, validation, test (.jsonl, .csv, .tsv, parallel text; .gz)"
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help="a local folder or a hub name")
     parser.add_argument("--method", metavar="NAME", help="a preset (see pelt-fast methods)")
     parser.add_argument("--output", type=Path, default=Path("runs/train"), metavar="FOLDER")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     results = "where the row of results goes (default: OUTPUT/results.jsonl)"
     parser.add_argument("--results", type=Path, metavar="FILE", help=results)
     parser.add_argument("--dry-run", action="store_true",
