@@ -52,7 +52,9 @@ class MethodCheckpoints:
         if resume_from_checkpoint is True:
             newest = last_checkpoint(self.args.output_dir)
             if newest is None:
-                raise ValueError(f"no complete checkpoint to continue from in {self.args.output_dir}")
+                raise ValueError(
+                    f"no complete checkpoint to continue from in {self.args.output_dir}"
+                )
             resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

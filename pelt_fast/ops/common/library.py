@@ -21,6 +21,8 @@ from . import dispatch
 from .bundles import absent, flat_fields, from_flat, parameter_types, schema_of
 
 _LIBRARY = torch.library.Library("pelt_fast", "DEF")
+_TENSORS = (Tensor, Tensor | None)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 OPS: dict[str, "Op"] = {}  # by name, of the folders that were imported
 
 
@@ -45,7 +47,9 @@ class Op:
     def __init__(self, name: str, reference: Callable, fake: Callable):
         self.name = name
         OPS[name] = self
-        self.arguments = tuple(flat_fields(reference))
+        fields = flat_fields(reference)
+        self.arguments = tuple(fields)
+        self.tensors = [i for i, kind in enumerate(fields.values()) if kind in _TENSORS]
         self.reference = from_flat(reference)
         self.cpu = self.gpu = self.reference
         _LIBRARY.define(f"{name}{schema_of(reference)}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -92,8 +96,8 @@ class Op:
 
         def run(*args):
             tensors = [
-                _upright(arg) if i in free else arg
-                for i, arg in enumerate(args) if isinstance(arg, Tensor)
+                _upright(args[i]) if i in free else args[i]
+                for i in self.tensors if args[i] is not None
             ]  # fmt: skip
             reason = dispatch.unsupported(kernels, tensors, args[sized].shape[dim])
             if reason is not None:
@@ -129,27 +133,25 @@ class Op:
     def _dispatch(self, args: tuple):
         """Run what the device of the first argument runs: straight, or by torch's dispatcher where
         something other than this call needs to see the op."""
-        if not _is_plain_call(args):
+        if not self._is_plain_call(args):
             return self.dispatched(*args)
         if args[0].is_cuda:
             return self.gpu(*args)
         return self.cpu(*args) if args[0].is_cpu else self.dispatched(*args)
 
+    def _is_plain_call(self, args: tuple) -> bool:
+        """Whether torch's dispatcher would do no more than call the implementation: nothing traces,
+        counts, profiles or transforms, and all tensors are plain."""
+        return not (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch.autograd._profiler_enabled()
+            or not _PLAIN.issuperset([type(args[i]) for i in self.tensors])
+        )
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+
 _NOTHING_TO_DO = contextlib.nullcontext()
-
-
-def _is_plain_call(args: tuple) -> bool:
-    """Whether torch's dispatcher would do no more than call the implementation: nothing traces,
-    counts, profiles or transforms, and all tensors are plain."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-        or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
-    )
 
 
 def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager:
