@@ -45,8 +45,6 @@ PACKAGES = [
     "pelt_fast.testing",
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-CUDA_MODULE = "pelt_fast._C_cuda"
-TORCH_TARGET = "0x020a000000000000"  # 2.10: the stable ABI the ops are written against
 
 
 def why_pure_python() -> str | None:
@@ -111,13 +109,13 @@ def native() -> dict:
                 print(f"pelt_fast: pure-Python install, building the C++ ops failed: {error}")
 
         def build_extension(self, extension) -> None:
-            if extension.name != CUDA_MODULE:
+            if extension.name != nvcc.MODULE:
                 return super().build_extension(extension)
-            to, folder = Path(self.get_ext_fullpath(CUDA_MODULE)), Path(self.build_temp) / "cuda"
+            to, folder = Path(self.get_ext_fullpath(nvcc.MODULE)), Path(self.build_temp) / "cuda"
             folder.mkdir(parents=True, exist_ok=True)
             to.parent.mkdir(parents=True, exist_ok=True)
-            lib, target = Path(TORCH_LIB_PATH), TORCH_TARGET
-            for command in nvcc.library(program, to, folder, include_paths(), lib, target):
+            lib = Path(TORCH_LIB_PATH)
+            for command in nvcc.library(program, to, folder, include_paths(), lib):
                 ran = subprocess.run(command, capture_output=True, text=True)
                 if ran.returncode:
                     said = (ran.stdout + ran.stderr)[-1000:]
@@ -130,7 +128,7 @@ def native() -> dict:
         flag for path in include_paths() for flag in ("-isystem", path)
     ]  # no warnings of torch's
     flags = ["-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
-             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *level]  # fmt: skip
+             f"-DTORCH_TARGET_VERSION={nvcc.TORCH_TARGET}", *level]  # fmt: skip
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     headers = ["csrc/check.h", "csrc/tensors.h", *sorted(map(str, Path("csrc/cpu").glob("*.h")))]
     module = CppExtension(
@@ -140,7 +138,7 @@ def native() -> dict:
     modules = [module]
     if program is not None:
         sources = sorted(map(str, Path("csrc/cuda").iterdir()))
-        modules.append(Extension(CUDA_MODULE, [], depends=sources, optional=True))
+        modules.append(Extension(nvcc.MODULE, [], depends=sources, optional=True))
     return dict(ext_modules=modules, cmdclass={"build_ext": Optional})
 
 

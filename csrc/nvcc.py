@@ -3,6 +3,8 @@
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parent / "cuda"
+MODULE = "pelt_fast._C_cuda"  # what the build writes, and what ops/common/native_cuda.py looks for
+TORCH_TARGET = "0x020a000000000000"  # 2.10: the stable ABI the ops are written against
 KERNELS = {  # source: what it is compiled for; a GPU newer than these compiles the PTX of sm_80
     "rank_backward": ("80", "90a"),
     "tail_gemm": ("90a",),
@@ -36,11 +38,11 @@ def objects(nvcc: str, sources: list[Path], folder: Path, *flags: str) -> list[t
 
 
 def library(
-    nvcc: str, to: Path, folder: Path, include: list[str], torch_lib: Path, torch_target: str
+    nvcc: str, to: Path, folder: Path, include: list[str], torch_lib: Path
 ) -> list[list[str]]:
     """The commands that make ``_C_cuda``: its objects in ``folder``, linked to ``to``."""
     system = [flag for path in include for flag in ("-isystem", path)]
-    flags = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={torch_target}", *system]
+    flags = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *system]
     parts = objects(nvcc, [*kernels(), CUDA / "ops.cpp"], folder, *flags)
     names = ("c10", "torch", "torch_cpu", "torch_cuda")
     libraries = [f"-l{name}" for name in names if (torch_lib / f"lib{name}.so").exists()]

@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+from pelt_fast.ops.common import native_cuda
+
 from . import (
     counters,
     decoding,
@@ -64,7 +66,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("make gpu needs a GPU, and torch sees none: nothing was run", file=sys.stderr)
         return 2
-    missing = driver.build_ops(toolkit.found("nvcc"))
+    missing = driver.build_ops(toolkit.found("nvcc")) or native_cuda.why_missing()
     if missing is not None:
         print(f"the CUDA C++ ops are left out: {missing}")
     name, run, _ = found[0]

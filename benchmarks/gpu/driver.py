@@ -5,6 +5,7 @@ ops of torch, built beside the package, which the numerics suite then judges."""
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,13 +13,13 @@ from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
 from benchmarks.common import REPOSITORY
 from csrc import nvcc
+from pelt_fast.ops.common import native_cuda
 
 from .numerics import environment
 from .record import Record
 from .toolkit import found
 
-OPS = REPOSITORY / "pelt_fast" / "_C_cuda.so"
-TORCH_TARGET = "0x020a000000000000"
+OPS = REPOSITORY.joinpath(*nvcc.MODULE.split(".")).with_suffix(".so")
 SECONDS = 240  # a kernel that hangs is ended
 SUITE = "tests/numerics/test_cuda_kernels.py"
 
@@ -46,15 +47,13 @@ def compile_driver(compiler: str, folder: Path) -> subprocess.CompletedProcess:
 
 def build_ops(compiler: str | None) -> str | None:
     """Build the ops into the package if they are missing; returns why that failed, or None."""
-    if any(OPS.parent.glob("_C_cuda*.so")):
+    if find_spec(nvcc.MODULE) is not None:
         return None
     if compiler is None:
         return "nvcc is not on this machine"
     with tempfile.TemporaryDirectory() as scratch:
         built, torch_lib = Path(scratch) / OPS.name, Path(TORCH_LIB_PATH)
-        for command in nvcc.library(
-            compiler, built, Path(scratch), include_paths(), torch_lib, TORCH_TARGET
-        ):
+        for command in nvcc.library(compiler, built, Path(scratch), include_paths(), torch_lib):
             ran = _run(command)
             if ran.returncode:
                 return (ran.stdout + ran.stderr)[-2000:]
@@ -63,7 +62,8 @@ def build_ops(compiler: str | None) -> str | None:
 
 
 def run(record: Record, device: torch.device) -> int:
-    """Build and run everything; 1 when a result is wrong or a tool reports an error."""
+    """Build and run everything; 1 when a result is wrong, a tool reports an error, or torch does
+    not load the ops (their tests are then skipped)."""
     compiler, sanitizer = found("nvcc"), found("compute-sanitizer")
     if compiler is None:
         record.finish(skipped="nvcc is not on this machine")
@@ -81,6 +81,10 @@ def run(record: Record, device: torch.device) -> int:
         if sanitizer is not None:
             commands["memcheck"] = [sanitizer, "--error-exitcode", "9", program, "small"]
         codes = [_one(record, name, command) for name, command in commands.items()]
+    missing = native_cuda.why_missing()
+    if missing is not None:
+        record.add(tool="ops", exit=1, lines=[missing])
+        codes.append(1)
     record.finish(errors=sum(code != 0 for code in codes))
     return int(any(codes))
 

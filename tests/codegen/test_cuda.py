@@ -76,7 +76,7 @@ def test_the_ops_of_torch_build_and_ask_torch_for_nothing_it_lacks(tmp_path):
     """Symbols of torch that ``_C_cuda`` needs are in this torch's libraries, but for those of a
     torch with CUDA."""
     library, lib = tmp_path / "_C_cuda.so", Path(TORCH_LIB_PATH)
-    for command in nvcc.library(NVCC, library, tmp_path, include_paths(), lib, driver.TORCH_TARGET):
+    for command in nvcc.library(NVCC, library, tmp_path, include_paths(), lib):
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0 and "warning" not in built.stderr, built.stderr
 

@@ -2,13 +2,14 @@
 they take."""
 
 import functools
-from pathlib import Path
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from pelt_fast import env
 
+MODULE = "pelt_fast._C_cuda"  # MODULE of csrc/nvcc.py
 MAX_TAIL_RANK = 1024  # fits() of csrc/cuda/tail_gemm.cu
 MAX_ONE_PASS_RANK = 64  # rank_backward() of csrc/cuda/rank_backward.cu
 ALIGNED = 8  # elements: 16 bytes
@@ -17,13 +18,13 @@ ALIGNED = 8  # elements: 16 bytes
 @functools.cache
 def why_missing() -> str | None:
     """Why the CUDA C++ ops are not here, or None; the first call loads them."""
-    library = next(Path(__file__).parents[1].glob("_C_cuda*.so"), None)
-    if library is None:
+    found = find_spec(MODULE)  # found and not imported: it is a library of ops, no Python module
+    if found is None:
         return "the package was installed without the CUDA C++ ops (its build said why)"
     if not env.has_gpu():
         return "torch sees no GPU"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(found.origin)
     except OSError as error:
         return f"they do not load: {error}"
     return None

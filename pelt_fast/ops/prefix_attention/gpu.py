@@ -70,7 +70,8 @@ def prefix_attention_forward(
     kept = absent(q)
     if form.composition == "add":
         kept = torch.zeros_like(o) if context_o is None else heads_last(context_o)
-        kept = kept.masked_fill(lse.unsqueeze(-1) == float("-inf"), 0)
+        # in place: out of place it would leave the layout, which the backward kernels read o in
+        kept.masked_fill_(lse.unsqueeze(-1) == float("-inf"), 0)
     return o, lse, kept, no_rng(q, drop.seed) if rng is None else rng
 
 
