@@ -110,6 +110,8 @@ def norm_bwd_kernel_dx(
         c1 += tl.sum(g * dw[None, :], 1)
         c2 += tl.sum(g * (t - e[None, :]), 1)
     c1, c2 = (c1 / K)[:, None], (c2 / K)[:, None]
+    # a row of one element has n = 0 whatever x is: dn - c1 is 0 too, but for rounding
+    slope = tl.where(K > 1, rstd, 0.0)
     dt = tl.load(dt_base, mask=mask_m & (offs_r < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k + k < K
@@ -125,7 +127,7 @@ def norm_bwd_kernel_dx(
             down = tl.load(place, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
             dn = dot(dt, down.to(low), dn)
         n = (x - mean) * rstd
-        dx = rstd * (dn * weight[None, :] - c1 - n * c2)
+        dx = slope * (dn * weight[None, :] - c1 - n * c2)
         if HAS_DY:
             place = dy_ptr + offs_m[:, None] * stride_ym + k + offs_k[None, :]
             dx += tl.load(place, mask=inside, other=0.0).to(tl.float32)
