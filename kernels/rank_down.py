@@ -192,7 +192,7 @@ def rank_down(
     block_r = min(padded(R), tile.block_r)
     programs = triton.cdiv(M, tile.block_m) * triton.cdiv(R, block_r)
     blocks = triton.cdiv(K, tile.block_k)
-    part_blocks, parts = split(programs, blocks, x.device)
+    part_blocks, parts = split(programs, blocks, x.device, tile.programs)
     out = s if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
     rank_down_fwd_kernel[(programs, parts)](
         x, a, bias, seed, h_seed, *(norm or (None, None, None)), out, h,
@@ -228,7 +228,8 @@ def rank_down_parts(
     tile = pick(name, 8 * x.element_size(), R, x.device)
     block_r = min(padded(R), tile.block_r)
     programs = triton.cdiv(K, tile.block_k) * triton.cdiv(R, block_r)
-    part_blocks, parts = split(programs, triton.cdiv(M, tile.block_m), x.device)
+    blocks = triton.cdiv(M, tile.block_m)
+    part_blocks, parts = split(programs, blocks, x.device, tile.programs)
     da_parts = x.new_empty(parts, R, K, dtype=torch.float32)
     grid = (triton.cdiv(R, block_r), triton.cdiv(K, tile.block_k), parts)
     rank_down_bwd_kernel_da[grid](
