@@ -16,7 +16,8 @@ from pelt_fast.kernels import tuned
 from pelt_fast.kernels.tiles import MAX_RANK, TABLES, Row, Tile
 
 # up to which rank a kernel of ours beats the library's GEMM and the passes it needs around it: a
-# bandwidth-bound product is ours, one with enough flops a byte is the library's; unmeasured
+# bandwidth-bound product is ours, one with enough flops a byte is the library's; unmeasured, and
+# the most that tuned.FUSED_RANK may say
 FUSED_RANK = {
     "adapter": 128,
     "rank_down": 128,
@@ -24,6 +25,11 @@ FUSED_RANK = {
     "rank_up": 128,
     "rank_up_bwd": 64,
 }
+
+
+def fused_rank(kernel: str, device: torch.device) -> int:
+    """Up to which rank ``kernel`` runs on ``device``; above, the library does."""
+    return tuned.FUSED_RANK.get(architecture(device), {}).get(kernel, FUSED_RANK[kernel])
 
 
 @dataclass(frozen=True)
@@ -164,13 +170,13 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def split(programs: int, blocks: int, device: torch.device) -> tuple[int, int]:
+def split(programs: int, blocks: int, device: torch.device, each: int = 2) -> tuple[int, int]:
     """Blocks a part and parts: a loop of ``blocks`` cut so that ``programs`` fill the device.
 
-    At most two programs a processor, one wave of them; at least two blocks a part. Depends on sizes
-    alone: same bits again.
+    At most ``each`` programs a processor (``Tile.programs``); at least two blocks a part. Depends
+    on sizes alone: same bits again.
     """
-    wanted = 2 * processors(device) // max(programs, 1)
+    wanted = each * processors(device) // max(programs, 1)
     blocks = max(blocks, 1)
     part_blocks = cdiv(blocks, max(1, min(wanted, blocks // 2, 64)))
     return part_blocks, cdiv(blocks, part_blocks)

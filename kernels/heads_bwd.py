@@ -252,7 +252,7 @@ def prefix_merge_bwd(
         return dpk.zero_(), dpv.zero_()
     tile, block_p, block_d = blocks_of("prefix_bwd", q, P)
     blocks_t, blocks_p = cdiv(T, tile.block_m), cdiv(P, block_p)
-    part_blocks, parts = split(B * H * blocks_p, blocks_t, q.device)
+    part_blocks, parts = split(B * H * blocks_p, blocks_t, q.device, tile.programs)
     form = form_of(form, composition)
     whole = blocks_p == 1 and form != "softmax"  # whose l and δ take a pass over the prefix
     sizes = (

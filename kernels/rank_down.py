@@ -195,7 +195,7 @@ def rank_down(
     block_r = min(padded(R), tile.block_r)
     programs = cdiv(M, tile.block_m) * cdiv(R, block_r)
     blocks = cdiv(K, tile.block_k)
-    part_blocks, parts = split(programs, blocks, x.device)
+    part_blocks, parts = split(programs, blocks, x.device, tile.programs)
     out = s if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
     rank_down_fwd_kernel[(programs, parts)](
         x, a, bias, seed, h_seed, *(norm or (None, None, None)), out, h,
@@ -231,7 +231,8 @@ def rank_down_parts(
     tile = pick(name, 8 * x.element_size(), R, x.device)
     block_r = min(padded(R), tile.block_r)
     programs = cdiv(K, tile.block_k) * cdiv(R, block_r)
-    part_blocks, parts = split(programs, cdiv(M, tile.block_m), x.device)
+    blocks = cdiv(M, tile.block_m)
+    part_blocks, parts = split(programs, blocks, x.device, tile.programs)
     da_parts = x.new_empty(parts, R, K, dtype=torch.float32)
     grid = (cdiv(R, block_r), cdiv(K, tile.block_k), parts)
     rank_down_bwd_kernel_da[grid](

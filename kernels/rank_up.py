@@ -242,7 +242,8 @@ def rank_up_bwd(
     (M, N), R = dy.shape, b.shape[1]
     tile = pick("rank_up_bwd", 8 * dy.element_size(), R, dy.device)
     columns = cdiv(N, tile.block_n)
-    part_blocks, parts = split(columns, cdiv(M, tile.block_m), dy.device)
+    blocks = cdiv(M, tile.block_m)
+    part_blocks, parts = split(columns, blocks, dy.device, tile.programs)
 
     def workspace(*shape: int, needed: bool) -> Tensor | None:
         return dy.new_empty(shape, dtype=torch.float32) if needed else None

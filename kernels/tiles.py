@@ -16,7 +16,10 @@ HALF, SINGLE = 16, 32  # bits of an element
 
 @dataclass(frozen=True)
 class Tile:
-    """Blocks of one program, its warps and its pipeline depth; 0 where a kernel has no such dim."""
+    """Blocks of one program, its warps and its pipeline depth; 0 where a kernel has no such dim.
+
+    ``programs`` a processor is what ``config.split`` aims at, where a kernel splits its loop.
+    """
 
     block_m: int
     block_n: int = 0
@@ -24,6 +27,7 @@ class Tile:
     block_r: int = 0
     num_warps: int = 4
     num_stages: int = 3
+    programs: int = 2
 
     @property
     def launch(self) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Every kernel on one input: ours, the same in plain PyTorch, the bytes and flops of its file."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +59,14 @@ def torchs(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p)
 
 
-def cases(device: torch.device, sizes: Sizes, dtype=torch.bfloat16) -> Iterator[KernelCase]:
-    """Make one case at a time, so that its memory is free for the next."""
+def cases(
+    device: torch.device, sizes: Sizes, dtype=torch.bfloat16, families: Iterable[str] | None = None
+) -> Iterator[KernelCase]:
+    """Make one case at a time, so that its memory is free for the next: a case is used before the
+    next one is made. ``families``: names of ``FAMILIES``, else all."""
     seed = torch.tensor([7, 11], dtype=torch.int64, device=device)
-    for family in (low_rank, adapters, norms, tail, widened, heads):
-        yield from family(device, sizes, dtype, seed)
+    for name in families or FAMILIES:
+        yield from FAMILIES[name](device, sizes, dtype, seed)
 
 
 def _randn(device, dtype):
@@ -284,3 +287,6 @@ def heads(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
             "prefix_bwd", f"P={length} (with zeroing dq)", backward, plain_backward,
             6 * passes, 5 * flops,
         )  # fmt: skip
+
+
+FAMILIES = {family.__name__: family for family in (low_rank, adapters, norms, tail, widened, heads)}

@@ -16,7 +16,12 @@ TOLERANCE = 2e-2  # of the largest magnitude: a wrong kernel is far off; tests/n
 
 def wrong(case: KernelCase, seed: Tensor) -> str | None:
     """The distance of ours from plain PyTorch with the same mask if it is too large, else None."""
-    for i, (got, want) in enumerate(zip(case.ours(), case.plain(same_mask(seed)), strict=True)):
+    return off(case.ours(), case.plain(same_mask(seed)))
+
+
+def off(outputs: Iterable[Tensor], wanted: Iterable[Tensor]) -> str | None:
+    """The first output that is too far from what is wanted, or None."""
+    for i, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
         size = want.float().abs().max().clamp_min(1e-6)
         error = ((got.float() - want.float()).abs().max() / size).item()
         if not error <= TOLERANCE:

@@ -12,7 +12,7 @@ from pelt_fast.kernels import config
 from pelt_fast.modules.packing import Packing, Packings
 from pelt_fast.ops.common import native_cuda
 
-from .measure import graph_milliseconds, milliseconds
+from .measure import eager_milliseconds, graph_milliseconds
 from .record import Record
 
 
@@ -124,13 +124,16 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
     for causal in (False, True):
 
         def split(qkv):
-            return qkv.unbind(0)
+            # (B, T, 3, H, D), as one projection of a model gives it
+            return (t.transpose(1, 2) for t in qkv.unbind(2))
 
         def attention(qkv, causal=causal):
-            return F.scaled_dot_product_attention(*split(qkv), is_causal=causal)
+            y = F.scaled_dot_product_attention(*split(qkv), is_causal=causal)
+            return y.transpose(1, 2)
 
         def prefixed(qkv, causal=causal):
-            return functional.prefix_attention(*split(qkv), *prefix, is_causal=causal)
+            y = functional.prefix_attention(*split(qkv), *prefix, is_causal=causal)
+            return y.transpose(1, 2)
 
         def concatenated(qkv, causal=causal):
             q, k, v = split(qkv)
@@ -139,18 +142,24 @@ def layers(device: torch.device, sizes: Layers, dtype=torch.bfloat16) -> Iterato
             if causal:
                 ones = torch.ones(length, length + sizes.prefix, dtype=torch.bool, device=device)
                 mask = ones.tril(sizes.prefix)
-            return F.scaled_dot_product_attention(
+            y = F.scaled_dot_product_attention(
                 q, torch.cat([pk, k], 2), torch.cat([pv, v], 2), attn_mask=mask
             )
+            return y.transpose(1, 2)
 
         yield Layer(
             f"prefix attention B{batch} H{heads} S{length} D{dim} P={sizes.prefix}"
             + (" causal" if causal else ""),
-            (3, batch, heads, length, dim), attention,
+            (batch, length, 3, heads, dim), attention,
             {"pelt_fast": prefixed, "context flash": Forced(prefixed, "context", "flash"),
              "context cudnn": Forced(prefixed, "context", "cudnn"),
              "concatenation": concatenated}, 1.15, prefix,
         )  # fmt: skip
+
+
+def gradient_of(layer: Layer, x) -> torch.Tensor:
+    """A random dy, laid out in memory as the next layer's GEMM gives it."""
+    return torch.randn_like(layer.floor(x), memory_format=torch.contiguous_format)
 
 
 def step(layer: Layer, function: Callable | Forced, x, dy) -> Callable[[], None]:
@@ -212,7 +221,7 @@ def run(record: Record, device: torch.device, sizes: Layers | None = None) -> in
             record.leave(layer.name)
             continue
         x = torch.randn(*layer.shape, device=device).to(torch.bfloat16)
-        dy = torch.randn_like(layer.floor(x))
+        dy = gradient_of(layer, x)
         floor = _times(step(layer, layer.floor, x, dy), device)
         record.add(layer=layer.name, provider="frozen", **floor)
         rows.append([layer.name, "frozen", *_cells(floor, floor), "", ""])
@@ -242,7 +251,7 @@ def run(record: Record, device: torch.device, sizes: Layers | None = None) -> in
 
 
 def _times(function: Callable[[], None], device: torch.device) -> dict[str, float | None]:
-    taken, low, high = milliseconds(function, device)
+    taken, low, high = eager_milliseconds(function, device)
     graph = graph_milliseconds(function, device)
     return dict(milliseconds=taken, low=low, high=high, graph_milliseconds=graph)
 

@@ -5,7 +5,7 @@ Traffic  P = one read or write of an M x K (or M x N) activation. Workspaces: th
          forward   x, base, y, in one kernel (LayerNorm in: x again from the L2): 3 P
          backward  dy for dT, dU and du together, x for dD, dx written; sequential: dy again
                    3-4 P; LayerNorm in: x again for dx, and its rows for their moments 4-6 P
-A LayerNorm on the update runs ``cpu``. Above the ranks of ``config.FUSED_RANK`` the product is
+A LayerNorm on the update runs ``cpu``. Above the ranks of ``config.fused_rank`` the product is
 large enough for the library's GEMM, but for one that reads a LayerNorm: that stays ours.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pelt_fast.kernels.adapter import adapter as adapter_kernel
-from pelt_fast.kernels.config import FUSED_RANK, processors
+from pelt_fast.kernels.config import fused_rank, processors
 from pelt_fast.kernels.norm import moments, norm_bwd, norm_gradients
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
@@ -40,12 +40,12 @@ def adapter_forward(
     keep_t: bool,
 ) -> tuple[Tensor, Tensor]:
     rank, normed = adapter.down_weight.shape[0], norm.layer_norm == "in"
-    if norm.layer_norm == "out" or (rank > FUSED_RANK["adapter"] and not normed):
+    if norm.layer_norm == "out" or (rank > fused_rank("adapter", x.device) and not normed):
         return NotImplemented
     activation, scale, dropout_p, seed = transform
     base = x if base is None else base
     weights = (norm.norm_weight, norm.norm_bias)
-    if rank <= FUSED_RANK["adapter"] and fills_device(x):
+    if rank <= fused_rank("adapter", x.device) and fills_device(x):
         y, t = adapter_kernel(
             x, base, *adapter, norm=weights if normed else None, activation=activation,
             scale=scale, dropout_p=dropout_p, seed=seed, keep_t=keep_t,
@@ -69,7 +69,7 @@ def adapter_backward(
     sequential: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    by_kernels = adapter.down_weight.shape[0] <= FUSED_RANK["rank_up_bwd"]
+    by_kernels = adapter.down_weight.shape[0] <= fused_rank("rank_up_bwd", dy.device)
     if norm.layer_norm == "out" or (norm.layer_norm == "none" and not by_kernels):
         return NotImplemented
     wanted = dict(

@@ -7,7 +7,7 @@ Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEM
          backward  dy for dS and dB together, x for dA, dx read and written:       6 P
          With dropout the mask is made once in backward, as bits: P / 16 to write, twice to read.
 Where ``config.LORA_PLANS`` has a tail plan, the rank update rides on our own GEMM: 2 P less each
-way. Above the ranks of ``config.FUSED_RANK`` the product is large enough for the library's GEMM.
+way. Above the ranks of ``config.fused_rank`` the product is large enough for the library's GEMM.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelt_fast.kernels.config import FUSED_RANK, lora_plan, one_pass_kernel, processors
+from pelt_fast.kernels.config import fused_rank, lora_plan, one_pass_kernel, processors
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
@@ -32,7 +32,7 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     (weight, bias), (lora_a, lora_b, scale), (dropout_p, seed) = linear, factors, drop
     rank = lora_a.shape[0]
-    if seed is None and rank > FUSED_RANK["rank_down"]:
+    if seed is None and rank > fused_rank("rank_down", x.device):
         s = x @ lora_a.to(x.dtype).t()
     else:
         s, _ = rank_down(x, lora_a, dropout_p=dropout_p, seed=seed)
@@ -44,7 +44,7 @@ def lora_forward(
         tail = dict(scale=scale, bias=bias, descriptors=descriptors)
         return tail_gemm(x, weight.t(), s, lora_b.t(), **tail), s
     y = F.linear(x, weight, bias)
-    if rank > FUSED_RANK["rank_up"]:
+    if rank > fused_rank("rank_up", x.device):
         y.addmm_(s, lora_b.to(y.dtype).t(), alpha=scale)
     else:
         rank_up(s, lora_b, y, scale=scale, out=y)
@@ -83,7 +83,7 @@ def lora_backward(
     if needs[0]:
         dx = _input_gradient(dy, ds, weight, lora_a, plan, drop, bits)
     if needs[1]:
-        if seed is None and lora_a.shape[0] > FUSED_RANK["rank_down_bwd"]:
+        if seed is None and lora_a.shape[0] > fused_rank("rank_down_bwd", dy.device):
             da = weight_gradient(ds, x, lora_a.dtype)
         else:
             mask = dict(dropout_p=dropout_p, seed=seed, bits=bits)
@@ -97,13 +97,13 @@ def _up_gradients(
     """dS (M, R), where dx or dA needs it, and dB."""
     _, lora_b, scale = factors
     rank, need_ds, db = lora_b.shape[1], needs[0] or needs[1], absent(dy)
-    if rank > FUSED_RANK["rank_up_bwd"]:
-        if needs[2]:
-            db = weight_gradient(dy, s, lora_b.dtype).mul_(scale)
-        return (dy @ lora_b.to(dy.dtype)).mul_(scale) if need_ds else None, db
     if need_ds and needs[2] and one_pass_by_cuda(dy, rank):
         ds, db, _ = cuda_rank_up_gradients(dy, s, lora_b, scale=scale)
         return ds, db
+    if rank > fused_rank("rank_up_bwd", dy.device):
+        if needs[2]:
+            db = weight_gradient(dy, s, lora_b.dtype).mul_(scale)
+        return (dy @ lora_b.to(dy.dtype)).mul_(scale) if need_ds else None, db
     if not (need_ds or needs[2]):
         return None, db
     ds, d_b, _ = rank_up_bwd(dy, s, lora_b, scale=scale, need_dt=need_ds, need_db=needs[2])
@@ -128,7 +128,7 @@ def _input_gradient(
         mask = dict(dropout_p=dropout_p, seed=seed, bits=bits)
         return tail_gemm(dy, weight, ds, lora_a, descriptors=plan == "tail_descriptor", **mask)
     dx = dy @ weight
-    if seed is None and lora_a.shape[0] > FUSED_RANK["rank_up"]:
+    if seed is None and lora_a.shape[0] > fused_rank("rank_up", dy.device):
         return dx.addmm_(ds, lora_a.to(dy.dtype))
     rank_up(ds, lora_a.t(), dx, out=dx, update_dropout_p=dropout_p, seed=seed, bits=bits)
     return dx

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelt_fast.kernels.config import FUSED_RANK
+from pelt_fast.kernels.config import fused_rank
 from pelt_fast.kernels.mask import dropout
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
@@ -66,7 +66,7 @@ def ffn_forward(
         bias = summed_bias(ffn.out_bias, up_bias, scale, x.dtype)
         return packed_product(act, packed.packed_out, bias), pre
     a, h = act[:, :inner], act[:, inner : inner + rank]
-    if output_seed is None and rank > FUSED_RANK["rank_up"]:
+    if output_seed is None and rank > fused_rank("rank_up", x.device):
         y = F.linear(a, ffn.out_weight, summed_bias(ffn.out_bias, up_bias, scale, x.dtype))
         return y.addmm_(h, up_weight.to(y.dtype).t(), alpha=scale), pre
     y = F.linear(a, ffn.out_weight, ffn.out_bias)
@@ -95,7 +95,7 @@ def ffn_backward(
         pre = pre[:, first : first + rank]
     first = first if needs[0] else 0
     d_pre = pre.new_empty(pre.shape) if any(needs[:3]) or needs[5] else None
-    through = _through_kernel if rank <= FUSED_RANK["rank_up_bwd"] else _through_library
+    through = _through_kernel if rank <= fused_rank("rank_up_bwd", dy.device) else _through_library
     grads[3], grads[4] = through(dy, pre, d_pre, weights, packed.packed_out, settings, needs)
     dt = None if d_pre is None else d_pre[:, first : first + rank]
     if needs[1]:

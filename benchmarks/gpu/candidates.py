@@ -1,0 +1,144 @@
+"""The tiles that tuning tries for each table, and which case of ``kernel_cases`` reads which table.
+
+A tile is one compilation for each case that reads its table. The programs a processor that a split
+aims at are no constant of a kernel: they are tried on a tile that is compiled already.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from pelt_fast.kernels import config
+from pelt_fast.kernels.tiles import HALF, TABLES, Tile
+
+from .kernel_cases import KernelCase, Sizes, cases
+
+PROGRAMS = (2, 4, 8)
+SPLIT = ("rank_down", "rank_down_norm", "rank_down_bwd", "rank_down_bwd_norm", "rank_up_bwd",
+         "prefix_bwd")  # fmt: skip
+
+# the family of cases that reads a table; first the kernels that are farthest from their floor
+FAMILY = {
+    "prefix_bwd": "heads",
+    "rank_up_bwd": "low_rank",
+    "prefix": "heads",
+    "rank_down_norm": "norms",
+    "rank_down": "low_rank",
+    "rank_down_bwd": "low_rank",
+    "norm": "norms",
+    "rank_down_bwd_norm": "norms",
+    "adapter": "adapters",
+    "widened_ffn": "widened",
+    "rank_up": "low_rank",
+    "tail_gemm": "tail",
+    "tail_gemm_masked": "tail",
+    "tail_gemm_descriptor": "tail",
+}
+
+# table: the dims of a block, blocks -> (warps, stages). Left out is what on sm90 spills, does not
+# fit or has a race of asynchronous copies (tests/codegen reads the machine code)
+THREE = ((4, 2), (4, 4), (8, 3))
+TWO = ((4, 2), (8, 2))
+WIDE = ((8, 2), (8, 3))
+EVERY = ((4, 1), (4, 2), (8, 1), (8, 2))
+ADAPTER = ((4, 2), (4, 3), (8, 3))
+GEMM = {(128, 128, 64): ((8, 3), (8, 4)), (128, 256, 64): ((8, 3), (8, 4)),
+        (256, 128, 64): ((8, 3), (8, 4))}  # fmt: skip
+MASKED = {(128, 128, 64): ((8, 3), (8, 4)), (128, 128, 32): ((8, 4),), (128, 128, 128): ((8, 2),),
+          (128, 64, 64): ((4, 4),), (64, 128, 64): ((4, 4),)}  # fmt: skip
+GRIDS = {
+    "prefix_bwd": ("mn", {
+        (32, 64): ((4, 1), (8, 1)), (64, 32): EVERY, (64, 64): EVERY, (64, 128): ((8, 2),),
+        (128, 32): ((8, 1), (8, 2)), (128, 64): ((8, 1), (8, 2)),
+    }),
+    "rank_up_bwd": ("mn", {
+        (32, 128): ((4, 2),), (32, 256): ((8, 2),), (64, 128): ((4, 2), *WIDE),
+        (64, 256): ((4, 3), *WIDE), (64, 512): WIDE, (128, 128): WIDE, (128, 256): WIDE,
+    }),
+    "prefix": ("mn", dict.fromkeys(((64, 32), (64, 64), (64, 128), (128, 32), (128, 64)), EVERY)),
+    "rank_down_norm": ("mk", {
+        (64, 128): THREE, (64, 256): ((8, 2),), (128, 64): THREE, (128, 128): WIDE,
+    }),
+    "rank_down": ("mk", {
+        (32, 256): WIDE, (64, 128): ((4, 2), (4, 4), (8, 4)), (64, 256): WIDE,
+        (128, 64): ((4, 2), (4, 4), (8, 4)), (128, 128): WIDE,
+    }),
+    "rank_down_bwd": ("mk", {
+        (64, 64): THREE, (64, 128): THREE, (64, 256): WIDE, (128, 64): THREE, (128, 128): WIDE,
+    }),
+    "norm": ("mk", {
+        (16, 128): ((4, 2), (4, 3), (8, 2)), (16, 256): ((4, 2), (4, 3), (8, 2)),
+        (32, 128): ((4, 2), (4, 3), (8, 2)), (32, 256): ((8, 2),),
+        (64, 128): ((4, 2), (4, 3), (8, 2)),
+    }),
+    "rank_down_bwd_norm": ("mk", {
+        (64, 64): ((4, 2), (4, 4)), (64, 128): ((4, 2), (8, 3)), (64, 256): WIDE,
+        (128, 64): THREE, (128, 128): ((8, 3),),
+    }),
+    "adapter": ("mnk", {
+        (16, 128, 128): ADAPTER, (32, 128, 64): ((4, 2), *WIDE), (32, 128, 128): WIDE,
+        (64, 128, 64): ADAPTER, (64, 128, 128): ADAPTER,
+    }),
+    "widened_ffn": ("mn", dict.fromkeys(((1, 1024), (2, 1024), (4, 512)), TWO)),
+    "rank_up": ("mn", {
+        (32, 128): TWO, (32, 256): TWO, (64, 128): TWO, (64, 256): TWO, (128, 128): ((8, 2),),
+    }),
+    "tail_gemm": ("mnk", GEMM),
+    "tail_gemm_masked": ("mnk", MASKED),
+    "tail_gemm_descriptor": ("mnk", MASKED),
+}  # fmt: skip
+
+
+def candidates(table: str) -> list[Tile]:
+    """The tiles that are compiled."""
+    dims, blocks = GRIDS[table]
+    block_r = 32 if table.startswith("tail") else 64
+    fixed = {} if table in ("prefix", "prefix_bwd", "widened_ffn") else {"block_r": block_r}
+    return [
+        Tile(**{f"block_{dim}": size for dim, size in zip(dims, block)}, **fixed,
+             num_warps=warps, num_stages=stages)
+        for block, launches in blocks.items() for warps, stages in launches
+    ]  # fmt: skip
+
+
+def variants(table: str, tile: Tile) -> list[Tile]:
+    """What is timed of a tile that is compiled."""
+    return [replace(tile, programs=n) for n in PROGRAMS] if table in SPLIT else [tile]
+
+
+def table_of(case: KernelCase) -> str | None:
+    """The name of the table a case reads, or None."""
+    if case.kernel.startswith("widened"):
+        return "widened_ffn"
+    if case.kernel == "tail_gemm":
+        if "descriptors" in case.name:
+            return "tail_gemm_descriptor"
+        return "tail_gemm_masked" if "p=" in case.name else "tail_gemm"
+    return case.kernel if case.kernel in TABLES else None
+
+
+def cases_of(table: str, device: torch.device, sizes: Sizes, dtype) -> Iterator[KernelCase]:
+    """The cases that read a table, one at a time."""
+    for case in cases(device, sizes, dtype, (FAMILY[table],)):
+        if table_of(case) == table:
+            yield case
+
+
+def size_of(case: KernelCase, sizes: Sizes) -> int:
+    """The size that the table is looked up by: the rank, or the head dim."""
+    if case.kernel.startswith("prefix"):
+        return sizes.dim
+    return int(case.name.split("R=")[1].split()[0]) if "R=" in case.name else 512
+
+
+def limit_of(table: str, size: int, device: torch.device) -> int:
+    """The largest size that the present row serves."""
+    rows = [r for a in (config.architecture(device), "any") for r in config.rows(table, a)]
+    return next((r.limit for r in rows if r.bits == HALF and size <= r.limit), size)
+
+
+def name_of(case: KernelCase, tile: Tile | None) -> str:
+    """What a case under a tile is called in the report of the compilations; None: the present
+    row."""
+    return f"{case.kernel} {case.name} {tile or 'present row'}"

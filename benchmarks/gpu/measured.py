@@ -1,0 +1,76 @@
+"""The tables of kernels/tuned.py while they are measured: in use at once, and written as a file."""
+
+import contextlib
+import os
+import pprint
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pelt_fast.kernels import config, tuned
+from pelt_fast.kernels.tiles import HALF, Tile
+
+TYPES = {
+    "TILES": "dict[str, dict[str, tuple]]",
+    "PLANS": "dict[str, tuple]",
+    "CONTEXT": "dict[str, str]",
+    "ONE_PASS": "dict[str, str]",
+    "FUSED_RANK": "dict[str, dict[str, int]]",
+}
+
+
+def _copies() -> dict[str, dict]:
+    return {
+        name: {
+            key: dict(v) if isinstance(v, dict) else v for key, v in getattr(tuned, name).items()
+        }
+        for name in TYPES
+    }
+
+
+@dataclass
+class Tables:
+    """Every table by its name; at first what tuned.py has."""
+
+    tables: dict[str, dict] = field(default_factory=_copies)
+
+    def __getitem__(self, name: str) -> dict:
+        return self.tables[name]
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the kernels read these tables."""
+        before = {name: getattr(tuned, name) for name in TYPES}
+        try:
+            self._put(self.tables)
+            yield
+        finally:
+            self._put(before)
+
+    @staticmethod
+    def _put(tables: dict[str, dict]) -> None:
+        for name, table in tables.items():
+            setattr(tuned, name, table)
+        config.rows.cache_clear()
+
+    def set_rows(self, table: str, arch: str, rows: dict[int, tuple[Tile, str]]) -> None:
+        """Put the 16-bit rows of a table: limit -> (tile, why)."""
+        kept = [row for row in self["TILES"].get(table, {}).get(arch, ())
+                if row[0] != HALF or row[1] not in rows]  # fmt: skip
+        new = [(HALF, limit, asdict(tile), why) for limit, (tile, why) in rows.items()]
+        merged = tuple(sorted([*kept, *new], key=lambda row: row[:2]))
+        self["TILES"].setdefault(table, {})[arch] = merged
+        config.rows.cache_clear()
+
+    def write(self, to: Path, beside: Path) -> None:
+        """Rewrite ``to``, and write a copy next to the result file ``beside``."""
+        head = tuned.__doc__.replace(" Empty until a GPU has run it.", "")
+        body = "\n".join(
+            f"{name}: {kind} = {pprint.pformat(self[name], width=96, sort_dicts=False)}"
+            for name, kind in TYPES.items()
+        )
+        text = f'"""{head}"""\n\n# fmt: off\n{body}\n# fmt: on\n'
+        for path in (to, beside.with_suffix(".tuned.py")):
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_text(text)
+            os.replace(part, path)
