@@ -19,7 +19,7 @@ from pelt_fast.kernels.config import cdiv, split
 from pelt_fast.kernels.heads import blocks_of, form_of
 from pelt_fast.kernels.heads_weights import softmax_rows, weight_gradients
 from pelt_fast.kernels.launch import launched
-from pelt_fast.kernels.reduce import reduce_parts
+from pelt_fast.kernels.reduce import reduce_pair
 from pelt_fast.ops.common import dropout as philox
 
 
@@ -130,8 +130,7 @@ def prefix_bwd_kernel(
     delta_ptr,
     seed_ptr,
     dq_ptr,
-    dpk_ptr,
-    dpv_ptr,
+    parts_ptr,
     scale,
     threshold,
     keep_scale,
@@ -219,13 +218,14 @@ def prefix_bwd_kernel(
             update = dot(dz.to(low), pk, tl.zeros((BLOCK_T, BLOCK_D), tl.float32)) * scale
             dq = tl.load(place, mask=inside, other=0.0).to(tl.float32) + update
             tl.store(place, dq.to(low), mask=inside)
-    # part j of kv head h // group: (b, h % group, part)
+    # part j of kv head h // group: (b, h % group, part); dpk of every head, then dpv
     j = (b * group + h % group) * parts + part
-    row = (j * (H // group) + h // group) * P + offs_p
+    rows_of_all = H // group * P
+    row = j * 2 * rows_of_all + h // group * P + offs_p
     inside = (offs_p < P)[:, None] & (offs_d < D)[None, :]
-    place = row[:, None] * D + offs_d[None, :]
-    tl.store(dpk_ptr + place, dpk, mask=inside)
-    tl.store(dpv_ptr + place, dpv, mask=inside)
+    place = parts_ptr + row[:, None] * D + offs_d[None, :]
+    tl.store(place, dpk * scale, mask=inside)
+    tl.store(place + tl.cast(rows_of_all, tl.int64) * D, dpv, mask=inside)
 
 
 def prefix_merge_bwd(
@@ -283,14 +283,11 @@ def prefix_merge_bwd(
         )  # fmt: skip
         lse = rows_lse
     count = B * (H // heads) * parts
-    k_parts, v_parts = (
-        torch.empty(count, heads * P, D, dtype=torch.float32, device=q.device) for _ in range(2)
-    )
+    sums = torch.empty(count, 2, heads, P, D, dtype=torch.float32, device=q.device)
     prefix_bwd_kernel[(B * H * parts, blocks_p)](
-        q, prefix_k, prefix_v, o, do, lse, delta, seed, dq, k_parts, v_parts, *sizes,
+        q, prefix_k, prefix_v, o, do, lse, delta, seed, dq, sums, *sizes,
         parts, part_blocks * tile.block_m, *strides,
         WHOLE=whole, NEED_DQ=whole and dq is not None, **settings,
     )  # fmt: skip
-    reduce_parts(k_parts, dpk.view(heads * P, D), scale=scale)
-    reduce_parts(v_parts, dpv.view(heads * P, D))
+    reduce_pair(sums, dpk, dpv)
     return dpk, dpv

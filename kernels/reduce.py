@@ -16,6 +16,7 @@ from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 128
+PAIR_BLOCK = 256
 
 
 @launched
@@ -93,4 +94,32 @@ def reduce_parts(
         HAS_BIAS=bias is not None, HAS_H=h is not None, HAS_DERIVATIVE=t is not None,
         ACTIVATION=activation, DROP=seed is not None, ALIGNED=Q % 8 == 0,
         BLOCK_P=BLOCK_ROWS, BLOCK_Q=BLOCK_COLUMNS, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def reduce_pair_kernel(
+    parts_ptr, first_ptr, second_ptr, J, N, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, J, BLOCK_J):
+        # BLOCK_J loads under way at a time: one after another they would wait for each other
+        j = start + tl.arange(0, BLOCK_J)
+        place = parts_ptr + j.to(tl.int64)[:, None] * (2 * N) + offs[None, :]
+        inside = (j < J)[:, None] & (offs < 2 * N)[None, :]
+        acc += tl.sum(tl.load(place, mask=inside, other=0.0), 0)
+    tl.store(first_ptr + offs, acc.to(first_ptr.dtype.element_ty), mask=offs < N)
+    second = (offs >= N) & (offs < 2 * N)
+    tl.store(second_ptr + offs - N, acc.to(second_ptr.dtype.element_ty), mask=second)
+
+
+def reduce_pair(parts: Tensor, first: Tensor, second: Tensor) -> None:
+    """Write the sums of parts[:, 0] and of parts[:, 1] to two contiguous tensors, in one launch.
+    ``parts`` is (J, 2, ...) in fp32."""
+    size = first.numel()
+    if size == 0:
+        return
+    reduce_pair_kernel[(triton.cdiv(2 * size, PAIR_BLOCK),)](
+        parts, first, second, parts.shape[0], size, BLOCK_J=8, BLOCK_N=PAIR_BLOCK, num_warps=4,
     )  # fmt: skip

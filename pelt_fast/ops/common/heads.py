@@ -5,8 +5,10 @@ from torch import Tensor
 
 
 def heads_last(x: Tensor) -> Tensor:
-    """The same (B, H, T, D) laid out in memory as (B, T, H, D), as models hold it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    """The same (B, H, T, D) laid out in memory as (B, T, H, D), as models hold it; x itself where
+    it is that."""
+    rows = x.transpose(1, 2)
+    return x if rows.is_contiguous() else rows.contiguous().transpose(1, 2)
 
 
 def heads_last_empty(x: Tensor) -> Tensor:

@@ -6,11 +6,16 @@ Traffic  beside attention without a prefix, in passes of B H T D: q, o_c, o forw
 Saved    q, k, v, o, lse, what attention without a prefix saves; added forms keep o_c as well.
 
 Which context kernel: flash where it can go (16-bit, no mask, causal only over T = S; grouped heads
-as they are), on architectures of ``config.CONTEXT_KERNELS`` cuDNN's in its place; the
-memory-efficient one with a mask or in fp32 (grouped heads expanded); torch's CPU flash kernel on a
-CPU, where attention dropout is left to ``cpu``. All take K and V in the layout the model has and
-return the log-sum-exp; their backward, given the merged o and the joint lse, returns the context's
-exact gradients (docs/maths.md#i4).
+as they are), on architectures of ``config.CONTEXT_KERNELS`` cuDNN's in its place, if it takes the
+input; the memory-efficient one with a mask or in fp32 (grouped heads expanded); torch's CPU flash
+kernel on a CPU, where attention dropout is left to ``cpu``. All take K and V in the layout the
+model has and return the log-sum-exp; their backward, given the merged o and the joint lse, returns
+the context's exact gradients (docs/maths.md#i4).
+
+Layout: o, the context's own o and every gradient lie as (B, T, H, D). Two of the backward kernels
+ask for it: the memory-efficient one takes the rows of o to be H D apart, whatever its strides say;
+cuDNN keeps a plan for each layout of q, k and v, in which the strides of o and do are those of the
+first call.
 
 ``rng`` is the dropout state the kernel drew, as it gave it: (2,) int64, on the CPU or the GPU. A
 row that sees no key comes back with lse -inf; what its o holds is not to be read.
@@ -40,12 +45,12 @@ from pelt_fast.ops.common.heads import (
     heads_last,
     heads_last_empty,
     no_rng,
-    reduce_heads,
 )
 
 aten = torch.ops.aten
 MASK_ALIGNMENT = 16  # elements: rows of the mask start on 32 bytes
 LSE_ALIGNMENT = 32  # the memory-efficient backward reads its lse in blocks
+CUDNN_HEAD_DIM = 128  # and 1 / 16 is the step of its dropout: it takes none here
 
 
 def _left_to_cpu(q: Tensor, drop: Dropout) -> bool:
@@ -70,8 +75,9 @@ def prefix_attention_forward(
     kept = absent(q)
     if form.composition == "add":
         kept = torch.zeros_like(o) if context_o is None else heads_last(context_o)
-        # in place: out of place it would leave the layout, which the backward kernels read o in
-        kept.masked_fill_(lse.unsqueeze(-1) == float("-inf"), 0)
+        if _may_hide_a_row(qkv, scores):
+            # in place: out of place the result is contiguous
+            kept.masked_fill_(lse.unsqueeze(-1) == float("-inf"), 0)
     return o, lse, kept, no_rng(q, drop.seed) if rng is None else rng
 
 
@@ -106,21 +112,42 @@ def prefix_attention_backward(
     return tuple(part if need else absent(do) for part, need in zip(parts, needs, strict=True))
 
 
-def kernel_for(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> str:
+def _may_hide_a_row(qkv: QKV, scores: Scores) -> bool:
+    """Whether a row of the context may see no key at all."""
+    queries, keys = qkv.q.shape[2], qkv.k.shape[2]
+    return scores.attn_mask is not None or not keys or (scores.is_causal and queries > keys)
+
+
+def kernel_for(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, p: float) -> str:
     """The name of the library kernel that takes this context."""
     if q.device.type == "cpu":
         return "cpu"
     square = q.shape[2] == k.shape[2]
-    if mask is None and q.dtype != torch.float32 and (not causal or square):
-        return config.context_kernel(q.device)
-    return "efficient"
+    if mask is not None or q.dtype == torch.float32 or (causal and not square):
+        return "efficient"
+    kernel = config.context_kernel(q.device)
+    return "flash" if kernel == "cudnn" and not _cudnn_takes(q, k, p) else kernel
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, p: float) -> bool:
+    """What torch asks before it gives attention to cuDNN, and q laid out as o is."""
+    return (
+        p == 0
+        and q.shape[-1] <= CUDNN_HEAD_DIM
+        and k.shape[2] > 1
+        and q.stride(1) <= q.stride(2)
+        and (
+            not torch.are_deterministic_algorithms_enabled()
+            or torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+    )
 
 
 def context_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, p: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return o (B, H, T, D), lse (B, H, T) and rng (None without dropout)."""
-    kernel = kernel_for(q, k, mask, causal)
+    kernel = kernel_for(q, k, mask, causal, p)
     rng = None
     if kernel == "flash":
         o, lse, *_, state, _, _ = aten._scaled_dot_product_flash_attention(
@@ -128,10 +155,10 @@ def context_forward(
         )
         return o, lse, state.view(torch.int64) if p > 0 else None
     if kernel == "cudnn":
-        o, lse, *_, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, p, causal, False, scale=scale
+        o, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
         )
-        return o, lse[..., 0], torch.stack([seed, offset]) if p > 0 else None
+        return o, lse[..., 0], None
     bias, causal, hidden = additive_mask(q, k, mask, causal)
     if kernel == "cpu":
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -156,21 +183,20 @@ def context_backward(
     """Return dq, dk, dv of the context, laid out as the model holds them, from o and lse (B, H, T)
     that may be the merged ones."""
     (q, k, v), (o, lse, _, rng), (mask, causal, scale) = qkv, output, scores
-    rng = rng if p > 0 else None
-    kernel, queries, keys = kernel_for(q, k, mask, causal), q.shape[2], k.shape[2]
-    none = torch.zeros((), dtype=torch.int64, device=q.device)
-    seed, offset = (none, none) if rng is None else (rng[0], rng[1])
+    kernel, queries, keys = kernel_for(q, k, mask, causal, p), q.shape[2], k.shape[2]
+    if p == 0:
+        rng = q.new_empty(0, dtype=torch.int64)  # nobody reads it
+    seed, offset = rng if p > 0 else (rng, rng)
+    o = heads_last(o)
     if kernel == "flash":
-        state = torch.zeros(2, dtype=torch.int64, device=q.device) if rng is None else rng
-        unused = none.view(torch.uint64)
         grads = aten._scaled_dot_product_flash_attention_backward(
-            do, q, k, v, o, lse, None, None, queries, keys, p, causal, state.view(torch.uint64),
-            unused, scale=scale,
+            do, q, k, v, o, lse, None, None, queries, keys, p, causal, rng.view(torch.uint64),
+            offset.view(torch.uint64), scale=scale,
         )  # fmt: skip
     elif kernel == "cudnn":
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            do, q, k, v, o, lse.unsqueeze(-1), seed, offset, None, None, None, queries, keys, p,
-            causal, scale=scale,
+            heads_last(do), q, k, v, o, lse.unsqueeze(-1), seed, offset, None, None, None,
+            queries, keys, 0.0, causal, scale=scale,
         )  # fmt: skip
     else:
         bias, causal, hidden = additive_mask(q, k, mask, causal)
@@ -189,8 +215,16 @@ def context_backward(
                 F.pad(lse, (0, -queries % LSE_ALIGNMENT), value=float("inf")),
                 seed, offset, p, [True, True, True, False], causal, scale=scale,
             )  # fmt: skip
-            grads = (dq, *(reduce_heads(grad, k.shape[1]) for grad in grads[:2]))
+            grads = (dq, *(_reduced(grad, k.shape[1]) for grad in grads[:2]))
     return tuple(heads_last(grad) for grad in grads)
+
+
+def _reduced(grad: Tensor, kv_heads: int) -> Tensor:
+    """``reduce_heads`` of a gradient that is laid out (B, S, H, D): so is the sum."""
+    if grad.shape[1] == kv_heads:
+        return grad
+    rows = grad.transpose(1, 2).unflatten(2, (kv_heads, -1))
+    return rows.sum(3).transpose(1, 2)
 
 
 def _aligned(bias: Tensor | None, q: Tensor) -> Tensor | None:
