@@ -97,6 +97,7 @@ def reduce_parts(
     )  # fmt: skip
 
 
+@launched
 @triton.jit
 def reduce_pair_kernel(
     parts_ptr, first_ptr, second_ptr, J, N, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr
@@ -120,6 +121,6 @@ def reduce_pair(parts: Tensor, first: Tensor, second: Tensor) -> None:
     size = first.numel()
     if size == 0:
         return
-    reduce_pair_kernel[(triton.cdiv(2 * size, PAIR_BLOCK),)](
+    reduce_pair_kernel[(cdiv(2 * size, PAIR_BLOCK),)](
         parts, first, second, parts.shape[0], size, BLOCK_J=8, BLOCK_N=PAIR_BLOCK, num_warps=4,
     )  # fmt: skip
