@@ -99,9 +99,9 @@ def run(record: Record, device: torch.device, folder: str = "tests/numerics") ->
     outcomes = Counter(report["outcome"] for report in reports)
     slowest = sorted(reports, key=lambda report: -report["seconds"])[:10]
     misses = _check(record, device) if record.in_time else None
-    record.finish(
-        tests=len(names), **outcomes, slowest=[(r["test"], r["seconds"]) for r in slowest]
-    )
+    skips = Counter(report["message"] for report in reports if report["outcome"] == "skipped")
+    record.finish(tests=len(names), **outcomes, skips=skips,
+                  slowest=[(r["test"], r["seconds"]) for r in slowest])  # fmt: skip
     _print(reports, outcomes, misses)
     return int(bool(outcomes["failed"] or misses))
 

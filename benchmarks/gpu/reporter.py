@@ -18,6 +18,8 @@ def pytest_runtest_logreport(report) -> None:
     line = dict(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2))
     if report.failed:
         line["message"] = report.longreprtext[-3000:]
+    if report.skipped:
+        line["message"] = str(report.longrepr[2])
     with open(os.environ[VARIABLE], "a") as file:
         file.write(json.dumps(line) + "\n")
     if report.failed and torch.cuda.is_available():
