@@ -54,9 +54,9 @@ class Launched:
         if compiled is None or _is_watched(self.kernel):
             self._launch_and_keep(grid, arguments, constants)
             return
-        across, down = (*grid, 1)[:2]
+        across, down, deep = (*grid, 1, 1)[:3]
         compiled.run(
-            across, down, 1, driver.active.get_current_stream(device),
+            across, down, deep, driver.active.get_current_stream(device),
             compiled.function, compiled.packed_metadata, None, None, None, *arguments,
             *(constants[name] for name in self.constants),
         )  # fmt: skip

@@ -94,7 +94,9 @@ def test_a_later_launch_gets_the_arguments_in_the_order_of_the_kernel(quick):
         (3, 1, 1, 100, "function", "metadata", None, None, None, x, None, 0.5, 32, 1, 64, True)
     ]
     quick[(3, 5)](x, None, 0.25, 48, 1, DROP=True, BLOCK=64, num_warps=4)
-    assert kept[0].runs[1][:2] == (3, 5) and len(quick.slow) == 1
+    assert kept[0].runs[1][:3] == (3, 5, 1) and len(quick.slow) == 1
+    quick[(3, 5, 7)](x, None, 0.25, 48, 1, DROP=True, BLOCK=64, num_warps=4)
+    assert kept[0].runs[2][:3] == (3, 5, 7)
 
 
 def test_what_triton_compiles_anew_is_launched_by_triton_first(quick, monkeypatch):
