@@ -23,6 +23,13 @@ from pelt_fast.ops.common import dropout as philox
 
 @launched
 @triton.jit
+def load_context(lse_base, o_base, stride, offs_t, T, offs_d, D):
+    """The context's l and o of one tile."""
+    lse = tl.load(lse_base + offs_t, mask=offs_t < T, other=0.0)
+    return lse, load_rows(o_base, stride, offs_t, T, offs_d, D)
+
+
+@triton.jit
 def prefix_fwd_kernel(
     q_ptr,
     pk_ptr,
@@ -72,13 +79,11 @@ def prefix_fwd_kernel(
     scale = tl.cast(scale, tl.float32)
     kept = tl.cast(keep_scale, tl.float32)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, T, offs_d, D)
-    if HAS_CONTEXT:  # on its way while the prefix's part is made
-        own = tl.load(
-            context_lse_ptr + b * stride_lb + h * stride_lh + offs_t, mask=offs_t < T, other=0.0
-        )
-        context = load_rows(
-            context_o_ptr + b * stride_cb + h * stride_ch, stride_ct, offs_t, T, offs_d, D
-        )
+    if HAS_CONTEXT:
+        context_base = context_o_ptr + b * stride_cb + h * stride_ch
+        own_base = context_lse_ptr + b * stride_lb + h * stride_lh
+        if not DROP:  # on its way while the prefix's part is made; a mask leaves no room
+            own, context = load_context(own_base, context_base, stride_ct, offs_t, T, offs_d, D)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -105,6 +110,8 @@ def prefix_fwd_kernel(
         acc = dot(w.to(q.dtype), pv, acc)
     inside = (offs_t < T)[:, None] & (offs_d < D)[None, :]
     if HAS_CONTEXT:
+        if DROP:
+            own, context = load_context(own_base, context_base, stride_ct, offs_t, T, offs_d, D)
         context = tl.where((own == float("-inf"))[:, None], 0.0, context.to(tl.float32))
     else:
         own = tl.full((BLOCK_T,), float("-inf"), tl.float32)

@@ -189,11 +189,12 @@ def prefix_bwd_kernel(
         rows = head * T + offs_t
         q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, last, offs_d, D)
         do = load_rows(do_ptr + b * stride_gb + h * stride_gh, stride_gt, offs_t, last, offs_d, D)
-        if NEED_DQ:  # on its way while the weights are made
+        if NEED_DQ:
             place = dq_ptr + b * stride_db + h * stride_dh
             place += offs_t.to(tl.int64)[:, None] * stride_dt + offs_d[None, :]
             inside = (offs_t < last)[:, None] & (offs_d < D)[None, :]
-            dq = tl.load(place, mask=inside, other=0.0)
+            if not DROP:  # on its way while the weights are made; a mask leaves no room
+                dq = tl.load(place, mask=inside, other=0.0)
         lse = tl.zeros((BLOCK_T,), tl.float32)
         share = tl.zeros((BLOCK_T,), tl.float32)
         delta = tl.zeros((BLOCK_T,), tl.float32)
@@ -217,6 +218,8 @@ def prefix_bwd_kernel(
         dpv = dot(tl.trans(w.to(low)), do, dpv)
         dpk = dot(tl.trans(dz.to(low)), q, dpk)
         if NEED_DQ:
+            if DROP:
+                dq = tl.load(place, mask=inside, other=0.0)
             update = dot(dz.to(low), pk, tl.zeros((BLOCK_T, BLOCK_D), tl.float32)) * scale
             tl.store(place, (dq.to(tl.float32) + update).to(low), mask=inside)
     # part j of kv head h // group: (b, h % group, part); dpk of every head, then dpv
