@@ -20,10 +20,20 @@ def graph_seconds(trained: Trained, batch: dict[str, Tensor]) -> tuple[float | N
         with torch.cuda.stream(stream):
             return _median(_captured(trained, batch)), None
     except Exception as error:  # a provider that cannot is a result
+        _forget_capture()
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     finally:
         torch.cuda.synchronize()
         trained.model.zero_grad(set_to_none=True)
+
+
+def _forget_capture() -> None:
+    """Give the random generator a state of its own: that of a capture that failed believes it is
+    still captured, and every later dropout would raise."""
+    for index, generator in enumerate(torch.cuda.default_generators):
+        fresh = torch.Generator(f"cuda:{index}")
+        fresh.manual_seed(generator.initial_seed())
+        generator.graphsafe_set_state(fresh)
 
 
 def _captured(trained: Trained, batch: dict[str, Tensor]) -> torch.cuda.CUDAGraph:

@@ -142,8 +142,10 @@ def measure(model_shape: Shape, name: str, plan: Plan, names: list[str], texts) 
             provider=provider.name, seconds=seconds[provider.name], note=provider.note,
             tokens=sum(map(whole.tokens, batches)) / len(batches), flops=counted[provider.name],
             **held(provider, steps[provider.name], batches[0], plan, injected),
-            **as_graph(provider, batches[0], plan),
         )  # fmt: skip
+    on_gpu = torch.device(plan.device).type == "cuda"
+    for provider in found if on_gpu else ():  # last: a capture that fails may break what follows
+        yield dict(provider=provider.name, **as_graph(provider, batches[0]))
 
 
 def too_large(model_shape: Shape, plan: Plan) -> str | None:
@@ -242,10 +244,10 @@ def flops(found: list[Trained], batch: dict) -> dict[str, int | None]:
     return counts
 
 
-def as_graph(provider: Trained, batch: dict, plan: Plan) -> dict:
-    """The step's time without the host's work, on a GPU."""
-    if provider.opaque or torch.device(plan.device).type != "cuda":
-        return {}
+def as_graph(provider: Trained, batch: dict) -> dict:
+    """The step's time without the host's work."""
+    if provider.opaque:
+        return dict(no_graph="compiled by torch")
     seconds, reason = graph_seconds(provider, batch)
     return dict(graph_seconds=seconds) if reason is None else dict(no_graph=reason)
 
@@ -285,14 +287,15 @@ def _checkpoint(provider: Trained) -> int | None:
 def rows(entries: list[dict]) -> list[dict]:
     """Timed entries with quartiles and the ratios to the frozen model and to full fine-tuning of
     the same rounds."""
-    floors = {(e["model"], e["layers"], e["method"], e["provider"]): e for e in entries
-              if e.get("provider") in FLOORS and "seconds" in e}  # fmt: skip
+    floors = {_key(e): e for e in entries if e.get("provider") in FLOORS and "seconds" in e}
+    graphs = {_key(e): e["graph_seconds"] for e in entries if "graph_seconds" in e}
     found = []
     for entry in entries:
         if "seconds" not in entry:
             continue
         low, middle, high = quartiles(entry["seconds"])
         row = entry | dict(median=middle, low=low, high=high)
+        row["graph_seconds"] = graphs.get(_key(entry))
         for name, key in zip(FLOORS, ("to_frozen", "to_full")):
             floor = floors.get((entry["model"], entry["layers"], entry["method"], name))
             if floor is not None:
@@ -301,6 +304,10 @@ def rows(entries: list[dict]) -> list[dict]:
                 row[f"peak_{key}"] = (entry["peak_bytes"] or nan) / (floor["peak_bytes"] or nan)
         found.append(row)
     return found
+
+
+def _key(entry: dict) -> tuple:
+    return tuple(entry.get(name) for name in ("model", "layers", "method", "provider"))
 
 
 HEADER = ["model", "method", "provider", "step, ms", "tokens/s", "to frozen", "flops to frozen",

@@ -21,7 +21,6 @@ from pelt_fast.kernels.tiles import Tile
 from pelt_fast.ops.common import dropout as philox
 
 
-@launched
 @triton.jit
 def load_context(lse_base, o_base, stride, offs_t, T, offs_d, D):
     """The context's l and o of one tile."""
@@ -29,6 +28,7 @@ def load_context(lse_base, o_base, stride, offs_t, T, offs_d, D):
     return lse, load_rows(o_base, stride, offs_t, T, offs_d, D)
 
 
+@launched
 @triton.jit
 def prefix_fwd_kernel(
     q_ptr,

@@ -62,7 +62,8 @@ class Worker:
         """What is known so far."""
         if not self.lines.exists():
             return []
-        return [json.loads(line) for line in self.lines.read_text().splitlines()]
+        whole, _, _ = self.lines.read_text().rpartition("\n")  # a line may be being written
+        return [json.loads(line) for line in whole.splitlines()]
 
     def waiting(self) -> list[str]:
         """The tests without a line."""
@@ -93,9 +94,6 @@ def run(record: Record, device: torch.device, folder: str = "tests/numerics") ->
     with tempfile.TemporaryDirectory() as scratch:
         workers = [Worker(names[i::count], Path(scratch) / f"{i}.jsonl") for i in range(count)]
         reports = _watch(record, workers)
-    for report in reports:
-        if report["outcome"] == "failed":
-            record.add(**report)
     outcomes = Counter(report["outcome"] for report in reports)
     slowest = sorted(reports, key=lambda report: -report["seconds"])[:10]
     misses = _check(record, device) if record.in_time else None
@@ -111,15 +109,25 @@ def _watch(record: Record, workers: list[Worker]) -> list[dict]:
     for worker in workers:
         worker.start()
     while [worker for worker in workers if worker.goes_on()]:
+        _keep(record, workers)
         if not record.in_time:
             for worker in workers:
                 worker.process.kill()
                 worker.process.wait()
             break
         time.sleep(0.5)
+    _keep(record, workers)
     for name in (name for worker in workers for name in worker.waiting()):
         record.leave(name)
     return [report for worker in workers for report in worker.reports()]
+
+
+def _keep(record: Record, workers: list[Worker]) -> None:
+    """Write new misses to the result file: it is all that stays of a run that is ended."""
+    known = {entry["test"] for entry in record.entries}
+    for report in (report for worker in workers for report in worker.reports()):
+        if report["outcome"] == "failed" and report["test"] not in known:
+            record.add(**report)
 
 
 def _check(record: Record, device: torch.device) -> str | None:

@@ -4,7 +4,7 @@ that one run puts it in use.
 
 All candidates are compiled first, in many processes. Then each is checked and timed on every case
 that reads its row. The winner has the smallest sum of time to present time, over those cases; it
-wins when that is less by 2 % or more.
+wins when that is less by 2 % or more, and so do a plan and a library's kernel.
 """
 
 from collections.abc import Iterator
@@ -178,7 +178,7 @@ class Tuning:
     def tune_layers(self) -> None:
         """The LoRA plan, the one-pass kernel and the context kernel of whole layers."""
         for layer, name, answers in time_layers(self.record, self.device):
-            best = min(answers, key=answers.get)
+            best = chosen(answers, self.present(name))
             cells = ", ".join(f"{answer} {taken:.3f}" for answer, taken in answers.items())
             self.rows.append([layer, best, f"{cells} ms"])
             if name == "plan":
@@ -188,6 +188,21 @@ class Tuning:
                 )
             else:
                 self.tables[{"context": "CONTEXT", "one_pass": "ONE_PASS"}[name]][self.arch] = best
+
+    def present(self, table_name: str) -> str:
+        """What a table of whole layers answers now."""
+        return {
+            "plan": lambda: config.lora_plan(Layers().rank, self.device),
+            "context": lambda: config.context_kernel(self.device),
+            "one_pass": lambda: config.one_pass_kernel(self.device),
+        }[table_name]()
+
+
+def chosen(answers: dict[str, float], present: str) -> str:
+    """The quickest answer; the present one where that is no gain."""
+    best = min(answers, key=answers.get)
+    stays = present in answers and answers[best] > GAIN * answers[present]
+    return present if stays else best
 
 
 def winner(group: list[Timed]) -> tuple[Tile | None, float]:

@@ -212,7 +212,9 @@ def test_tune_lists_what_has_no_time(tmp_path, two_tables):
     assert tune.run(record, CPU, TINY, torch.float16, to=tmp_path / "tuned.py") == 0
     assert {"rank_down up to 32", "rank_up up to 64"} <= set(record.result["left"])
     assert "adapter against the library at R=16" in record.result["left"]
-    assert record.result["tiles"] == tuned.TILES and record.result["fused_rank"] == {"any": {}}
+    assert record.result["tiles"] == tuned.TILES and record.result["fused_rank"] == {
+        **tuned.FUSED_RANK, "any": {},
+    }  # fmt: skip
 
 
 def test_the_winner_is_the_best_over_all_cases_of_a_row():
@@ -392,3 +394,9 @@ def test_a_test_that_ends_its_process_is_a_miss_and_the_others_run(tmp_path, mon
     found = {r["test"][-1]: r for r in worker.reports()}
     assert [found[letter]["outcome"] for letter in "acd"] == ["passed", "failed", "passed"]
     assert "assert 1 == 2" in found["c"]["message"] and found["b"]["outcome"] == "failed"
+
+
+def test_an_answer_wins_by_two_percent_or_the_present_one_stays():
+    assert tune.chosen({"triton": 1.0, "cuda": 0.99}, "triton") == "triton"
+    assert tune.chosen({"triton": 1.0, "cuda": 0.97}, "triton") == "cuda"
+    assert tune.chosen({"cuda": 0.99}, "triton") == "cuda"

@@ -1,5 +1,6 @@
 """Quick launches: what is kept is kept under all that Triton compiles for."""
 
+import ast
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import jit
 
+from benchmarks.common import REPOSITORY
 from pelt_fast.kernels import launch
 
 
@@ -144,3 +146,24 @@ def test_the_interpreter_s_kernel_is_left_as_it_is():
     kernel = object()
     assert launch.launched(kernel) is kernel
     assert triton.__version__
+
+
+# its arguments are descriptors, which Triton takes apart at each launch
+BY_TRITON = {"tail_gemm_descriptor_kernel"}
+
+
+def decorated() -> dict[str, list[str]]:
+    """The decorators of every function of kernels/ that is compiled."""
+    found = {}
+    for path in (REPOSITORY / "kernels").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.decorator_list:
+                found[node.name] = [ast.unparse(d) for d in node.decorator_list]
+    return {name: marks for name, marks in found.items() if "triton.jit" in marks}
+
+
+def test_kernels_are_launched_and_what_they_call_is_not():
+    for name, marks in decorated().items():
+        is_kernel = "_kernel" in name and name not in BY_TRITON
+        assert ("launched" in marks) == is_kernel, name
+        assert marks[0] == "launched" or not is_kernel, name

@@ -130,9 +130,11 @@ def kernel_for(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, p: float
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, p: float) -> bool:
-    """What torch asks before it gives attention to cuDNN, and q laid out as o is."""
+    """What torch asks before it gives attention to cuDNN, and q laid out as o is. It makes a plan
+    for every new shape: a decoder's cache would ask for one a token."""
     return (
         p == 0
+        and q.shape[2] > 1
         and q.shape[-1] <= CUDNN_HEAD_DIM
         and k.shape[2] > 1
         and q.stride(1) <= q.stride(2)
