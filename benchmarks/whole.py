@@ -84,13 +84,14 @@ def loss_of(trained: Trained, batch: dict[str, Tensor]) -> Tensor:
 
 
 def stepper(trained: Trained, batches: list[dict[str, Tensor]]) -> Callable[[int], None]:
-    """A whole training step: forward, backward, AdamW on what trains."""
+    """A whole training step: forward, backward in the calling thread (as our Trainer has it), AdamW
+    on what trains."""
     trained.model.train()
     parameters = trained.parameters
     optimizer = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
 
     def step(i: int) -> None:
-        with trained.around():
+        with trained.around(), torch.autograd.set_multithreading_enabled(False):
             loss_of(trained, batches[i % len(batches)]).backward()
         if optimizer is not None:
             optimizer.step()

@@ -142,3 +142,17 @@ def test_matrices_are_decayed_and_norms_biases_and_learned_scales_are_not(
     assert not bottleneck or any(".norm." in name for name in ours)
     plain = set(Trainer.get_decay_parameter_names(run, model)) & ours.keys()
     assert {n.rpartition(".")[2] for n in plain - decayed} <= {"scale"}
+
+
+def test_backward_runs_in_the_calling_thread(tmp_path, monkeypatch):
+    """On a GPU: autograd's own thread costs each of our ops time on the host."""
+    seen = []
+    step = Trainer.training_step
+
+    def noted(self, *args, **kwargs):
+        seen.append(torch._C._is_multithreading_enabled())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", noted)
+    trainer("llama", "lora", tmp_path, stop=2).train()
+    assert seen and not any(seen) and torch._C._is_multithreading_enabled()
