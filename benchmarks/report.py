@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import decode, demo, figures, layer, model, predict, profile, targets, traffic
 from benchmarks.common import REPOSITORY, merged, newest, not_superseded, parts, table
+from benchmarks.gpu import report as gpu_report
 from pelt_fast import PeltConfig, inject
 from pelt_fast.presets import formula, methods
 from pelt_fast.testing.models import MODELS
@@ -21,7 +22,7 @@ DOCS = REPOSITORY / "docs"
 README = REPOSITORY / "README.md"
 PAGES = (
     README,
-    *(DOCS / f"{name}.md" for name in ("quickstart", "methods", "traffic", "performance")),
+    *(DOCS / f"{name}.md" for name in ("quickstart", "methods", "traffic", "performance", "gpu")),
 )
 HEADLINE = "model-bart-768"
 SHOWN = ("mam", "lora_qv_ffn", "scaled_parallel_adapter", "houlsby", "prefix", "prompt", "bitfit")
@@ -152,6 +153,14 @@ def _traffic() -> str:
     return _measured(result, traffic.report(result["entries"]))
 
 
+def _gpu_layers() -> str:
+    return "\n\n".join(_measured(*found) for found in gpu_report.layers_by_file())
+
+
+def _gpu_models() -> str:
+    return "\n\n".join(_measured(*found) for found in gpu_report.models_by_file())
+
+
 def _where(config: PeltConfig) -> str:
     """The architectures of the parity suite that a method is refused on, and why."""
     reasons: dict[str, list[str]] = {}
@@ -170,6 +179,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "methods": _methods, "demo": _demo, "cost": _cost, "decode": _decode, "traffic": _traffic,
     "targets": _targets, "layers": _layers, "models": _models, "equal": _equal,
     "profile": _profile, "predicted": _predicted, "commands": _commands,
+    "gpu-proof": gpu_report.proof, "gpu-layers": _gpu_layers, "gpu-models": _gpu_models,
 }  # fmt: skip
 
 

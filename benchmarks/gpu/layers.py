@@ -215,7 +215,7 @@ def predicted(known: dict[tuple[str, str], float], layer: str, provider: str) ->
 def run(record: Record, device: torch.device, sizes: Layers | None = None) -> int:
     """Measure every layer, launched from Python and replayed as a CUDA graph. A provider that fails
     gets a row with the error."""
-    rows, missed, known = [], 0, predictions()
+    missed = 0
     for layer in layers(device, sizes or Layers()):
         if not record.in_time:
             record.leave(layer.name)
@@ -224,30 +224,39 @@ def run(record: Record, device: torch.device, sizes: Layers | None = None) -> in
         dy = gradient_of(layer, x)
         floor = _times(step(layer, layer.floor, x, dy), device)
         record.add(layer=layer.name, provider="frozen", **floor)
-        rows.append([layer.name, "frozen", *_cells(floor, floor), "", ""])
         for name, provider in layer.providers.items():
             try:
                 found = _times(step(layer, provider, x, dy), device)
             except Exception as error:  # a provider that fails is a result
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
                 record.add(layer=layer.name, provider=name, failed=reason)
-                rows.append([layer.name, name, "-", "-", "-", "-", "", reason])
                 continue
-            verdict = ""
-            if name == "pelt_fast":
-                met = _ratio(found, floor) <= layer.target
-                missed += not met
-                verdict = f"target {layer.target:.2f} {'met' if met else 'MISSED'}"
-            record.add(layer=layer.name, provider=name, target=layer.target,
-                       ratio=_ratio(found, floor), **found)  # fmt: skip
-            guess = predicted(known, layer.name, name)
-            wanted = "" if guess is None else f"{guess:.2f}"
-            rows.append([layer.name, name, *_cells(found, floor), wanted, verdict])
+            ratio = _ratio(found, floor)
+            missed += name == "pelt_fast" and ratio > layer.target
+            record.add(layer=layer.name, provider=name, target=layer.target, ratio=ratio, **found)
     record.finish(missed=missed)
-    header = ["layer", "provider", "ms", "to frozen", "ms, graph", "to frozen, graph",
-              "predicted (h200)", ""]  # fmt: skip
-    print(table(header, rows))
+    print(report(record.entries))
     return 0
+
+
+HEADER = ["layer", "provider", "ms", "to frozen", "graph, ms", "to frozen", "predicted", "target"]
+
+
+def report(entries: list[dict]) -> str:
+    """Every row beside its floor: launched from Python, as a CUDA graph, as predicted."""
+    known, rows = predictions(), []
+    floors = {e["layer"]: e for e in entries if e["provider"] == "frozen"}
+    for e in entries:
+        layer, name = e["layer"], e["provider"]
+        if "failed" in e:
+            rows.append([layer, name, e["failed"], *[""] * 5])
+            continue
+        guess, target = predicted(known, layer, name), ""
+        if name == "pelt_fast":
+            target = f"{e['target']:.2f}, {'met' if e['ratio'] <= e['target'] else 'MISSED'}"
+        cells = _cells(e, floors[layer])
+        rows.append([layer, name, *cells, "" if guess is None else f"{guess:.2f}", target])
+    return table(HEADER, rows)
 
 
 def _times(function: Callable[[], None], device: torch.device) -> dict[str, float | None]:
