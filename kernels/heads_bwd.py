@@ -66,7 +66,8 @@ def prefix_bwd_kernel_dq(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # dq += of BLOCK_T queries over all of the prefix; the rows' l and δ are kept for dpk, dpv
+    # dq += of BLOCK_T queries over all of the prefix; the rows' l and δ are kept for dpk, dpv: of
+    # an added softmax, max and 1 / Σ in place of l, one plane each
     tiles = tl.cdiv(T, BLOCK_T)
     offs_t = (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -80,16 +81,19 @@ def prefix_bwd_kernel_dq(
     v_base = pv_ptr + (h // group) * stride_vh
     rows = head * T + offs_t
     lse = tl.zeros((BLOCK_T,), tl.float32)
+    share = tl.zeros((BLOCK_T,), tl.float32)
     delta = tl.zeros((BLOCK_T,), tl.float32)
     if FORM == "gated":
         lse = tl.load(lse_ptr + rows, mask=offs_t < T, other=0.0)
         o = load_rows(o_ptr + b * stride_ob + h * stride_oh, stride_ot, offs_t, T, offs_d, D)
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     elif FORM == "softmax":
-        lse, delta = softmax_rows(
+        lse, share, delta = softmax_rows(
             q, do, k_base, v_base, stride_kp, stride_vp, offs_d, rows, P, D, seed_ptr, scale,
             threshold, kept, DROP, ALIGNED, BLOCK_T, BLOCK_P,
         )  # fmt: skip
+        plane = (tl.num_programs(0) // tiles).to(tl.int64) * T
+        tl.store(row_lse_ptr + plane + rows, share, mask=offs_t < T)
     if FORM != "relu":
         tl.store(row_lse_ptr + rows, lse, mask=offs_t < T)
         tl.store(delta_ptr + rows, delta, mask=offs_t < T)
@@ -100,8 +104,8 @@ def prefix_bwd_kernel_dq(
             pk = load_rows(k_base, stride_kp, offs_p, P, offs_d, D).to(q.dtype)
             pv = load_rows(v_base, stride_vp, offs_p, P, offs_d, D).to(q.dtype)
             _, dz = weight_gradients(
-                q, do, pk, pv, lse, delta, rows, first, P, seed_ptr, scale, threshold, kept,
-                FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
+                q, do, pk, pv, lse, share, delta, rows, first, P, seed_ptr, scale, threshold,
+                kept, FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
             )  # fmt: skip
             acc = dot(dz.to(q.dtype), pk, acc)
         place = dq_ptr + b * stride_db + h * stride_dh + offs_t.to(tl.int64)[:, None] * stride_dt
@@ -183,7 +187,11 @@ def prefix_bwd_kernel(
         q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, last, offs_d, D)
         do = load_rows(do_ptr + b * stride_gb + h * stride_gh, stride_gt, offs_t, last, offs_d, D)
         lse = tl.zeros((BLOCK_T,), tl.float32)
+        share = tl.zeros((BLOCK_T,), tl.float32)
         delta = tl.zeros((BLOCK_T,), tl.float32)
+        if FORM == "softmax":
+            plane = (tl.num_programs(0) // parts).to(tl.int64) * T
+            share = tl.load(lse_ptr + plane + rows, mask=offs_t < last, other=0.0)
         if FORM != "relu":
             lse = tl.load(lse_ptr + rows, mask=offs_t < last, other=0.0)
             if WHOLE:
@@ -193,7 +201,7 @@ def prefix_bwd_kernel(
             else:
                 delta = tl.load(delta_ptr + rows, mask=offs_t < last, other=0.0)
         w, dz = weight_gradients(
-            q, do, pk, pv, lse, delta, rows, first, P, seed_ptr, scale, threshold, kept,
+            q, do, pk, pv, lse, share, delta, rows, first, P, seed_ptr, scale, threshold, kept,
             FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
         )  # fmt: skip
         # queries past the last have q = do = 0, whatever their weights
@@ -262,7 +270,8 @@ def prefix_merge_bwd(
     )  # fmt: skip
     delta = None
     if not whole:
-        rows_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+        planes = 2 if form == "softmax" else 1  # max and 1 / Σ
+        rows_lse, delta = lse.new_empty(planes, *lse.shape), torch.empty_like(lse)
         prefix_bwd_kernel_dq[(B * H * blocks_t,)](
             q, prefix_k, prefix_v, o, do, lse, seed, dq, rows_lse, delta, *sizes, *strides,
             NEED_DQ=dq is not None, **settings,

@@ -4,6 +4,8 @@ Shapes   q, do [BLOCK_T, BLOCK_D]; pk, pv [BLOCK_P, BLOCK_D]; lse, δ [BLOCK_T] 
          w, dZ [BLOCK_T, BLOCK_P] fp32.
 Maths    Z = scale q pkᵀ,  w = exp(Z - l) or relu(Z),  dW = drop(do pvᵀ)
          dZ = exp(Z - l) (dW - δ), relu: dW 1[Z > 0]
+         An added softmax has exp(Z - max) / Σ for exp(Z - l): exp of x errs by about x roundings,
+         and Z - max is near 0 where w is large, while Z - l is not
 """
 
 import triton
@@ -19,6 +21,7 @@ def weight_gradients(
     pk,
     pv,
     lse,
+    share,
     delta,
     rows,
     first_p,
@@ -33,7 +36,8 @@ def weight_gradients(
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """The dropped weights w and dZ of one tile [BLOCK_T, BLOCK_P], fp32, 0 past P."""
+    """The dropped weights w and dZ of one tile [BLOCK_T, BLOCK_P], fp32, 0 past P. Of an added
+    softmax, lse and share are what :func:`softmax_rows` returns."""
     zero = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     z = dot(q, tl.trans(pk), zero) * scale
     dw = dot(do, tl.trans(pv), zero)
@@ -42,6 +46,8 @@ def weight_gradients(
     else:
         valid = (first_p + tl.arange(0, BLOCK_P) < P)[None, :]
         w = tl.where(valid, tl.exp(z - lse[:, None]), 0.0)
+        if FORM == "softmax":
+            w *= share[:, None]
     dropped = w
     if DROP:
         keep = keep_tile(seed_ptr, rows, first_p, P, threshold, ALIGNED, BLOCK_P)
@@ -72,7 +78,7 @@ def softmax_rows(
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """l_p and δ = Σ_p w dW of the added softmax: its own, not the context's."""
+    """max Z, 1 / Σ exp(Z - max) and δ = Σ_p w dW of the added softmax: not the context's."""
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     delta = tl.zeros((BLOCK_T,), tl.float32)
@@ -93,4 +99,4 @@ def softmax_rows(
         total = total * shrink + tl.sum(w, 1)
         delta = delta * shrink + tl.sum(w * dw, 1)
         top = higher
-    return top + tl.log(total), delta / total
+    return top, tl.div_rn(1.0, total), tl.div_rn(delta, total)

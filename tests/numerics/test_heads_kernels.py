@@ -122,6 +122,16 @@ def test_prefix_alone_where_there_is_no_context(form, composition):
     check(o, want.float(), want, torch.float32)
 
 
+def test_equal_scores_have_equal_weights_whatever_their_size():
+    """Exactly 1 / P in the backward of an added softmax, where exp(Z - l) would round Z - l."""
+    q, pk, do = torch.ones(1, 1, 1, 16), torch.full((1, 64, 16), 10.0), dense(1, 1, 1, 16)
+    q, pk = q.to(do.device), pk.to(do.device)
+    settings = dict(scale=0.5, form="softmax", composition="add")
+    o, lse = torch.zeros_like(q), torch.zeros_like(q[..., 0])
+    _, dpv = prefix_merge_bwd(do, q, pk, torch.ones_like(pk), o, lse, None, **settings)
+    assert torch.equal(dpv, (do[0, 0] / 64).expand_as(dpv[0])[None])
+
+
 def test_splits_of_the_queries_only_change_the_order_of_sums(monkeypatch):
     q, pk, pv, context_o, context_lse = make((1, 2, 1, 150, 7, 32), torch.float32)
     do, o = dense(*q.shape), heads_last_empty(q)
