@@ -68,8 +68,8 @@ def prefix_bwd_kernel_dq(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # dq += of BLOCK_T queries over all of the prefix; the rows' l and δ are kept for dpk, dpv, in
-    # place of l the pair of softmax_rows
+    # dq += of BLOCK_T queries over all of the prefix; the rows' l and δ are kept for dpk, dpv: of
+    # an added softmax, max and 1 / Σ in place of l, one plane each
     tiles = tl.cdiv(T, BLOCK_T)
     offs_t = (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -94,11 +94,10 @@ def prefix_bwd_kernel_dq(
             q, do, k_base, v_base, stride_kp, stride_vp, offs_d, rows, P, D, seed_ptr, scale,
             threshold, kept, DROP, ALIGNED, BLOCK_T, BLOCK_P,
         )  # fmt: skip
-        tl.store(row_lse_ptr + 2 * rows, lse, mask=offs_t < T)
-        tl.store(row_lse_ptr + 2 * rows + 1, share, mask=offs_t < T)
-    if FORM == "gated":
-        tl.store(row_lse_ptr + rows, lse, mask=offs_t < T)
+        plane = (tl.num_programs(0) // tiles).to(tl.int64) * T
+        tl.store(row_lse_ptr + plane + rows, share, mask=offs_t < T)
     if FORM != "relu":
+        tl.store(row_lse_ptr + rows, lse, mask=offs_t < T)
         tl.store(delta_ptr + rows, delta, mask=offs_t < T)
     if NEED_DQ:
         acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -199,11 +198,10 @@ def prefix_bwd_kernel(
         share = tl.zeros((BLOCK_T,), tl.float32)
         delta = tl.zeros((BLOCK_T,), tl.float32)
         if FORM == "softmax":
-            lse = tl.load(lse_ptr + 2 * rows, mask=offs_t < last, other=0.0)
-            share = tl.load(lse_ptr + 2 * rows + 1, mask=offs_t < last, other=0.0)
-        elif FORM == "gated":
-            lse = tl.load(lse_ptr + rows, mask=offs_t < last, other=0.0)
+            plane = (tl.num_programs(0) // parts).to(tl.int64) * T
+            share = tl.load(lse_ptr + plane + rows, mask=offs_t < last, other=0.0)
         if FORM != "relu":
+            lse = tl.load(lse_ptr + rows, mask=offs_t < last, other=0.0)
             if WHOLE:
                 o_base = o_ptr + b * stride_ob + h * stride_oh
                 o = load_rows(o_base, stride_ot, offs_t, last, offs_d, D)
@@ -279,8 +277,8 @@ def prefix_merge_bwd(
     )  # fmt: skip
     delta = None
     if not whole:
-        pairs = (2,) if form == "softmax" else ()  # its own max and 1 / Σ
-        rows_lse, delta = lse.new_empty(*lse.shape, *pairs), torch.empty_like(lse)
+        planes = 2 if form == "softmax" else 1  # max and 1 / Σ
+        rows_lse, delta = lse.new_empty(planes, *lse.shape), torch.empty_like(lse)
         prefix_bwd_kernel_dq[(B * H * blocks_t,)](
             q, prefix_k, prefix_v, o, do, lse, seed, dq, rows_lse, delta, *sizes, *strides,
             NEED_DQ=dq is not None, **settings,
