@@ -33,6 +33,7 @@ class PrefixRun:
         self.values = values
         self.with_grad = torch.is_grad_enabled()  # as the forward began
         self.reentrant = False  # and its layers run without it
+        self._layers: tuple[bool, list[tuple[Tensor, Tensor]]] | None = None
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """prefix_k and prefix_v (Hkv, P, D) of one layer."""
@@ -44,7 +45,17 @@ class PrefixRun:
                 # what makes autograd come by: a part of a layer's graph, not of the prefix's
                 anchor = torch.empty(0, device=values.device, requires_grad=True)
                 return SharedPrefixGradient.apply([values], index, anchor)
+            return self._all_layers()[index]
         return values[index, 0], values[index, 1]
+
+    def _all_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's two, taken apart at once: their gradients meet in one stack, where each
+        slice of its own would have a zero tensor of all layers, and an addition."""
+        with_grad = torch.is_grad_enabled()
+        if self._layers is None or self._layers[0] != with_grad:
+            parts = self.values.flatten(0, 1).unbind()
+            self._layers = with_grad, list(zip(parts[::2], parts[1::2], strict=True))
+        return self._layers[1]
 
 
 class PrefixRuns:
