@@ -48,13 +48,13 @@ def test_check_exits_1_on_a_miss(monkeypatch, capsys):
     """A wrong sign in one gradient of the plan that runs must be seen."""
     from pelt_fast.ops.lora.op import lora_bwd
 
-    right = lora_bwd.dispatched
+    right = lora_bwd.cpu
 
     def wrong(*arguments):
         dx, da, db = right(*arguments)
         return dx, da, -db
 
-    monkeypatch.setattr(lora_bwd, "dispatched", wrong)
+    monkeypatch.setattr(lora_bwd, "cpu", wrong)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert cli.main(["check", "--op", "lora", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
