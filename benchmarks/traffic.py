@@ -140,8 +140,10 @@ def _peft_lora(p: float, dtype: torch.dtype) -> Callable | None:
     return layer
 
 
-def ffn(p: float, width: int = K, inner: int = INNER) -> Case:
-    """The feed-forward block with a parallel adapter; p is the model's own output dropout."""
+def ffn(p: float, width: int | None = None, inner: int | None = None) -> Case:
+    """The feed-forward block with a parallel adapter; p is the model's own output dropout. Without
+    sizes it is K wide and INNER inside."""
+    width, inner = width or K, inner or INNER
     w1, b1, w2, b2 = low(inner, width), low(inner), low(width, inner), low(width)
     small = trained(RANK, width), trained(RANK), trained(width, RANK), trained(width)
     packed = torch.cat([w1, low(RANK, width)])
