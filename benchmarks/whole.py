@@ -1,4 +1,4 @@
-"""What the model benchmark times: a whole training step, and the models that take it."""
+"""The whole training step that the model benchmark times, and its models."""
 
 import contextlib
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Trained:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer holds."""
+        """The parameters of the optimizer."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
@@ -84,8 +84,8 @@ def loss_of(trained: Trained, batch: dict[str, Tensor]) -> Tensor:
 
 
 def stepper(trained: Trained, batches: list[dict[str, Tensor]]) -> Callable[[int], None]:
-    """A whole training step: forward, backward in the calling thread (as our Trainer has it), AdamW
-    on what trains."""
+    """A whole training step: forward, backward in the calling thread (as in our Trainer), AdamW on
+    the trained parameters."""
     trained.model.train()
     parameters = trained.parameters
     optimizer = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
@@ -101,7 +101,7 @@ def stepper(trained: Trained, batches: list[dict[str, Tensor]]) -> Callable[[int
 
 
 def outcome(trained: Trained, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits and the gradients of what trains, dropout off."""
+    """Logits and the gradients of the trained parameters, dropout off."""
     trained.model.eval()
     trained.model.zero_grad()
     with trained.around():

@@ -5,7 +5,7 @@ Shapes   q, o, do, dq (B, H, T, D), any strides but the last 1; prefix_k, prefix
 Maths    dW = drop(do pvᵀ);  dZ = exp(Z - l) (dW - δ), relu: dW 1[Z > 0]
          δ = Σ_d do o (gated), Σ_p w dW (softmax)
          dq += scale dZ pk,  dpk = scale Σ dZᵀ q,  dpv = Σ wᵀ do
-Traffic  passes of B H T D: q, do, o, dq, dq 5 if P fits one block, 2 more for each further block.
+Traffic  passes of B H T D: q, do, o, dq, dq 5 if P fits one block, else 2 more for each block.
          Workspace of the two-stage dpk, dpv: 8 J P D bytes, J = B H parts.  Flops 10 P D a row.
 """
 

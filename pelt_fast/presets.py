@@ -29,7 +29,7 @@ def _mam(name: str, prefix: int, bottleneck: int, scale: float) -> PeltConfig:
     return PeltConfig(name, (_prefix(prefix), ffn))
 
 
-# the paper's code gives the adapters of an attention a LayerNorm, its scripts none to the FFN's
+# the paper's code gives attention adapters a LayerNorm; its scripts give FFN adapters none
 _SEQUENTIAL: dict[str, Any] = dict(insertion="sequential", init="bert")
 _PARALLEL_ATTENTION: dict[str, Any] = dict(insertion="parallel", init="bert", layer_norm="in")
 _PARALLEL: dict[str, Any] = dict(insertion="parallel", init="bert")

@@ -1,10 +1,11 @@
-"""Measure candidate tiles of every kernel, up to which rank a kernel beats the library, the LoRA
-plans and the context kernels; write what wins to kernels/tuned.py (and next to the result file), so
-that one run puts it in use.
+"""Measure candidate tiles of every kernel, the largest rank at which a kernel beats the library,
+the LoRA plans and the context kernels. Write the fastest to kernels/tuned.py (and next to the
+result file), so that one run puts them in use.
 
 All candidates are compiled first, in many processes. Then each is checked and timed on every case
-that reads its row. The winner has the smallest sum of time to present time, over those cases; it
-wins when that is less by 2 % or more, and so do a plan and a library's kernel.
+that reads its row. The best candidate has the smallest sum of ratios to the present time over
+those cases. It replaces the present row if it is faster by 2 % or more. The same rule holds for
+plans and library kernels.
 """
 
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ class Tuning:
                 if isinstance(found[tile], str) or found[tile] > HOPELESS * present:
                     break
         name = f"{case.kernel} {case.name}"
-        # the clocks of a GPU that waited are low
+        # a GPU that waited has low clocks
         present = min(present, milliseconds(case.ours, self.device)[0])
         tried = [[{k: v for k, v in asdict(t).items() if v}, told] for t, told in found.items()]
         self.record.add(kernel=kernel, case=name, milliseconds=present, tried=tried)

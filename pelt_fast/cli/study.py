@@ -1,4 +1,4 @@
-"""Run a table of the paper: every method, seed by seed; what is done is skipped."""
+"""Run a table of the paper: every method, seed by seed. Finished runs are skipped."""
 
 import argparse
 from pathlib import Path

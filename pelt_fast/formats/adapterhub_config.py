@@ -1,7 +1,6 @@
-"""The keys of AdapterHub's configs, and the modifications that a config is.
+"""The keys of AdapterHub's configs, and the modifications that a config describes.
 
-Keys that are neither read nor known to change nothing are refused by name, unless their value is
-empty.
+Every other key is refused by name, unless it is known to change nothing or its value is empty.
 """
 
 from pathlib import Path
@@ -156,7 +155,7 @@ def _common_fields(model: nn.Module, config: dict) -> dict:
 
 
 def _check_bottleneck(config: dict, folder: Path) -> None:
-    """ValueError for a bottleneck that is no point of the design space here."""
+    """ValueError for a bottleneck outside our design space."""
     parallel = config["is_parallel"]
     if config["original_ln_before"] and not parallel:
         raise ValueError(

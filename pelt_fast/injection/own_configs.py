@@ -15,7 +15,7 @@ _CHOICE = "_attn_implementation_internal"
 
 
 class OwnConfig:
-    """A shared config, the model's copy of it, and what the copy said at first."""
+    """A shared config, the model's copy of it, and the first values of the copy."""
 
     def __init__(self, shared: PreTrainedConfig, copied: PreTrainedConfig):
         self.shared, self.copied = shared, copied
@@ -43,8 +43,8 @@ def own_configs(model: nn.Module, injection: Injection) -> None:
 
 
 def return_configs(injection: Injection) -> None:
-    """Write what was changed on the copies to the shared configs; called before undo puts those
-    back."""
+    """Write what was changed on the copies to the shared configs. Called before undo restores the
+    shared configs."""
     for config in injection.configs:
         config.write_back()
     injection.configs = []

@@ -1,4 +1,4 @@
-"""A cache whose first keys are a prompt's: how it is marked, what length it tells, what is refused.
+"""A cache whose first keys are a prompt's: its mark, the length it reports, and what is refused.
 
 Code that asks a cache for its length (``generate``, or a user's) wants the number of tokens in it.
 The virtual tokens are not the user's. So ``get_seq_length`` leaves them out, except for the stack

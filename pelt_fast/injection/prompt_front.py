@@ -1,4 +1,4 @@
-"""One forward of a stack with a prompt in front: what it is given, and what its outputs lose."""
+"""One forward of a stack with a prompt in front: its inputs get the prompt, its outputs lose it."""
 
 import inspect
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Call:
     first: bool = True  # whether the prompt is put in front; False: the cache has it already
     rows: int = 0
     whole: int = 0  # length of the prompt and the tokens, once it is known
-    positioned: bool = False  # whether the learned positions were asked for
+    positioned: bool = False  # whether the learned positions were read
 
 
 def widened(mask: Tensor | None, length: int) -> Tensor | None:

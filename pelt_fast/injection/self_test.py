@@ -48,7 +48,7 @@ class SelfTest:
             self.before = {training: self._run(training) for training in (False, True)}
             self.wrong_norms = self._find_wrong_norms()
             again = {training: self._run(training) for training in (False, True)}
-        except Exception as error:  # whatever a model raises on an input that is not made for it
+        except Exception as error:  # a model may raise any error on an unsuitable input
             self.why_not = f"the base does not run on it ({type(error).__name__}: {error})"
             return
         for training, outputs in self.before.items():

@@ -13,7 +13,7 @@ from pelt_fast.modules.late import Taken
 
 
 class _Absent:
-    """Stands for an attribute that did not exist. A class: a copy of it is the same object."""
+    """Marks an attribute that did not exist. It is a class, so that a copy is the same object."""
 
 
 class ForwardChange:

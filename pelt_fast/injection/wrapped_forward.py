@@ -32,7 +32,7 @@ def _reaches(values: list, ours: Callable, depth: int = _DEPTH) -> bool:
 
 
 def _used_by(function: Callable) -> list:
-    """What a callable is made of: closure cells, bound arguments, defaults, attributes."""
+    """The values that a callable holds: closure cells, bound arguments, defaults, attributes."""
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()
              if cell != types.CellType()]  # fmt: skip
     bound = [getattr(function, name, None) for name in ("__func__", "__self__", "func")]

@@ -1,7 +1,7 @@
 """A draft of a layout for an architecture that is not in the table, guessed from module names.
 
-What a name cannot tell is left as "?", with a comment that says why. The draft is to be completed
-by a person. Everything in a block is either in it or in a comment.
+"?" marks a fact that a name cannot tell, with a comment that says why. A person must complete the
+draft. Each part of a block is either in the draft or in a comment.
 """
 
 import re

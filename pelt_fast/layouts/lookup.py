@@ -1,4 +1,4 @@
-"""Which stacks a model has, and what a layout's paths lead to."""
+"""The stacks of a model, and the modules at a layout's paths."""
 
 from collections.abc import Iterator
 
@@ -92,7 +92,7 @@ def _named_paths(base: nn.Module, layer: nn.Module, stack: StackLayout) -> Itera
 
 
 def _runs_itself(base: nn.Module, layer: nn.Module, ffn: FFNLayout) -> bool:
-    """Whether a block has a forward that is not known: it need not have the pieces that are
+    """Whether a block has an unknown forward. Such a block need not have the pieces that are
     named."""
     is_block = has(layer, ffn.entry) and ffn.is_container
     return is_block and why_foreign(find(layer, ffn.entry), own_file(base)) is not None
