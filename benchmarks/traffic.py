@@ -66,8 +66,8 @@ def trained(*shape: int, device="meta") -> torch.nn.Parameter:
 
 @dataclass(frozen=True)
 class Ours:
-    """``function`` as a CPU's plan runs it, or as the kernels of an H100 or H200 do, with ``plan``
-    for LoRA's rank update."""
+    """``function`` under a CPU's plan, or with the kernels of an H100 or H200 and ``plan`` for
+    LoRA's rank update."""
 
     function: Callable
     where: str
