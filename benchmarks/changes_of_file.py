@@ -1,4 +1,4 @@
-"""How often a training step of MAM changes from one file of ours to another, in the order run.
+"""How often a training step of MAM changes from one of our files to another, in the order run.
 
     python -m benchmarks.changes_of_file                  prints the table
     python -m benchmarks.changes_of_file --trace ffn      prints the files of one part in order

@@ -22,7 +22,7 @@ class Problem:
 
     ``expression(masks, inputs, frozen, trained)`` is the definition in plain PyTorch;
     ``masks(count)`` draws the dropouts of one op and gives ``drop(tensor, row)``.
-    ``floor(inputs, frozen)`` is the frozen layer; ``options`` what else a solution needs to know.
+    ``floor(inputs, frozen)`` is the frozen layer; ``options`` are further settings.
     """
 
     subject: str

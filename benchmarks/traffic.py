@@ -261,7 +261,7 @@ def cases(methods: list[str] | None = None, known=CASES) -> list[Case]:
 
 
 def chosen(methods: list[str] | None = None, known=CASES) -> list[str]:
-    """The methods asked for; ValueError lists those there are."""
+    """The requested methods; ValueError lists the known ones."""
     for name in methods or ():
         if name not in known:
             raise ValueError(f"unknown method {name!r}: choose {', '.join(known)}")

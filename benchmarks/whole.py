@@ -14,8 +14,8 @@ from .text import batch as row_lengths
 class Trained:
     """A model that trains. ``trained``: its trainable tensors under the names they have in the
     model pelt_fast injected, or None where another function is trained (``note`` says which).
-    ``to_embeddings``: nothing trains, backward goes to the embeddings. ``save`` writes what a user
-    keeps to a folder. ``opaque``: compiled, so that neither flops nor what is kept are seen."""
+    ``to_embeddings``: nothing trains, backward goes to the embeddings. ``save`` writes the
+    user's files to a folder. ``opaque``: compiled, so that flops and saved tensors are not seen."""
 
     name: str
     model: nn.Module

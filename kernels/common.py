@@ -3,7 +3,7 @@
 The mask is that of ``ops.common.dropout``, bit for bit: Philox4x32-7, one draw of 128 bits
 for 8 elements of the row-major tensor.
 Integer work  about 60 operations a draw. 8 elements share one draw if the tensor's width is a
-multiple of 8 and a thread holds 8 elements of a row: the compiler sees one index // 8 for all.
+multiple of 8 and a thread holds 8 elements of a row: the compiler finds one index // 8 for all.
 """
 
 import triton

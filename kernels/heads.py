@@ -82,7 +82,7 @@ def prefix_fwd_kernel(
     if HAS_CONTEXT:
         context_base = context_o_ptr + b * stride_cb + h * stride_ch
         own_base = context_lse_ptr + b * stride_lb + h * stride_lh
-        if not DROP:  # loads during the work on the prefix; with a mask registers are too few
+        if not DROP:  # loaded early, beside the prefix's work; a mask leaves too few registers
             own, context = load_context(own_base, context_base, stride_ct, offs_t, T, offs_d, D)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh

@@ -192,7 +192,7 @@ def prefix_bwd_kernel(
             place = dq_ptr + b * stride_db + h * stride_dh
             place += offs_t.to(tl.int64)[:, None] * stride_dt + offs_d[None, :]
             inside = (offs_t < last)[:, None] & (offs_d < D)[None, :]
-            if not DROP:  # loads during the work on the weights; with a mask registers are too few
+            if not DROP:  # loaded early, beside the weights' work; a mask leaves too few registers
                 dq = tl.load(place, mask=inside, other=0.0)
         lse = tl.zeros((BLOCK_T,), tl.float32)
         share = tl.zeros((BLOCK_T,), tl.float32)

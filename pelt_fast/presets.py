@@ -111,7 +111,7 @@ def methods() -> dict[str, PeltConfig]:
 
 
 def method(name: str) -> PeltConfig:
-    """The preset ``name``; ValueError lists them when there is none."""
+    """The preset ``name``; ValueError lists the known ones."""
     presets = methods()
     if name not in presets:
         raise ValueError(f"unknown method {name!r}: choose {', '.join(presets)}")

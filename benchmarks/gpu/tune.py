@@ -63,7 +63,7 @@ class Tuning:
         return self.compilation is None or self.compilation.usable(name_of(case, tile))
 
     def has_time(self) -> bool:
-        """Whether there is time for one more candidate, and for what follows the tiles."""
+        """Whether there is time for one more candidate, and for the steps after the tiles."""
         seconds = self.record.seconds
         return seconds is None or self.record.seconds_left > KEPT * seconds
 
@@ -96,7 +96,7 @@ class Tuning:
         return Timed(name, size_of(case, self.sizes), present, times)
 
     def time_tile(self, kernel: str, case: KernelCase, tile: Tile, want: tuple) -> float | str:
-        """Milliseconds of a case under a tile, or what is wrong."""
+        """Milliseconds of a case under a tile, or the error."""
         try:
             with config.forced(kernel, tile):
                 case.ours()  # the second launch is judged: the first one is Triton's own
@@ -265,7 +265,7 @@ def alive(tuning: Tuning) -> bool:
 
 
 def compared(device, sizes: Layers | None = None) -> Iterator[tuple[Layer, list[Forced]]]:
-    """The layers that decide a table, and what is compared on each."""
+    """The layers that decide a table, and the candidates on each."""
     for layer in layers(device, sizes or Layers()):
         forced = [p for p in layer.providers.values() if isinstance(p, Forced)]
         if forced and "p=0.1" not in layer.name and "causal" not in layer.name:
@@ -300,7 +300,7 @@ def time_layers(record: Record, device, sizes: Layers | None = None) -> Iterator
                 return
             try:
                 taken = graph_milliseconds(step(layer, provider, x, dy), device)
-            except Exception:  # a kernel that is not there is not chosen
+            except Exception:  # a missing kernel is not chosen
                 taken = None
             record.add(layer=layer.name, answer=provider.answer, milliseconds=taken)
             if taken is not None:

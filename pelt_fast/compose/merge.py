@@ -1,4 +1,4 @@
-"""merge and unmerge: fold what is linear into the base's own weights.
+"""merge and unmerge: fold linear updates into the base's own weights.
 
 LoRA         W <- W + s B A                                    (paper, equation 6; docs/maths.md#i2)
 adapter      without activation, after a projection: W <- W + s U D W, b <- b + s (U (D b + d) + u)

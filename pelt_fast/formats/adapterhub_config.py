@@ -34,7 +34,7 @@ _READ = {
                       "non_linearity", "leave_out"),
 }  # fmt: skip
 _HARMLESS = {
-    # of a hypercomplex layer, which phm_layer would ask for, and of what inv_adapter would
+    # of a hypercomplex layer (phm_layer selects it) and of an invertible adapter (inv_adapter)
     "bottleneck": ("init_weights", "init_weights_seed", "phm_dim", "factorized_phm_W",
                    "shared_W_phm", "shared_phm_rule", "factorized_phm_rule", "phm_c_init",
                    "phm_init_range", "learn_phm", "hypercomplex_nonlinearity", "phm_rank",

@@ -89,7 +89,7 @@ def still_wrapped(stack: nn.Module, *_) -> None:
 
 
 def _config_of(stack: nn.Module):
-    """The config that a stack's attentions read: the stack's, or theirs where it has none
+    """The config that a stack's attentions read: the stack's, or their own if the stack has none
     (DistilBERT)."""
     config = getattr(stack, "config", None)
     carriers = (module for module in stack.modules() if SLICE in module.__dict__)

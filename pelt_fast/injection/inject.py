@@ -94,7 +94,7 @@ def _build(model: nn.Module, stacks: list[StackLayout], injection: Injection) ->
 
 
 def _freeze(model: nn.Module, stacks: list[StackLayout], injection: Injection) -> None:
-    """Freeze the base, and keep what is needed to undo that."""
+    """Freeze the base, and record the state from before."""
     config = injection.config
     if config.train_head and not config.is_full:
         injection.head = head_names(model)

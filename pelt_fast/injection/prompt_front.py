@@ -108,7 +108,7 @@ class Front:
         return outputs if call is None else aligned(outputs, call, self.prompt.length)
 
     def in_front(self, x: Tensor) -> Tensor:
-        """[prompt; x] (B, P + T, d). This forward now knows its length."""
+        """[prompt; x] (B, P + T, d). Sets the length of this forward."""
         x, call = self.prompt(x), self.call.get()
         if call is not None:  # None in the second run of a checkpoint
             call.rows, call.whole = x.shape[:2]
@@ -148,7 +148,7 @@ class NormFront(Front):
 
 
 class LayerFront(Front):
-    """In front of the first layer, where what is embedded is patches or audio (ViT, Whisper)."""
+    """In front of the first layer, for embedded patches or audio (ViT, Whisper)."""
 
     def prepend(self, module, args):
         """Before the layer."""

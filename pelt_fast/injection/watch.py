@@ -171,7 +171,7 @@ def _described(value) -> str:
 
 
 def check_free(model: nn.Module, injection: Injection) -> None:
-    """RuntimeError when another library's wrapper keeps a forward of ours inside: eject cannot
+    """RuntimeError if another library's wrapper keeps one of our forwards inside: eject cannot
     reach it there, and the method would still run."""
     paths = {module: path for path, module in model.named_modules()}
     for module, ours in injection.changes.forwards().items():

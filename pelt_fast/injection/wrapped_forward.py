@@ -1,4 +1,4 @@
-"""Whether another library's wrapper keeps a forward of ours inside, where eject cannot reach it."""
+"""Whether another library's wrapper keeps one of our forwards where eject cannot reach it."""
 
 import types
 from collections.abc import Callable

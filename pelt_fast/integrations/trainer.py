@@ -2,7 +2,7 @@
 
 ``PeltTrainer`` and ``PeltSeq2SeqTrainer`` differ from transformers' own trainers in what they write
 and read: the method as :func:`pelt_fast.save` writes it, and every parameter that trains. So a
-prefix's MLP, which ``save`` folds away, trains further after a resume. Under accelerate's FSDP2
+prefix's MLP, which ``save`` leaves out, trains further after a resume. Under accelerate's FSDP2
 (``inject(pack=False)`` first) every process gathers the method, the first one writes it, and the
 base is in no checkpoint. Needs the extra ``train``.
 """

@@ -114,7 +114,7 @@ def _attention(layer: nn.Module, query: str, kind: str) -> str:
 
 
 def _block(layers: nn.ModuleList, config) -> str:
-    """The line of the feed-forward block, and comments on what a layout cannot say."""
+    """The line of the feed-forward block, and comments on parts that a layout cannot name."""
     layer = layers[0]
     experts = sorted({path for each in layers for path in _experts(each)})
     if experts:
@@ -166,7 +166,7 @@ def _ffn(layers: nn.ModuleList, config) -> str:
 
 
 def _dropouts(layer: nn.Module, layout: FFNLayout) -> tuple[dict, str]:
-    """The block's dropouts by the layout's names for them, and a comment on what has no name."""
+    """The block's dropouts by the layout's names, and a comment on those without a name."""
     if UNKNOWN in (layout.entry, layout.in_proj, layout.out_proj):
         return {}, ""
     if not layout.is_container:

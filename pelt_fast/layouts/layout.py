@@ -1,4 +1,4 @@
-"""The dataclasses that describe where a model keeps what the methods modify.
+"""The dataclasses that describe where a model keeps the modules that the methods modify.
 
 Every field is an attribute path. Those of a stack start at the base model, all others at a layer.
 Some projections share one matrix. A path then names the rows after a colon: "attn.c_attn:q" is the
@@ -51,8 +51,8 @@ class FFNLayout:
         output_dropout: the dropout after the block, a module or a float attribute.
         output_dropout_also: the attentions whose output is dropped by the same float.
         norm: the norm before a pre-norm block. Its input is the residual stream.
-        adapter_reads: what a parallel adapter reads in the paper's code: "input" (the block's) or
-            "residual" (the stream before ``norm``).
+        adapter_reads: the input of a parallel adapter in the paper's code: "input" (the block's)
+            or "residual" (the stream before ``norm``).
         norm_after: the norm after a post-norm block. It reads the block's output plus its input.
 
     Example:

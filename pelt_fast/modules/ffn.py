@@ -176,13 +176,13 @@ class ParallelFFNAdapter(_FFNAdapter):
         if torch.compiler.is_compiling():
             return None  # a buffer written in every call would be one more graph input
         if getattr(self, "_is_fsdp_managed_module", False):
-            return None  # FSDP2 gathers the weights into storage of its own
+            return None  # FSDP2 gathers the weights into its own storage
         self.packings.pack_again(*self._frozen)
         return self.packings
 
     @property
     def is_packed(self) -> bool:
-        """Whether the frozen weights live in the packed buffers."""
+        """Whether the frozen weights are stored in the packed buffers."""
         return self.packings.hold(*self._frozen)
 
     def pack(self) -> None:

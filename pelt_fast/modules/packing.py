@@ -29,7 +29,7 @@ class Packing:
 
     def __init__(self, dim: int, room: int):
         self.dim, self.room = dim, room
-        self.buffer: Tensor | None = None  # rows, whatever the dim
+        self.buffer: Tensor | None = None  # stacked by rows for either dim
         self.own: list[nn.Parameter] = []  # may be moved; never a tensor set for one call
 
     def holds(self, frozen: Sequence[Tensor]) -> bool:

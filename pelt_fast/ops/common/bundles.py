@@ -168,7 +168,7 @@ def _parameters(function: Callable) -> list[tuple[str, type]]:
 
 
 def parameter_types(function: Callable) -> list[type]:
-    """The types of the positional parameters of ``function``, bundles as they are."""
+    """The types of the positional parameters of ``function``, without splitting bundles."""
     return [kind for _, kind in _parameters(function)]
 
 

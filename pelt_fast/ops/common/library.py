@@ -27,7 +27,7 @@ OPS: dict[str, "Op"] = {}  # by name, of the folders that were imported
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on for the device of ``tensor`` (meta tensors know none)."""
+    """Whether autocast is on for the device of ``tensor`` (never for meta tensors)."""
     if not torch._C._is_any_autocast_enabled():
         return False
     kind = tensor.device.type
