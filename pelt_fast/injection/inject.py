@@ -34,8 +34,8 @@ def inject(
     are those of the paper's Table 1 and section 4.6; ``explain`` shows what each site runs.
 
     Args:
-        model: a transformers model. Of a wrapper (torch.compile, DDP, PEFT) the model inside is
-            changed.
+        model: a transformers model. If it is a wrapper (torch.compile, DDP, PEFT), the model
+            inside is changed.
         method: the name of a preset (:func:`pelt_fast.methods` has them), or a config.
         layout: where the model keeps its layers, for an architecture that is not in the table.
         pack: whether a widened FFN moves the frozen weights into one buffer that has room for the
