@@ -1,4 +1,4 @@
-"""The arguments of ``pelt-fast bench``: what can be asked for, and what is refused at once."""
+"""The arguments of ``pelt-fast bench``, and the checks of their values."""
 
 import argparse
 from pathlib import Path
@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    """What is measured: methods, models, peers, and where."""
+    """Arguments for what is measured: methods, models, peers, device."""
     parser.add_argument("--quick", action="store_true", help="the set of a few minutes on a CPU")
     parser.add_argument("--method", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--model", nargs="+", metavar="NAME", help="shapes named by model")
@@ -42,7 +42,7 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
-    """How large it is."""
+    """Arguments for the sizes."""
     parser.add_argument("--size", nargs="+", type=int, help="layer: ranks or prefix lengths")
     parser.add_argument("--dropout", nargs="+", type=float, metavar="P", help="layer: 0 and 0.1")
     parser.add_argument("--rows", type=int, help="rows of a batch")
@@ -56,7 +56,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    """How long it runs and what it writes."""
+    """Arguments for the time of the run and its files."""
     parser.add_argument("--repeats", type=int, help="timed repeats of each")
     parser.add_argument("--minutes", type=float, help="start nothing new after this time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")

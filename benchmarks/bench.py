@@ -34,7 +34,7 @@ def main(given: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what was asked for; returns 0. The table tells what was refused or failed."""
+    """Run the requested part; returns 0. The table lists refused and failed rows."""
     if options.level == "predict":
         return _predict(options)
     if options.level == "traffic":
@@ -49,13 +49,13 @@ def run(options: argparse.Namespace) -> int:
     record = _record(options, _part(options, plan.models))
     try:
         act.run(plan, record, progress=sys.stderr.isatty())
-    finally:  # an interrupted run keeps, and shows, what it measured
+    finally:  # an interrupted run keeps and shows its entries
         _finish(options, record, act.report)
     return 0
 
 
 def _part(options: argparse.Namespace, models: tuple[str, ...]) -> str:
-    """The name of the result: the level, and the model where it is one."""
+    """The name of the result: the level, and the model's name for the level "model"."""
     if options.share is not None:
         return "equal"
     return options.level if len(models) > 1 else f"{options.level}-{models[0]}"
@@ -136,7 +136,7 @@ def quiet() -> None:
 
 
 def _uncompiled() -> None:
-    """Without a GPU, define the kernels as interpreted ones: they are counted, not launched."""
+    """Without a GPU, define interpreted kernels: they are counted, not launched."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -21,10 +21,10 @@ from torch.utils.flop_counter import flop_registry
 
 TWICE = {"dq_ptr", "d_pre_ptr"}
 _RESERVES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-_WRITTEN = ("out", "grad_input")  # what an operation is told to write to
+_WRITTEN = ("out", "grad_input")  # arguments that an operation writes to
 _OVERWRITES = ("copy_", "zero_", "fill_")  # in place, but nothing old is read
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-# flops of our kernels from their arguments; those that are not here move bytes
+# flops of our kernels from their arguments; kernels that are not here only move bytes
 KERNEL_FLOPS: dict[str, Callable[[dict], float]] = {
     "tail_gemm_kernel": lambda a: 2 * a["M"] * a["N"] * (a["K"] + a["R"]),
     "tail_gemm_descriptor_kernel": lambda a: 2 * a["M"] * a["N"] * (a["K"] + a["R"]),
@@ -67,7 +67,7 @@ class Counter(TorchDispatchMode):
     def __init__(self, weights: Iterable[Tensor]):
         super().__init__()
         self.bytes = 0
-        self.known = {storage(w): w for w in weights}  # kept alive: no address is used twice
+        self.known = {storage(w): w for w in weights}  # kept alive: no address is reused
         self.rows: list[Operation] = []
 
     def size(self, tensor: Tensor) -> int:
@@ -97,7 +97,7 @@ class Counter(TorchDispatchMode):
         read = {key: value for key, value in keywords.items() if key not in _WRITTEN}
         given = [t for t in tree_leaves((arguments, read)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        # what a cast or a transpose makes of a weight is a weight
+        # a cast or transposed weight is a weight
         if given and all(self._is_weight(t) for t in given):
             self.known.update((storage(t), t) for t in made)
             return result
@@ -171,8 +171,8 @@ def counted_kernels(counter: Counter) -> Iterator[None]:
 
 
 def _drawn(kernel: str, tensors: dict[str, Tensor]) -> int:
-    """Elements of the dropout masks that a kernel makes: of its largest tensor, where it has a
-    seed and is not given the bits."""
+    """Elements of the dropout masks that a kernel makes: those of its largest tensor, if it has a
+    seed and no mask bits."""
     if kernel == "mask_bits_kernel":
         return 8 * tensors["bits_ptr"].numel()
     seeded = any("seed" in name for name in tensors) and "bits_ptr" not in tensors

@@ -1,4 +1,4 @@
-"""How often a training step of MAM changes from one file of ours to another, in the order run.
+"""How often a training step of MAM changes from one of our files to another, in the order run.
 
     python -m benchmarks.changes_of_file                  prints the table
     python -m benchmarks.changes_of_file --trace ffn      prints the files of one part in order
@@ -30,7 +30,7 @@ ROWS, LENGTH, WIDTH = 2, 8, 32
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the step: what the table calls it, and the most changes and files it may take."""
+    """A part of the step: its name in the table, and its limits for changes and files."""
 
     title: str
     changes: int
@@ -47,7 +47,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Walk:
-    """The files that one part goes through, in order, no two neighbours the same."""
+    """The files of one part in the order of the calls; two neighbours always differ."""
 
     visits: tuple[str, ...]
 
@@ -126,7 +126,7 @@ def measure() -> dict[str, Walk]:
         "forward": forward,
         "backward": backward,
     }
-    for _ in range(2):  # what is done once for all is not a part of a step
+    for _ in range(2):  # work that is done only once is not a part of a step
         for run in work.values():
             run()
     return {name: walk(run) for name, run in work.items()}

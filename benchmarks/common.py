@@ -62,7 +62,7 @@ def cell(value: float | None, form: str, scale: float = 1.0) -> str:
 
 
 def machine() -> dict:
-    """What a result depends on: versions, device, threads, commit."""
+    """The facts behind a result: versions, device, threads, commit."""
     names = ("torch", "transformers", "peft", "triton")
     return {
         "time": datetime.now().isoformat(timespec="seconds"),
@@ -118,7 +118,7 @@ def result_path(name: str, about: dict, folder: Path | None = None) -> Path:
 
 
 def _kind(device: str) -> str:
-    """ "cpu", or the word of a GPU's name that has its number: "NVIDIA H100 80GB HBM3" is h100."""
+    """ "cpu", or the word with the number in a GPU's name: "NVIDIA H100 80GB HBM3" is h100."""
     words = ["cpu"] if device.startswith("CPU") else device.split()
     return next((word for word in words if re.search(r"\d", word)), words[-1]).lower()
 
@@ -192,5 +192,5 @@ def parts(start: str) -> list[str]:
 
 
 def _part(path: Path) -> str:
-    """What comes after device, date and commit, without a number."""
+    """The part of the name after device, date and commit, without a number."""
     return re.sub(r"^.*?-\d{4}-\d\d-\d\d-[0-9a-z]+-|-\d$", "", path.stem)

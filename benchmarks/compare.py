@@ -1,4 +1,4 @@
-"""What became slower or larger between two results of the same part, by more than their noise.
+"""Lists what became slower or larger between two results of the same part, beyond their noise.
 
     python -m benchmarks.compare A.json B.json
 
@@ -36,7 +36,7 @@ class Change:
 
 
 def keyed(result: dict, path: Path) -> dict[tuple, dict]:
-    """The rows of a result, by what they measure."""
+    """The rows of a result, by the quantity that they measure."""
     part, entries = result.get("part"), result.get("entries")
     if part is None or entries is None:
         raise ValueError(f"{path} has no rows to compare: it was not written by pelt-fast bench")
@@ -48,7 +48,7 @@ def keyed(result: dict, path: Path) -> dict[tuple, dict]:
 
 
 def spread(row: dict) -> tuple[float, float, float] | None:
-    """Quartiles of what is compared as time."""
+    """Quartiles of the times."""
     for key in ("ratio", "to_frozen"):
         found = row.get(key)
         if isinstance(found, (tuple, list)) and found[1] == found[1]:  # not NaN

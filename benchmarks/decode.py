@@ -59,7 +59,7 @@ def decoding(model: BartForConditionalGeneration, batch: int):
 
     @torch.inference_mode()
     def steps(_):
-        with generating(model):  # what model.generate runs its steps in
+        with generating(model):  # the context in which model.generate runs its steps
             for _ in range(STEPS):
                 hidden = decoder(past[:, :1], encoder_hidden_states=encoded, past_key_values=cache,
                                  use_cache=True).last_hidden_state  # fmt: skip

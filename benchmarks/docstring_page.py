@@ -23,7 +23,7 @@ def signature(name: str, value) -> str:
 
 
 def _parameters(found: inspect.Signature) -> list[str]:
-    """Each parameter, and the star in front of those that are given by keyword."""
+    """Each parameter, and the star before the parameters that are given by keyword."""
     kinds = [value.kind for value in found.parameters.values()]
     parts = [str(value) for value in found.parameters.values()]
     keyword, star = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL
@@ -46,7 +46,7 @@ def _short(text: str) -> str:
 
 
 def markdown(docstring: str) -> str:
-    """A docstring in Markdown; text without sections stays as it is."""
+    """A docstring in Markdown; text without sections does not change."""
     text = re.sub(r":(?:func|class|meth|mod):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", docstring)
     title, blocks = "", {"": []}
     for line in text.splitlines():
@@ -73,7 +73,7 @@ def _block(title: str, body: str) -> str:
 
 
 def _items(body: str) -> str:
-    """Lines NAME: TEXT, each with what is indented below it, as a list."""
+    """Lines NAME: TEXT, each with the indented lines below it, as a list."""
     lines = [line for line in re.sub(r"\n[ ]+", " ", body).splitlines() if line]
     return "\n".join(_ITEM.sub(_item, line) for line in lines)
 

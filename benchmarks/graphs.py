@@ -12,14 +12,14 @@ REPLAYS = 7
 
 
 def graph_seconds(trained: Trained, batch: dict[str, Tensor]) -> tuple[float | None, str | None]:
-    """The median seconds of a replayed step, or None and the reason: a provider that waits for the
+    """The median seconds of a replayed step, or None and the reason. A provider that waits for the
     host cannot be captured."""
     trained.model.train()
     stream = torch.cuda.Stream()
     try:
         with torch.cuda.stream(stream):
             return _median(_captured(trained, batch)), None
-    except Exception as error:  # a provider that cannot is a result
+    except Exception as error:  # a provider that cannot be captured is a result
         _forget_capture()
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     finally:
@@ -28,8 +28,8 @@ def graph_seconds(trained: Trained, batch: dict[str, Tensor]) -> tuple[float | N
 
 
 def _forget_capture() -> None:
-    """Give the random generator a state of its own: that of a capture that failed believes it is
-    still captured, and every later dropout would raise."""
+    """Give the random generator a new state. After a failed capture its state stays that of a
+    capture, and every later dropout would raise."""
     for index, generator in enumerate(torch.cuda.default_generators):
         fresh = torch.Generator(f"cuda:{index}")
         fresh.manual_seed(generator.initial_seed())
@@ -37,8 +37,8 @@ def _forget_capture() -> None:
 
 
 def _captured(trained: Trained, batch: dict[str, Tensor]) -> torch.cuda.CUDAGraph:
-    """The graph of forward, backward and AdamW on ``batch``, after the steps that make what is
-    made once."""
+    """The graph of forward, backward and AdamW on ``batch``, captured after some steps that do the
+    work of the first step."""
     optimizer = None
     if trained.parameters:
         optimizer = torch.optim.AdamW(trained.parameters, lr=1e-5, capturable=True)

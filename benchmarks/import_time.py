@@ -13,7 +13,7 @@ import sys
 import time
 
 TORCH = "import torch"
-# what runs: the ratio to ``import torch`` that is promised, where there is one
+# the command, and its promised ratio to ``import torch``, if any
 PROCESSES = {
     "import torch": (["-c", TORCH], None),
     "import pelt_fast": (["-c", "import pelt_fast"], 1.3),
@@ -42,7 +42,7 @@ def measured(repeats: int) -> dict[str, float]:
 
 
 def slowest(count: int) -> list[tuple[float, str]]:
-    """(milliseconds of its own, module): what ``import pelt_fast.functional`` adds to torch."""
+    """(own milliseconds, module) of modules that ``import pelt_fast.functional`` adds to torch."""
     code = (
         f"{TORCH}; import sys; print('torch is in', file=sys.stderr); import pelt_fast.functional"
     )

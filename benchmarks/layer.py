@@ -26,7 +26,7 @@ MODELS = (
     "qwen3-8b",
 )  # fmt: skip
 MODES = ("forward", "forward + backward")
-ORACLE = 6  # bytes that a judged problem takes beside its own, in units of them (fp64, gradients)
+ORACLE = 6  # additional bytes of a judged problem (fp64, gradients), in units of its own bytes
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run(plan: Plan, record: Record, progress: bool = True) -> list[dict]:
                 record.add(**about, **entry)
         except torch.OutOfMemoryError as error:
             record.add(**about, skipped=str(error).splitlines()[0])
-        torch.compiler.reset()  # it holds on to everything it compiled
+        torch.compiler.reset()  # torch.compile keeps everything it compiled
     record.finish()
     return record.entries
 
@@ -140,7 +140,7 @@ def measure(
 def judged(
     name: str, problem: Problem, setting: Setting, names: list[str]
 ) -> Iterator[tuple[Provider | Absent, dict | None]]:
-    """Every provider with None where it is right, else with the reason it is not timed."""
+    """Every provider with None if it is right, else with the reason why it is not timed."""
     judge, twins = Judge(problem), {}
     if problem.p:
         twin = subject(name)(problem.shape, problem.size, 0.0, setting)
@@ -178,7 +178,7 @@ def step(provider: Provider, sets: list, dys: list[torch.Tensor], mode: str):
 
 
 def kept(provider: Provider, problem: Problem) -> int | None:
-    """Bytes kept for backward without inputs and weights; None where they cannot be counted."""
+    """Bytes kept for backward without inputs and weights; None if they cannot be counted."""
     if provider.opaque:
         return None
     leaves = [t.detach().requires_grad_() for t in problem.inputs]

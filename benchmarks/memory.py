@@ -22,8 +22,8 @@ def peak_growth(work: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not hide what is taken now
-        CLEAR.write_text("5")  # the peak starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed before must not hide new memory
+        CLEAR.write_text("5")  # reset the peak
         before = _status("VmRSS")
         work()
         return max(0, _status("VmHWM") - before)
@@ -37,7 +37,7 @@ def _status(field: str) -> int:
 
 
 def standing(model: torch.nn.Module) -> int:
-    """Bytes that stay between steps: weights, and two moments of AdamW for what trains."""
+    """Bytes that stay between steps: weights, and AdamW's two moments of the trained parameters."""
     everything = (*model.parameters(), *model.buffers())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in everything}
     weights = sum(storage.nbytes() for storage in storages.values())

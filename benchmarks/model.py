@@ -1,4 +1,4 @@
-"""Whole training steps of whole models: forward, backward, AdamW on what trains.
+"""Whole training steps of whole models: forward, backward, AdamW on the trained parameters.
 
 One method after the other is compared with the frozen model (forward and backward to the
 embeddings: the floor), full fine-tuning, and the peers' versions of the method; their steps take
@@ -104,7 +104,7 @@ def run(plan: Plan, record: Record, progress: bool = True) -> list[dict]:
                 record.add(**about, **entry)
         except torch.OutOfMemoryError as error:
             record.add(**about, skipped=str(error).splitlines()[0])
-        torch.compiler.reset()  # it holds on to every model it compiled
+        torch.compiler.reset()  # torch.compile keeps every model it compiled
         gc.collect()
     record.finish()
     return record.entries
@@ -122,7 +122,7 @@ def measure(model_shape: Shape, name: str, plan: Plan, names: list[str], texts) 
         right = dict(judged(model_shape, config, plan, names))
         base = made(model_shape, plan)
         injected = pelt_fast.inject(copy.deepcopy(base), config)
-    except ValueError as error:  # a method this model has nothing for
+    except ValueError as error:  # the model has no place for this method
         yield dict(skipped=str(error))
         return
     batches = whole.batches(base, plan.rows, plan.source, plan.target, texts, 3, plan.device)

@@ -6,8 +6,8 @@ Each operation takes the longest of three: its bytes (weights too) at the memory
 at the tensor cores', and the dropout masks it draws at the integer units' (one draw, 60 operations,
 for 8 elements). A layer is the sum of its operations, forward and backward. Rates are nine tenths
 of a device's memory bandwidth and eight tenths of its dense bf16 peak, which good kernels reach;
-attention runs at 60 % of a GEMM's forward and 50 % backward. Launches, tails of waves and
-what stays in the L2 cache are not counted.
+attention runs at 60 % of a GEMM's forward and 50 % backward. Launches, tails of waves and data that
+stays in the L2 cache are not counted.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def device(name: str) -> Device:
 
 
 def seconds(operation: Operation, device: Device) -> float:
-    """The longest of its bytes, its flops and its draws."""
+    """The longest of the times for its bytes, its flops and its draws."""
     share = COMPUTE_SHARE
     if "attention" in operation.name:
         share *= ATTENTION_BACKWARD if "backward" in operation.name else ATTENTION_FORWARD

@@ -1,4 +1,4 @@
-"""What the layer benchmark times: a problem, and the providers that solve it."""
+"""The problems of the layer benchmark, and the providers that solve them."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ class Problem:
 
     ``expression(masks, inputs, frozen, trained)`` is the definition in plain PyTorch;
     ``masks(count)`` draws the dropouts of one op and gives ``drop(tensor, row)``.
-    ``floor(inputs, frozen)`` is the frozen layer; ``options`` what else a solution needs to know.
+    ``floor(inputs, frozen)`` is the frozen layer; ``options`` are further settings.
     """
 
     subject: str
@@ -89,7 +89,7 @@ def failure(error: Exception) -> dict:
 
 
 def why_not_timed(entry: dict) -> str | None:
-    """What an entry without a time says, or None."""
+    """The reason in an entry without a time, or None."""
     kinds = ("absent", "refused", "failed", "skipped")
     return next((f"{kind}: {entry[kind]}" for kind in kinds if kind in entry), None)
 

@@ -31,7 +31,7 @@ class Record:
 
     @property
     def entries(self) -> list[dict]:
-        """What was found."""
+        """The entries so far."""
         return self.result["entries"]
 
     @property
@@ -53,12 +53,12 @@ class Record:
         self._write()
 
     def leave(self, name: str) -> None:
-        """Say that ``name`` did not fit."""
+        """Note that there was no time for ``name``."""
         self.result["left"].append(name)
         self._write()
 
     def finish(self, **totals) -> None:
-        """Close the file with what concerns the whole run."""
+        """Close the file with the facts about the whole run."""
         self.result.update(totals, finished=True, seconds=round(time.monotonic() - self.started, 1))
         self._write()
 

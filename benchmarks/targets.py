@@ -12,7 +12,7 @@ MODEL = "bart-768"
 
 @dataclass(frozen=True)
 class Target:
-    """One line: what, the bound, what was found."""
+    """One line: the quantity, its bound, the measured value."""
 
     what: str
     bound: float
@@ -21,7 +21,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether it holds."""
+        """Whether the target is met."""
         return self.value <= self.bound
 
     @property
@@ -81,7 +81,7 @@ def _cpu() -> Iterator[Target]:
 
 
 def _layers() -> Iterator[Target]:
-    """Of forward + backward; an adapter is what it adds to its projection."""
+    """Times of forward + backward; an adapter counts as its additional time on its projection."""
     rows = [r for r in layer.rows(merged(cpu.PART)) if r["mode"] == layer.MODES[-1]]
     found = {(r["method"], r["p"], r["dtype"], r["provider"]): r for r in rows}
     for p, bound in ((0.0, 1.12), (0.1, 1.20)):

@@ -29,7 +29,7 @@ def lengths(path: Path | None = None) -> list[tuple[int, int]]:
 
 def batch(rows: int, source: int, target: int, texts: list[tuple[int, int]]) -> torch.Tensor:
     """(rows, 2) lengths at even quantiles of the distribution, cut to ``source`` and ``target``,
-    the longest of each filling it: a batch is as wide as its longest row."""
+    which the longest rows fill: a batch is as wide as its longest row."""
     places = [round((i + 0.5) / rows * (len(texts) - 1)) for i in range(rows)]
     most = torch.tensor([source, target])
     found = torch.tensor([texts[i] for i in places]).clamp(min=1).minimum(most)

@@ -74,8 +74,8 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copies(tensors: tuple, device: torch.device) -> list[tuple]:
-    """So many copies of the inputs that the first has left the cache when the last was read. On a
-    GPU one is enough: a write clears the cache."""
+    """Enough copies of the inputs that the first one is out of the cache after the last one was
+    read. On a GPU one is enough: a write clears the cache."""
     if device.type == "cuda":
         return [tensors]
     size = sum(t.nbytes for t in tensors)

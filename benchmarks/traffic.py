@@ -4,9 +4,9 @@
 
 P is one read or write of the layer's input, M x K (attention: of the queries, B H T D). Counted at
 the dispatcher, our Triton kernels by their arguments (``bytes_moved``); no time is measured, and
-the numbers are the same on every machine. bf16 activations; "kernels" is what a GPU runs, "plan"
-what a CPU does, where a weight gradient in fp32 is made of casts, block by block, that stay in
-cache but are counted. The frozen layer's own passes are in every row.
+the numbers are the same on every machine. bf16 activations. "kernels" is the plan of a GPU, "plan"
+the plan of a CPU. On a CPU a weight gradient in fp32 needs casts, block by block, which stay in
+cache but are counted. Every row includes the frozen layer's own passes.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Passes:
-    """What one provider moves, in P."""
+    """The passes of one provider, in P."""
 
     subject: str
     provider: str
@@ -66,8 +66,8 @@ def trained(*shape: int, device="meta") -> torch.nn.Parameter:
 
 @dataclass(frozen=True)
 class Ours:
-    """``function`` as a CPU's plan runs it, or as the kernels of an H100 or H200 do, with ``plan``
-    for LoRA's rank update."""
+    """``function`` under a CPU's plan, or with the kernels of an H100 or H200 and ``plan`` for
+    LoRA's rank update."""
 
     function: Callable
     where: str
@@ -78,14 +78,14 @@ class Ours:
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
-        """Inside, forward and backward run there."""
+        """The context in which forward and backward run."""
         if self.where == "plan":
             yield
             return
         kept = config.architecture, config.processors, lora_gpu.weight_gradient
         config.architecture = lambda device: "sm90"
         config.processors = lambda device: 132
-        # on CUDA a GEMM writes fp32; one that writes bf16 is counted in its place
+        # on CUDA a GEMM writes fp32; a GEMM that writes bf16 is counted instead
         lora_gpu.weight_gradient = ffn_gpu.weight_gradient = lambda left, right, dtype: torch.mm(
             left.t(), right
         ).to(dtype)
@@ -98,7 +98,7 @@ class Ours:
 
 
 def lora(p: float) -> Case:
-    """LoRA linear against PEFT as it comes, PEFT with bf16 factors, and plain PyTorch."""
+    """LoRA linear against PEFT's default, PEFT with bf16 factors, and plain PyTorch."""
     weight, bias = low(N, K), low(N)
     a, b = trained(R, K), trained(N, R)
 
@@ -263,7 +263,7 @@ def cases(methods: list[str] | None = None, known=CASES) -> list[Case]:
 
 
 def chosen(methods: list[str] | None = None, known=CASES) -> list[str]:
-    """The methods asked for; ValueError lists those there are."""
+    """The requested methods; ValueError lists the known ones."""
     for name in methods or ():
         if name not in known:
             raise ValueError(f"unknown method {name!r}: choose {', '.join(known)}")

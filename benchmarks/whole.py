@@ -1,4 +1,4 @@
-"""What the model benchmark times: a whole training step, and the models that take it."""
+"""The whole training step that the model benchmark times, and its models."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from .text import batch as row_lengths
 class Trained:
     """A model that trains. ``trained``: its trainable tensors under the names they have in the
     model pelt_fast injected, or None where another function is trained (``note`` says which).
-    ``to_embeddings``: nothing trains, backward goes to the embeddings. ``save`` writes what a user
-    keeps to a folder. ``opaque``: compiled, so that neither flops nor what is kept are seen."""
+    ``to_embeddings``: nothing trains, backward goes to the embeddings. ``save`` writes the
+    user's files to a folder. ``opaque``: compiled, so that flops and saved tensors are not seen."""
 
     name: str
     model: nn.Module
@@ -28,7 +28,7 @@ class Trained:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer holds."""
+        """The parameters of the optimizer."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
@@ -84,8 +84,8 @@ def loss_of(trained: Trained, batch: dict[str, Tensor]) -> Tensor:
 
 
 def stepper(trained: Trained, batches: list[dict[str, Tensor]]) -> Callable[[int], None]:
-    """A whole training step: forward, backward in the calling thread (as our Trainer has it), AdamW
-    on what trains."""
+    """A whole training step: forward, backward in the calling thread (as in our Trainer), AdamW on
+    the trained parameters."""
     trained.model.train()
     parameters = trained.parameters
     optimizer = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
@@ -101,7 +101,7 @@ def stepper(trained: Trained, batches: list[dict[str, Tensor]]) -> Callable[[int
 
 
 def outcome(trained: Trained, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits and the gradients of what trains, dropout off."""
+    """Logits and the gradients of the trained parameters, dropout off."""
     trained.model.eval()
     trained.model.zero_grad()
     with trained.around():

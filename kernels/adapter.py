@@ -1,12 +1,12 @@
 """A sequential or parallel adapter in one kernel: the bottleneck never leaves the chip.
 
 Shapes   x (M, K), down (R, K), up (N, R), base and y (M, N), biases (R) and (N); norm weight and
-         bias (K); t (M, R), kept only where a backward is to read it. R <= 128.
+         bias (K); t (M, R), kept only if a backward will read it. R <= 128.
          The weights may be fp32 beside a 16-bit x: rounded to x's dtype as loaded.
 Maths    t = in(x) Dᵀ + d;  y = base + s (drop(f(t)) Uᵀ + u);  in = identity or LayerNorm
-Traffic  reads M K + M N + (K + N) R, writes M N (and M R for t); LayerNorm reads x's rows once
-         more, from the L2 cache, for mean and deviation. The weights come from it as well, once
-         for each block of rows. Without this kernel: M R written and read, one launch more.
+Traffic  reads M K + M N + (K + N) R, writes M N (and M R for t). LayerNorm reads x's rows once
+         more, from the L2 cache, for mean and deviation. Each block of rows reads the weights
+         once, from the L2 cache too. Without this kernel: M R written and read, one launch more.
 Flops    2 M R (K + N): memory-bound for R <= 128.
 """
 
@@ -92,7 +92,7 @@ def adapter_fwd_kernel(
         t = dot(x, down.to(low), t)
     if HAS_DOWN_BIAS:
         t += tl.load(down_bias_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-    # f of t as backward will read it, rounded
+    # f of the rounded t, which is what backward will read
     t = t.to(low)
     if KEEP_T:
         tl.store(

@@ -2,8 +2,8 @@
 
 The mask is that of ``ops.common.dropout``, bit for bit: Philox4x32-7, one draw of 128 bits
 for 8 elements of the row-major tensor.
-Integer work  about 60 operations a draw; 8 elements share one where the tensor's width is a
-multiple of 8 and a thread holds 8 elements of a row: the compiler sees one index // 8 for all.
+Integer work  about 60 operations a draw. 8 elements share one draw if the tensor's width is a
+multiple of 8 and a thread holds 8 elements of a row: the compiler finds one index // 8 for all.
 """
 
 import triton
@@ -71,8 +71,8 @@ def keep_tile(
 ):
     """The mask of a tile [rows, BLOCK] of a row-major tensor ``width`` wide.
 
-    rows are int64; first_column is a multiple of 8. ALIGNED says that width is one as well; if it
-    is not, rows start inside a draw, and each element makes its own.
+    rows are int64; first_column is a multiple of 8. ALIGNED: width is a multiple of 8 as well.
+    Otherwise a row may start inside a draw, and each element computes its own draw.
     """
     if ALIGNED:
         draws = first_column // 8 + tl.arange(0, BLOCK // 8)
@@ -95,7 +95,7 @@ def sigmoid(t):
 
 @triton.jit
 def tanh(t):
-    # by exp of a negative number: no overflow at either end
+    # exp of a negative number only: no overflow for large or small t
     e = tl.exp(-2.0 * tl.abs(t))
     size = (1.0 - e) / (1.0 + e)
     return tl.where(t < 0, -size, size)
@@ -192,7 +192,7 @@ def store_rank(
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows[:, None] * stride_om + offs_r[None, :], out, mask=mask)
     if HAS_H:
-        # f of the value backward will read, rounded as it is stored
+        # f of the rounded value, which is stored and which backward will read
         h = bottleneck(
             out.to(tl.float32), seed_ptr, rows, first_rank, R, threshold, keep_scale,
             ACTIVATION, DROP, ALIGNED, BLOCK_R,

@@ -1,7 +1,7 @@
-"""What runs on which device: a kernel's tile, and the plan or kernel where there are several.
+"""What runs on which device: a kernel's tile, and the plan or kernel if there are several.
 
-Answers are rows of ``tuned`` where a GPU has measured them, else of the tables here and in
-``tiles``. Imports without a GPU.
+Answers are rows of ``tuned``, if they were measured on a GPU, else of the tables here and in
+``tiles``. This file imports without a GPU.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ import torch
 from pelt_fast.kernels import tuned
 from pelt_fast.kernels.tiles import MAX_RANK, TABLES, Row, Tile
 
-# up to which rank a kernel of ours beats the library's GEMM and the passes it needs around it: a
-# bandwidth-bound product is ours, one with enough flops a byte is the library's; unmeasured, and
-# the most that tuned.FUSED_RANK may say
+# the largest rank at which our kernel should beat the library's GEMM and its extra passes: our
+# kernel is for bandwidth-bound products, the library for those with many flops a byte. Unmeasured;
+# an entry of tuned.FUSED_RANK may not be larger
 FUSED_RANK = {
     "adapter": 128,
     "rank_down": 128,
@@ -28,13 +28,13 @@ FUSED_RANK = {
 
 
 def fused_rank(kernel: str, device: torch.device) -> int:
-    """Up to which rank ``kernel`` runs on ``device``; above, the library does."""
+    """The largest rank at which ``kernel`` runs on ``device``; above it the library runs."""
     return tuned.FUSED_RANK.get(architecture(device), {}).get(kernel, FUSED_RANK[kernel])
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """How the rank update meets the frozen GEMM, for ranks up to ``limit``, and why."""
+    """How the rank update is added to the frozen GEMM, for ranks up to ``limit``, and why."""
 
     limit: int
     plan: str
@@ -60,7 +60,7 @@ def lora_plan(rank: int, device: torch.device) -> str:
     return next(row.plan for row in rows if rank <= row.limit)
 
 
-# the library kernel of an unmasked 16-bit context: "flash", or "cudnn" where it is measured faster
+# the library kernel of an unmasked 16-bit context: "flash", or "cudnn" if measured faster
 CONTEXT_KERNELS = {"any": "flash"}
 
 
@@ -72,8 +72,8 @@ def context_kernel(device: torch.device) -> str:
     return known.get(architecture(device), known["any"])
 
 
-# what makes dS and dB from one read of dy: "triton" (rank_up_bwd), or "cuda" (csrc/cuda) where that
-# is measured faster
+# the kernel that makes dS and dB from one read of dy: "triton" (rank_up_bwd), or "cuda" (csrc/cuda)
+# where that was measured faster
 ONE_PASS_KERNELS = {"any": "triton"}
 
 
@@ -92,7 +92,7 @@ _cuda: ContextVar[bool] = ContextVar("pelt_fast_cuda", default=False)
 
 @contextlib.contextmanager
 def cuda_kernels() -> Iterator[None]:
-    """Inside, the CUDA C++ kernels run wherever they take the input (backend "cuda")."""
+    """Context: the CUDA C++ kernels run on every input that they take (backend "cuda")."""
     token = _cuda.set(True)
     try:
         yield
@@ -105,8 +105,8 @@ _forced: dict[str, object] = {}
 
 @contextlib.contextmanager
 def forced(name: str, value) -> Iterator[None]:
-    """Inside, the table called ``name`` (a kernel's, "plan", "one_pass" or "context") answers
-    ``value``: for measuring candidates."""
+    """Context: the table called ``name`` (a kernel's, "plan", "one_pass" or "context") answers
+    ``value``. It serves to measure candidates."""
     before = _forced.copy()
     _forced[name] = value
     try:
@@ -135,7 +135,7 @@ def _processors(index: int | None) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; a few on a CPU, so that the interpreter sees splits too."""
+    """Streaming multiprocessors; a few on a CPU, so that the interpreter runs splits too."""
     return _processors(device.index) if device.type == "cuda" else 4
 
 
@@ -161,20 +161,20 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
 
 
 def cdiv(count: int, size: int) -> int:
-    """Blocks of ``size`` that hold ``count``. Triton's own is for kernels and slow on the host."""
+    """Blocks of ``size`` that hold ``count``. Triton's ``cdiv`` is slow on the host."""
     return -(-count // size)
 
 
 def padded(size: int) -> int:
-    """The block that holds ``size``: a power of two, 16 or more, as tensor cores want it."""
+    """The block that holds ``size``: a power of two, at least 16, as tensor cores need."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def split(programs: int, blocks: int, device: torch.device, each: int = 2) -> tuple[int, int]:
     """Blocks a part and parts: a loop of ``blocks`` cut so that ``programs`` fill the device.
 
-    At most ``each`` programs a processor (``Tile.programs``); at least two blocks a part. Depends
-    on sizes alone: same bits again.
+    At most ``each`` programs a processor (``Tile.programs``); at least two blocks a part. The
+    split depends on sizes alone, so results are the same bits each time.
     """
     wanted = each * processors(device) // max(programs, 1)
     blocks = max(blocks, 1)

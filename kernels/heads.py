@@ -82,7 +82,7 @@ def prefix_fwd_kernel(
     if HAS_CONTEXT:
         context_base = context_o_ptr + b * stride_cb + h * stride_ch
         own_base = context_lse_ptr + b * stride_lb + h * stride_lh
-        if not DROP:  # on its way while the prefix's part is made; a mask leaves no room
+        if not DROP:  # loaded early, beside the prefix's work; a mask leaves too few registers
             own, context = load_context(own_base, context_base, stride_ct, offs_t, T, offs_d, D)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh
@@ -156,8 +156,8 @@ def prefix_merge(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Write the attention over [prefix; context] to ``o``; return its lse (B, H, T) fp32: joint
-    when gated, the context's own when added. Without a context both its tensors are None."""
+    """Write the attention over [prefix; context] to ``o`` and return its lse (B, H, T) fp32: the
+    joint one if gated, the context's if added. Without a context, both context tensors are None."""
     B, H, T, D = q.shape
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     if q.numel() == 0:

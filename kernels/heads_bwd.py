@@ -5,7 +5,7 @@ Shapes   q, o, do, dq (B, H, T, D), any strides but the last 1; prefix_k, prefix
 Maths    dW = drop(do pvᵀ);  dZ = exp(Z - l) (dW - δ), relu: dW 1[Z > 0]
          δ = Σ_d do o (gated), Σ_p w dW (softmax)
          dq += scale dZ pk,  dpk = scale Σ dZᵀ q,  dpv = Σ wᵀ do
-Traffic  passes of B H T D: q, do, o, dq, dq 5 where P fits one block, beyond 2 more for each.
+Traffic  passes of B H T D: q, do, o, dq, dq 5 if P fits one block, else 2 more for each block.
          Workspace of the two-stage dpk, dpv: 8 J P D bytes, J = B H parts.  Flops 10 P D a row.
 """
 
@@ -68,8 +68,8 @@ def prefix_bwd_kernel_dq(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # dq += of BLOCK_T queries over all of the prefix; the rows' l and δ are kept for dpk, dpv: of
-    # an added softmax, max and 1 / Σ in place of l, one plane each
+    # dq += of BLOCK_T queries over the whole prefix. The rows' l and δ are kept for dpk, dpv. For
+    # an added softmax, max and 1 / Σ replace l, one plane each
     tiles = tl.cdiv(T, BLOCK_T)
     offs_t = (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -165,8 +165,8 @@ def prefix_bwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # one program owns BLOCK_P prefix keys of one head and walks a part of its queries. WHOLE: the
-    # prefix fits the block; δ is made here, and dq in the same pass
+    # one program owns BLOCK_P prefix keys of one head and loops over a part of its queries. WHOLE:
+    # the prefix fits the block; δ is made here, and dq in the same pass
     head = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     b, h = head // H, head % H
@@ -192,7 +192,7 @@ def prefix_bwd_kernel(
             place = dq_ptr + b * stride_db + h * stride_dh
             place += offs_t.to(tl.int64)[:, None] * stride_dt + offs_d[None, :]
             inside = (offs_t < last)[:, None] & (offs_d < D)[None, :]
-            if not DROP:  # on its way while the weights are made; a mask leaves no room
+            if not DROP:  # loaded early, beside the weights' work; a mask leaves too few registers
                 dq = tl.load(place, mask=inside, other=0.0)
         lse = tl.zeros((BLOCK_T,), tl.float32)
         share = tl.zeros((BLOCK_T,), tl.float32)
@@ -212,7 +212,7 @@ def prefix_bwd_kernel(
             q, do, pk, pv, lse, share, delta, rows, first, P, seed_ptr, scale, threshold, kept,
             FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
         )  # fmt: skip
-        # queries past the last have q = do = 0, whatever their weights
+        # queries past the last have q = do = 0 and add nothing, whatever their weights
         dpv = dot(tl.trans(w.to(low)), do, dpv)
         dpk = dot(tl.trans(dz.to(low)), q, dpk)
         if NEED_DQ:
@@ -256,7 +256,7 @@ def prefix_merge_bwd(
     blocks_t, blocks_p = cdiv(T, tile.block_m), cdiv(P, block_p)
     part_blocks, parts = split(B * H * blocks_p, blocks_t, q.device, tile.programs)
     form = form_of(form, composition)
-    whole = blocks_p == 1 and form != "softmax"  # whose l and δ take a pass over the prefix
+    whole = blocks_p == 1 and form != "softmax"  # l and δ need a pass over the prefix
     sizes = (
         scale,
         philox.threshold(dropout_p),

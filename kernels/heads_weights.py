@@ -1,11 +1,11 @@
-"""The weights of a prefix's tile and their gradients, as the backward kernels make them again.
+"""The weights of a prefix's tile and their gradients, recomputed in the backward kernels.
 
 Shapes   q, do [BLOCK_T, BLOCK_D]; pk, pv [BLOCK_P, BLOCK_D]; lse, δ [BLOCK_T] fp32;
          w, dZ [BLOCK_T, BLOCK_P] fp32.
 Maths    Z = scale q pkᵀ,  w = exp(Z - l) or relu(Z),  dW = drop(do pvᵀ)
          dZ = exp(Z - l) (dW - δ), relu: dW 1[Z > 0]
-         An added softmax has exp(Z - max) / Σ for exp(Z - l): exp of x errs by about x roundings,
-         and Z - max is near 0 where w is large, while Z - l is not
+         An added softmax uses exp(Z - max) / Σ instead of exp(Z - l). The error of exp(x) is about
+         x roundings, and where w is large Z - max is near 0, but Z - l is not
 """
 
 import triton
@@ -36,7 +36,7 @@ def weight_gradients(
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """The dropped weights w and dZ of one tile [BLOCK_T, BLOCK_P], fp32, 0 past P. Of an added
+    """The dropped weights w and dZ of one tile [BLOCK_T, BLOCK_P], fp32, 0 past P. For an added
     softmax, lse and share are what :func:`softmax_rows` returns."""
     zero = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     z = dot(q, tl.trans(pk), zero) * scale
@@ -78,7 +78,7 @@ def softmax_rows(
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """max Z, 1 / Σ exp(Z - max) and δ = Σ_p w dW of the added softmax: not the context's."""
+    """max Z, 1 / Σ exp(Z - max) and δ = Σ_p w dW of the added softmax, not of the context."""
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     delta = tl.zeros((BLOCK_T,), tl.float32)

@@ -1,10 +1,10 @@
-"""Launching a kernel from Python, without the work that Triton repeats at every launch.
+"""Launch a kernel from Python without the work that Triton repeats at every launch.
 
-Triton binds and classifies all arguments of a launch again: 37 us of the host's time for a kernel
-of 25 arguments on an H200's machine, while many of our kernels run for 20 us (docs/facts.md). What
-it looks for is little: dtypes, whether a pointer is a multiple of 16 bytes, whether an integer is
-1, a multiple of 16, or wider than 32 bits. ``launched`` keeps the compiled kernel under that key.
-The first launch of a key is Triton's own.
+Triton binds and classifies all arguments at each launch. This takes 37 us of the host's time for a
+kernel of 25 arguments on an H200's machine, while many of our kernels run for 20 us
+(docs/facts.md). Triton needs only few facts: dtypes, whether a pointer is a multiple of 16 bytes,
+whether an integer is 1, a multiple of 16, or wider than 32 bits. ``launched`` stores the compiled
+kernel under these facts as a key. Triton itself makes the first launch of a key.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _INTEGER = "({n} == 1) + 2 * (not {n} % 16) + 4 * (not -0x80000000 <= {n} < 0x80
 
 
 def launched(kernel):
-    """A kernel of ``triton.jit`` whose later launches are quick; the interpreter's as it is.
+    """Make the later launches of a ``triton.jit`` kernel quick; the interpreter's kernel unchanged.
 
     Its constexpr parameters come last and are given by keyword, all others by position; parameters
     called ``*_ptr`` are tensors or None, the others numbers.
@@ -29,7 +29,7 @@ def launched(kernel):
 
 
 class Launched:
-    """``kernel[grid](*arguments, **constants)``, as ``JITFunction`` has it."""
+    """``kernel[grid](*arguments, **constants)``, as for ``JITFunction``."""
 
     def __init__(self, kernel: JITFunction):
         runtime = [p.name for p in kernel.params if not p.is_constexpr]
@@ -70,8 +70,8 @@ class Launched:
 
 
 def classifier(parameters: list[str]) -> Callable:
-    """The function of a kernel's arguments that gives what Triton compiles for, written out as
-    source so that it costs no loop."""
+    """The function from a kernel's arguments to the facts that Triton compiles for. It is generated
+    as source, without a loop."""
     looks = [
         f"{name} is not None and ({name}.dtype, not {name}.data_ptr() % 16)"
         if name.endswith("_ptr")
@@ -84,7 +84,7 @@ def classifier(parameters: list[str]) -> Callable:
 
 
 def _is_watched(kernel: JITFunction) -> bool:
-    """Whether a profiler asks to be told of launches."""
+    """Whether a profiler has a hook on launches."""
     return bool(
         kernel.pre_run_hooks
         or getattr(hooks.launch_enter_hook, "calls", hooks.launch_enter_hook)

@@ -1,9 +1,9 @@
-"""The dropout mask alone: as one bit an element, for a backward that needs it twice, or applied.
+"""The dropout mask alone: one bit for each element, for a backward that reads it twice; or applied.
 
 Shapes   bits (M, N / 8) uint8, low bit first, N a multiple of 8; x, out (M, N).
 Maths    bit i of byte j of row m = keep[m, 8 j + i], of ``pelt_fast.ops.common.dropout``
-Traffic  writes M N / 8 bytes, 1/16 of a 16-bit activation; 60 integer operations a byte are what
-         it costs, once instead of in each of the kernels that read it. dropout: 2 M N.
+Traffic  writes M N / 8 bytes, 1/16 of a 16-bit activation. The cost is 60 integer operations a
+         byte, once instead of in each kernel that reads the mask. dropout: 2 M N.
 """
 
 import torch

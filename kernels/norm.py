@@ -1,4 +1,4 @@
-"""A LayerNorm in front of a rank-R product: its moments, and its backward without its sums.
+"""A LayerNorm before a rank-R product: its moments, and its backward without sums over K.
 
 Shapes   x, dy, dx (M, K); moments (2, M) fp32: mean and 1 / sqrt(var + eps); weight and bias (K) of
          the LayerNorm; down (R, K), down_bias (R); t and dt (M, R), dt the gradient of t.
@@ -23,7 +23,7 @@ from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.rank_down import rank_down_parts
 from pelt_fast.ops.common.bundles import LAYER_NORM_EPS
 
-COLUMNS = 64  # of a program that sums the small gradients
+COLUMNS = 64  # columns of a program that sums the small gradients
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def norm_bwd_kernel_dx(
         c1 += tl.sum(g * dw[None, :], 1)
         c2 += tl.sum(g * (t - e[None, :]), 1)
     c1, c2 = (c1 / K)[:, None], (c2 / K)[:, None]
-    # a row of one element has n = 0 whatever x is: dn - c1 is 0 too, but for rounding
+    # a row of one element has n = 0 for any x: dn - c1 is 0 too, up to rounding
     slope = tl.where(K > 1, rstd, 0.0)
     dt = tl.load(dt_base, mask=mask_m & (offs_r < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
     for k in range(0, K, BLOCK_K):
@@ -154,7 +154,7 @@ def norm_gradients_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # one program owns BLOCK_K columns and walks the ranks; parts are summed in one order
+    # one program owns BLOCK_K columns and loops over the ranks; parts are summed in one order
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
@@ -208,7 +208,7 @@ def norm_bwd(
     bias: Tensor,
     dy: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return dx (M, K), plus ``dy`` where given, and the moments (2, M) of x, from the gradient
+    """Return dx (M, K), plus ``dy`` if given, and the moments (2, M) of x, from the gradient
     dt (M, R) of t = (norm(x) weight + bias) downᵀ + down_bias."""
     (M, K), R = x.shape, dt.shape[1]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -233,7 +233,7 @@ def norm_gradients(
     dt: Tensor, x: Tensor, moments: Tensor, down: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of down (R, K), its bias (R), and the LayerNorm's weight and bias (K),
-    each in the dtype of what it belongs to, from one read of x."""
+    each in the dtype of its tensor, from one read of x."""
     R, K = down.shape
     parts, dt_sum = rank_down_parts(dt, x, moments=moments), dt.sum(0, dtype=torch.float32)
     d_down, d_down_bias = down.new_empty(R, K), down.new_empty(R)

@@ -1,19 +1,19 @@
-"""S = f(drop(x) Aᵀ + a) and its backward: the way into a rank-R update, one read of x each way.
+"""S = f(drop(x) Aᵀ + a), the first half of a rank-R update, and its backward: one read of x each.
 
 Shapes   x (M, K), a (R, K), bias (R), s and h (M, R); ds (M, R), da (R, K); last dim contiguous.
-         moments (2, M) of x's rows, weight and bias (K) of a LayerNorm in front, where asked for.
+         With a LayerNorm before: moments (2, M) of x's rows, its weight and bias (K).
          The weights may be fp32 beside a bf16 or fp16 x: they are rounded to x's dtype as loaded.
-Maths    forward   s = drop(x) aᵀ + bias,  h = drop_h(f(s)) where asked for
+Maths    forward   s = drop(x) aᵀ + bias,  h = drop_h(f(s)) on request
          backward  da = dsᵀ drop(x),  d_bias = Σ_m ds
          LayerNorm x -> n w + b forward, x -> n backward, n = (x - mean) rstd (``norm``)
-         d_bias is a sum of its own: beside the product, ds would have two users, and Triton 3.6
-         then lets the copy of the next tile overwrite what wgmma still reads (docs/facts.md)
+         d_bias is a separate sum. In the loop of the product, ds would have two users, and
+         Triton 3.6 then copies the next tile over data that wgmma still reads (docs/facts.md)
          dx += drop(ds a) is ``rank_up`` with the mask on the update.
 Traffic  forward   reads M K + R K, writes M R (split over K: 2 J M R fp32 more, J parts)
          backward  reads M K + M R, writes R K (2 J R K fp32 more, J <= 64 parts over M);
                    d_bias reads M R once more: R / K of what da reads
 Flops    2 M K R each: memory-bound for R <= 128. Above one rank block x is read again for each,
-         from the L2 cache where its programs run side by side.
+         from the L2 cache if its programs run at the same time.
 """
 
 import torch
@@ -67,7 +67,7 @@ def rank_down_fwd_kernel(
     BLOCK_R: tl.constexpr,
 ):
     # one program owns a tile of s, or of one part of it when the loop over K is split
-    # rank blocks of the same rows run side by side
+    # rank blocks of the same rows run at the same time
     tiles_r = tl.cdiv(R, BLOCK_R)
     offs_m = (tl.program_id(0) // tiles_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_r = (tl.program_id(0) % tiles_r) * BLOCK_R
@@ -183,7 +183,7 @@ def rank_down(
 ) -> tuple[Tensor, Tensor | None]:
     """Return s = drop(x) aᵀ + bias (M, R) in x's dtype and, with ``activation``, h = drop(f(s)).
 
-    ``norm``: the moments of x's rows, weight and bias of a LayerNorm that x goes through first.
+    ``norm``: the moments of x's rows, weight and bias of a LayerNorm that acts on x first.
     """
     (M, K), R = x.shape, a.shape[0]
     s = x.new_empty(M, R)
@@ -256,9 +256,9 @@ def rank_down_bwd(
     with_bias: bool = False,
     bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return da = dsᵀ drop(x) (R, K) and, where asked for, the bias gradient (R), in ``dtype``.
+    """Return da = dsᵀ drop(x) (R, K) and, on request, the bias gradient (R), in ``dtype``.
 
-    ``bits`` (M, K / 8), from ``mask_bits``, is the mask where it was made already.
+    ``bits`` (M, K / 8), from ``mask_bits``, is the mask if it exists already.
     """
     R, K = ds.shape[1], x.shape[1]
     da = x.new_empty(R, K, dtype=dtype)

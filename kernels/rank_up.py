@@ -1,11 +1,11 @@
-"""y = drop(base) + drop_u(s h Bᵀ) + bias and its backward: the way out of a rank-R update.
+"""y = drop(base) + drop_u(s h Bᵀ) + bias, the second half of a rank-R update, and its backward.
 
 Shapes   h (M, R), b (N, R) of any strides (Aᵀ serves for dx += drop(ds A)), base and y (M, N),
          bias (N); dy (M, N), t (M, R), dt (M, R), db (N, R), d_bias (N).
          b and bias may be fp32 beside a bf16 or fp16 y: rounded to y's dtype as loaded.
 Maths    forward   y = drop(base) + drop_u(s h bᵀ) + s bias, one mask or none; in place or not
          backward  dt = s drop_h(dy b) f'(t),  db = s dyᵀ h,  d_bias = s Σ_m dy,  h = drop_h(f(t))
-Traffic  forward   reads M N + (M + N) R, writes M N; in blocks of n, h once more for each
+Traffic  forward   reads M N + (M + N) R, writes M N; each block of n reads h once more
          backward  reads dy once: M N + (M + N) R; workspace 4 (J M + I N) R bytes, written and
                    read, for J = N / BLOCK_N column and I row parts.
 Flops    2 M N R forward, 4 M N R backward: memory-bound for R <= 64; above, library GEMMs do the
@@ -54,7 +54,7 @@ def rank_up_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # one program owns one tile of y; neighbours along n share their rows of h
+    # one program owns one tile of y; neighbours along n read the same rows of h
     tiles_n = tl.cdiv(N, BLOCK_N)
     offs_m = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_n = (tl.program_id(0) % tiles_n) * BLOCK_N
@@ -67,8 +67,8 @@ def rank_up_fwd_kernel(
         keep = load_mask(bits_ptr, offs_m, first_n, M, N, BLOCK_N)
     elif DROP_BASE or DROP_UPDATE:
         keep = keep_tile(seed_ptr, offs_m, first_n, N, threshold, ALIGNED, BLOCK_N)
-    # the mask acts on base as loaded, where a thread holds the 8 elements of a draw: in the layout
-    # of the product it holds 2, and would make each draw four times over
+    # the mask acts on base in its loaded layout, where a thread holds the 8 elements of a draw.
+    # In the layout of the product a thread holds 2, and each draw would be made four times
     if DROP_BASE:
         base = tl.where(keep, base, 0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -129,8 +129,8 @@ def rank_up_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # one program walks a part of the rows of one block of columns: each tile of dy, read once,
-    # gives its share of dt (a part for every block of columns) and of db (a part for these rows)
+    # one program loops over a part of the rows of one block of columns. It reads each tile of dy
+    # once and adds to dt (a part for every block of columns) and db (a part for these rows)
     column = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -165,9 +165,9 @@ def rank_up_bwd_kernel(
                 BLOCK_R,
             )  # fmt: skip
             if HAS_BIAS and ACTIVATION == "identity" and not DROP:
-                # h goes through registers (kept is 1), so that db is waited for in this turn: dy,
-                # summed too, gets a buffer too few of Triton 3.6, and the copy of the next tile
-                # would overwrite what wgmma still reads (docs/facts.md)
+                # h passes through registers (kept is 1), so that this iteration waits for db. dy is
+                # summed too; for it Triton 3.6 allocates one buffer too few, and the copy of the
+                # next tile would overwrite data that wgmma still reads (docs/facts.md)
                 h *= kept
             db = dot(tl.trans(dy), h.to(dy.dtype), db)
         if HAS_BIAS:
@@ -195,8 +195,8 @@ def rank_up(
 ) -> Tensor:
     """Return drop(base) + drop(scale h bᵀ) + scale bias, in ``out`` (base itself: in place).
 
-    At most one of the two dropouts acts; ``seed`` is its own. ``bits`` (M, N / 8), from
-    ``mask_bits``, is that mask where it was made already.
+    At most one of the two dropouts acts; ``seed`` is its seed. ``bits`` (M, N / 8), from
+    ``mask_bits``, is its mask if it exists already.
     """
     (M, R), N = h.shape, b.shape[0]
     if out is None:
@@ -236,8 +236,8 @@ def rank_up_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dt (M, R) in dy's dtype, db (N, R) and d_bias (N) in b's, from one read of dy.
 
-    ``t`` holds the pre-activations, h = drop(f(t)) is made again. What is not needed is None;
-    ``dt`` may be given to be written to.
+    ``t`` holds the pre-activations; h = drop(f(t)) is recomputed. A gradient that is not needed is
+    None. ``dt`` may be a tensor to write to.
     """
     (M, N), R = dy.shape, b.shape[1]
     tile = pick("rank_up_bwd", 8 * dy.element_size(), R, dy.device)

@@ -3,7 +3,7 @@
 Shapes   parts (J, P, Q) fp32, out (P, Q); t (P, Q) with the derivative, bias (Q).
 Maths    v = s Σ_j parts[j] + bias, j ascending: the same bits every time
          out = v;  out and h = drop(f(v));  or out = drop(v) f'(t)
-Traffic  reads J P Q of fp32, writes P Q: what the first stage wrote, mostly still in the L2 cache.
+Traffic  reads J P Q of fp32, writes P Q. The parts are mostly still in the L2 cache.
 """
 
 import triton
@@ -81,7 +81,7 @@ def reduce_parts(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> None:
-    """Write the sum over the first dim of ``parts`` to ``out``, with the epilogue asked for:
+    """Write the sum over the first dim of ``parts`` to ``out``, with an optional epilogue:
     ``h`` receives drop(f(out)); ``t`` multiplies by f'(t) after the mask."""
     J, P, Q = parts.shape
     if out.numel() == 0:
@@ -105,7 +105,7 @@ def reduce_pair_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, J, BLOCK_J):
-        # BLOCK_J loads under way at a time: one after another they would wait for each other
+        # BLOCK_J loads at a time: single loads would each wait for the one before
         j = start + tl.arange(0, BLOCK_J)
         place = parts_ptr + j.to(tl.int64)[:, None] * (2 * N) + offs[None, :]
         inside = (j < J)[:, None] & (offs < 2 * N)[None, :]

@@ -1,10 +1,10 @@
-"""A frozen GEMM whose K loop ends in the rank tail (docs/maths.md#i2): no extra pass over the
-output.
+"""A frozen GEMM that adds the rank update after its K loop, as a rank tail (docs/maths.md#i2): no
+extra pass over the output.
 
 Shapes   x (M, K), w (K, N) of any strides (Wᵀ forward, W for dx), s (M, R), u (R, N) of any strides
          (Bᵀ forward, A for dx), bias (N), y (M, N); u may be fp32 beside a 16-bit x.
 Maths    y = x w + bias + drop(scale s u), fp32 accumulation
-Traffic  reads M K + K N + (M + N) R, writes M N: the GEMM's own and R / K of it; the accumulate
+Traffic  reads M K + K N + (M + N) R, writes M N: R / K more than the GEMM alone. The accumulate
          plan reads and writes y once more, 2 M N.
 Flops    2 M N (K + R). Two variants: pointers (every GPU), and tensor descriptors in a persistent
          loop (sm_90 up): bulk copies, no warp specialisation, tiles in groups for the L2 cache.
@@ -20,7 +20,7 @@ from pelt_fast.kernels.config import cdiv, padded, pick, processors
 from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 
-GROUP_M = 8  # row tiles whose column tiles run side by side: w and x from the L2 cache
+GROUP_M = 8  # row tiles whose column tiles run at the same time: w and x from the L2 cache
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def rank_tail(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + drop(scale s u) + bias. Without a mask the tail rides on acc itself."""
+    """acc + drop(scale s u) + bias. Without a mask the product accumulates into acc."""
     offs_n = first_n + tl.arange(0, BLOCK_N)
     scale = tl.cast(scale, tl.float32)
     tail = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if DROP else acc
@@ -188,7 +188,7 @@ def tail_gemm_descriptor_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # TRANSPOSED: w lies in memory as (N, K)
+    # TRANSPOSED: w is stored as (N, K)
     x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
     if TRANSPOSED:
         w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_w, 1], [BLOCK_N, BLOCK_K])
@@ -214,8 +214,8 @@ def tail_gemm_descriptor_kernel(
 
 
 def can_use_descriptors(*tensors: Tensor) -> bool:
-    """Whether every matrix can be described to the copy engine: rows of 16 bytes' multiples that
-    start on 16 bytes, last dim contiguous, and a block's worth of elements."""
+    """Whether every matrix can have a tensor descriptor: rows start on 16 bytes, their length is a
+    multiple of 16 bytes, the last dim is contiguous, and there are enough elements for a block."""
     return all(
         t.stride(-1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
         and min(t.shape) >= 16
@@ -238,7 +238,7 @@ def tail_gemm(
 ) -> Tensor:
     """Return x w + bias + drop(scale s u): x (M, K), w (K, N), s (M, R), u (R, N).
 
-    ``descriptors`` asks for the persistent variant; tensors it cannot take run the other.
+    ``descriptors`` selects the persistent variant; tensors that it cannot take run the other one.
     """
     (M, K), N, R = x.shape, w.shape[1], s.shape[1]
     y = x.new_empty(M, N)

@@ -1,9 +1,9 @@
-"""Tiles of every kernel: kernel x architecture x class, frozen data with the reason beside it.
+"""Tiles of every kernel: kernel x architecture x class, frozen data, each row with its reason.
 
 ``config.pick`` takes the row of the device's own architecture, else that of "any", which fits the
-shared memory of every GPU named here (64 KiB on gfx942). Rows marked *unmeasured* are reasoned from
-bytes in flight and registers; ``make gpu PART=tune`` measures candidates and writes the rows that
-win to ``tuned.py``, which is read first.
+shared memory of every GPU named here (64 KiB on gfx942). Rows marked *unmeasured* are estimates
+from bytes in flight and registers. ``make gpu PART=tune`` measures candidates and writes the
+fastest rows to ``tuned.py``, which is read first.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ HALF, SINGLE = 16, 32  # bits of an element
 
 @dataclass(frozen=True)
 class Tile:
-    """Blocks of one program, its warps and its pipeline depth; 0 where a kernel has no such dim.
+    """Blocks of one program, its warps and its pipeline depth; 0 if a kernel has no such dim.
 
-    ``programs`` a processor is what ``config.split`` aims at, where a kernel splits its loop.
+    ``programs`` is the number a processor that ``config.split`` aims at, if a kernel splits its
+    loop.
     """
 
     block_m: int
@@ -79,7 +80,7 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
                 "below 64 rows a dot: from there sm_100 takes tf32 (docs/facts.md); unmeasured"),
         ),
     },
-    "rank_down_norm": {  # a LayerNorm in front: mean, deviation, weight and bias beside the tile
+    "rank_down_norm": {  # a LayerNorm before: mean, deviation, weight and bias beside the tile
         "any": (
             Row(HALF, 128, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=2),
                 "as rank_down; unmeasured"),
@@ -195,7 +196,7 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
                 "96 KiB in flight; unmeasured"),
         ),
     },
-    "tail_gemm_masked": {  # the tail has an accumulator of its own
+    "tail_gemm_masked": {  # the tail has its own accumulator
         "any": (
             Row(HALF, MAX_RANK, Tile(128, 64, 32, 32, num_warps=8, num_stages=2),
                 "fits 64 KiB, no spills; unmeasured"),

@@ -1,12 +1,12 @@
 """The two-segment activation of a widened FFN, forward and backward, one elementwise pass each.
 
 Shapes   pre (M, W): pre-activations [gate |] in | down [| padding], F, F, R columns and the rest;
-         act (M, F + R [+ padding]), which may be pre's own columns from ``in`` on;
+         act (M, F + R [+ padding]), which may be the columns of pre from ``in`` on;
          d_pre (M, W); h (M, R). F = 0 leaves the bottleneck alone.
 Maths    forward   act[:, :F] = drop_a(φ(Z)) or drop_a(φ(G) Z);  act[:, F:] = H = drop(f(T)), 0
          backward  d_pre holds dA in the columns of ``in`` and dH in those of ``down``; in place
                    dZ = drop_a(dA) φ'(Z), or dZ = drop_a(dA) φ(G) and dG = drop_a(dA) Z φ'(G);
-                   dT = s drop(dH) f'(T);  padding = 0;  and H again where asked for
+                   dT = s drop(dH) f'(T);  padding = 0;  and H again on request
 Traffic  forward   reads M (F + R) (gated 2F + R), writes M (F + R)
          backward  reads M 2 (F + R) (gated 3F + 2R), writes M (F + R) (gated 2F + R), M R for H
          at 16 bytes a thread and access. Integer work of the masks: see ``common``.
@@ -49,7 +49,7 @@ def widened_act_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # a program is wholly in one segment; where act is pre, it reads what it writes before
+    # a program is in one segment; if act is pre, it reads each element before it writes it
     tiles_f = tl.cdiv(F, BLOCK_N)
     tiles = tiles_f + tl.cdiv(R + padding, BLOCK_N)
     rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,7 +159,7 @@ def widened_act_bwd_kernel(
             if DROP_H:
                 keep = keep_tile(seed_h_ptr, rows, first, R, threshold_h, ALIGNED_H, BLOCK_N)
                 dt = tl.where(keep, dt * kept, 0.0)
-            # columns past R are loaded as 0 and written so: the padding of the packed rows
+            # columns past R are loaded and written as 0: the padding of the packed rows
             inside = (rows < M)[:, None] & (columns < R + padding)
             tl.store(d_pre + start + columns, dt.to(low), mask=inside)
         if HAS_H:

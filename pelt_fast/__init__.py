@@ -115,7 +115,7 @@ def __dir__() -> list[str]:
 
 
 def _check_environment() -> None:
-    """Check a backend that the environment asks for at once, not when the first op runs."""
+    """Check the backend of the environment variable at once, not when the first op runs."""
     if os.environ.get("PELT_FAST_BACKEND", "auto") != "auto":
         importlib.import_module(f"pelt_fast.{_HOME['backend']}")
 

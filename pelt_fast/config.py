@@ -53,7 +53,7 @@ _READS: dict[tuple[str, str] | None, tuple[str, ...]] = {
     ("heads", "parallel"): ("input", "query"),
     ("ffn", "parallel"): ("input", "residual"),
 }
-# why a point has no meaning, the first that applies
+# why a point has no meaning; the first reason that applies
 _REASONS = (
     (lambda m: m.composition == "gated", "a gate is the softmax mass of a prefix's own keys"),
     (lambda m: m.form == "low_rank" and m.insertion == "sequential",
@@ -73,7 +73,7 @@ _REASONS = (
 class Modification:
     """One modification of the frozen model: a point of the paper's design space (Table 1).
 
-    Where libraries differ, "default" is what the paper's code does (but for ``reads`` on heads).
+    Where libraries differ, the default is that of the paper's code (except ``reads`` on heads).
 
     Args:
         form: the functional form. "low_rank" (LoRA), "bottleneck" (adapter; on "heads" one for each
@@ -88,11 +88,11 @@ class Modification:
         scale: s.
         activation: f of a bottleneck: "identity", "relu", "gelu", "gelu_tanh", "silu" or "tanh".
         init: "lora" (Kaiming down, zero up) or "bert" (normal 0.02).
-        dropout: the probability on a LoRA's input or an adapter's bottleneck, in [0, 1). In an
-            attention function (a prefix, what reads the query) the attention's own acts instead.
+        dropout: the probability on a LoRA's input or an adapter's bottleneck, in [0, 1). For a
+            prefix, and a bottleneck that reads the query, the attention's own dropout acts instead.
         layer_norm: of an adapter: "none", "in" or "out".
         where: which attentions and stacks: "encoder", "decoder", "cross". A prompt goes to the
-            first stack there is.
+            model's first stack.
         reparameterization: of a prefix: "mlp" (embedding, Linear, Tanh, Linear) or "none".
         mlp_dim: the hidden width of that MLP.
         reads: of a parallel FFN adapter "input" (the block's) or "residual" (the stream before a
@@ -151,7 +151,7 @@ class Modification:
         self._check_layers()
 
     def _check_point(self) -> None:
-        """Refuse a point of the grid without meaning, with the nearest one that has one."""
+        """Refuse a point of the grid without meaning, and name the nearest point with a meaning."""
         point = _described(self.insertion, self.form, self.target, self.composition)
         if self.composition not in GRID.get((self.form, self.target), {}).get(self.insertion, ()):
             reasons = [reason for applies, reason in _REASONS if applies(self)]
@@ -228,7 +228,7 @@ class Modification:
         object.__setattr__(self, "layers", tuple(sorted(layers)))
 
     def meets(self, other: "Modification") -> bool:
-        """Whether some layer carries both, were they on one place of it."""
+        """Whether at least one layer has both, if they are on the same place."""
         if self.layers is None or other.layers is None:
             return True
         return not set(self.layers).isdisjoint(other.layers)
@@ -244,7 +244,7 @@ def _one_of(name: str, value: object, options: tuple[object, ...]) -> None:
 
 
 def _check_together(m: Modification, other: Modification) -> None:
-    """ValueError where one place would carry two modifications that it can only carry one of."""
+    """ValueError if two modifications are on one place that can have only one of them."""
     kinds = [kind for kind in m.where if kind in other.where]
     if not kinds or not m.meets(other):
         return
@@ -311,8 +311,8 @@ class PeltConfig:
         return dataclasses.replace(self, modifications=tuple(modifications))
 
     def as_dict(self) -> dict:
-        """The config as plain data. ``layers`` is there where it says something, so that what was
-        written before it was a field is still the same."""
+        """The config as plain data. ``layers`` is left out if it is None, as in files from before
+        this field existed."""
         raw = dataclasses.asdict(self)
         for m in raw["modifications"]:
             if m["layers"] is None:

@@ -1,4 +1,4 @@
-"""Names of earlier versions: each still works, and says once which name took its place."""
+"""Names of earlier versions: each still works, and warns once with the new name."""
 
 import functools
 import sys
@@ -22,10 +22,10 @@ RENAMED = {
 
 
 def warn(old: str, new: str) -> None:
-    """Warn that ``old`` is called ``new`` now, at the line of the user's that names it.
+    """Warn that ``old`` is called ``new`` now, at the user's line that has the name.
 
-    ``from pelt_fast import old`` asks twice, first for importlib and then for the user: only the
-    second warns.
+    ``from pelt_fast import old`` looks up the name twice, first for importlib and then for the
+    user. Only the second look-up warns.
     """
     if sys._getframe(2).f_globals.get("__name__") == "importlib._bootstrap":
         return
@@ -35,7 +35,7 @@ def warn(old: str, new: str) -> None:
 def renamed_keyword(
     old: str, new: str
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Decorator: the keyword argument ``old`` of a function stands for ``new``, with a warning.
+    """Decorator: the keyword argument ``old`` of a function means ``new``, with a warning.
 
     Raises TypeError when both are given.
     """

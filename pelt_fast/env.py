@@ -11,7 +11,7 @@ def strict() -> bool:
 
 
 def backend() -> str:
-    """``PELT_FAST_BACKEND`` (default auto): what the ops of a thread run that chose nothing."""
+    """``PELT_FAST_BACKEND`` (default auto): the backend of threads that choose none."""
     return os.environ.get("PELT_FAST_BACKEND", "auto")
 
 

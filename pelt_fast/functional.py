@@ -1,9 +1,9 @@
 """The public functions, one for each op. Importing them needs torch alone.
 
-Activations may have any leading dims; M is their product. Trainable weights may be fp32 beside bf16
-or fp16 activations: they are cast, never the activation, and their gradients come back in fp32.
-Frozen weights have the activation's dtype. Under autocast the activations and frozen weights of a
-layer follow it, as ``F.linear``'s do; inside an op it is off.
+Activations may have any leading dims; M is their product. Trainable weights may be fp32 with bf16
+or fp16 activations: the weights are cast, never the activation, and their gradients are fp32.
+Frozen weights have the activation's dtype. Autocast casts the activations and frozen weights of a
+layer, as for ``F.linear``; inside an op it is off.
 """
 
 from pelt_fast.ops.adapter.api import parallel_adapter, sequential_adapter

@@ -29,7 +29,7 @@ def _mam(name: str, prefix: int, bottleneck: int, scale: float) -> PeltConfig:
     return PeltConfig(name, (_prefix(prefix), ffn))
 
 
-# the paper's code gives the adapters of an attention a LayerNorm, its scripts none to the FFN's
+# the paper's code gives attention adapters a LayerNorm; its scripts give FFN adapters none
 _SEQUENTIAL: dict[str, Any] = dict(insertion="sequential", init="bert")
 _PARALLEL_ATTENTION: dict[str, Any] = dict(insertion="parallel", init="bert", layer_norm="in")
 _PARALLEL: dict[str, Any] = dict(insertion="parallel", init="bert")
@@ -111,7 +111,7 @@ def methods() -> dict[str, PeltConfig]:
 
 
 def method(name: str) -> PeltConfig:
-    """The preset ``name``; ValueError lists them when there is none."""
+    """The preset ``name``; ValueError lists the known ones."""
     presets = methods()
     if name not in presets:
         raise ValueError(f"unknown method {name!r}: choose {', '.join(presets)}")

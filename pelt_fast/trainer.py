@@ -1,4 +1,4 @@
-"""The earlier place of ``pelt_fast.integrations.trainer``."""
+"""The old name of ``pelt_fast.integrations.trainer``."""
 
 from pelt_fast import deprecated
 

@@ -103,7 +103,7 @@ def candidates(table: str) -> list[Tile]:
 
 
 def variants(table: str, tile: Tile) -> list[Tile]:
-    """What is timed of a tile that is compiled."""
+    """The variants of a compiled tile that are timed."""
     return [replace(tile, programs=n) for n in PROGRAMS] if table in SPLIT else [tile]
 
 
@@ -139,6 +139,5 @@ def limit_of(table: str, size: int, device: torch.device) -> int:
 
 
 def name_of(case: KernelCase, tile: Tile | None) -> str:
-    """What a case under a tile is called in the report of the compilations; None: the present
-    row."""
+    """The name of a case under a tile in the report of the compilations; None: the present row."""
     return f"{case.kernel} {case.name} {tile or 'present row'}"

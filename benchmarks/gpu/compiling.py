@@ -1,6 +1,6 @@
 """Compile what tuning will time, in many processes at once, into Triton's cache on disk.
 
-Each process takes every N-th case under a tile, runs it once, and writes what became of it: what
+Each process takes every N-th case under a tile, runs it once, and writes the outcome. A case that
 ended a process is not run again. ``python -m benchmarks.gpu.compiling I N UNTIL FILE``.
 """
 
@@ -33,8 +33,7 @@ Work = Iterator[tuple[str, Callable[[], object]]]
 
 
 def work(device: torch.device, sizes: Sizes, dtype=torch.bfloat16) -> Work:
-    """Everything there is to compile, the most important first; each is run before the next is
-    made."""
+    """Everything to compile, the most important first. Each case is run before the next is made."""
     for table in FAMILY:
         for case in cases_of(table, device, sizes, dtype):
             for tile in (None, *candidates(table)):
@@ -74,7 +73,7 @@ def _write(lines, name: str, outcome: str) -> None:
 
 
 def _outcome(function: Callable[[], object]) -> str:
-    """COMPILED, or why not. A lost context ends the process: all that follows would fail."""
+    """COMPILED, or why not. A lost context ends the process: every later case would fail."""
     try:
         function()
         if torch.cuda.is_available():
@@ -122,7 +121,7 @@ class Compilation:
         self.folder.cleanup()
 
     def _share(self, index: int) -> str:
-        """One share, started again after what ended its process; what the last process said."""
+        """Run one share; restart it after a case that ended its process. Return the last output."""
         file, before, said = self.files[index], -1, ""
         options = (str(index), str(self.count), str(self.until), str(file))
         while time.time() < self.until and len(outcomes([file])) > before:

@@ -1,4 +1,4 @@
-"""DRAM bytes of each op: those that the GPU counts (ncu), and those that this project counts.
+"""DRAM bytes of each op: the count of the GPU (ncu) and the count of this project.
 
 Needs Nsight Compute on the path and the right to read counters; says which is missing.
 """

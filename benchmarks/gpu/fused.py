@@ -1,4 +1,4 @@
-"""Up to which rank a kernel of ours beats what the library does in its place, as the ops run it."""
+"""The largest rank at which our kernel beats the library, as the ops run both."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -59,9 +59,9 @@ def at_rank(device: torch.device, sizes: Sizes, dtype, rank: int) -> dict[str, P
 
 
 def limit(ratios: dict[int, float], most: int) -> int:
-    """The largest rank at which ours wins, of rank -> our time to the library's. Between a rank
-    that wins and one that loses, where the line through the logarithms crosses 1. ``most``: the
-    kernel's own limit, where ours wins at every rank."""
+    """The largest rank at which ours is faster, from rank -> our time to the library's. Between a
+    faster and a slower rank, it is the rank at which the line through the logarithms crosses 1.
+    ``most``: the kernel's own limit, if ours is faster at every rank."""
     won, before = 0, None
     for rank, ratio in sorted(ratios.items()):
         if ratio > 1.0:

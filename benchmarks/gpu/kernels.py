@@ -21,7 +21,7 @@ def wrong(case: KernelCase, seed: Tensor) -> str | None:
 
 
 def off(outputs: Iterable[Tensor], wanted: Iterable[Tensor]) -> str | None:
-    """The first output that is too far from what is wanted, or None."""
+    """The first output that is too far from the expected one, or None."""
     for i, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
         size = want.float().abs().max().clamp_min(1e-6)
         error = ((got.float() - want.float()).abs().max() / size).item()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 FLUSH = 256 << 20  # bytes written before each run: several times an L2 cache
-FLUSH_MS = 0.07  # about what that takes
+FLUSH_MS = 0.07  # about the time of that write
 REPLAYS = 5
 REPLAY_MS = 4.0  # of one replay, so that a measurement takes less than 60 ms
 COUNTS = (40, 20, 10, 5, 2)  # runs in one graph
@@ -17,9 +17,9 @@ COUNTS = (40, 20, 10, 5, 2)  # runs in one graph
 def milliseconds(
     function: Callable[[], object], device: torch.device
 ) -> tuple[float, float, float]:
-    """Median, low and high of the device's own time of ``function``: neither the host's work for
-    the launches nor a warm L2 cache is in it. What cannot be captured is timed as
-    :func:`eager_milliseconds` does."""
+    """Median, low and high of the device's own time of ``function``, without the host's work for
+    the launches and with a cold L2 cache. A function that cannot be captured is timed by
+    :func:`eager_milliseconds`."""
     if device.type != "cuda":
         return eager_milliseconds(function, device)
     cold = _cold(torch.cuda.current_device())
@@ -33,7 +33,7 @@ def milliseconds(
 
 
 class Cold:
-    """CUDA graphs of runs that start with a cold L2 cache, and of what clears it alone.
+    """CUDA graphs of runs that start with a cold L2 cache, and graphs that only clear the cache.
 
     Both are replayed, and the difference is the time of the runs. One stream and one memory pool
     serve every capture: the graphs of ``alone`` keep the pool.
@@ -87,7 +87,7 @@ class Cold:
         return graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
-        """Milliseconds of one replay, queued behind work, so that the host is out of it."""
+        """Milliseconds of one replay, queued after other work, without the host's time."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.stream):
             self.buffer.fill_(1)
@@ -106,8 +106,8 @@ def _cold(index: int) -> Cold:
 def eager_milliseconds(
     function: Callable[[], object], device: torch.device
 ) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % quantile of ``function`` launched from Python, the host's work for
-    short kernels in it; the L2 cache is cleared before each run."""
+    """Median, 20 % and 80 % quantile of ``function`` launched from Python. For short kernels this
+    includes the host's work. The L2 cache is cleared before each run."""
     if device.type == "cuda":
         from triton.testing import do_bench
 

@@ -1,4 +1,4 @@
-"""The tables of kernels/tuned.py while they are measured: in use at once, and written as a file."""
+"""The tables of kernels/tuned.py during tuning: used at once, and written as a file."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def _copies() -> dict[str, dict]:
 
 @dataclass
 class Tables:
-    """Every table by its name; at first what tuned.py has."""
+    """Every table by its name; at first the tables of tuned.py."""
 
     tables: dict[str, dict] = field(default_factory=_copies)
 
@@ -39,7 +39,7 @@ class Tables:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, the kernels read these tables."""
+        """Context: the kernels read these tables."""
         before = {name: getattr(tuned, name) for name in TYPES}
         try:
             self._put(self.tables)

@@ -17,8 +17,8 @@ from benchmarks.common import REPOSITORY
 from .record import Record
 from .reporter import LOST, VARIABLE
 
-WORKERS = 14  # processes: what takes the time is compiling
-SLOW = "test_op_compiles_without_a_graph_break"  # torch.compile: last, where time may run out
+WORKERS = 14  # processes: compiling takes most of the time
+SLOW = "test_op_compiles_without_a_graph_break"  # torch.compile: last, it may not fit
 
 
 def environment() -> dict[str, str]:
@@ -59,10 +59,10 @@ class Worker:
             )  # fmt: skip
 
     def reports(self) -> list[dict]:
-        """What is known so far."""
+        """The reports so far."""
         if not self.lines.exists():
             return []
-        whole, _, _ = self.lines.read_text().rpartition("\n")  # a line may be being written
+        whole, _, _ = self.lines.read_text().rpartition("\n")  # a line may be incomplete
         return [json.loads(line) for line in whole.splitlines()]
 
     def waiting(self) -> list[str]:
@@ -123,7 +123,7 @@ def _watch(record: Record, workers: list[Worker]) -> list[dict]:
 
 
 def _keep(record: Record, workers: list[Worker]) -> None:
-    """Write new misses to the result file: it is all that stays of a run that is ended."""
+    """Write new misses to the result file: an ended run leaves only this file."""
     known = {entry["test"] for entry in record.entries}
     for report in (report for worker in workers for report in worker.reports()):
         if report["outcome"] == "failed" and report["test"] not in known:
@@ -131,7 +131,7 @@ def _keep(record: Record, workers: list[Worker]) -> None:
 
 
 def _check(record: Record, device: torch.device) -> str | None:
-    """What ``pelt-fast check`` says is wrong, or None."""
+    """The errors that ``pelt-fast check`` reports, or None."""
     command = [sys.executable, "-m", "pelt_fast", "check", "--device", device.type]
     ran = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
     misses = [line for line in ran.stdout.splitlines() if line.startswith("MISS")]

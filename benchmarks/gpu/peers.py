@@ -21,7 +21,7 @@ PLANS = (
 
 
 def run(record: Record, device: torch.device, plans: tuple[layer.Plan, ...] = PLANS) -> int:
-    """Run the most important first; list what does not fit in the time."""
+    """Run the most important first; list the rest if the time is over."""
     for plan in plans:
         setting = replace(plan.setting, device=device.type)
         layer.run(replace(plan, setting=setting), record, progress=False)

@@ -32,7 +32,7 @@ def models_by_file() -> list[tuple[dict, str]]:
 
 
 def proof() -> str:
-    """What every run of the numerics and of the sanitizer found, oldest first."""
+    """The results of every run of the numerics and of the sanitizer, oldest first."""
     lines = []
     for result in reversed(_results("numerics")):
         missed = sorted({e["test"].split("::")[1].split("[")[0] for e in result["entries"]})

@@ -42,7 +42,7 @@ def run(record: Record, device: torch.device) -> int:
 
 
 def _one(record: Record, program: str, tool: str, family: str) -> dict:
-    """What one tool says of one family; without ``exit`` where the time was over."""
+    """The report of one tool on one family; without ``exit`` if the time was over."""
     about, left = dict(tool=tool, family=family), record.seconds_left
     if left <= 0:
         return about

@@ -1,10 +1,11 @@
-"""Measure candidate tiles of every kernel, up to which rank a kernel beats the library, the LoRA
-plans and the context kernels; write what wins to kernels/tuned.py (and next to the result file), so
-that one run puts it in use.
+"""Measure candidate tiles of every kernel, the largest rank at which a kernel beats the library,
+the LoRA plans and the context kernels. Write the fastest to kernels/tuned.py (and next to the
+result file), so that one run puts them in use.
 
 All candidates are compiled first, in many processes. Then each is checked and timed on every case
-that reads its row. The winner has the smallest sum of time to present time, over those cases; it
-wins when that is less by 2 % or more, and so do a plan and a library's kernel.
+that reads its row. The best candidate has the smallest sum of ratios to the present time over
+those cases. It replaces the present row if it is faster by 2 % or more. The same rule holds for
+plans and library kernels.
 """
 
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ class Tuning:
         return self.compilation is None or self.compilation.usable(name_of(case, tile))
 
     def has_time(self) -> bool:
-        """Whether there is time for one more candidate, and for what follows the tiles."""
+        """Whether there is time for one more candidate, and for the steps after the tiles."""
         seconds = self.record.seconds
         return seconds is None or self.record.seconds_left > KEPT * seconds
 
@@ -85,7 +86,7 @@ class Tuning:
                 if isinstance(found[tile], str) or found[tile] > HOPELESS * present:
                     break
         name = f"{case.kernel} {case.name}"
-        # the clocks of a GPU that waited are low
+        # a GPU that waited has low clocks
         present = min(present, milliseconds(case.ours, self.device)[0])
         tried = [[{k: v for k, v in asdict(t).items() if v}, told] for t, told in found.items()]
         self.record.add(kernel=kernel, case=name, milliseconds=present, tried=tried)
@@ -95,7 +96,7 @@ class Tuning:
         return Timed(name, size_of(case, self.sizes), present, times)
 
     def time_tile(self, kernel: str, case: KernelCase, tile: Tile, want: tuple) -> float | str:
-        """Milliseconds of a case under a tile, or what is wrong."""
+        """Milliseconds of a case under a tile, or the error."""
         try:
             with config.forced(kernel, tile):
                 case.ours()  # the second launch is judged: the first one is Triton's own
@@ -264,7 +265,7 @@ def alive(tuning: Tuning) -> bool:
 
 
 def compared(device, sizes: Layers | None = None) -> Iterator[tuple[Layer, list[Forced]]]:
-    """The layers that decide a table, and what is compared on each."""
+    """The layers that decide a table, and the candidates on each."""
     for layer in layers(device, sizes or Layers()):
         forced = [p for p in layer.providers.values() if isinstance(p, Forced)]
         if forced and "p=0.1" not in layer.name and "causal" not in layer.name:
@@ -299,7 +300,7 @@ def time_layers(record: Record, device, sizes: Layers | None = None) -> Iterator
                 return
             try:
                 taken = graph_milliseconds(step(layer, provider, x, dy), device)
-            except Exception:  # a kernel that is not there is not chosen
+            except Exception:  # a missing kernel is not chosen
                 taken = None
             record.add(layer=layer.name, answer=provider.answer, milliseconds=taken)
             if taken is not None:

@@ -24,7 +24,7 @@ QUICK = ("frozen", "full", "pelt_fast", "plain", "peft", "concatenation")
 
 
 def chosen(names: list[str] | None) -> list[str]:
-    """The peers asked for, the frozen floor always among them; ValueError lists what exists."""
+    """The requested peers, always with the frozen floor; ValueError lists the known ones."""
     names = list(PEERS) if names is None else names
     for name in names:
         if name not in PEERS:

@@ -16,7 +16,7 @@ from pelt_fast.modules.packing import Packing, Packings
 NAME = "pelt_fast"
 LORA_PLANS = ("accumulate", "tail", "tail_descriptor")
 CONTEXTS = ("flash", "cudnn")
-OPS = ("low_rank", "bottleneck", "prefix")  # forms that run an op of ours
+OPS = ("low_rank", "bottleneck", "prefix")  # forms that run one of our ops
 
 
 def layer(problem: Problem) -> Iterator[Provider]:

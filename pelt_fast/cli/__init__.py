@@ -1,4 +1,4 @@
-"""The ``pelt-fast`` command: one file a subcommand. Only the one that was asked for is imported."""
+"""The ``pelt-fast`` command: one file for each subcommand. Only the requested one is imported."""
 
 import argparse
 import importlib
@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command line.
 
     Args:
-        arguments: what stands after ``pelt-fast``; None reads ``sys.argv``.
+        arguments: the arguments after ``pelt-fast``; None reads ``sys.argv``.
 
     Returns:
         The exit status: 0 done, 1 a check failed, 2 bad input, 130 stopped by the user.

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run ``python -m benchmarks.bench`` of the checkout in a process; returns its exit status.
 
-    Raises RuntimeError where the package is installed without the checkout.
+    Raises RuntimeError if the package is installed without the checkout.
     """
     if not (_CHECKOUT / "benchmarks" / "bench.py").exists():
         raise RuntimeError(

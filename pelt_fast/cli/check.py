@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _compared(case: testing.Case, device: str) -> Iterator[dict]:
     """The result of a case on each backend and in each dtype."""
-    # on a GPU "auto" runs the kernels; on a CPU they run interpreted, when that is asked for
+    # on a GPU "auto" runs the kernels; on a CPU they run interpreted, on request
     interpreted = device == "cpu" and env.interpret()
     for backend in ("reference", "auto", "triton") if interpreted else ("reference", "auto"):
         if testing.has_its_own_mask(case, backend, device):

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from pelt_fast.presets import method
     from pelt_fast.tasks.pretrained import from_pretrained
 
-    method(options.method)  # an unknown name is said before anything is loaded
+    method(options.method)  # an unknown name is reported before anything is loaded
     config = from_pretrained(AutoConfig, options.model)
     with torch.device("meta"):
         model = AutoModel.from_config(config)

@@ -1,4 +1,4 @@
-"""Run a table of the paper: every method, seed by seed; what is done is skipped."""
+"""Run a table of the paper: every method, seed by seed. Finished runs are skipped."""
 
 import argparse
 from pathlib import Path
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what is missing, print the table."""
+    """Run the missing runs, print the table."""
     from pelt_fast.tasks import study
     from pelt_fast.tasks.bottlenecks import bottlenecks
     from pelt_fast.tasks.tables import table_rows, text

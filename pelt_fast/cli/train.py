@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
-    """The recipe that the options ask for. Raises ValueError for what is unknown or wrong."""
+    """The recipe that the options select. Raises ValueError for an unknown name or wrong value."""
     if options.task is not None:
         task_of(options.task)
     name = options.recipe or options.task or ("classification" if options.data else None)

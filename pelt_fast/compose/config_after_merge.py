@@ -1,8 +1,8 @@
-"""A config that describes what a merge made, so that it is saved and loaded as a plain model.
+"""A config that describes a merged model, so that it is saved and loaded as a plain model.
 
 A folded adapter leaves biases where there were none; a widened block has another width. The fields
-of the config are tried one after the other. A change is kept when the weights of a fresh model then
-differ less from the weights that are there.
+of the config are tried one after the other. A change is kept if the weights of a fresh model then
+differ less from the model's weights.
 """
 
 import copy
@@ -57,11 +57,11 @@ def _fresh(model: nn.Module, config: PreTrainedConfig) -> dict[str, tuple]:
 
 
 def _misfits(model: nn.Module, present: dict[str, tuple], config: PreTrainedConfig) -> set[str]:
-    """The weights whose shape in a fresh model of this config is another one; all of them where no
-    model can be made."""
+    """The weights whose shape differs in a fresh model of this config; all weights if no model can
+    be made."""
     try:
         fresh = _fresh(model, config)
-    except Exception:  # whatever a model's own code raises on a config it cannot take
+    except Exception:  # a model's own code may raise any error on an unsuitable config
         return set(present)
     names = present.keys() | fresh.keys()
     differ = {name for name in names if present.get(name) != fresh.get(name)}
@@ -112,7 +112,7 @@ def _fill_biases(model: nn.Module, names: set[str]) -> None:
 
 def _replace_config(model: nn.Module, changes: list[Change]) -> None:
     """Give every module of the model the changed config. It is a copy, because another model may
-    hold the object that was there."""
+    hold the old object."""
     memo = {id(model.config): _changed(model.config, changes)}
     for module in model.modules():
         for name, value in list(vars(module).items()):

@@ -1,4 +1,4 @@
-"""merge and unmerge: fold what is linear into the base's own weights.
+"""merge and unmerge: fold linear updates into the base's own weights.
 
 LoRA         W <- W + s B A                                    (paper, equation 6; docs/maths.md#i2)
 adapter      without activation, after a projection: W <- W + s U D W, b <- b + s (U (D b + d) + u)
@@ -36,9 +36,9 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
         model: a model with a method, or a wrapper of one.
         widen_ffn: also fold parallel adapters whose activation is the block's own, into a wider
             block.
-        keep_base: keep a copy of what is overwritten. False keeps none, so that unmerge refuses.
-            When every site was folded, the model is then a plain one, whose config says its biases
-            and widths: what save_pretrained writes loads as the same model.
+        keep_base: keep a copy of the overwritten weights. With False, unmerge is not possible. If
+            every site was folded, the model is then a plain one. Its config describes its biases
+            and widths, so that save_pretrained and from_pretrained give the same model.
 
     Returns:
         ``model``.
@@ -57,7 +57,7 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
     folded = _sites_to_fold(model, injection, widen_ffn)
     before: list[Overwritten] = []
     with torch.no_grad():
-        for site in folded:  # in the order they run: an adapter folds into what its LoRA made
+        for site in folded:  # in the order they run: LoRA first, then an adapter
             before += [set_parameter(*written) for written in folded_values(site)]
     if len(folded) == len(injection.sites) and not keep_base:
         _make_plain(model, injection, before)
@@ -70,7 +70,7 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Take :func:`merge` back: the base's weights bit for bit, and every site at work again.
+    """Undo :func:`merge`: the base has its weights again, bit for bit, and every site runs again.
 
     Args:
         model: a merged model, or a wrapper of one.

@@ -22,7 +22,7 @@ _KEYS = ("prefix", "prompt")  # forms that add keys to an attention
 
 @dataclasses.dataclass
 class Kept:
-    """A method that is not at work. ``trained``: its tensors as they train. ``plain``: the same
+    """A method that is not active. ``trained``: its tensors as they train. ``plain``: the same
     method with prefixes folded and its scale in the second factors."""
 
     config: PeltConfig

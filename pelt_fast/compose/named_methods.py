@@ -1,7 +1,7 @@
-"""Several named methods in one model: one of them at work, or a weighted sum of them.
+"""Several named methods in one model: one of them is active, or a weighted sum of them.
 
-A sum costs one fused site of the whole rank (``method_sum``). A change of weights, or to another
-method with an equal config, writes into the tensors that are there: nothing is compiled again.
+A sum costs one fused site of the whole rank (``method_sum``). New weights, or another method with
+an equal config, are written into the existing tensors: nothing is compiled again.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ class _Target:
 
 
 class NamedMethods(Follower):
-    """The named methods of one model, and the weights of those at work. It is a child of the model,
-    so that it is copied, pickled, moved and cast with it."""
+    """The named methods of one model, and the weights of the active ones. It is a child of the
+    model, so that it is copied, pickled, moved and cast with the model."""
 
     def __init__(self, layout: Layout | None, pack: bool):
         super().__init__()
@@ -61,12 +61,12 @@ class NamedMethods(Follower):
 
     @property
     def single(self) -> str | None:
-        """The name of the one method at work; None when it is a sum."""
+        """The name of the one active method; None if a sum is active."""
         return single_of(self.weights)
 
 
 def single_of(weights: dict[str, float]) -> str | None:
-    """The one name, at weight 1; None of a sum."""
+    """The one name with weight 1; None for a sum."""
     return next(iter(weights)) if list(weights.values()) == [1] else None
 
 
@@ -78,10 +78,10 @@ def inject_named(
     layout: Layout | None = None,
     pack: bool = True,
 ) -> nn.Module:
-    """Put several methods into a model, each under a name. The first one is at work.
+    """Put several methods into a model, each under a name. The first one is active.
 
-    :func:`set_active` chooses another one, or a weighted sum. :func:`pelt_fast.save` writes what is
-    at work; :func:`pelt_fast.eject` takes out all of them.
+    :func:`set_active` chooses another one, or a weighted sum. :func:`pelt_fast.save` writes the
+    active method; :func:`pelt_fast.eject` takes out all of them.
 
     Args:
         model: as for :func:`pelt_fast.inject`.
@@ -127,7 +127,7 @@ def inject_named(
 
 
 def active(model: nn.Module) -> dict[str, float]:
-    """The named methods that are at work.
+    """The active named methods.
 
     Args:
         model: a model that :func:`inject_named` was called on.
@@ -145,12 +145,12 @@ def active(model: nn.Module) -> dict[str, float]:
 
 
 def set_active(model: nn.Module, weights: str | dict[str, float]) -> nn.Module:
-    """Let one named method work, or the sum h + Σ w Δh of several (paper, section 3).
+    """Make one named method active, or the sum h + Σ w Δh of several (paper, section 3).
 
     One method alone trains, and what it learned is kept when another one is chosen. A sum does not
     train. Task heads and biases become base + Σ w (trained - base). Between methods of equal
     configs, and between weights of one sum, the tensors are written in place. Otherwise new sites
-    are made, and an optimizer must be made anew as well.
+    are made, and a new optimizer must be made as well.
 
     Args:
         model: a model that :func:`inject_named` was called on.
@@ -232,9 +232,9 @@ def _method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _capture(model: nn.Module) -> Kept:
-    """The method at work, copied."""
+    """A copy of the active method."""
     with at_hand(holders(model, _method_parameters(model))):
-        # looked up again: accelerate replaces the parameters that it brings
+        # looked up again: accelerate replaces the parameters that it loads
         trained = {name: p.detach().clone() for name, p in _method_parameters(model).items()}
     plain = {name: tensor.clone() for name, tensor in method_tensors(model).items()}
     sites = set(method_modules(model))
@@ -255,8 +255,7 @@ def _fold_scale(name: str, module: nn.Module, plain: dict[str, Tensor]) -> None:
 
 
 def _apply(model: nn.Module, named: NamedMethods, target: _Target) -> None:
-    """Make ``target`` what is injected. It is written in place where the tensors are the same
-    ones."""
+    """Inject ``target``. It is written in place if the tensors are the same."""
     present = "_pelt" in model.__dict__
     if not present or not _fits(model, target):
         if present:
@@ -269,7 +268,7 @@ def _apply(model: nn.Module, named: NamedMethods, target: _Target) -> None:
 
 
 def _fits(model: nn.Module, target: _Target) -> bool:
-    """Whether what is injected differs from ``target`` in values alone."""
+    """Whether the injected method differs from ``target`` in values alone."""
     parameters = _method_parameters(model)
     present = dataclasses.replace(injection_of(model).config, name=target.config.name)
     shapes = {name: p.shape for name, p in parameters.items()}

@@ -1,7 +1,6 @@
-"""The keys of AdapterHub's configs, and the modifications that a config is.
+"""The keys of AdapterHub's configs, and the modifications that a config describes.
 
-Keys that are neither read nor known to change nothing are refused by name, unless their value is
-empty.
+Every other key is refused by name, unless it is known to change nothing or its value is empty.
 """
 
 from pathlib import Path
@@ -35,7 +34,7 @@ _READ = {
                       "non_linearity", "leave_out"),
 }  # fmt: skip
 _HARMLESS = {
-    # of a hypercomplex layer, which phm_layer would ask for, and of what inv_adapter would
+    # of a hypercomplex layer (phm_layer selects it) and of an invertible adapter (inv_adapter)
     "bottleneck": ("init_weights", "init_weights_seed", "phm_dim", "factorized_phm_W",
                    "shared_W_phm", "shared_phm_rule", "factorized_phm_rule", "phm_c_init",
                    "phm_init_range", "learn_phm", "hypercomplex_nonlinearity", "phm_rank",
@@ -156,7 +155,7 @@ def _common_fields(model: nn.Module, config: dict) -> dict:
 
 
 def _check_bottleneck(config: dict, folder: Path) -> None:
-    """ValueError for a bottleneck that is no point of the design space here."""
+    """ValueError for a bottleneck outside our design space."""
     parallel = config["is_parallel"]
     if config["original_ln_before"] and not parallel:
         raise ValueError(

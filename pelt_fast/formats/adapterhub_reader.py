@@ -114,7 +114,7 @@ def _check_used(tensors: dict[str, Tensor], used: set[str], name: str, folder) -
 
 
 def _check_sizes(modifications: list[Modification], tensors: dict[str, Tensor], folder) -> None:
-    """A size must be a dimension of a tensor, or divide a flat one: no other is allocated."""
+    """A size must be a dimension of a tensor, or divide a flat tensor. No other is allocated."""
     dims = {size for tensor in tensors.values() for size in tensor.shape}
     flat = [tensor.numel() for tensor in tensors.values() if tensor.dim() == 1]
     for m in modifications:

@@ -34,7 +34,7 @@ def export_adapterhub(model: nn.Module, folder: str | os.PathLike, name: str = "
     Args:
         model: a model with a method, or a wrapper of one.
         folder: made when it is missing.
-        name: what the adapter is called in the files.
+        name: the name of the adapter in the files.
 
     Raises:
         ValueError: the format cannot hold the method. Nothing is written.

@@ -3,8 +3,8 @@
 ``pelt_config.json`` holds the format version, the config, and which base the method belongs to.
 ``pelt_model.safetensors`` holds the method's tensors and the task head's. A prefix is stored as its
 keys and values, without its MLP. Both files are written under other names and then moved. The JSON
-holds a digest of the tensors, so that a mixture of two saves is noticed. Parameters that FSDP2 cut
-are gathered: every process calls, and the first one writes.
+holds a digest of the tensors, so that a mixture of two saves is noticed. Parameters that FSDP2 has
+sharded are gathered: every process must call, and the first one writes.
 """
 
 import json
@@ -44,7 +44,8 @@ def save(
 ) -> None:
     """Write the method of a model to a folder. The base is not written.
 
-    Of a model that ``fully_shard`` cut, every process calls this, and the first one writes.
+    For a model that ``fully_shard`` has sharded, every process calls this, and the first one
+    writes.
 
     Args:
         model: a model with a method, or a wrapper of one.
@@ -103,7 +104,7 @@ def _unfrozen_to_save(
 
 
 def _description(model: nn.Module, tensors: dict[str, Tensor], unfrozen: list[str]) -> dict:
-    """What the JSON file says."""
+    """The content of the JSON file."""
     base = base_of(model).config
     return {
         "format_version": FORMAT_VERSION,
@@ -120,7 +121,7 @@ def _description(model: nn.Module, tensors: dict[str, Tensor], unfrozen: list[st
 
 
 def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:
-    """The config of a saved method, and all that its JSON file says.
+    """The config of a saved method, and the whole content of its JSON file.
 
     Raises FileNotFoundError when a file is missing, ValueError when it cannot be understood.
     """
@@ -261,7 +262,7 @@ def _without_head(
 
 
 def _check_sizes(config: PeltConfig, tensors: dict[str, Tensor], folder) -> None:
-    """A size in the config must be a dimension of a tensor in the file: no other is allocated."""
+    """A size in the config must be a dimension of a tensor in the file. No other is allocated."""
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
     for modification in config.modifications:
         if modification.form not in ("full", "bias") and modification.size not in sizes:

@@ -39,7 +39,7 @@ def read_weights(folder: Path, *names: str) -> dict[str, Tensor]:
             return read_tensors(path)
         try:
             value = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged pickle raises
+        except Exception as error:  # a damaged pickle may raise any error
             raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from None
         if not isinstance(value, dict) or not all(isinstance(t, Tensor) for t in value.values()):
             raise ValueError(f"{path} holds no tensors by name")

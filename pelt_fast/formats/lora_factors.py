@@ -1,4 +1,4 @@
-"""LoRA of other libraries, by the names of the layers it is on: its modifications and its factors.
+"""LoRA of other libraries, by the names of its layers: the modifications and the factors.
 
 Their files name linear layers; a method here names targets ("attention.q") and kinds of stacks. So
 the layers are grouped by target, kind, rank and scale: each group is one modification.
@@ -47,7 +47,7 @@ Linears = dict[int, list[nn.Module]]  # linear layers, by the index of the layer
 def lora_modifications(
     model: nn.Module, layers: dict[str, Factors], dropout: float, source: Path, parts: bool = False
 ) -> tuple[list[Modification], FactorsByKey]:
-    """The modifications that LoRA on these layers is, and the factors of each projection.
+    """The modifications for LoRA on these layers, and the factors of each projection.
 
     ``parts``: LoRA on a whole joined projection becomes one on each of its projections, which then
     have an A of their own. Raises ValueError for a layer that no target has, and where only one of

@@ -23,7 +23,7 @@ HARMLESS = {
     "LORA": (*_ORIGIN, *_CHOICE, *_BEGAN, *_RUNNING),
     # the MLP is folded into the embeddings that are saved
     "PREFIX_TUNING": (*_ORIGIN, "prefix_projection", "encoder_hidden_size", "init_weights"),
-    # a prompt goes in front of the first layer, whatever that layer is
+    # a prompt goes in front of the first layer of any kind
     "PROMPT_TUNING": (
         *_ORIGIN, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
         "tokenizer_kwargs", "num_layers", "num_attention_heads",

@@ -1,15 +1,15 @@
 """Initialisations of LoRA after which PEFT changes the base when it loads a file.
 
-PiSSA and OLoRA start from a part of the weight itself, and PEFT takes that part out of the base.
-Here the base stays as it is, for eject and for other methods: the part is subtracted by factors of
-its own, beside the trained ones, W + s (B A - B0 A0). PEFT converts its files in the same way.
+PiSSA and OLoRA start from a part of the weight itself, and PEFT subtracts that part from the base.
+Here the base does not change, for eject and for other methods. Additional factors beside the
+trained ones subtract the part: W + s (B A - B0 A0). PEFT converts its files in the same way.
 """
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# inits that leave the base as it is
+# inits that do not change the base
 PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
     "convert the file with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion="
@@ -39,8 +39,8 @@ def check_init(init) -> None:
 
 @torch.no_grad()
 def first_factors(init, layer: nn.Module, name: str, rank: int, scale: float):
-    """A0 (R, K) and B0 (N, R) that PEFT takes out of the layer's weight when it loads; None where
-    it leaves the weight as it is."""
+    """A0 (R, K) and B0 (N, R) that PEFT subtracts from the layer's weight when it loads; None if it
+    does not change the weight."""
     if init in PLAIN:
         return None
     weight = getattr(layer, "weight", None)

@@ -1,8 +1,8 @@
-"""Positions under PEFT's prefix and prompt, which are in front of the tokens and shift theirs.
+"""Positions under PEFT's prefix and prompt, which shift the positions of the tokens.
 
-Rotary positions are relative. So a prefix is the same function when its keys are rotated by its
-length, and a prompt is the same as it is. With learned positions PEFT trains another function than
-the paper's: it is refused.
+Rotary positions are relative. So a prefix is the same function if its keys are rotated by its
+length, and a prompt needs no change. With learned positions PEFT trains another function than the
+paper's: it is refused.
 """
 
 import torch
@@ -13,7 +13,7 @@ from pelt_fast.modules import PrefixBank
 
 
 def one_rotary(model: nn.Module, banks: list[PrefixBank]) -> list[PrefixBank]:
-    """The banks, when they are one prefix of a decoder with rotary positions; else ValueError."""
+    """The banks, if they are one prefix of a decoder with rotary positions; else ValueError."""
     stacks = stacks_of(model)
     rotary = getattr(base_of(model), "rotary_emb", None)
     one = len(banks) == len(stacks) == 1 and stacks[0].kind == "decoder"

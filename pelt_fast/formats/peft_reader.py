@@ -1,8 +1,8 @@
 """PEFT's files, read without PEFT: LoRA, prefix and prompt.
 
-They are ``adapter_config.json`` (``peft_config``) and ``adapter_model.safetensors``. ``peft_init``
-has what PEFT does to the base when it loads, ``peft_positions`` what it does to positions, and
-``peft_writer`` writes the files.
+The files are ``adapter_config.json`` (``peft_config``) and ``adapter_model.safetensors``.
+``peft_init`` describes how PEFT changes the base when it loads, ``peft_positions`` how it changes
+positions. ``peft_writer`` writes the files.
 """
 
 import os
@@ -35,10 +35,10 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """Inject a LoRA, prefix or prompt that PEFT saved, with its weights and its task head.
 
     The model computes what PEFT computes after it loads the files. LoRA: rank-stabilised scale,
-    rank and alpha patterns, joined projections, any layers that a method here can be on. PiSSA and
-    OLoRA take a part out of the base when PEFT loads them. Here that part is subtracted by factors
-    of its own: the rank is twice the file's, and the base stays as it is. Prefix and prompt: causal
-    language models with rotary positions; a prompt of T5, too.
+    rank and alpha patterns, joined projections, any layers that a method here can be on. For
+    PiSSA and OLoRA, PEFT subtracts a part from the base when it loads them. Here additional factors
+    subtract that part: the rank is twice the file's, and the base does not change. Prefix and
+    prompt: causal language models with rotary positions; a prompt of T5, too.
 
     Args:
         model: a model of the base that the files belong to, without a method.

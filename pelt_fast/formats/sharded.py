@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 cut (``fully_shard`` after inject): gathered to read, cut again to write.
+"""Parameters sharded by FSDP2 (``fully_shard`` after inject): gathered to read, sharded to write.
 
 The processes communicate: each one must make these calls, in the same order.
 """
@@ -14,7 +14,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter's values, detached; gathered where it is cut."""
+    """A parameter's values, detached; gathered if it is sharded."""
     value = parameter.detach()
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
@@ -25,8 +25,8 @@ def writes(model: nn.Module) -> bool:
 
 
 def resharded(model: nn.Module) -> nn.Module:
-    """The model, with every parameter cut again. A forward without a backward leaves some gathered,
-    and what is written into those is lost."""
+    """The model, with every parameter sharded again. A forward without a backward leaves some
+    gathered, and values written into these are lost."""
     for module in model.modules():
         if hasattr(module, "reshard"):  # an FSDPModule
             module.reshard()
@@ -34,7 +34,7 @@ def resharded(model: nn.Module) -> nn.Module:
 
 
 def like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor, cut in the same way as a parameter."""
+    """A tensor, sharded in the same way as a parameter."""
     if not hasattr(parameter, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -1,1 +1,1 @@
-"""How a method gets into a model and out of it again, and what is said about it there."""
+"""How a method is put into a model and taken out again, and reports on an injected method."""

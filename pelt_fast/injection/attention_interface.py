@@ -1,11 +1,11 @@
-"""How a prefix gets into a model's attentions: through transformers' AttentionInterface.
+"""How a prefix is put into a model's attentions: through transformers' AttentionInterface.
 
 For each attention that can carry a prefix (sdpa, eager), a function named ``pelt_fast_<choice>`` is
 registered, and the matching mask function. An attention module with a
 :class:`~pelt_fast.modules.PrefixSlice` or :class:`~pelt_fast.modules.QuerySlice` runs
 ``prefix_attention`` (docs/maths.md#i4); any other runs the attention that the user chose. The
-prefix is in no cache, so that any cache and any decoding work. It has no positions, and those of
-the tokens stay what they were.
+prefix is in no cache, so that any cache and any decoding work. It has no positions, and the
+positions of the tokens do not change.
 """
 
 import inspect
@@ -28,7 +28,7 @@ from .record import Injection
 SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
 WRAPPED = ("sdpa", "eager")
 _NAME = "pelt_fast_{}"
-_prefix_attention = functional.prefix_attention  # the package's own, whoever replaces it later
+_prefix_attention = functional.prefix_attention  # the package's own function
 
 
 def wrapping(choice: str | None) -> str:
@@ -64,15 +64,15 @@ def check(module: nn.Module) -> None:
 
 
 def wrap(module: nn.Module, injection: Injection) -> None:
-    """Choose the wrapping function on the config of an attention module, which is the model's own
-    by now (``own_configs``)."""
+    """Choose the wrapping function on the config of an attention module. That config already
+    belongs to this model alone (``own_configs``)."""
     choice = wrapping(module.config._attn_implementation)
     if module.config._attn_implementation != choice:
         module.config._attn_implementation = choice
 
 
 def _asks_the_interface(module: nn.Module) -> bool:
-    """Whether an attention looks up its function in the interface."""
+    """Whether an attention gets its function from the interface."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is None or "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
@@ -89,7 +89,7 @@ def still_wrapped(stack: nn.Module, *_) -> None:
 
 
 def _config_of(stack: nn.Module):
-    """The config that a stack's attentions read: the stack's, or theirs where it has none
+    """The config that a stack's attentions read: the stack's, or their own if the stack has none
     (DistilBERT)."""
     config = getattr(stack, "config", None)
     carriers = (module for module in stack.modules() if SLICE in module.__dict__)
@@ -112,7 +112,7 @@ def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) 
 
 
 def _slice_of(module: nn.Module) -> PrefixSlice | QuerySlice | None:
-    """The prefix of an attention module, when it is at work."""
+    """The prefix of an attention module, if it acts now."""
     site = module.__dict__.get(SLICE)
     return site if site is not None and site.on else None
 
@@ -133,13 +133,13 @@ def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
         q, k, v, prefix_k, prefix_v, attn_mask=mask, is_causal=causal, scale=scaling,
         form=site.form, composition=site.composition, dropout_p=dropout, training=module.training,
     )  # fmt: skip
-    site.checked = kind  # the public function took them: the next of their kind need no check
+    site.checked = kind  # inputs of this kind passed the checks
     return out.transpose(1, 2)
 
 
 def _kind(qkv: QKV, prefix: Prefix) -> tuple | None:
-    """What the checks of ``functional.prefix_attention`` look at, but for the mask and the sizes of
-    batch and context; None where they have to be made."""
+    """The facts that ``functional.prefix_attention`` checks, except the mask and the sizes of batch
+    and context; None if the checks must run."""
     q, k, v = qkv
     kind = q.device.type
     if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or k.shape != v.shape:
@@ -151,7 +151,7 @@ def _kind(qkv: QKV, prefix: Prefix) -> tuple | None:
 
 
 def _fits(mask: Tensor | None, q: Tensor, k: Tensor) -> bool:
-    """Whether a mask is what transformers makes: (B or 1, H or 1, T, S), without a gradient."""
+    """Whether a mask has transformers' form: (B or 1, H or 1, T, S), without a gradient."""
     if mask is None:
         return True
     sizes = mask.dim() == 4 and mask.shape[2:] == (q.shape[2], k.shape[2])
@@ -190,7 +190,7 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, i
 
 def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Registered for eager: additive mask; the scores and weights exist. Runs the reference, and
-    returns the context's weights (they sum to 1 - λ) when attentions are asked for."""
+    returns the context's weights (they sum to 1 - λ) when attentions are requested."""
     site = _slice_of(module)
     if site is None:
         forward = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]

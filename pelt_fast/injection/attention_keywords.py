@@ -10,7 +10,7 @@ import textwrap
 
 from torch import nn
 
-# what the functions of ``attention_interface`` use
+# the keywords that the functions of ``attention_interface`` use
 UNDERSTOOD = frozenset((
     "attention_mask", "dropout", "is_causal", "key", "output_attentions", "position_bias", "query",
     "scaling", "value",
@@ -46,7 +46,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-# what sdpa and eager take beside a prefix, whatever the value
+# the keywords that sdpa and eager take with a prefix, at any value
 KNOWN = UNDERSTOOD | HARMLESS.keys()
 
 

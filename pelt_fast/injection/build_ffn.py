@@ -1,4 +1,4 @@
-"""Adapters on feed-forward blocks: beside the block, behind it, or behind its norm."""
+"""Adapters on feed-forward blocks: beside the block, after it, or after its norm."""
 
 from torch import nn
 
@@ -75,8 +75,8 @@ def _adapter(
 
 
 def _pack(site: ParallelFFNAdapter, holders: Holders, injection: Injection) -> None:
-    """Move the frozen weights into one buffer with the adapter's (docs/maths.md#i3), where that is
-    asked for and possible. A weight that another module holds, too, cannot be in two buffers."""
+    """Move the frozen weights into one buffer with the adapter's (docs/maths.md#i3), if that is
+    requested and possible. A weight that two modules hold cannot be in two buffers."""
     frozen = [parameter_of(projection.module) for projection in site.ffn.projections]
     if not injection.pack or any(is_shared(holders, parameter) for parameter in frozen):
         site.leave_unpacked()

@@ -1,8 +1,8 @@
-"""What must stay as it is where a site does a part of a layer's work, checked before each forward.
+"""Conditions that are checked before each forward, if a site does a part of a layer's work.
 
-Such a block is spelled out by its layer. The class's forward must stay the same, the pieces of the
-block must stay in their places, and nobody may put hooks on them. What may change (activations,
-dropouts) is taken over again. Whether inject's own forwards still run is checked in ``watch``.
+The layer's own forward calls the pieces of such a block. The class's forward must stay the same,
+the pieces must stay in their places, and they must have no hooks. Activations and dropouts may
+change: the site takes them over again. ``watch`` checks whether inject's own forwards still run.
 """
 
 import torch
@@ -51,9 +51,9 @@ class Unpatched:
 
 
 class Unhooked:
-    """The module must have no hooks: a site does its work in another call, so that they would see
+    """The module must have no hooks: a site does its work in another call, where hooks would see
     other tensors. ``entry``: the site runs in this module's own call, so that a hook on its input
-    sees the right one."""
+    sees the right tensor."""
 
     def __init__(self, path: str, module: nn.Module, entry: bool):
         self.path, self.module = path, module
@@ -71,8 +71,8 @@ class Unhooked:
 
 
 class Conditions:
-    """Forward pre-hook of a stack: RuntimeError where the method would not run as it should. They
-    are checked again when something that they look at has changed."""
+    """Forward pre-hook of a stack: RuntimeError if a condition no longer holds. The conditions are
+    checked again only if something that they read has changed."""
 
     def __init__(self):
         self.conditions: list[Alone | Unpatched | Unhooked] = []
@@ -92,7 +92,7 @@ class Conditions:
             self._checked = basis
 
     def check(self) -> None:
-        """Check everything, and take over again what may have been changed."""
+        """Check everything, and take over again attributes that may have changed."""
         changed = [taken for taken in self.taken if taken.take()]  # a list: each is asked
         if changed:
             for taken in self.taken:  # one module in two layers: the first one released it

@@ -1,4 +1,4 @@
-"""How many parameters a method has: as the paper counts, as they train, as they are saved."""
+"""How many parameters a method has: counted as in the paper, trained, and saved."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ class ParameterCount:
     Args:
         paper: the method's matrices, as the paper's appendix B counts: no biases, LayerNorms, task
             head or prefix MLP.
-        kept: the method after training, the prefix MLP folded away.
-        trainable: what has a gradient now, task head included.
+        kept: the method after training, without the prefix MLP.
+        trainable: the parameters that have a gradient now, with the task head.
         head: the task head.
         base: the frozen model.
     """

@@ -1,4 +1,4 @@
-"""What a site needs to know of its modules: head dimension, dtype, and what an adapter reads."""
+"""Facts about a site's modules: head dimension, dtype, and the input of an adapter."""
 
 import torch
 from torch import nn

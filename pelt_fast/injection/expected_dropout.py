@@ -1,6 +1,6 @@
 """Training mode without chance: each dropout multiplies by about 1 - p instead of drawing a mask.
 
-A dropout that is lost, or is applied somewhere else, then changes the numbers.
+A dropout that is missing, or is applied at another place, then changes the result.
 """
 
 import torch
@@ -31,8 +31,8 @@ class ExpectedDropout(TorchFunctionMode):
 
 
 def _dropped(input, p=0.5, training=True, inplace=False, train=None):
-    """``input`` times 1 - p, a little more or less by channel: two dropouts in a row are then not
-    one of another p."""
+    """``input`` times 1 - p, slightly varied by channel, so that two dropouts in a row differ from
+    one dropout with another p."""
     if not (training if train is None else train):
         return input
     channel = torch.arange(input.shape[-1], device=input.device, dtype=torch.float64)

@@ -26,9 +26,9 @@ from .record import Site, injection_of
 class SiteReport:
     """One site of an :class:`Explanation`.
 
-    ``plan`` is what runs in the model's present mode. ``fell_back`` says whether that is something
-    else than the fused op; ``reason`` says why, or is a note. ``saved_bytes`` is what is saved for
-    backward, for each token (of a prefix: for each query).
+    ``plan`` is what runs in the model's present mode. ``fell_back`` is True if this is not the
+    fused op; ``reason`` says why, or is a note. ``saved_bytes`` are the bytes saved for backward,
+    for each token (of a prefix: for each query).
     """
 
     name: str
@@ -87,8 +87,8 @@ def explain(model: nn.Module) -> Explanation:
     """Say what each site of an injected model runs, and why.
 
     Args:
-        model: a model with a method, or a wrapper of one. Its present mode (training or not),
-            device and dtype are what is explained.
+        model: a model with a method, or a wrapper of one. The answer is for its present mode
+            (training or not), device and dtype.
 
     Returns:
         An :class:`Explanation`: ``sites``, each with its op, what runs, the reason for a fallback,
@@ -180,7 +180,7 @@ def _noted(plan: dispatch.Plan) -> tuple[dispatch.Plan, str]:
 
 
 def _dtype_and_size(module: nn.Module) -> dict:
-    """What the choice of kernels depends on: the base's dtype, and the rank or prefix length."""
+    """The facts that choose the kernels: the base's dtype, and the rank or prefix length."""
     if isinstance(module, PrefixBank):
         return dict(dtype=next(module.parameters()).dtype, size=module.shape[3])
     weight = _frozen_weight(module)

@@ -1,4 +1,4 @@
-"""Feed-forward blocks: what is refused before anything is changed, and how a site runs one.
+"""Feed-forward blocks: the checks before anything is changed, and how a site runs a block.
 
 A block is either a module of its own, or *spelled out*: the layer's forward calls its projections,
 activation and dropouts itself. In a spelled-out block a site does a part of the layer's work.
@@ -80,7 +80,7 @@ def _check_container(
 def take_block(
     base: nn.Module, target: TargetLayer, layout: FFNLayout, injection: Injection
 ) -> FFNBlock:
-    """The block of a layer, for a site that runs instead of it. Where the layer spells it out, the
+    """The block of a layer, for a site that runs instead of it. If the layer spells it out, the
     layer's own projections and dropouts are made to do nothing, and are watched."""
     layer = target.layer
     if layout.is_container:
@@ -109,8 +109,8 @@ def take_block(
 def describe_block(
     base: nn.Module, layer: nn.Module, layout: FFNLayout, attribute=Attribute
 ) -> FFNBlock:
-    """The block of a layer. ``attribute`` makes what reads a value from the layer when the block
-    runs: an :class:`Attribute`, or a :class:`Taken` one."""
+    """The block of a layer. ``attribute`` makes the object that reads a value from the layer when
+    the block runs: an :class:`Attribute` or a :class:`Taken`."""
     block = find(layer, layout.entry) if layout.is_container else None
     projections = filter(None, (layout.gate_proj, layout.in_proj, layout.out_proj))
     made: dict[str, Attribute] = {}

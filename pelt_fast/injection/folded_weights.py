@@ -7,7 +7,7 @@ from pelt_fast.modules.projection_view import ProjectionView
 
 from .record import Injection
 
-# module, parameter name, and the value that was there (None: no parameter)
+# module, parameter name, and the value before (None: no parameter)
 Overwritten = tuple[nn.Module, str, Tensor | None]
 
 
@@ -35,7 +35,7 @@ def set_back(before: list[Overwritten]) -> None:
 
 
 def unfold(injection: Injection) -> None:
-    """Take a merge back: the base's weights bit for bit, and every site at work again.
+    """Undo a merge: the base has its weights again, bit for bit, and every site runs again.
 
     Raises ValueError, before anything is changed, when no copy of the base was kept, or when the
     weights were offloaded since.

@@ -1,4 +1,4 @@
-"""Which model a handle stands for: the method may be on a model inside or around it.
+"""The model that carries a method, for any handle: it may be inside or around the given model.
 
 torch.compile, DDP, DataParallel and PEFT wrap a model in another module. A base model is inside a
 model with a task head, and may be inside two. A method is on the model that inject was given,
@@ -14,7 +14,7 @@ INSIDE = "_pelt_inside"  # on parts of that model: (method's name, class of the 
 
 
 def carrier_of(handle: nn.Module) -> nn.Module:
-    """The model that carries the method ``handle`` stands for, without its wrappers.
+    """The model that carries the method of ``handle``, without its wrappers.
 
     Raises ValueError when there is none, or when another model carries it: the message says which.
     """

@@ -34,8 +34,8 @@ def inject(
     are those of the paper's Table 1 and section 4.6; ``explain`` shows what each site runs.
 
     Args:
-        model: a transformers model. A wrapper of one (torch.compile, DDP, PEFT) stands for the
-            model inside it.
+        model: a transformers model. If it is a wrapper (torch.compile, DDP, PEFT), the model
+            inside is changed.
         method: the name of a preset (:func:`pelt_fast.methods` has them), or a config.
         layout: where the model keeps its layers, for an architecture that is not in the table.
         pack: whether a widened FFN moves the frozen weights into one buffer that has room for the
@@ -94,7 +94,7 @@ def _build(model: nn.Module, stacks: list[StackLayout], injection: Injection) ->
 
 
 def _freeze(model: nn.Module, stacks: list[StackLayout], injection: Injection) -> None:
-    """Freeze the base, and keep what is needed to undo that."""
+    """Freeze the base, and record the state from before."""
     config = injection.config
     if config.train_head and not config.is_full:
         injection.head = head_names(model)
@@ -113,9 +113,9 @@ def _freeze(model: nn.Module, stacks: list[StackLayout], injection: Injection) -
 
 
 def eject(model: nn.Module) -> nn.Module:
-    """Take the method out again: the model is what it was before inject, bit for bit.
+    """Take the method out again: the model is the same as before inject, bit for bit.
 
-    The task head has the weights from before, too. Hooks that accelerate put on since stay on.
+    The task head has its weights from before, too. Hooks that accelerate added since are kept.
 
     Args:
         model: a model with a method, or a wrapper of one.
@@ -147,7 +147,7 @@ def eject(model: nn.Module) -> nn.Module:
 
 
 def _changed_by_training(model: nn.Module, injection: Injection) -> set[str]:
-    """Names of the model's own parameters whose values are not those from before."""
+    """Names of the model's own parameters whose values differ from those before."""
     before = injection.before.trained
     with at_hand(holders(model, before)):
         return {
@@ -158,7 +158,7 @@ def _changed_by_training(model: nn.Module, injection: Injection) -> set[str]:
 
 
 def _restore(model: nn.Module, injection: Injection) -> None:
-    """Undo every change, then write back what trained."""
+    """Undo every change, then restore the values of the model's parameters that trained."""
     for site in injection.sites:
         if isinstance(site.module, ParallelFFNAdapter):
             site.module.unpack()

@@ -1,7 +1,7 @@
 """Configs that belong to one model alone.
 
 A prefix chooses its attention on the config, and models share config objects. While a prefix is
-injected, the model has copies: what was one object in it is one copy.
+injected, the model has copies: one copy for each config object.
 """
 
 import copy
@@ -15,14 +15,14 @@ _CHOICE = "_attn_implementation_internal"
 
 
 class OwnConfig:
-    """A shared config, the model's copy of it, and what the copy said at first."""
+    """A shared config, the model's copy of it, and the first values of the copy."""
 
     def __init__(self, shared: PreTrainedConfig, copied: PreTrainedConfig):
         self.shared, self.copied = shared, copied
         self.first = copy.deepcopy(vars(copied))
 
     def write_back(self) -> None:
-        """Write what was changed on the copy, except the attention, to the shared config."""
+        """Write the changes on the copy, except the attention, to the shared config."""
         for name, value in vars(self.copied).items():
             changed = name not in self.first or self.first[name] != value
             if changed and name != _CHOICE and not isinstance(value, PreTrainedConfig):
@@ -43,8 +43,8 @@ def own_configs(model: nn.Module, injection: Injection) -> None:
 
 
 def return_configs(injection: Injection) -> None:
-    """Write what was changed on the copies to the shared configs; called before undo puts those
-    back."""
+    """Write the changes on the copies to the shared configs. Called before undo restores the
+    shared configs."""
     for config in injection.configs:
         config.write_back()
     injection.configs = []

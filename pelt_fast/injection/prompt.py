@@ -1,9 +1,9 @@
-"""How a prompt gets in front of a stack: which hooks are registered where.
+"""How a prompt is put in front of a stack: which hooks are registered where.
 
-Nothing that a caller gives or gets changes its length: token outputs, hidden states, logits and
-labels stay aligned with the input ids, and the first token is still the one that is pooled. Two
-things are longer by P: what an encoder hands its decoder, and the keys in ``attentions``, of which
-the first P are the prompt's.
+A caller's inputs and outputs keep their lengths: token outputs, hidden states, logits and labels
+stay aligned with the input ids, and pooling still uses the first token. Two tensors are longer by
+P: the encoder outputs that a decoder reads, and the keys in ``attentions``, of which the first P
+are the prompt's.
 
 The virtual tokens are visible to every token, padded left or right; in a layer with a sliding
 window as far as the window reaches, like tokens in their positions. They have no learned positions

@@ -1,7 +1,7 @@
-"""A cache whose first keys are a prompt's: how it is marked, what length it tells, what is refused.
+"""A cache whose first keys are a prompt's: its mark, the length it reports, and what is refused.
 
-Code that asks a cache for its length (``generate``, or a user's) wants the number of tokens in it.
-The virtual tokens are not the user's. So ``get_seq_length`` leaves them out, except for the stack
+Code that reads a cache's length (``generate``, or a user's) needs the number of the user's tokens,
+without the virtual tokens. So ``get_seq_length`` leaves them out, except for the stack
 that is running with the prompt in front. The mark is an attribute of the cache: it is copied and
 pickled with it, and stays through crops, reordering and resets. Keys that the present prompt did
 not make are refused: those of a cache without a mark, of another prompt, or of this one before it
@@ -44,7 +44,7 @@ class HeldPrompt:
         return whole if self.running else max(whole - self.length, 0)
 
     def offset(self, layer_idx: int = 0) -> int:
-        """The cache's ``get_query_offset``, which a model asks for while it runs."""
+        """The cache's ``get_query_offset``, which a model calls while it runs."""
         if not self.running:
             raise ValueError(
                 f"this cache begins with the {self.length} virtual tokens of a prompt, which the"
@@ -65,7 +65,7 @@ class HeldPrompt:
                 f" tokens of its prompt: {_ANEW}"
             )
         if torch.compiler.is_compiling():
-            return  # a graph cannot ask for values
+            return  # a graph cannot read values
         if self.rows.shape != prompt.shape or not torch.equal(self.rows.to(prompt), prompt):
             raise ValueError(
                 f"this cache begins with another prompt of {self.length} virtual tokens, or with"

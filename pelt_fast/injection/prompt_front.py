@@ -1,4 +1,4 @@
-"""One forward of a stack with a prompt in front: what it is given, and what its outputs lose."""
+"""One forward of a stack with a prompt in front: its inputs get the prompt, its outputs lose it."""
 
 import inspect
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Call:
     first: bool = True  # whether the prompt is put in front; False: the cache has it already
     rows: int = 0
     whole: int = 0  # length of the prompt and the tokens, once it is known
-    positioned: bool = False  # whether the learned positions were asked for
+    positioned: bool = False  # whether the learned positions were read
 
 
 def widened(mask: Tensor | None, length: int) -> Tensor | None:
@@ -108,7 +108,7 @@ class Front:
         return outputs if call is None else aligned(outputs, call, self.prompt.length)
 
     def in_front(self, x: Tensor) -> Tensor:
-        """[prompt; x] (B, P + T, d). This forward now knows its length."""
+        """[prompt; x] (B, P + T, d). Sets the length of this forward."""
         x, call = self.prompt(x), self.call.get()
         if call is not None:  # None in the second run of a checkpoint
             call.rows, call.whole = x.shape[:2]
@@ -148,7 +148,7 @@ class NormFront(Front):
 
 
 class LayerFront(Front):
-    """In front of the first layer, where what is embedded is patches or audio (ViT, Whisper)."""
+    """In front of the first layer, for embedded patches or audio (ViT, Whisper)."""
 
     def prepend(self, module, args):
         """Before the layer."""

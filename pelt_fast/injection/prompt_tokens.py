@@ -45,7 +45,7 @@ class EncoderFront(TokenFront):
         return self.behind_prompt(self.positions(ids[:, self.prompt.length :], *args, **kwargs))
 
     def before_decoder(self, module, args, kwargs):
-        """Before the decoder: a cross-attention mask as long as what the encoder returned."""
+        """Before the decoder: a cross-attention mask as long as the encoder's output."""
         mask, states = (
             kwargs.get(name) for name in ("encoder_attention_mask", "encoder_hidden_states")
         )
@@ -115,7 +115,7 @@ def _mask_of_single_sequences(kwargs: dict) -> Tensor | None:
     no_cache = kwargs.get("cache") is None and kwargs.get("past_key_values") is None
     if not no_cache or not (positions[..., 0] != 0).any():
         return None
-    # there is a gap between the prompt's positions and these, which transformers would take for
+    # there is a gap between the prompt's positions and these, which transformers would read as
     # the start of a new sequence
     given = kwargs.get("input_ids")
     given = kwargs["inputs_embeds"] if given is None else given

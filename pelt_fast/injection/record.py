@@ -42,7 +42,7 @@ class Injection:
         return {*self.head, *self.biases}
 
     def conditions_of(self, stack: nn.Module) -> Conditions:
-        """What must hold before each forward of ``stack``; registered at the first call."""
+        """The conditions before each forward of ``stack``; registered at the first call."""
         for known, conditions in self._conditions:
             if known is stack:
                 return conditions
@@ -53,5 +53,5 @@ class Injection:
 
 
 def injection_of(model: nn.Module) -> Injection:
-    """The injection of the model that ``model`` stands for (``handles.carrier_of``)."""
+    """The injection of the model that carries the method of ``model`` (``handles.carrier_of``)."""
     return carrier_of(model)._pelt

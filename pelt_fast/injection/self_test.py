@@ -38,7 +38,7 @@ class SelfTest:
         self.layers = dict(_layers_of_each_kind(self.base, stacks))
         self.why_not = why_no_run(self.base)
         self.before: dict[bool, dict[str, Tensor]] = {}
-        self.wrong_norms: list[str] = []  # what is wrong with the norms that the layout names
+        self.wrong_norms: list[str] = []  # the errors in the norms that the layout names
         if self.why_not is None:
             self._capture()
 
@@ -48,7 +48,7 @@ class SelfTest:
             self.before = {training: self._run(training) for training in (False, True)}
             self.wrong_norms = self._find_wrong_norms()
             again = {training: self._run(training) for training in (False, True)}
-        except Exception as error:  # whatever a model raises on an input that is not made for it
+        except Exception as error:  # a model may raise any error on an unsuitable input
             self.why_not = f"the base does not run on it ({type(error).__name__}: {error})"
             return
         for training, outputs in self.before.items():
@@ -60,7 +60,7 @@ class SelfTest:
 
     def check(self, injection: Injection) -> None:
         """ValueError where the method with a zero update is not the base. The message names the
-        layer, the size of the error, and what the layout may have left out."""
+        layer, the size of the error, and parts that the layout may have left out."""
         if self.why_not is not None:
             logger.warning(
                 "the self-test of this row could not run: %s. Compare the model with an update of"

@@ -1,4 +1,4 @@
-"""What a modification asks for in a model: layers, attentions, FFN blocks, linear layers."""
+"""The targets of a modification in a model: layers, attentions, FFN blocks, linear layers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ from pelt_fast.modules.projection_view import ProjectionView
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """One layer that is asked for: ``index`` counts in its stack, ``order`` among those asked
-    for."""
+    """One target layer: ``index`` counts in its stack, ``order`` among the target layers."""
 
     name: str
     layer: nn.Module
@@ -48,8 +47,8 @@ def target_layers(
 def attention_layouts(
     base: nn.Module, modification: Modification, stacks: list[StackLayout]
 ) -> Iterator[tuple[TargetLayer, AttentionLayout]]:
-    """The attentions that are asked for. A decoder without its encoder never runs its
-    cross-attention, so that no method is put there: it could not train."""
+    """The attentions that are targets. A decoder without its encoder never runs its
+    cross-attention. No method is put there, because it could not train."""
     asked = {
         stack: [
             layout
@@ -69,13 +68,13 @@ def attention_layouts(
 
 
 def attentions(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
-    """The attention modules that are asked for, by name."""
+    """The attention modules that are targets, by name."""
     for target, layout in attention_layouts(base, modification, stacks):
         yield f"{target.name}.{layout.module}", find(target.layer, layout.module)
 
 
 def ffn_layouts(base, modification, stacks) -> Iterator[tuple[TargetLayer, FFNLayout]]:
-    """The feed-forward blocks that are asked for. Raises ValueError for a stack that has none."""
+    """The feed-forward blocks that are targets. Raises ValueError for a stack that has none."""
     asked = [stack for stack in stacks if stack.kind in modification.where]
     for target in target_layers(base, asked, modification.layers):
         if target.stack.ffn is None:
@@ -119,7 +118,7 @@ def _all_linears(base, modification, stacks) -> Iterator[tuple[TargetLayer, str,
 
 def prompt_stacks(modification: Modification, stacks: list[StackLayout]) -> Iterator[StackLayout]:
     """The stack that a prompt goes in front of: the first one, which is the encoder's if there is
-    an encoder. Nothing when it is not asked for, or its layout has no prompt."""
+    an encoder. Empty if it is no target, or if its layout has no prompt."""
     return (stack for stack in stacks[:1] if stack.kind in modification.where and stack.prompt)
 
 

@@ -19,7 +19,7 @@ def head_names(model: nn.Module) -> list[str]:
 def bias_names(
     model: nn.Module, modification: Modification, stacks: list[StackLayout]
 ) -> list[str]:
-    """Names, in ``model``, of the base's bias vectors in the stacks that are asked for."""
+    """Names, in ``model``, of the base's bias vectors in the target stacks."""
     owners = [stack.owner for stack in stacks if stack.kind in modification.where]
     names = {parameter: name for name, parameter in parameters_of(model).items()}
     return [

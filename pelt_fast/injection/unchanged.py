@@ -1,4 +1,4 @@
-"""A block after which a model and the random states are as they were."""
+"""A block that leaves a model and the random states unchanged."""
 
 import contextlib
 import random
@@ -12,7 +12,7 @@ from torch import nn
 @contextlib.contextmanager
 def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     """In this block every module is in one mode, and the random states are seeded. Afterwards
-    modes, buffers and random states are as they were."""
+    modes, buffers and random states have their values from before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     states = random.getstate(), numpy.random.get_state()

@@ -13,7 +13,7 @@ from pelt_fast.modules.late import Taken
 
 
 class _Absent:
-    """Stands for an attribute that did not exist. A class: a copy of it is the same object."""
+    """Marks an attribute that did not exist. It is a class, so that a copy is the same object."""
 
 
 class ForwardChange:
@@ -37,7 +37,7 @@ class AttributeChange:
         setattr(owner, name, ours)
 
     def undo(self) -> None:
-        """Set the value from before. An unwatched one that others changed since stays as it is."""
+        """Set the value from before. An unwatched one that others changed since is kept."""
         if not self.watched and self.owner.__dict__.get(self.name) is not self.ours:
             return
         if self.before is _Absent:
@@ -133,7 +133,7 @@ class UndoLog:
         return {(c.owner, c.name): getattr(c.owner, c.name) for c in changes}
 
     def hooked(self, model: nn.Module) -> list[nn.Module]:
-        """The modules of ``model`` that hold a hook of ours."""
+        """The modules of ``model`` that hold one of our hooks."""
         hooks = [c.handle for c in self._changes if isinstance(c, HookChange)]
         tables = {id(handle.hooks_dict_ref()) for handle in hooks}
         return [m for m in model.modules()

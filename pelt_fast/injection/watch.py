@@ -1,8 +1,8 @@
-"""Before each forward of a stack: what was changed in the model is still what runs.
+"""A check before each forward of a stack: the model still runs the changes of inject.
 
-After inject another library may patch a module whose work a site does, or put another module in its
-place. The site then no longer runs, and nothing says so. The watch is a forward pre-hook of each
-stack. It compares by identity, and names what is there instead.
+After inject another library may patch a module whose work a site does, or replace the module. The
+site then no longer runs, without any error. The watch is a forward pre-hook of each stack. It
+compares by identity, and raises an error that names what it found.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from .wrapped_forward import is_kept_inside
 
 
 def watch(model: nn.Module, owners: list[nn.Module], injection: Injection) -> None:
-    """Check the changes of ``injection`` before each forward of ``owners``; what is outside of all
-    of them is checked before the model's. Removed together with the other changes."""
+    """Check the changes of ``injection`` before each forward of ``owners``. Changes outside all of
+    them are checked before the model's forward. Removed together with the other changes."""
     paths = {module: path for path, module in model.named_modules()}
     changed = _changed_modules(model, injection)
     if not changed:
@@ -65,8 +65,8 @@ def _add_changes(
 
 
 def _steps(owner: nn.Module, module: nn.Module, paths: dict) -> list[tuple]:
-    """The way from ``owner`` down to ``module``: (path, parent, steps, child, count). A list of
-    layers is passed over together with the step after it; ``count`` is its length."""
+    """The path from ``owner`` down to ``module``: (path, parent, steps, child, count). A list of
+    layers and the step after it are one step; ``count`` is the length of the list."""
     top = paths[owner]
     below = paths[module].removeprefix(top).removeprefix(".")
     way, parent, at, steps, count = [], owner, owner, (), None
@@ -118,7 +118,7 @@ class Watch:
                 continue
             layers = None if count is None else _down(parent, steps[:-1])
             if layers is not None and len(layers._modules) != count:
-                continue  # layers that were removed took their sites with them
+                continue  # layers were removed together with their sites
             self._refuse(f"{path} is {_described(now)} now, not the {type(child).__name__}")
 
     def _check_wrapped(self, path: str, module: nn.Module, ours: Callable) -> None:
@@ -171,7 +171,7 @@ def _described(value) -> str:
 
 
 def check_free(model: nn.Module, injection: Injection) -> None:
-    """RuntimeError when another library's wrapper keeps a forward of ours inside: eject cannot
+    """RuntimeError if another library's wrapper keeps one of our forwards inside: eject cannot
     reach it there, and the method would still run."""
     paths = {module: path for path, module in model.named_modules()}
     for module, ours in injection.changes.forwards().items():

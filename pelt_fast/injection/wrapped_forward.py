@@ -1,4 +1,4 @@
-"""Whether another library's wrapper keeps a forward of ours inside, where eject cannot reach it."""
+"""Whether another library's wrapper keeps one of our forwards where eject cannot reach it."""
 
 import types
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def _reaches(values: list, ours: Callable, depth: int = _DEPTH) -> bool:
 
 
 def _used_by(function: Callable) -> list:
-    """What a callable is made of: closure cells, bound arguments, defaults, attributes."""
+    """The values that a callable holds: closure cells, bound arguments, defaults, attributes."""
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()
              if cell != types.CellType()]  # fmt: skip
     bound = [getattr(function, name, None) for name in ("__func__", "__self__", "func")]

@@ -1,5 +1,5 @@
-"""A method whose update is zero, for the time of a block: the model then computes what its base
-does."""
+"""A method whose update is zero for the time of a block: the model then computes the same as its
+base."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ _UPDATES = ("lora_b", "up_weight", "up_bias")  # the tensors that are set to zer
 
 @contextlib.contextmanager
 def zero_update(injection: Injection, training: bool) -> Iterator[None]:
-    """In this block every site adds nothing. In evaluation mode it does so by the code that always
-    runs. In training mode a widened FFN, whose op would draw its own masks, runs its block alone.
+    """In this block every site adds zero. In evaluation mode the sites run their usual code. In
+    training mode a widened FFN runs its block alone, because its op would draw its own masks.
     """
     with contextlib.ExitStack() as guards:
         for module in dict.fromkeys(site.module for site in injection.sites):

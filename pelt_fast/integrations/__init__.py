@@ -1,1 +1,1 @@
-"""Other libraries' models and trainers at work with ours: PEFT models, transformers' Trainer."""
+"""Models and trainers of other libraries with our ops: PEFT models, transformers' Trainer."""

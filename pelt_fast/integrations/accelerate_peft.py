@@ -1,4 +1,4 @@
-"""accelerate_peft: a model made by PEFT runs our ops, with its own modules, names and files."""
+"""accelerate_peft: a model made by PEFT runs our ops, and keeps its modules, names and files."""
 
 from torch import nn
 
@@ -48,7 +48,7 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
 
 
 def restore_peft(peft_model: nn.Module) -> nn.Module:
-    """Take :func:`accelerate_peft` back.
+    """Undo :func:`accelerate_peft`.
 
     Args:
         peft_model: a model that was accelerated.

@@ -1,4 +1,4 @@
-"""Caches under accelerate_peft: PEFT's own caches hold the prefix, those of ours do not.
+"""Caches under accelerate_peft: PEFT's own caches hold the prefix, our caches do not.
 
 With a cache that PEFT filled before, the prefix would be attended to twice. So a cache that the
 accelerated model fills is marked; the mark is copied and pickled with it. A cache that has keys and

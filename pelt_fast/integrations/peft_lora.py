@@ -1,8 +1,8 @@
 """LoRA layers of PEFT: each forward becomes one ``lora_linear`` (docs/maths.md#i2).
 
-A layer keeps its parameters, its dropout and its switches. What PEFT does beyond plain LoRA (more
-than one adapter, DoRA, a merged or disabled adapter, a base that is not an ``nn.Linear``) still
-runs PEFT's own forward; each call decides.
+A layer keeps its parameters, its dropout and its switches. PEFT's own forward still runs for
+everything beyond plain LoRA (more than one adapter, DoRA, a merged or disabled adapter, a base that
+is not an ``nn.Linear``). Each call decides again.
 """
 
 from torch import Tensor, nn

@@ -48,7 +48,7 @@ def accelerate_prefix(peft_model: nn.Module, injection: Injection) -> None:
 
 
 class PeftPrefix:
-    """The keys and values of PEFT's prefix encoder; at work while the PEFT model runs."""
+    """The keys and values of PEFT's prefix encoder. They act while the PEFT model runs."""
 
     def __init__(self, peft_model: nn.Module):
         self.peft_model = peft_model
@@ -103,11 +103,11 @@ class PeftPrefix:
             self._entering.put(None)
 
     def forward(self, *args, task_ids=None, **kwargs):
-        """Run as the PEFT model's forward: the base model's own, with the prefix at work."""
+        """Run as the PEFT model's forward: the base model's own, with the prefix."""
         return mark_known(self._run(self.peft_model.get_base_model(), *args, **kwargs))
 
     def generate(self, *args, **kwargs):
-        """Run as the PEFT model's generate: the base model's own, with the prefix at work."""
+        """Run as the PEFT model's generate: the base model's own, with the prefix."""
         return self._run(self.peft_model.get_base_model().generate, *args, **kwargs)
 
 
@@ -119,7 +119,7 @@ class PeftSlice(AttentionSlice):
 
     @property
     def on(self) -> bool:
-        """Whether the prefix is at work; it is not while PEFT has its adapters disabled."""
+        """Whether the prefix acts; it does not while PEFT has its adapters disabled."""
         run = self.bank.runs.now()
         return run is not None and run.values is not None
 

@@ -1,8 +1,8 @@
 """transformers' Trainer on an injected model: a checkpoint holds the method, not the base.
 
-``PeltTrainer`` and ``PeltSeq2SeqTrainer`` differ from transformers' own in what they write and
-read. That is the method as :func:`pelt_fast.save` writes it, and every parameter that trains: a
-prefix's MLP, which ``save`` folds away, trains further after a resume. Under accelerate's FSDP2
+``PeltTrainer`` and ``PeltSeq2SeqTrainer`` differ from transformers' own trainers in what they write
+and read: the method as :func:`pelt_fast.save` writes it, and every parameter that trains. So a
+prefix's MLP, which ``save`` leaves out, trains further after a resume. Under accelerate's FSDP2
 (``inject(pack=False)`` first) every process gathers the method, the first one writes it, and the
 base is in no checkpoint. Needs the extra ``train``.
 """
@@ -43,7 +43,7 @@ def _is_whole(state: Path) -> bool:
 
 
 class MethodCheckpoints:
-    """What a Trainer writes and reads: a mix-in, to be named before the Trainer's class."""
+    """A mix-in for a Trainer's checkpoints. Name it before the Trainer's class."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As transformers' own. ``True`` resumes from the newest complete checkpoint; one that was
@@ -59,8 +59,8 @@ class MethodCheckpoints:
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
-        """As transformers' own, with the backward pass in the calling thread. In autograd's own
-        thread for a GPU each of our ops takes 0.5 ms longer, on the host (docs/facts.md)."""
+        """As transformers' own, with the backward pass in the calling thread. In autograd's thread
+        for a GPU, each of our ops takes 0.5 ms longer on the host (docs/facts.md)."""
         with torch.autograd.set_multithreading_enabled(False):
             return super().training_step(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 """A draft of a layout for an architecture that is not in the table, guessed from module names.
 
-What a name cannot tell is left as "?", with a comment that says why. The draft is to be completed
-by a person. Everything in a block is either in it or in a comment.
+"?" marks a fact that a name cannot tell, with a comment that says why. A person must complete the
+draft. Each part of a block is either in the draft or in a comment.
 """
 
 import re
@@ -114,7 +114,7 @@ def _attention(layer: nn.Module, query: str, kind: str) -> str:
 
 
 def _block(layers: nn.ModuleList, config) -> str:
-    """The line of the feed-forward block, and comments on what a layout cannot say."""
+    """The line of the feed-forward block, and comments on parts that a layout cannot name."""
     layer = layers[0]
     experts = sorted({path for each in layers for path in _experts(each)})
     if experts:
@@ -166,7 +166,7 @@ def _ffn(layers: nn.ModuleList, config) -> str:
 
 
 def _dropouts(layer: nn.Module, layout: FFNLayout) -> tuple[dict, str]:
-    """The block's dropouts by the layout's names for them, and a comment on what has no name."""
+    """The block's dropouts by the layout's names, and a comment on those without a name."""
     if UNKNOWN in (layout.entry, layout.in_proj, layout.out_proj):
         return {}, ""
     if not layout.is_container:

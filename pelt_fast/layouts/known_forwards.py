@@ -1,10 +1,10 @@
-"""Whose forward is known, so that a site may do a module's work itself.
+"""Which modules have a known forward, so that a site may do their work itself.
 
-A module's forward is known when its class was written with it: it is defined in a class of
-transformers' own model files, under that class's name, and only transformers' decorators are around
-it. It is not known when it is a user's subclass, when it was put on the class or the module later,
-or when another library (Liger) replaced the class. A model that is no transformers class at all
-comes with a layout; the classes in its own file then count as known.
+A module's forward is known if it was written with its class: it is defined in a class of
+transformers' own model files, under that class's name, with only transformers' decorators around
+it. It is not known if the class is a user's subclass, if the forward was put on the class or the
+module later, or if another library (Liger) replaced the class. A model that is no transformers
+class needs a layout; the classes in its own file then count as known.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""The dataclasses that describe where a model keeps what the methods modify.
+"""The dataclasses that describe where a model keeps the modules that the methods modify.
 
 Every field is an attribute path. Those of a stack start at the base model, all others at a layer.
 Some projections share one matrix. A path then names the rows after a colon: "attn.c_attn:q" is the
@@ -51,8 +51,8 @@ class FFNLayout:
         output_dropout: the dropout after the block, a module or a float attribute.
         output_dropout_also: the attentions whose output is dropped by the same float.
         norm: the norm before a pre-norm block. Its input is the residual stream.
-        adapter_reads: what a parallel adapter reads in the paper's code: "input" (the block's) or
-            "residual" (the stream before ``norm``).
+        adapter_reads: the input of a parallel adapter in the paper's code: "input" (the block's)
+            or "residual" (the stream before ``norm``).
         norm_after: the norm after a post-norm block. It reads the block's output plus its input.
 
     Example:
@@ -80,7 +80,7 @@ class FFNLayout:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How a prompt gets in front of a stack's tokens. Every path starts at the base model.
+    """How a prompt is put in front of a stack's tokens. Every path starts at the base model.
 
     With neither ``norm`` nor ``layer`` the prompt goes in front of the token embeddings of the
     stack's ``owner``.
@@ -88,8 +88,8 @@ class PromptLayout:
     Args:
         norm: the LayerNorm of the summed embeddings; the prompt goes in front of its input.
         strip: the module whose output loses the virtual tokens again. None: a decoder's own output
-            loses them, and an encoder's goes to its decoder with them.
-        positions: the module that gives learned positions, of which the prompt gets none. None:
+            loses them, and an encoder's output keeps them for its decoder.
+        positions: the module that gives learned positions; the prompt gets none of them. None:
             positions are relative, and the prompt has the first P.
         layer: the first layer; the prompt goes in front of its input, where the model embeds
             patches or audio.
@@ -117,7 +117,7 @@ class StackLayout:
         layers: the list of layers.
         attentions: the attentions of one layer.
         ffn: the feed-forward block of one layer, or None.
-        prompt: how a prompt gets in front of the stack, where one can.
+        prompt: how a prompt is put in front of the stack, or None.
         no_ffn: where ``ffn`` is None, why no method can be on the blocks.
 
     Example:

@@ -1,4 +1,4 @@
-"""Which stacks a model has, and what a layout's paths lead to."""
+"""The stacks of a model, and the modules at a layout's paths."""
 
 from collections.abc import Iterator
 
@@ -36,7 +36,7 @@ def has(module: nn.Module, path: str) -> bool:
 def stacks_of(model: nn.Module, layout: Layout | None = None) -> list[StackLayout]:
     """The stacks of ``model`` as ``layout`` names them, or as the first row of the table that fits.
 
-    Raises TypeError for what is no transformers model or no Layout, and ValueError when the table
+    Raises TypeError if it is no transformers model or no Layout, and ValueError when the table
     has no row for the architecture, or none that fits: the message says which paths are missing.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -92,7 +92,7 @@ def _named_paths(base: nn.Module, layer: nn.Module, stack: StackLayout) -> Itera
 
 
 def _runs_itself(base: nn.Module, layer: nn.Module, ffn: FFNLayout) -> bool:
-    """Whether a block has a forward that is not known: it need not have the pieces that are
+    """Whether a block has an unknown forward. Such a block need not have the pieces that are
     named."""
     is_block = has(layer, ffn.entry) and ffn.is_container
     return is_block and why_foreign(find(layer, ffn.entry), own_file(base)) is not None
@@ -103,7 +103,7 @@ def base_of(model: nn.Module) -> nn.Module:
     return compiled_from(getattr(model, "base_model", model))
 
 
-# the names of task heads, where nothing else tells a head from the base
+# the names of task heads, if no other fact tells a head from the base
 _HEADS = frozenset((
     "classifier", "classification_head", "cls_classifier", "ctc_head", "distillation_classifier",
     "fc", "head", "pre_classifier", "projector", "qa_outputs", "score",

@@ -1,5 +1,5 @@
-"""What a layer holds and its layout does not name: a site that runs instead of it would leave that
-out."""
+"""The parts of a layer that its layout does not name. A site that runs instead of the layer would
+leave them out."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,8 @@ from .lookup import find
 
 
 def unnamed_in_block(layer: nn.Module, layout: FFNLayout) -> list[str]:
-    """Paths, from ``layer``, of what the block's module holds and the layout does not name: a
-    module, a parameter or buffer, a factor. Empty where the layer spells the block out."""
+    """Paths, from ``layer``, of all parts of the block's module that the layout does not name:
+    modules, parameters, buffers, factors. Empty if the layer spells the block out."""
     if not layout.is_container:
         return []
     named = set(_paths(layout))
@@ -19,8 +19,8 @@ def unnamed_in_block(layer: nn.Module, layout: FFNLayout) -> list[str]:
 
 
 def why_beside(layer: nn.Module, layout: FFNLayout) -> str | None:
-    """Why a block must run its own forward, with the adapter beside it; None where the layout names
-    everything in it."""
+    """Why a block must run its own forward, with the adapter beside it; None if the layout names
+    all its parts."""
     unnamed = ", ".join(unnamed_in_block(layer, layout)[:4])
     return f"its block holds {unnamed}, which the row does not name" if unnamed else None
 
@@ -58,7 +58,7 @@ def _named_in(stack: StackLayout) -> set[str]:
 
 
 def _held(block: nn.Module, path: str) -> Iterator[str]:
-    """Paths of what ``block`` holds: its own tensors and numbers, and its innermost modules."""
+    """Paths of the parts of ``block``: its own tensors and numbers, and its innermost modules."""
     for name in _own_values(block):
         yield f"{path}.{name}"
     for name, child in block.named_children():

@@ -1,4 +1,4 @@
-"""The trainable sites: each holds its tensors and the frozen module it modifies, and no maths."""
+"""The trainable sites. Each holds its tensors and the frozen module it modifies, and no maths."""
 
 from .adapter import ParallelAttentionAdapter, SequentialAdapter
 from .ffn import (

@@ -1,7 +1,7 @@
-"""Which function an activation really applies, by the name the ops know it by.
+"""Which function an activation really applies, under the name that the ops use.
 
-What counts is the module or function that is there, not the name in a config: exact types with the
-forward they were written with, and the functions of torch.
+The module or function of the model decides, not the name in a config. Known are exact types whose
+forward is unchanged, and the functions of torch.
 """
 
 import functools
@@ -17,20 +17,20 @@ _FUNCTIONS = (
     (F.gelu, "gelu"), (F.relu, "relu"), (torch.relu, "relu"), (Tensor.relu, "relu"),
     (F.silu, "silu"), (torch.tanh, "tanh"), (F.tanh, "tanh"), (Tensor.tanh, "tanh"),
 )  # fmt: skip
-_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's word for the formula
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's name of the formula
 _MODULES = {
     nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Identity: "identity",
     hf.SiLUActivation: "silu", hf.NewGELUActivation: "gelu_tanh", hf.LinearActivation: "identity",
 }  # fmt: skip
-# those that choose a formula when they are made: by the function they hold
+# modules that choose a formula in __init__: by the function they hold
 _HOLDERS = {hf.GELUActivation: "gelu", hf.GELUTanh: "gelu_tanh"}
 _PYTHON = (hf.GELUActivation._gelu_python, hf.GELUTanh._gelu_tanh_python)
-# as the classes are written: one that is patched later is another function
+# the forwards as the classes define them; a forward patched later is another function
 _FORWARDS = {kind: kind.forward for kind in (nn.GELU, *_MODULES, *_HOLDERS)}
 
 
 def name_of(activation) -> str | None:
-    """The ops' name for what a module or function computes; None where they have none."""
+    """The ops' name of what a module or function computes; None if they have no name for it."""
     if not isinstance(activation, nn.Module):
         return _function(activation)
     kind = type(activation)

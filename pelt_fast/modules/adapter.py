@@ -23,9 +23,9 @@ _NO_NORM = AdapterNorm(None, None, "none")
 
 
 class Bottleneck(DecidesOnce, Foldable):
-    """down_weight (R, K), down_bias (R), up_weight (N, R), up_bias (N), and what the modification
-    asks for: norm (adapter LayerNorm: its type and name keep its parameters out of a Trainer's
-    weight decay), scale (learned).
+    """down_weight (R, K), down_bias (R), up_weight (N, R), up_bias (N), and if the modification
+    has them: norm (adapter LayerNorm; because of its type and name, a Trainer applies no weight
+    decay to its parameters) and scale (learned).
 
     Init "lora": Kaiming uniform down, zero up, zero biases. "bert": normal 0.02, zero biases.
     """
@@ -90,13 +90,13 @@ class Bottleneck(DecidesOnce, Foldable):
                     norm_bias=self.norm_bias)  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
-        for last in ("weight", "bias"):  # as earlier versions named them
+        for last in ("weight", "bias"):  # the names in earlier versions
             if f"{prefix}norm_{last}" in state_dict:
                 state_dict[f"{prefix}norm.{last}"] = state_dict.pop(f"{prefix}norm_{last}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def frozen_weight(self) -> Tensor:
-        """A weight of the frozen module: it says where the site computes, and in which dtype."""
+        """A weight of the frozen module. It tells the device and the dtype of the site."""
         return weight_of(self.frozen.module)
 
     def decide(self) -> Decision:
@@ -119,8 +119,8 @@ class Bottleneck(DecidesOnce, Foldable):
         basis.probability(self.dropout, "p", self.dropout)
 
     def is_checked(self, weight: Tensor) -> bool:
-        """Whether the op takes the adapter's tensors beside a frozen ``weight`` as they are: of its
-        device, no narrower than it, no learned scale and no LayerNorm."""
+        """Whether the op takes the adapter's tensors with a frozen ``weight`` without conversion:
+        same device, a dtype at least as wide, no learned scale, no LayerNorm."""
         if self.norm is not None or not isinstance(self.scale, (int, float)):
             return False
         small = [p for p in self._parameters.values() if p is not None]
@@ -133,8 +133,8 @@ class Bottleneck(DecidesOnce, Foldable):
         return self._update(None, h)
 
     def parallel(self, base: Tensor, x: Tensor) -> Tensor:
-        """base + Δ(x), in the dtype of ``base``: a layer kept wider than its neighbours gives a
-        wider one than it reads."""
+        """base + Δ(x), in the dtype of ``base``. A layer in a wider dtype than its neighbours
+        returns a wider dtype than it reads."""
         return self._update(base, x.to(base.dtype))
 
     def _update(self, base: Tensor | None, x: Tensor) -> Tensor:
@@ -154,8 +154,8 @@ class Bottleneck(DecidesOnce, Foldable):
         return self.decided(x)
 
     def _run(self, function, *inputs: Tensor) -> Tensor:
-        """``function`` of the adapter, its LayerNorm's weights brought where they are offloaded:
-        it is never called itself."""
+        """``function`` of the adapter. Offloaded weights of its LayerNorm are loaded first, because
+        the LayerNorm itself is never called."""
         if self.norm is not None and is_away(self.norm):
             with at_hand([self.norm]):
                 return function(*inputs, *self.weights, **self.settings, **self.normed)
@@ -171,7 +171,7 @@ class Bottleneck(DecidesOnce, Foldable):
 
 
 class SequentialAdapter(Bottleneck):
-    """Runs in the place of an output projection: adapter(linear(x)) (paper equation 4)."""
+    """Runs instead of an output projection: adapter(linear(x)) (paper equation 4)."""
 
     def __init__(self, linear: nn.Linear, modification: Modification, dtype: torch.dtype):
         width, _ = shape_of(linear)
@@ -184,8 +184,8 @@ class SequentialAdapter(Bottleneck):
 
 
 class ParallelAttentionAdapter(Bottleneck):
-    """Runs in the place of an output projection beside an adapter of the attention's own input:
-    linear(heads + Δ(x)), as the paper's code has it, or linear(heads) + Δ(x)."""
+    """Runs instead of an output projection, with an adapter that reads the attention's input:
+    linear(heads + Δ(x)), as in the paper's code, or linear(heads) + Δ(x)."""
 
     def __init__(self, linear: nn.Linear, width: int, modification: Modification, dtype):
         before_output = modification.placement != "after_output"

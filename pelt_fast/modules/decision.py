@@ -1,9 +1,9 @@
-"""What a site runs, decided once and held until something that it rests on has changed.
+"""What a site runs. The decision is kept until one of the facts behind it changes.
 
-A decision is taken when a method is injected, and again only when what it rests on is another: a
-projection that was replaced, patched, hooked, quantised, cast or moved, an activation, a dropout
-that nobody knows, the backend of the thread. :class:`Basis` holds what that was, and
-:meth:`Basis.look` compares it, once in each forward. ``explain`` prints what is held.
+A site decides when a method is injected. It decides again only when one of these facts changes: a
+projection was replaced, patched, hooked, quantised, cast or moved; the activation, the dropout or
+the backend of the thread is another. :class:`Basis` records the facts, and :meth:`Basis.look`
+compares them once in each forward. ``explain`` prints the decision.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def is_public(*names: str) -> bool:
-    """Whether the public functions of these names are the package's own: a site calls one that
-    somebody put in its place."""
+    """Whether the public functions of these names are the package's own. If a user replaced one,
+    the site calls the replacement."""
     return all(getattr(functional, name) is _PUBLIC[name] for name in names)
 
 
@@ -31,11 +31,11 @@ class Decision:
     """What a site runs.
 
     Args:
-        plan: the name of it: an op's plan (``dispatch.plan``), or how the site runs without an op.
-        reason: why it is no more than that, None where nothing is missing.
-        runs_op: whether the site's op runs on the frozen weights, and not beside the frozen layer.
-        given: what the op gets of the frozen module, checked for inputs of ``dtype``, ``device``
-            and ``width`` channels. None where the public function checks each call anew.
+        plan: its name: an op's plan (``dispatch.plan``), or how the site runs without an op.
+        reason: why the site runs no faster plan; None if it runs the fastest.
+        runs_op: whether the site's op runs on the frozen weights, not beside the frozen layer.
+        given: the arguments of the op that the frozen module holds, checked for inputs of
+            ``dtype``, ``device`` and ``width`` channels. None: the public function checks calls.
         dtype: see ``given``.
         device: see ``given``.
         width: see ``given``.
@@ -51,44 +51,44 @@ class Decision:
 
 
 class Basis:
-    """What a decision rests on, each with the value it had."""
+    """The facts behind a decision, each with its value at that time."""
 
     def __init__(self):
         self.values: list[tuple[dict, str, Any]] = []  # entries of instance dicts
-        self.filled: list[tuple[dict, bool]] = []  # tables of hooks: whether there are any
+        self.filled: list[tuple[dict, bool]] = []  # tables of hooks: whether they hold any
         self.kinds: list[tuple[nn.Module, type, Callable]] = []  # a class and its forward
         self.tensors: list[tuple[Tensor, torch.dtype, torch.device, bool]] = []
         self.probabilities: list[tuple[Any, str, nn.Module]] = []  # object, attribute, mode's owner
         self.backend = active.name
 
     def value(self, table: dict, name: str) -> None:
-        """An entry of ``table``, by identity; it may be missing."""
+        """Record an entry of ``table``, by identity; it may be missing."""
         self.values.append((table, name, table.get(name)))
 
     def functions(self, *names: str) -> None:
-        """The public functions of these names (:func:`is_public`)."""
+        """Record the public functions of these names (:func:`is_public`)."""
         for name in names:
             self.value(vars(functional), name)
 
     def attribute(self, owner: Any, name: str) -> None:
-        """What is at ``owner.name``."""
+        """Record the value of ``owner.name``."""
         tables = (getattr(owner, kind, {}) for kind in ("_modules", "_parameters", "_buffers"))
         self.value(next((t for t in tables if name in t), owner.__dict__), name)
 
     def module(self, module: nn.Module, *attributes: str) -> None:
-        """A module whose work an op does: its class and that class's forward, a forward of its
-        own, hooks, and ``attributes``."""
+        """Record a module whose work an op does: its class and that class's forward, the forward
+        set on the module itself, hooks, and ``attributes``."""
         self.kinds.append((module, type(module), type(module).forward))
         for name in ("forward", "_old_forward", "_hf_hook", *attributes):
             self.value(module.__dict__, name)
         self.tables(module, HOOKS)
 
     def tables(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        """Whether the tables of hooks with these names hold any."""
+        """Record whether the tables of hooks with these names hold any."""
         self.filled += [(t, bool(t)) for t in (getattr(module, name) for name in names)]
 
     def linear(self, holder: nn.Module) -> None:
-        """A module that holds a frozen weight: what :meth:`module` says, and its parameters."""
+        """Record a module that holds a frozen weight: as :meth:`module`, and its parameters."""
         self.module(holder)
         for name, parameter in holder._parameters.items():
             self.value(holder._parameters, name)
@@ -96,19 +96,19 @@ class Basis:
                 self.tensor(parameter)
 
     def tensor(self, tensor: Tensor) -> None:
-        """A tensor's dtype, device and whether it trains."""
+        """Record a tensor's dtype, its device and whether it trains."""
         self.tensors.append((tensor, tensor.dtype, tensor.device, tensor.requires_grad))
 
     def probability(self, owner: Any, name: str, mode: nn.Module) -> None:
-        """A dropout's probability, read at each look: 0 where ``mode`` is not training."""
+        """Record a dropout. Its probability is read at each look: 0 if ``mode`` is not training."""
         self.probabilities.append((owner, name, mode))
 
     def __reduce__(self):
-        return _nothing, ()  # it is of one object: copies and pickles take their own
+        return _nothing, ()  # a basis belongs to one object: a copy or a pickle decides again
 
     def look(self) -> list[float] | None:
-        """The dropouts' probabilities now; None where anything is another than it was, or a
-        dropout is none that the ops know."""
+        """The dropouts' probabilities now. None if a recorded value changed, or if the ops do not
+        know a dropout."""
         if active.name != self.backend:
             return None
         for table, name, value in self.values:
@@ -151,30 +151,30 @@ def _nothing() -> None:
 
 
 class DecidesOnce:
-    """Mixin of a site: it implements :meth:`decide` and :meth:`rests_on`, and asks
+    """Mixin of a site. The site implements :meth:`decide` and :meth:`rests_on`, and calls
     :meth:`decided` in its forward."""
 
     _held: Held | None = None
 
     def decide(self) -> Decision:
-        """Take the decision."""
+        """Decide."""
         raise NotImplementedError
 
     def rests_on(self, basis: Basis) -> None:
-        """Tell ``basis`` what :meth:`decide` looks at, and the dropouts to read in each forward."""
+        """Record in ``basis`` what :meth:`decide` reads, and the dropouts of each forward."""
         raise NotImplementedError
 
     def decision(self) -> Decision:
-        """The decision in force, for a reader (``explain``)."""
+        """The current decision, for ``explain``."""
         held = self._held
         if held is None or held.basis.look() is None:
             held = self._decide_now()
         return held.decision
 
     def decided(self, x: Tensor) -> tuple[Decision, list[float] | None]:
-        """The decision in force, and the probabilities of the dropouts now; None in their place
-        where the public function has to check what the op gets: for another input than the
-        decision was taken for, under autocast, while a graph is traced."""
+        """The current decision and the probabilities of the dropouts. The probabilities are None if
+        the public function has to check the arguments: the input differs from the one of the
+        decision, autocast is on, or a graph is traced."""
         if torch.compiler.is_compiling():
             return self.decide(), None
         held = self._held
@@ -197,10 +197,10 @@ class DecidesOnce:
         basis = Basis()
         self.rests_on(basis)
         held = Held(self.decide(), basis)
-        # a dropout that the ops do not know is looked at again in each forward
+        # a dropout that the ops do not know is checked again in each forward
         self._held = None if basis.look() is None else held
         return held
 
     def decide_again(self) -> None:
-        """Drop what is held: weights were moved."""
+        """Drop the decision: weights were moved."""
         self._held = None

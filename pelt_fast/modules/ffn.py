@@ -1,4 +1,4 @@
-"""Adapters on a whole feed-forward block: parallel (a wider FFN, or beside it) and sequential."""
+"""Adapters on a whole feed-forward block: sequential, or parallel (one wider FFN or beside it)."""
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,14 @@ class _FFNAdapter(Bottleneck):
 
 
 class SequentialFFNAdapter(_FFNAdapter):
-    """Runs in the place of the block: adapter(ffn(x)), after the output dropout."""
+    """Runs instead of the block: adapter(ffn(x)), after the output dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.sequential(self.ffn(x))
 
 
 class LayerAdapter(_FFNAdapter):
-    """Runs in the place of a whole layer: adapter(layer(..)), after its last add and norm (Pfeiffer
+    """Runs instead of a whole layer: adapter(layer(..)), after its last add and norm (Pfeiffer
     in a pre-norm model)."""
 
     def __init__(self, layer: nn.Module, ffn: FFNBlock, modification: Modification, dtype):
@@ -57,8 +57,8 @@ class LayerAdapter(_FFNAdapter):
 
 
 class NormAdapter(_FFNAdapter):
-    """Runs in the place of the norm behind a post-norm block, whose input z is the sum of the block
-    and its own input: LN(z + Δ(LN(z))) (Pfeiffer)."""
+    """Runs instead of the norm after a post-norm block. The norm's input z is the block's output
+    plus the block's input: LN(z + Δ(LN(z))) (Pfeiffer)."""
 
     def __init__(self, norm: nn.Module, ffn: FFNBlock, modification: Modification, dtype):
         super().__init__(ffn, modification, dtype)
@@ -69,16 +69,17 @@ class NormAdapter(_FFNAdapter):
 
 
 class ParallelFFNAdapter(_FFNAdapter):
-    """Runs in the place of the block: one wider FFN (docs/maths.md#i3).
+    """Runs instead of the block: one wider FFN (docs/maths.md#i3).
 
-    The frozen in-projection (and gate) lives above the rows of the trainable down projection, which
-    each call of the op copies there first, forward and backward; the out-projection likewise beside
-    the columns of the up projection, where no output dropout stands between the two.
+    One buffer holds the frozen in-projection (and gate), and below them the rows of the trainable
+    down projection. Each call of the op first copies these rows there, in forward and backward. A
+    second buffer holds the out-projection and the columns of the up projection, unless an output
+    dropout acts between the two.
     """
 
     def __init__(self, ffn: FFNBlock, modification: Modification, dtype: torch.dtype):
         super().__init__(ffn, modification, dtype)
-        # before the output dropout the update is part of what it drops: the op then has none
+        # an update before the output dropout is dropped by it: the op then has no output dropout
         self.before_dropout = modification.placement == "before_dropout"
         self.output_dropout = Dropout() if self.before_dropout else ffn.output_dropout
         stacked, out = self._frozen
@@ -120,11 +121,11 @@ class ParallelFFNAdapter(_FFNAdapter):
         super().rests_on(basis)
 
     def update_decision(self, x: Tensor) -> tuple[Decision, None]:
-        """Beside the model's own block the public function checks each call."""
+        """Beside the model's own block, the public function checks each call."""
         return self.decision(), None
 
     def adapter_input(self) -> Tensor | None:
-        """What the adapter reads; None is what the block reads."""
+        """What the adapter reads; None: the block's own input."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class ParallelFFNAdapter(_FFNAdapter):
         return self.ffn.output_dropout(y) if self.before_dropout else y
 
     def _checked(self, x: Tensor, adapter_x: Tensor | None) -> Tensor:
-        """The public function, which checks what it is given."""
+        """Call the public function, which checks its arguments."""
         ffn: FrozenFFN = self.ffn.weights()
         return functional.ffn_parallel_adapter(
             x, ffn.in_weight, ffn.in_bias, ffn.out_weight, ffn.out_bias, *self.weights,
@@ -165,7 +166,7 @@ class ParallelFFNAdapter(_FFNAdapter):
 
     @property
     def _frozen(self) -> tuple[list[nn.Parameter | None], nn.Parameter | None]:
-        """The parameters that hold gate and in, each once, and out; None for one that is kept
+        """The parameters that hold gate and in, each once, and out. None for one that is stored
         transposed."""
         *stacked, out = (parameter_of(projection.module) for projection in self.ffn.projections)
         return list(dict.fromkeys(stacked)), out
@@ -173,15 +174,15 @@ class ParallelFFNAdapter(_FFNAdapter):
     def _packings_now(self) -> Packings | None:
         """The buffers, for the op to fill; none while tracing."""
         if torch.compiler.is_compiling():
-            return None  # a buffer written on every call would be one more graph input
+            return None  # a buffer written in every call would be one more graph input
         if getattr(self, "_is_fsdp_managed_module", False):
-            return None  # FSDP2 gathers the weights into storage of its own
+            return None  # FSDP2 gathers the weights into its own storage
         self.packings.pack_again(*self._frozen)
         return self.packings
 
     @property
     def is_packed(self) -> bool:
-        """Whether the frozen weights live in the packed buffers."""
+        """Whether the frozen weights are stored in the packed buffers."""
         return self.packings.hold(*self._frozen)
 
     def pack(self) -> None:
@@ -190,19 +191,19 @@ class ParallelFFNAdapter(_FFNAdapter):
         self.decide_again()
 
     def leave_unpacked(self) -> None:
-        """Give up the buffers for good: each frozen weight keeps storage of its own."""
+        """Never use the buffers again: each frozen weight keeps its own storage."""
         self.unpack()
         self.packings = Packings(None, None)
         self.decide_again()
 
     def unpack(self) -> None:
-        """Give the frozen weights storage of their own again, bit for bit."""
+        """Move the frozen weights back to their own storage, bit for bit."""
         self.packings.unpack(*self._frozen)
         self.decide_again()
 
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
-        self.packings.forget(*self._frozen)  # pack what is there now on the next call
+        self.packings.forget(*self._frozen)  # the next call packs the current weights
         self.decide_again()
         return result
 
@@ -213,9 +214,9 @@ class ParallelFFNAdapter(_FFNAdapter):
 
 
 class ResidualFFNAdapter(ParallelFFNAdapter):
-    """Runs in the place of the block: ffn(norm(x)) + Δ(x), x the residual stream that the block's
-    own norm reads (the paper's mBART). x and norm(x) are two inputs: nothing to stack, but the
-    adapter's columns still stand beside the block's on the way out."""
+    """Runs instead of the block: ffn(norm(x)) + Δ(x), where x is the residual stream that the
+    block's norm reads (the paper's mBART). x and norm(x) differ, so the first projections cannot be
+    stacked. The second projections still can."""
 
     def __init__(self, ffn: FFNBlock, modification: Modification, dtype: torch.dtype):
         super().__init__(ffn, modification, dtype)

@@ -1,4 +1,4 @@
-"""The frozen feed-forward block of one layer, as a site finds it."""
+"""The frozen feed-forward block of one layer, as a site sees it."""
 
 from torch import Tensor, nn
 
@@ -11,20 +11,20 @@ from .late import Attribute, Dropout
 
 
 class FFNBlock:
-    """The feed-forward block of one layer: its projections, its activation and its own dropouts,
-    the last two read when they are needed.
+    """The feed-forward block of one layer: its projections, its activation and its own dropouts.
+    Activation and dropouts are read at each use.
 
     Args:
-        block: the module whose call is the whole block, None where the layer spells it out.
+        block: the module whose call is the whole block; None if the layer's own code is the block.
         in_proj: the projection of the input; with a gate, the one that is multiplied.
         out_proj: the projection of the output.
         gate_proj: the gate's projection, or None.
         activation: where the activation is.
-        activation_dropout: the dropout behind it.
+        activation_dropout: the dropout after it.
         output_dropout: the dropout on the block's output.
         projections_at: where the projections were found.
-        why_itself: why the block does more than this class knows, if so: it then runs its own
-            forward.
+        why_itself: None, or why the block must run its own forward: it does more than this class
+            knows.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FFNBlock:
 
     @property
     def activation(self) -> str | None:
-        """The name the ops know the activation by, or None."""
+        """The ops' name of the activation, or None."""
         return name_of(self.activate.value)
 
     @property
@@ -61,7 +61,7 @@ class FFNBlock:
         return [*gate, self.in_proj, self.out_proj]
 
     def rests_on(self, basis: Basis) -> None:
-        """Tell ``basis`` what :meth:`why_not_fused` looks at."""
+        """Record in ``basis`` what :meth:`why_not_fused` reads."""
         if self.block is not None:
             basis.module(self.block.module)
         self.activate.rests_on(basis)
@@ -101,12 +101,12 @@ class FFNBlock:
         )  # fmt: skip
 
     def held_weights(self) -> FrozenFFN | None:
-        """The same, where they stay the same tensors as long as the basis holds; else None."""
+        """The same, if they stay the same tensors until the basis changes; else None."""
         held = [projection.held_weight() for projection in self.projections]
         return None if None in held else self.weights()
 
     def __call__(self, x: Tensor, output_dropout: bool = True) -> Tensor:
-        """The block as the model itself runs it, output dropout included unless told."""
+        """The block as the model itself runs it, with its output dropout by default."""
         if self.block is not None and (output_dropout or self.output_dropout.at is None):
             return self.block.bare(x)
         if self.gate_proj is None:

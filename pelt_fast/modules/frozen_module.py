@@ -12,21 +12,21 @@ from .decision import HOOKS, Basis
 from .hooked import forward_attribute_of, holder_of, is_away, run
 from .projection_view import LORA, holds_numbers, host_of, is_readable
 
-# the forwards that are nothing but x Wᵀ + b, as they are written: one patched later is another
+# the forwards that compute x Wᵀ + b alone, as their classes define them; not those patched later
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 QUANTISED = "its weight is quantised"
 
 
 def foreign_forward(module: nn.Module) -> Callable | None:
-    """The forward that somebody else (Liger) put on this very module, or None. What pelt_fast puts
-    there is a call of a site's or :func:`passthrough`, and a site knows what it found there;
-    accelerate's hook runs the module's own."""
+    """The forward that another library (Liger) set on this module, or None. Not foreign are the
+    forwards of pelt_fast (a site's call, :func:`passthrough`) and accelerate's hook, which runs
+    the module's own forward."""
     module = holder_of(module)
     outermost = module.__dict__.get(forward_attribute_of(module))
     if outermost is None or getattr(outermost, "__func__", None) is type(module).forward:
         return None
     found = outermost
-    for _ in range(64):  # what wraps ours, and says so (``functools.wraps``), runs ours
+    for _ in range(64):  # a declared wrapper (``functools.wraps``) of our forward runs our forward
         if found is passthrough:
             return None
         owner = getattr(found, "__self__", found)
@@ -41,8 +41,8 @@ def foreign_forward(module: nn.Module) -> Callable | None:
 
 def is_repatched(module: nn.Module, forward: Callable) -> bool:
     """Whether the class of ``module`` runs another forward than ``forward``, which it ran before.
-    A class that somebody derives for it (FSDP2) has the same one, under one more of the wrappers
-    that transformers gives each class of layers; anybody else's wrapper may do anything."""
+    A derived class (FSDP2) has the same forward, under one more of the wrappers that transformers
+    puts on each class of layers. Any other wrapper counts as another forward."""
     found = type(module).forward
     again = getattr(found, "__wrapped__", None) is forward
     rewrapped = again and found.__globals__["__name__"] == "transformers.modeling_layers"
@@ -50,18 +50,18 @@ def is_repatched(module: nn.Module, forward: Callable) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody's hooks hang on a module: they run where it is called, and nowhere else."""
+    """Whether a module has hooks: they run only when the module is called."""
     return any(getattr(module, name) for name in HOOKS)
 
 
 def described(function) -> str:
-    """A function or callable in a message."""
+    """The name of a function or callable for a message."""
     return getattr(function, "__qualname__", type(function).__name__)
 
 
 def is_beside(weight: Tensor, trained: Sequence[Tensor]) -> bool:
-    """Whether the ops take ``trained`` tensors beside a frozen ``weight`` as they are: of its
-    device, no narrower than it."""
+    """Whether the ops take ``trained`` tensors with a frozen ``weight`` without conversion: same
+    device, a dtype at least as wide."""
     return weight.dtype in DTYPES and all(
         tensor.device == weight.device
         and tensor.dtype in DTYPES
@@ -71,7 +71,7 @@ def is_beside(weight: Tensor, trained: Sequence[Tensor]) -> bool:
 
 
 class FrozenModule:
-    """A frozen module, hidden from ``nn.Module`` registration: its names stay its own."""
+    """A frozen module, hidden from ``nn.Module`` registration, so that its names do not change."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -80,7 +80,7 @@ class FrozenModule:
     @property
     def is_plain(self) -> bool:
         """Whether this is an ordinary frozen ``nn.Linear``, or a part of one, that nothing else
-        modifies: an op may do its work without calling it."""
+        modifies. An op may then do its work without calling it."""
         holder = self._holder
         if type(holder) not in (nn.Linear, Conv1D) or is_hooked(holder):
             return False
@@ -93,10 +93,11 @@ class FrozenModule:
         return holder_of(self.module)
 
     def why_not_read(self) -> str | None:
-        """Why an op must not read the weight of a linear layer where the layer would run, or None.
+        """Why an op must not read a linear layer's weight instead of calling the layer, or None.
 
-        The rule of all sites: the forward that runs is ``nn.Linear``'s or Conv1D's own, and the
-        weight is a matrix of numbers. Anything else runs itself, and the update is added to it.
+        All sites have one rule. An op reads the weight if the layer's forward is ``nn.Linear``'s or
+        Conv1D's own and the weight is a matrix of numbers. Any other layer is called, and the
+        update is added to its output.
         """
         if not holds_numbers(self._holder):
             return QUANTISED
@@ -110,25 +111,25 @@ class FrozenModule:
         return None if is_readable(self.module) else "its weight has another shape than the layer"
 
     def rests_on(self, basis: Basis) -> None:
-        """Tell ``basis`` what :attr:`is_plain` and :meth:`why_not_read` look at."""
+        """Record in ``basis`` what :attr:`is_plain` and :meth:`why_not_read` read."""
         basis.linear(self._holder)
         basis.value(host_of(self.module)._modules, LORA)
 
     def held_weight(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias that stay the same tensors as long as the basis holds; None for a view,
-        a transposed matrix or a parametrized weight, which are made at each look."""
+        """Weight and bias, if they stay the same tensors until the basis changes. None for a view,
+        a transposed matrix or a parametrized weight: each access makes a new tensor."""
         holder = self._holder
         if holder is not self.module or "weight" not in holder._parameters:
             return None
         return holder._parameters["weight"], holder._parameters.get("bias")
 
     def __call__(self, *args, **kwargs):
-        """The module's own forward, with the LoRA it may carry, past any injection of ours."""
+        """The module's own forward, with the LoRA on it if any, without our other changes."""
         lora = host_of(self.module)._modules.get(LORA)
         return self.bare(*args, **kwargs) if lora is None else lora(*args, **kwargs)
 
     def bare(self, *args, **kwargs):
-        """The module's own forward alone, under the hook that brings its weights."""
+        """The module's own forward alone, inside the hook that loads its weights."""
         module = host_of(self.module)
         own = self.foreign or type(module).forward.__get__(module)
         return run(self._holder, own, args, kwargs)
@@ -140,12 +141,12 @@ class Foldable(nn.Module):
     merged = False
 
     def is_folded(self) -> bool:
-        """Whether the frozen weights do the work; RuntimeError when that would train nothing."""
+        """Whether the frozen weights hold the update. RuntimeError while such a model trains."""
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError("this model is merged: its method cannot train; unmerge it first")
         return self.merged
 
 
 def passthrough(x: Tensor) -> Tensor:
-    """What a module runs whose work was taken over."""
+    """Return ``x``: the forward of a module whose work a site does."""
     return x

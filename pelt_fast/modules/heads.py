@@ -34,7 +34,7 @@ class _Heads(nn.Module):
 
 
 class MultiHeadAdapter(_Heads):
-    """Runs in the place of an output projection: linear(heads + s ReLU(x_h Dᵀ) U by head), x_h the
+    """Runs instead of an output projection: linear(heads + s ReLU(x_h Dᵀ) U by head). x_h is the
     head's slice of the attention's own input (paper section 3.3, multi-head)."""
 
     def __init__(self, linear: nn.Linear, heads: int, modification: Modification, dtype):
@@ -65,16 +65,16 @@ class MultiHeadAdapter(_Heads):
 
 class QueryHeads(_Heads):
     """The same on the frozen query projection: the attention function adds s ReLU(q Dᵀ) U. The
-    query is not scaled: the attention's scale is taken off the keys, as ReLU lets it through. The
-    attention's own dropout is the one that acts on ReLU(q Dᵀ)."""
+    attention's scale must not act on the query: the keys are divided by it, which is exact because
+    ReLU(c x) = c ReLU(x) for c > 0. The attention's own dropout acts on ReLU(q Dᵀ)."""
 
     def forward(self, scaling: float) -> tuple[Tensor, Tensor]:
-        """prefix_k and prefix_v of the op, whose scores are multiplied by ``scaling``."""
+        """prefix_k and prefix_v for the op, which multiplies the scores by ``scaling``."""
         return self.down_weight / scaling, self.scale * self.up_weight
 
 
 class QuerySlice(AttentionSlice):
-    """What the attention function finds on the module, as a prefix's slice."""
+    """The object that the attention function finds on the module, like a prefix's slice."""
 
     form, composition = "relu", "add"
 

@@ -1,8 +1,8 @@
-"""Modules under accelerate's hooks: a forward wrapped by one, weights that are away until it runs.
+"""Modules with accelerate's hooks: the hook wraps the forward and may load offloaded weights.
 
 ``dispatch_model``, ``cpu_offload`` and ``device_map`` put a wrapper on a module's instance
-``forward`` and keep what was there as ``_old_forward``. An offloaded weight is on the meta device;
-the hook brings it before the forward and lets it go after it.
+``forward`` and keep the forward before it as ``_old_forward``. An offloaded weight is on the meta
+device. The hook loads it before the forward and frees it after the forward.
 """
 
 import functools
@@ -16,19 +16,19 @@ HOOK, INNER = "_hf_hook", "_old_forward"  # accelerate's names
 
 
 def holder_of(module: nn.Module) -> nn.Module:
-    """The module that holds the weight: of a part of a projection, its owner."""
+    """The module that holds the weight; for a part of a projection, the owner of the part."""
     return module.__dict__.get("owner", module)
 
 
 def forward_attribute_of(module: nn.Module) -> str:
-    """The attribute that holds the module's own forward: inside of accelerate's wrapper, where
-    there is one, so that the hook runs around whatever is put there."""
+    """The attribute that holds the module's own forward: inside accelerate's wrapper, if there is
+    one, so that the hook runs around each forward that is put there."""
     hooked = HOOK in module.__dict__ and INNER in module.__dict__
     return INNER if hooked else "forward"
 
 
 def put(module: nn.Module, forward: Callable) -> Callable | None:
-    """Let ``module`` run ``forward`` when called, inside the hook it may have; what stood there."""
+    """Make ``module`` run ``forward``, inside its hook if it has one. Return the value before."""
     attribute = forward_attribute_of(module)
     before = module.__dict__.get(attribute)
     setattr(module, attribute, forward)
@@ -36,8 +36,8 @@ def put(module: nn.Module, forward: Callable) -> Callable | None:
 
 
 def give_back(module: nn.Module, before: Callable | None, ours: Callable) -> None:
-    """Put what was there before in the attribute of our forward, where that is now: accelerate's
-    wrapper keeps it inside. A forward that is not ours and does not hold ours stays."""
+    """Restore the attribute that holds our forward to its value before. accelerate's wrapper may
+    hold our forward inside. A forward that is not ours and does not hold ours is kept."""
     for attribute in ("forward", INNER):
         if module.__dict__.get(attribute) is not ours:
             continue
@@ -50,7 +50,7 @@ def give_back(module: nn.Module, before: Callable | None, ours: Callable) -> Non
 
 
 def is_away(module: nn.Module) -> bool:
-    """Whether a weight of this module is offloaded now: not there unless its hook brings it."""
+    """Whether a weight of this module is offloaded now, so that only its hook can load it."""
     module = holder_of(module)
     if module.__dict__.get(HOOK) is None:
         return False
@@ -68,13 +68,13 @@ def _offloads(module: nn.Module):
 
 
 def brought_to(module: nn.Module) -> torch.device:
-    """Where the hook brings the weights that are away."""
+    """The device to which the hook loads the offloaded weights."""
     return torch.device(_offloads(holder_of(module)).execution_device)
 
 
 def run(module: nn.Module, forward: Callable, args: tuple, kwargs: dict):
-    """``forward`` as ``module``'s own, under the hook the module may have; as it is where that
-    hook has brought the weights already."""
+    """Run ``forward`` inside the hook of ``module``, if it has one. If the hook has loaded the
+    weights already, run it without the hook."""
     hook = module.__dict__.get(HOOK)
     if hook is None or (_offloads(module) is not None and not is_away(module)):
         return forward(*args, **kwargs)
@@ -83,7 +83,7 @@ def run(module: nn.Module, forward: Callable, args: tuple, kwargs: dict):
 
 
 def holders(model: nn.Module, names: Container[str]) -> list[nn.Module]:
-    """The modules that hold the parameters of these names themselves."""
+    """The modules that directly hold the parameters of these names."""
     return [
         module
         for path, module in model.named_modules()
@@ -93,8 +93,8 @@ def holders(model: nn.Module, names: Container[str]) -> list[nn.Module]:
 
 @contextmanager
 def at_hand(modules: Iterable[nn.Module], write: bool = False) -> Iterator[None]:
-    """The own weights of ``modules`` brought for the time of the block; ``write`` keeps what is
-    written there. ValueError, before anything is brought, where that cannot be kept (a disk)."""
+    """Load the own weights of ``modules`` for the time of the block; ``write`` keeps what the
+    block writes to them. ValueError, before any is loaded, if a write cannot be kept (on disk)."""
     away = [module for module in dict.fromkeys(modules) if is_away(module)]
     if write:
         for module in away:
@@ -113,7 +113,7 @@ def at_hand(modules: Iterable[nn.Module], write: bool = False) -> Iterator[None]
 def _check_writable(module: nn.Module) -> None:
     held = _offloads(module).weights_map
     for name, parameter in module._parameters.items():
-        # made anew at each look: read from a file
+        # read from a file at each access
         if parameter is not None and held[name] is not held[name]:
             raise ValueError(
                 f"{name} of a {type(module).__name__} is offloaded to disk and cannot be written"
@@ -130,10 +130,10 @@ def _write_back(module: nn.Module) -> None:
 
 
 def wrappers(module: nn.Module) -> Iterator[Callable]:
-    """The instance forward of a module, and what it wraps as far as it says so
-    (``functools.wraps``, accelerate), the outermost first."""
+    """The instance forward of a module and the forwards it wraps, the outermost first, as far as
+    the wrappers declare them (``functools.wraps``, accelerate)."""
     found = module.__dict__.get("forward")
-    for _ in range(64):  # a chain that bites its tail ends too
+    for _ in range(64):  # a circular chain ends too
         if found is None:
             return
         yield found

@@ -1,4 +1,4 @@
-"""LoRA on parts of one matrix: what runs in the place of the projection that holds it."""
+"""LoRA on parts of one matrix: this runs instead of the projection that holds the matrix."""
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from .projection_view import LORA, ProjectionView, shape_of
 
 
 class JoinedProjection(nn.Module):
-    """Runs in the place of a projection whose parts carry LoRA: one GEMM of the whole matrix, one
-    rank update with the factors stacked, A one under the other, B on a block diagonal. The parts
-    read the same dropped input."""
+    """Runs instead of a projection whose parts have LoRA: one GEMM of the whole matrix and one rank
+    update. The A factors are stacked by rows, the B factors on a block diagonal. The parts read the
+    same dropped input."""
 
     def __init__(self, owner: nn.Module):
         super().__init__()
@@ -24,12 +24,12 @@ class JoinedProjection(nn.Module):
         self.frozen = FrozenModule(ProjectionView(owner, "", None))
 
     def part(self, part: ProjectionView) -> ProjectionView:
-        """Hold ``part``, so that what is put on it is the model's."""
+        """Register ``part``, so that modules put on it belong to the model."""
         self.add_module(part.name, part)
         return part
 
     def why_beside(self) -> str | None:
-        """Why the updates are added to what the projection itself returns, or None."""
+        """Why the updates are added to the output of the projection itself, or None."""
         return self.frozen.why_not_read()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class JoinedProjection(nn.Module):
         return F.pad(site.scale * site.lora_b, (0, 0, rows.start, outputs - rows.stop))
 
     def _beside(self, x: Tensor, sites: list) -> Tensor:
-        """Each part's update, of its own dropped input, on what the projection returns."""
+        """Add each part's update, of its own dropped input, to the output of the projection."""
         y = self.frozen.bare(x)
         for rows, site in sites:
             y = site.added(y, x, self._in_rows(rows, site))

@@ -16,5 +16,5 @@ class KeptInput:
         self._x.put(args[0] if args else kwargs[self.keyword])
 
     def take(self) -> Tensor:
-        """The input of this forward, which is then let go."""
+        """Return the input of this forward and keep it no longer."""
         return self._x.take()

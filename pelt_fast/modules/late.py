@@ -1,4 +1,4 @@
-"""What a layer's own code reads when it runs, read by a site when it runs: activation, dropouts."""
+"""Activation and dropouts, which a site reads in each forward, as the layer's own code does."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,23 +9,23 @@ from .hooked import give_back, put, wrappers
 
 
 def in_force(dropout: nn.Dropout) -> float:
-    """The probability a method's own dropout drops with now."""
+    """The probability of a method's own dropout now."""
     return dropout.p if dropout.training else 0.0
 
 
 class Attribute:
-    """``owner.name``: whatever is there when it is asked for, None where nothing is."""
+    """``owner.name``, read at each use; None if it does not exist."""
 
     def __init__(self, owner: nn.Module, name: str):
         self.owner, self.name = owner, name
 
     @property
     def value(self):
-        """What is there now."""
+        """The value now."""
         return getattr(self.owner, self.name, None)
 
     def rests_on(self, basis: Basis) -> None:
-        """Tell ``basis`` where the value is, and what can change about it."""
+        """Record in ``basis`` where the value is, and what can change about it."""
         basis.attribute(self.owner, self.name)
         if isinstance(self.value, nn.Module):
             basis.module(self.value, "approximate", "act")
@@ -36,16 +36,16 @@ class Attribute:
         return self.owner, self.name
 
     def run(self, x: Tensor) -> Tensor:
-        """What is there now, applied."""
+        """Apply the value now."""
         return self.value(x)
 
 
 class Taken(Attribute):
-    """An attribute of a layer whose work a site does: the layer finds something that does nothing,
-    the site what was there, and what somebody writes there later.
+    """An attribute of a layer whose work a site does. The layer finds a value that does nothing.
+    The site keeps the value that was there, and takes any value that is written there later.
 
-    In the place of a probability stands False, which drops nothing and which nobody else writes; in
-    that of a function, and of a module's forward, ``passthrough``.
+    False replaces a probability: it drops nothing, and nobody else writes it. ``passthrough``
+    replaces a function or a module's forward.
     """
 
     def __init__(self, owner: nn.Module, name: str):
@@ -55,11 +55,11 @@ class Taken(Attribute):
 
     @property
     def value(self):
-        """What the layer would find there, were it not for the site."""
+        """The value that the layer would find without the site."""
         return self._value
 
     def is_taken_on(self, basis: Basis) -> None:
-        """Tell ``basis`` what :meth:`take` looks at: what the layer finds."""
+        """Record in ``basis`` what :meth:`take` reads: the value that the layer finds."""
         basis.attribute(self.owner, self.name)
         if isinstance(self._value, nn.Module):
             for name in ("forward", "_old_forward"):
@@ -67,7 +67,7 @@ class Taken(Attribute):
 
     def rests_on(self, basis: Basis) -> None:
         if isinstance(self._value, (int, float)):
-            return  # a probability is read at each look
+            return  # a probability is read in each forward
         basis.value(self.__dict__, "_value")
         if isinstance(self._value, nn.Module):
             basis.module(self._value, "approximate", "act")
@@ -77,7 +77,7 @@ class Taken(Attribute):
         return self, "_value"
 
     def take(self) -> bool:
-        """Take over what is there, unless that is done; whether it was not."""
+        """Take over the value, unless it is taken already. Return whether it was taken now."""
         found = getattr(self.owner, self.name, None)
         if found is None or found is False or found is passthrough:
             return False
@@ -94,39 +94,39 @@ class Taken(Attribute):
         return True
 
     def give_back(self) -> None:
-        """Let the layer find again what is in force."""
+        """Give the layer its current value back."""
         found = getattr(self.owner, self.name, None)
         if self._frozen is None and (found is False or found is passthrough):
             setattr(self.owner, self.name, self._value)
         self._release()
 
     def _release(self) -> None:
-        """Let go of a module that was taken."""
+        """Give a taken module its own forward back."""
         frozen, self._frozen = self._frozen, None
         if frozen is not None:
             give_back(frozen.module, self._before, passthrough)
 
     def run(self, x: Tensor) -> Tensor:
-        """What was there, applied."""
+        """Apply the value that the layer had."""
         return self._value(x) if self._frozen is None else self._frozen.bare(x)
 
 
 class _Never:
-    """Stands for a dropout that is not there."""
+    """Replaces a dropout that does not exist."""
 
     p, training = 0.0, False
 
 
 class Dropout:
-    """A dropout of the model's own: a module, which knows its mode, or a probability, whose mode is
-    its owner's. None is no dropout."""
+    """A dropout of the model: a module, which has its own mode, or a probability, which has the
+    mode of its owner. None means no dropout."""
 
     def __init__(self, at: Attribute | None = None):
         self.at = at
 
     @property
     def p(self) -> float | None:
-        """The probability, whatever the mode; None of a module that is not known."""
+        """The probability in training; None for an unknown module."""
         value = None if self.at is None else self.at.value
         if value is None or type(value) is nn.Identity:
             return 0.0
@@ -136,7 +136,7 @@ class Dropout:
         return value.p if ours and not is_hooked(value) else None
 
     def rests_on(self, basis: Basis) -> None:
-        """Tell ``basis`` what is there, and where its probability is read."""
+        """Record in ``basis`` the dropout and where its probability is read."""
         value = None if self.at is None else self.at.value
         if value is None or type(value) is nn.Identity:
             basis.probability(_Never, "p", _Never)
@@ -149,7 +149,7 @@ class Dropout:
 
     @property
     def now(self) -> float | None:
-        """The probability in force."""
+        """The probability now: 0 outside training."""
         if self.at is None:
             return 0.0
         value, p = self.at.value, self.p

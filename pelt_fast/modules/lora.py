@@ -17,7 +17,7 @@ from .projection_view import device_of, shape_of
 
 
 class LoRALinear(DecidesOnce, Foldable):
-    """Runs in the place of ``linear``: x Wᵀ + b + s drop(x) Aᵀ Bᵀ.
+    """Runs instead of ``linear``: x Wᵀ + b + s drop(x) Aᵀ Bᵀ.
 
     lora_a (R, K): Kaiming uniform with a = sqrt(5); lora_b (N, R): zero ("lora"), or both normal
     0.02 ("bert").
@@ -44,7 +44,7 @@ class LoRALinear(DecidesOnce, Foldable):
         return self.dropout.p
 
     def why_beside(self) -> str | None:
-        """Why the update is added to what the layer itself returns, or None."""
+        """Why the update is added to the layer's own output, or None."""
         return self.frozen.why_not_read()
 
     def decide(self) -> Decision:
@@ -87,7 +87,7 @@ class LoRALinear(DecidesOnce, Foldable):
         )  # fmt: skip
 
     def added(self, base: Tensor, x: Tensor, lora_b: Tensor, scale: float = 1.0) -> Tensor:
-        """base + scale * drop(x) Aᵀ lora_bᵀ, in the dtype of what the layer returned."""
+        """base + scale * drop(x) Aᵀ lora_bᵀ, in the dtype of ``base``."""
         return functional.parallel_adapter(
             base, self.dropout(x).to(base.dtype), self.lora_a, None, lora_b, None, scale=scale,
             activation="identity",

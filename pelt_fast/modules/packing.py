@@ -1,8 +1,8 @@
 """Frozen weights side by side in one buffer, with room for a trainable block beside them.
 
-Whoever reads a buffer fills it first with the block of its own call, forward and backward alike,
-and keeps the others out until its op has been called: what another forward, or another thread, left
-there is never read.
+Each reader of a buffer, in forward or backward, takes the buffer's lock and first writes the
+trainable block of its own call there. It holds the lock until its op has been called. So it never
+reads the block of another forward or another thread.
 """
 
 import threading
@@ -18,21 +18,22 @@ ALIGNMENT = 16  # rows or columns of the buffer: a multiple of the tensor core's
 
 class Packing:
     """Weights stacked along ``dim`` (0: rows, 1: columns) of one buffer, then a block of ``room``,
-    then zeros. Columns are kept as the rows of the transpose: each weight is one run of memory.
+    then zeros. Columns are stored as the rows of the transpose, so each weight is contiguous.
 
-    The parameters stay themselves and look into the buffer, each through a storage of its own over
-    its run: what saves by storage (safetensors, torch.save) finds none that is shared, none that
-    holds more. A move to another device or dtype gives them memory of their own; they are packed
-    again where they are still the parameters that were packed. Copies and pickles hold no buffer.
+    The parameters stay the same objects. The data of each is a view of the buffer with its own
+    storage, of exactly the weight's size: code that saves storages (safetensors, torch.save) finds
+    none that is shared or too large. A move to another device or dtype gives the weights their own
+    memory; if the parameters are still the same objects, they are packed again. Copies and pickles
+    hold no buffer.
     """
 
     def __init__(self, dim: int, room: int):
         self.dim, self.room = dim, room
-        self.buffer: Tensor | None = None  # rows, whatever the dim
-        self.own: list[nn.Parameter] = []  # what may be moved: never a tensor put there for a call
+        self.buffer: Tensor | None = None  # stacked by rows for either dim
+        self.own: list[nn.Parameter] = []  # may be moved; never a tensor set for one call
 
     def holds(self, frozen: Sequence[Tensor]) -> bool:
-        """Whether these weights live in the buffer."""
+        """Whether these weights are stored in the buffer."""
         if self.buffer is None or self.buffer.dtype != frozen[0].dtype:
             return False
         return all(
@@ -45,10 +46,10 @@ class Packing:
     @torch.inference_mode(False)
     @torch.no_grad()
     def pack(self, frozen: list[nn.Parameter]) -> None:
-        """Move the weights into the buffer: an ordinary tensor, whoever calls first."""
+        """Move the weights into the buffer: an ordinary tensor, even under inference mode."""
         self.own = frozen
         if any(_is_shared(weight) for weight in frozen):
-            return  # other processes look at this memory
+            return  # other processes read this memory
         rows = [self._turned(weight.data) for weight in frozen]
         room = rows[0].new_zeros(self.room + -self.room % ALIGNMENT, rows[0].shape[1])
         self.buffer = torch.cat([*rows, room])
@@ -56,30 +57,30 @@ class Packing:
             weight.data = _with_own_storage(region)
 
     def pack_again(self, frozen: list[Tensor]) -> None:
-        """Pack parameters that were moved since: they themselves, not what stands in for them
+        """Pack parameters that were moved since: the parameters themselves, not their replacements
         during one call (``torch.func.functional_call``)."""
         if self.buffer is None and _same(frozen, self.own):
             self.pack(frozen)
 
     @torch.no_grad()
     def unpack(self, frozen: list[nn.Parameter]) -> None:
-        """Give the weights memory of their own again, bit for bit."""
+        """Move the weights back to their own memory, bit for bit."""
         if self.holds(frozen):
             for weight in frozen:
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
         self.buffer = None
 
     def forget(self, frozen: list[nn.Parameter]) -> None:
-        """Let the buffer go; the weights, ``frozen`` from now on, were moved by somebody else."""
+        """Drop the buffer: other code moved the weights, which are ``frozen`` from now on."""
         self.own, self.buffer = frozen, None
 
     def adopt(self, frozen: list[nn.Parameter]) -> None:
-        """Where other parameters were registered since: these are to be packed from now on."""
+        """Take over other parameters, if any were registered since: pack these from now on."""
         if not _same(frozen, self.own):
             self.forget(frozen)
 
     def fill(self, block: Tensor, scale: float = 1) -> None:
-        """Put ``scale * block`` among the weights."""
+        """Write ``scale * block`` below the weights."""
         first = self.buffer.shape[0] - self.room - -self.room % ALIGNMENT
         region = self._turned(self.buffer.narrow(0, first, self.room))
         if scale == 1:
@@ -93,7 +94,7 @@ class Packing:
         return self._turned(self.buffer)
 
     def _turned(self, matrix: Tensor) -> Tensor:
-        """From the weights' own shape to the buffer's, and back."""
+        """Convert between the weights' own shape and the buffer's."""
         return matrix if self.dim == 0 else matrix.t()
 
     def _regions(self, frozen: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -120,10 +121,9 @@ class Packings:
         self._stream: torch.cuda.Stream | None = None
 
     def filled(self, weights: FFNMatrices, scale: float, fills: int = -1) -> Packed:
-        """The stacked weights of one call of the op, which holds the lock; None where the frozen
-        weights of this call are not those that live in the buffer. Where ``fills`` is the number of
-        fills so far, the buffers hold this call's block already: its forward was the last to fill
-        them."""
+        """The stacked weights for one call of the op, which holds the lock. None if the frozen
+        weights of this call are not those in the buffer. If ``fills`` equals the number of fills so
+        far, this call's forward filled the buffers last, and they hold its block already."""
         stack = [weights.in_weight]
         if weights.gate_weight is not None:
             stack.insert(0, weights.gate_weight)
@@ -143,12 +143,12 @@ class Packings:
         return Packed(packed, packed_out)
 
     def _each(self, stacked: list[Tensor], out: Tensor) -> list[tuple[Packing, list[Tensor]]]:
-        """Each buffer that is there, with the weights it is for."""
+        """Each buffer that exists, with its weights."""
         pairs = ((self.stacked, stacked), (self.out, [out]))
         return [(packing, frozen) for packing, frozen in pairs if packing is not None]
 
     def hold(self, stacked: list[Tensor], out: Tensor) -> bool:
-        """Whether all these weights live in the buffers."""
+        """Whether all these weights are stored in the buffers."""
         each = self._each(stacked, out)
         return bool(each) and all(packing.holds(frozen) for packing, frozen in each)
 
@@ -157,29 +157,29 @@ class Packings:
         self._do(Packing.pack, stacked, out)
 
     def pack_again(self, stacked: list[Tensor], out: Tensor) -> None:
-        """Pack what a move, a copy or a merge has unpacked."""
+        """Pack weights that a move, a copy or a merge has unpacked."""
         self._do(Packing.pack_again, stacked, out)
 
     def unpack(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
-        """Give the weights memory of their own again."""
+        """Move the weights back to their own memory."""
         self._do(Packing.unpack, stacked, out)
 
     def forget(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
-        """Let the buffers go; the weights were moved by somebody else."""
+        """Drop the buffers: other code moved the weights."""
         self._do(Packing.forget, stacked, out)
 
     def adopt(self, stacked: list[nn.Parameter], out: nn.Parameter) -> None:
-        """Take the weights as they are registered now for those to pack."""
+        """Pack from now on the weights that are registered now."""
         self._do(Packing.adopt, stacked, out)
 
     def _do(self, what: Callable[[Packing, list], None], stacked: list, out: Tensor) -> None:
-        """``what`` to each buffer with the weights it is for, while nobody reads them."""
+        """Apply ``what`` to each buffer and its weights, while nobody reads them."""
         with self.lock:
             for packing, frozen in self._each(stacked, out):
                 what(packing, frozen)
 
     def _follow(self, device: torch.device) -> None:
-        """On a GPU the lock orders launches: the work of another thread's stream comes first."""
+        """On a GPU the lock orders launches alone: wait for the work of another thread's stream."""
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
         stream = torch.cuda.current_stream(device)
@@ -200,12 +200,12 @@ def _same(first: list, second: list) -> bool:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor lies somewhere: not a fake one, not what a torch.func transform wraps."""
+    """Whether a tensor has memory: it is not fake, and no wrapper of a torch.func transform."""
     return type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor)
 
 
 def _is_captured(tensor: Tensor) -> bool:
-    """Whether work on the tensor becomes part of a CUDA graph: a replay must fill for itself."""
+    """Whether a CUDA graph captures work on the tensor: each replay must fill the buffers."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -214,6 +214,6 @@ def _is_shared(tensor: Tensor) -> bool:
 
 
 def _with_own_storage(view: Tensor) -> Tensor:
-    """The same memory through a storage that begins and ends where ``view`` does."""
+    """The same memory, with a storage that begins and ends where ``view`` does."""
     real = _has_memory(view) and view.device.type != "meta"
     return torch.from_dlpack(view) if real else view

@@ -1,4 +1,4 @@
-"""What a forward keeps for later in the same forward, apart for each thread that runs the model."""
+"""Values that a forward keeps for later in the same forward, separate for each thread."""
 
 import threading
 from typing import Any
@@ -7,17 +7,17 @@ import torch
 
 
 class _Local(threading.local):
-    """A value of each thread's own."""
+    """One value for each thread."""
 
     value: Any = None
 
 
 class PerThread:
-    """One value for the forward a thread is in: what another thread puts here is not seen.
+    """One value for the current forward of a thread; no other thread sees it.
 
-    A hook puts it, a site or a later hook of the same forward reads it. It is no tensor of a
-    module: ``state_dict`` does not know it, and a copy or a pickle holds nothing. Put None, or
-    take, when the forward has no more use for it: a value may hang on a graph.
+    A hook puts the value. A site or a later hook of the same forward reads it. It is no tensor of a
+    module: it is not in ``state_dict``, and a copy or a pickle holds nothing. Put None or call
+    :meth:`take` when the forward no longer needs the value, because it may keep a graph alive.
     """
 
     def __init__(self):
@@ -25,20 +25,20 @@ class PerThread:
         self.traced = None  # torch.compile follows an attribute, and traces in one thread
 
     def put(self, value: Any) -> None:
-        """Keep ``value`` for this thread, in the place of what it had."""
+        """Keep ``value`` for this thread, instead of the value before."""
         if torch.compiler.is_compiling():
             self.traced = value
         else:
             self.local.value = value
 
     def get(self) -> Any:
-        """What this thread put last; None when that is nothing."""
+        """The value that this thread put last, or None."""
         if torch.compiler.is_compiling():
             return self.traced
         return self.local.value
 
     def take(self) -> Any:
-        """What this thread put last, which is then let go."""
+        """Return the value that this thread put last, and keep it no longer."""
         value = self.get()
         self.put(None)
         return value

@@ -1,8 +1,8 @@
-"""Prefix tuning: the bank of trainable keys and values of one stack, and each layer's slice.
+"""Prefix tuning: the bank of trainable keys and values of one stack of layers.
 
 The bank's reparameterisation (an embedding, Linear, Tanh, Linear: docs/maths.md#the-prefix-mlp)
-runs once per forward of the stack, never per batch row; while a thread generates, once for all its
-steps.
+runs once per forward of the stack, never per batch row. While a thread generates, it runs once for
+all steps.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class PrefixBank(nn.Module):
         return flat.view(size, layers, two, heads, head_dim).permute(1, 2, 3, 0, 4).contiguous()
 
     def before_stack(self, *_) -> None:
-        """Forward pre-hook of the stack: make the prefix of this forward."""
+        """Forward pre-hook of the stack: compute the prefix of this forward."""
         self.runs.begin(self._values())
 
     def _values(self) -> Tensor:
@@ -69,7 +69,7 @@ class PrefixBank(nn.Module):
 
     @contextlib.contextmanager
     def made_once(self) -> Iterator[None]:
-        """Inside, this thread's forwards without autograd make the prefix once."""
+        """Context: this thread's forwards without autograd compute the prefix once."""
         before = self._generation.get()
         self._generation.put([])
         try:
@@ -79,8 +79,8 @@ class PrefixBank(nn.Module):
 
     @torch.no_grad()
     def fold(self, values: Tensor | None = None) -> None:
-        """Drop the reparameterisation; train keys and values directly from here (``values``, or
-        the ones it gives now)."""
+        """Drop the reparameterisation and train keys and values directly from now on. They start at
+        ``values``, or at the current output of the reparameterisation."""
         like = next(self.parameters())
         if values is None:
             values = self().detach()

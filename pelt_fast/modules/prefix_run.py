@@ -1,4 +1,4 @@
-"""The prefix of one forward of a stack: who reads which, in threads and under checkpointing."""
+"""The prefix of one forward of a stack, for layers in several threads and under checkpointing."""
 
 import torch
 from torch import Tensor, nn
@@ -7,13 +7,13 @@ from .per_thread import PerThread
 
 
 class SharedPrefixGradient(torch.autograd.Function):
-    """One layer's keys and values in the backward of a reentrant checkpoint, which is a backward of
-    its own for each layer: their gradient goes on into the graph that all layers share, and leaves
-    it standing for the next one."""
+    """One layer's keys and values in the backward of a reentrant checkpoint. That checkpoint runs a
+    separate backward for each layer. This function sends the layer's gradient into the graph of the
+    prefix, which all layers share, and keeps that graph for the next layer."""
 
     @staticmethod
     def forward(ctx, values: list[Tensor], index: int, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        # in a list: not an input of the graph. A nested backward must not walk into it, and free it
+        # in a list, so that it is no input of the graph: a nested backward would enter and free it
         ctx.values, ctx.index = values, index
         return values[0][index, 0].clone(), values[0][index, 1].clone()
 
@@ -26,13 +26,13 @@ class SharedPrefixGradient(torch.autograd.Function):
 
 
 class PrefixRun:
-    """What the layers of one forward read: ``values`` (L, 2, Hkv, P, D), or None where the prefix
-    does not act in it."""
+    """The prefix that the layers of one forward read: ``values`` (L, 2, Hkv, P, D), or None if the
+    prefix does not act in this forward."""
 
     def __init__(self, values: Tensor | None):
         self.values = values
-        self.with_grad = torch.is_grad_enabled()  # as the forward began
-        self.reentrant = False  # and its layers run without it
+        self.with_grad = torch.is_grad_enabled()  # when the forward began
+        self.reentrant = False  # and its layers run without autograd
         self._layers: tuple[bool, list[tuple[Tensor, Tensor]]] | None = None
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -42,15 +42,15 @@ class PrefixRun:
             if self.with_grad and not torch.is_grad_enabled():
                 self.reentrant = True  # the layer runs again in backward, with autograd
             elif self.reentrant and values.requires_grad:
-                # what makes autograd come by: a part of a layer's graph, not of the prefix's
+                # an input that requires a gradient, so that autograd calls the function's backward
                 anchor = torch.empty(0, device=values.device, requires_grad=True)
                 return SharedPrefixGradient.apply([values], index, anchor)
             return self._all_layers()[index]
         return values[index, 0], values[index, 1]
 
     def _all_layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Every layer's two, taken apart at once: their gradients meet in one stack, where each
-        slice of its own would have a zero tensor of all layers, and an addition."""
+        """The keys and values of every layer, split in one step. Their gradients are then stacked
+        once. Separate slices would each make a zero tensor of all layers and an addition."""
         with_grad = torch.is_grad_enabled()
         if self._layers is None or self._layers[0] != with_grad:
             parts = self.values.flatten(0, 1).unbind()
@@ -59,13 +59,13 @@ class PrefixRun:
 
 
 class PrefixRuns:
-    """The forward of the stack that each thread is in.
+    """The current forward of the stack in each thread.
 
-    A checkpoint runs a layer again in backward, when no forward of the stack is under way, and on
-    CUDA in a thread of autograd's own. What it reads there is the last forward with autograd on:
-    the graph is the one that forward's losses hang on, and the values are those of any forward of
-    the same weights. A checkpointed layer reads its own weights again as well, so that two weight
-    sets in one backward are beyond checkpointing in any module. One run is kept, no more.
+    A checkpoint runs a layer again in backward: outside any forward of the stack, and on CUDA in
+    one of autograd's own threads. There it reads the last forward that ran with autograd. That
+    forward's graph leads to the loss, and every forward with the same weights has the same values.
+    A checkpointed layer also reads its own weights again, so no module supports two sets of weights
+    in one backward under checkpointing. Only one run is kept.
     """
 
     def __init__(self):
@@ -73,7 +73,7 @@ class PrefixRuns:
         self._last: PrefixRun | None = None
 
     def begin(self, values: Tensor | None) -> None:
-        """Before the stack's forward."""
+        """Called before the stack's forward."""
         run = PrefixRun(values)
         if torch.compiler.is_compiling():
             self._now.traced = run
@@ -83,18 +83,18 @@ class PrefixRuns:
             self._last = run
 
     def end(self, *_) -> None:
-        """After it (a forward hook of the stack)."""
+        """Called after the stack's forward (a forward hook of the stack)."""
         if torch.compiler.is_compiling():
             self._now.traced = None
         else:
             self._now.local.value = None
 
     def now(self) -> PrefixRun | None:
-        """The forward to read from; None outside of one and of its backward."""
+        """The forward to read from; None outside any forward and its backward."""
         if torch.compiler.is_compiling():
             return self._now.traced
         run = self._now.local.value
-        if run is None and torch._C._current_graph_task_id() != -1:  # inside of a backward
+        if run is None and torch._C._current_graph_task_id() != -1:  # inside a backward
             return self._last
         return run
 
@@ -103,20 +103,20 @@ class PrefixRuns:
 
 
 class AttentionSlice:
-    """What the attention function finds on a module: called with the scale of the scores it gives
-    prefix_k and prefix_v (Hkv, P, D)."""
+    """The object that the attention function finds on a module. A call with the scale of the scores
+    returns prefix_k and prefix_v (Hkv, P, D)."""
 
     form, composition = "softmax", "gated"
-    on = True  # whether it is at work
-    checked: tuple | None = None  # the kind of inputs that the public function took last
+    on = True  # whether it acts
+    checked: tuple | None = None  # the kind of the last inputs of the public function
 
 
 class PrefixSlice(AttentionSlice):
-    """One attention's layer of a bank; the attention function finds it on the module.
+    """The part of a bank for one attention module; the attention function finds it on the module.
 
     Args:
-        bank: what makes the keys and values of the whole stack.
-        index: the layer's.
+        bank: makes the keys and values of the whole stack.
+        index: the index of the layer.
         composition: "gated" or "add" (``functional.prefix_attention``).
     """
 
@@ -124,6 +124,6 @@ class PrefixSlice(AttentionSlice):
         self.bank, self.index, self.composition = bank, index, composition
 
     def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
-        """prefix_k and prefix_v (Hkv, P, D), whatever the scale of their scores."""
+        """prefix_k and prefix_v (Hkv, P, D); they do not depend on the scale of the scores."""
         run = self.bank.runs.now()
         return (PrefixRun(self.bank()) if run is None else run).layer(self.index)

@@ -1,5 +1,5 @@
-"""A projection that shares its matrix with others, or keeps it transposed: GPT-2's Conv1D, Phi-3's
-and ModernBERT's fused q, k, v and gate, up."""
+"""A projection that shares its matrix with others, or stores it transposed: GPT-2's Conv1D, and the
+fused q, k, v and gate, up of Phi-3 and ModernBERT."""
 
 import torch
 from torch import Tensor, nn
@@ -8,23 +8,23 @@ from transformers.pytorch_utils import Conv1D
 
 from .hooked import brought_to, is_away
 
-LORA = "pelt_lora"  # the child a LoRA site is registered as, on the linear it modifies
-JOINED = "pelt_fused"  # the child that runs in the place of a fused projection
+LORA = "pelt_lora"  # the name under which a linear registers its LoRA site as a child
+JOINED = "pelt_fused"  # the name of the child that runs instead of a fused projection
 
 
 _FEATURES = ("in_features", "out_features")
 
 
 class ProjectionView(nn.Module):
-    """Rows of the weight (N, K) that ``owner``, an nn.Linear or Conv1D, holds, as a linear layer.
+    """Some rows of the weight (N, K) of ``owner``, an nn.Linear or Conv1D, as a linear layer.
 
-    ``rows`` None is all of them. It owns nothing: weight and bias look into the owner's, wherever
-    they are moved.
+    ``rows`` None means all rows. The view owns no tensor: its weight and bias are views of the
+    owner's, also after the owner is moved.
     """
 
     def __init__(self, owner: nn.Module, name: str, rows: slice | None):
         super().__init__()
-        self.__dict__["owner"] = owner  # hidden: the owner holds the part, not the other way round
+        self.__dict__["owner"] = owner  # hidden: the owner registers the part
         self.name, self.rows = name, rows
 
     @property
@@ -43,7 +43,7 @@ class ProjectionView(nn.Module):
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> Tensor:
-        """Copy ``value`` into the owner's weight or bias; what was there before."""
+        """Copy ``value`` into the owner's weight or bias. Return the value before."""
         held = getattr(self, name)
         before = held.detach().clone()
         held.data.copy_(value)
@@ -51,8 +51,8 @@ class ProjectionView(nn.Module):
 
 
 def view_of(owner: nn.Module, name: str, config) -> ProjectionView:
-    """The part ``name`` of a projection: "" all of it, "q", "k" or "v" of three by the heads of
-    ``config``, "i/n" the i-th of n equal ones; the one that is there already, where one is."""
+    """The part ``name`` of a projection: "" is all of it; "q", "k" or "v" is one of three, sized
+    by the heads of ``config``; "i/n" is the i-th of n equal parts. An existing part is reused."""
     fused = owner._modules.get(JOINED)
     if fused is not None and name in fused._modules:
         return fused._modules[name]
@@ -77,14 +77,14 @@ def view_of(owner: nn.Module, name: str, config) -> ProjectionView:
 
 
 def host_of(linear: nn.Module) -> nn.Module:
-    """The module that is called, and that holds what is put on ``linear``: the owner of a whole
-    part, else the layer itself."""
+    """The module that the model calls, and that holds the sites on ``linear``: the owner if
+    ``linear`` is all of it, else ``linear``."""
     return linear.owner if isinstance(linear, ProjectionView) and linear.rows is None else linear
 
 
 def parameter_of(linear: nn.Module) -> nn.Parameter | None:
-    """The parameter that rows of ``linear``'s weight lie in as they are; None: transposed, or not
-    there (``is_linear``)."""
+    """The parameter whose rows are the weight of ``linear``. None if it is transposed, or if there
+    is no weight (``is_linear``)."""
     if not isinstance(linear, ProjectionView):
         return getattr(linear, "weight", None)
     return None if isinstance(linear.owner, Conv1D) else linear.owner.weight
@@ -102,15 +102,15 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: torch's, a part of one, or what says its features as
-    quantised layers do (GPTQ's have no weight, only packed rows)."""
+    """Whether a module is a linear layer: torch's, a part of one, or a module with the attributes
+    of a quantised layer, in_features and out_features (GPTQ layers have packed rows, no weight)."""
     sized = (isinstance(getattr(module, name, None), int) for name in _FEATURES)
     return isinstance(module, (nn.Linear, ProjectionView)) or all(sized)
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight; of a layer that has none, the first tensor of floats it holds: it tells where the
-    layer is and how precise."""
+    """The weight. If a layer has none, its first floating-point tensor: it tells the layer's device
+    and dtype."""
     linear = linear.owner if isinstance(linear, ProjectionView) else linear
     weight = getattr(linear, "weight", None)
     if weight is not None:
@@ -120,13 +120,13 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 
 def device_of(linear: nn.Module) -> torch.device:
-    """Where a layer computes: where its weight is, or is brought to."""
+    """The device of a layer: where its weight is, or where a hook loads it."""
     return brought_to(linear) if is_away(linear) else weight_of(linear).device
 
 
 def holds_numbers(linear: nn.Module) -> bool:
-    """Whether the weight is numbers an op can read: not quantised, not a subclass that is one only
-    to its own library's kernels (bitsandbytes, torchao, GPTQ)."""
+    """Whether an op can read the numbers of the weight: it is not quantised, and no tensor subclass
+    that only its own library can read (bitsandbytes, torchao, GPTQ)."""
     weight = getattr(linear, "weight", None)
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
 

@@ -7,7 +7,7 @@ from pelt_fast.config import Modification
 
 
 class Prompt(nn.Module):
-    """``embedding`` (P, d), normal 0.02: virtual tokens every row of a batch begins with."""
+    """``embedding`` (P, d), normal 0.02: virtual tokens at the start of every row of a batch."""
 
     def __init__(self, modification: Modification, width: int, device, dtype: torch.dtype):
         super().__init__()

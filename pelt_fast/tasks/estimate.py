@@ -1,4 +1,4 @@
-"""An estimate of what a run needs: parameters, memory, seconds of a step.
+"""An estimate of the cost of a run: parameters, memory, seconds of a step.
 
 Memory: the weights, the gradients and Adam's two moments of the trained parameters, and the
 activations kept for backward. Flops of a step: for each weight and token 2 forward, 2 backward to
@@ -22,7 +22,7 @@ EFFICIENCY = 0.4
 DEVICES = {"h200": (989, 141), "h100": (989, 80), "a100": (312, 80), "l40s": (362, 48),
            "rtx4090": (165, 24), "mi300x": (1307, 192)}  # fmt: skip
 # activations kept for a token in a layer, in widths: the inputs of six products, two norms, and
-# what the FFN's activation needs twice four widths
+# twice four widths for the FFN's activation
 _WIDTHS = 16
 
 

@@ -2,13 +2,13 @@
 
 Written from the description of the usual pipeline (Moses' normalize-punctuation, the rules named
 normalise-romanian and remove-diacritics in the WMT16 scripts, a Moses tokenizer). sacreBLEU's 13a
-tokenizer takes the place of Moses', so scores are close to the pipeline's, not equal.
+tokenizer replaces Moses', so scores are close to the pipeline's, not equal.
 """
 
 import re
 import unicodedata
 
-_CEDILLA = str.maketrans("ŞşŢţ", "ȘșȚț")  # old encodings have a cedilla in place of the comma
+_CEDILLA = str.maketrans("ŞşŢţ", "ȘșȚț")  # old encodings have a cedilla instead of the comma
 _BARE = str.maketrans("ȘșȚțĂăÂâÎî", "SsTtAaAaIi")
 _PUNCTUATION = (
     (re.compile(r"[„“”«»]|''|``"), '"'),

@@ -64,7 +64,7 @@ def run(
 
 
 def asks_for_fsdp() -> bool:
-    """Whether ``accelerate launch`` asks for FSDP. Raises ValueError for its first version."""
+    """Whether ``accelerate launch`` requests FSDP. Raises ValueError for its first version."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
         return False
     version = os.environ.get("FSDP_VERSION", "1")

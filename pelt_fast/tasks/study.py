@@ -1,4 +1,4 @@
-"""Train the rows of the paper's tables; a run that is done is skipped.
+"""Train the rows of the paper's tables; finished runs are skipped.
 
 At the paper's size a row is the task's recipe with the row's method, once for each seed. At small
 size (``small.yaml``) models and methods are narrower by one factor. There the learning rate of each
@@ -204,7 +204,7 @@ def run_small(table: Table, folder: Path, models: dict[str, str], output: Path, 
 
 
 def _wanted(table: Table, row: Row, task: str) -> bool:
-    """Whether the paper has this number. Table 2 has rows of ours that the paper has not."""
+    """Whether the paper has this number. Our table 2 has rows that the paper does not have."""
     return row.paper.get(task, 0) is not None or table.name == "table2"
 
 

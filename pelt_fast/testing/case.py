@@ -1,4 +1,4 @@
-"""A case: one op on one input, and what the op gives for it."""
+"""A case: one op on one input, and the result of the op."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ def doubled(tensors: Tensors) -> Tensors:
 
 
 def has_its_own_mask(case: Case, backend_name: str, device) -> bool:
-    """Whether ``case`` drops by a mask no oracle knows: attention dropout on a GPU is the library
-    kernel's."""
+    """Whether ``case`` has a dropout mask that the oracle cannot compute: on a GPU the library
+    kernel makes the mask of attention dropout."""
     on_gpu = torch.device(device).type == "cuda" and backend_name != "reference"
     return on_gpu and case.op == "prefix" and "p=0.0" not in case.name

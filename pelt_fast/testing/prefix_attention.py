@@ -20,7 +20,7 @@ def prefix_case(p: float, form: str, composition: str, causal: bool, masked: boo
         t |= {name: torch.randn(kv_heads, length, dim) for name in ("prefix_k", "prefix_v")}
         if masked:
             t["attn_mask"] = torch.rand(batch, 1, queries, keys) > 0.3
-            t["attn_mask"][0, :, 2] = False  # a row that sees no key at all
+            t["attn_mask"][0, :, 2] = False  # a row that sees no key
         return t
 
     def call(t):
@@ -59,7 +59,7 @@ def _expression(t, form, composition, causal, p, seeds) -> Tensor:
     else:
         w_prefix = torch.softmax(prefix, -1) if form == "softmax" else F.relu(prefix)
         if visible is not None:
-            # rows that see nothing are 0: softmax over a safe row, then masked out
+            # rows that see no key are 0: softmax over a safe row, then masked out
             context = context.masked_fill(~visible.any(-1, keepdim=True), 0.0)
         w_context = torch.softmax(context, -1)
         if visible is not None:

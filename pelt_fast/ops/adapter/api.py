@@ -45,7 +45,7 @@ def parallel_adapter(
         norm_weight: the LayerNorm's weight, (K) of "in", (N) of "out".
         norm_bias: the LayerNorm's bias, of the same shape.
         dropout_p: the probability of the dropout on the bottleneck, in [0, 1).
-        training: whether it acts.
+        training: whether the dropout acts.
 
     Returns:
         base_out with the update added (..., N).
@@ -66,7 +66,7 @@ def parallel_adapter(
     check.activation_tensor("base_out", base_out, 1)
     check.activation_tensor("x", x, 1)
     if autocasts(x):
-        x = x.to(base_out.dtype)  # a residual stream stays wide, what a linear returned does not
+        x = x.to(base_out.dtype)  # only a residual stream keeps a wide dtype
     weights = Bottleneck(down_weight, down_bias, up_weight, up_bias)
     norm = AdapterNorm(norm_weight, norm_bias, layer_norm)
     settings = (activation, scale, dropout_p)
@@ -90,7 +90,7 @@ def sequential_adapter(
 ) -> Tensor:
     """``h + scale * (dropout(f(h Dᵀ + d)) Uᵀ + u)`` (paper equation 4).
 
-    The one tensor h is input and residual, and its gradient is made in one accumulation.
+    The tensor h is both input and residual. Its gradient is made in one accumulation.
 
     Args:
         h: the output of the sub-layer (..., N).
@@ -104,7 +104,7 @@ def sequential_adapter(
         norm_weight: the LayerNorm's weight (N).
         norm_bias: the LayerNorm's bias (N).
         dropout_p: the probability of the dropout on the bottleneck, in [0, 1).
-        training: whether it acts.
+        training: whether the dropout acts.
 
     Returns:
         h with the update added (..., N).
@@ -136,7 +136,7 @@ def _checked(
     settings: tuple[str, float | Tensor, float],
     training: bool,
 ) -> Tensor:
-    """Either adapter, its arguments checked."""
+    """Check the arguments of either adapter and run it."""
     activation, scale, dropout_p = settings
     channels = x.shape[-1] if base is None else base.shape[-1]
     check.bottleneck(x, channels, weights, activation, scale)

@@ -1,12 +1,13 @@
-"""The adapter on the C++ passes, without them on the library's GEMMs.
+"""The adapter on the C++ passes, or on the library's GEMMs if there is no C++.
 
 Shapes and maths are those of ``reference``.
-Traffic  P = one read or write of an M x K (or M x N) activation. In brackets: with the C++ passes,
-         which do each way in one (csrc/cpu/adapter.cpp), the bottleneck in cache.
+Traffic  P = one read or write of an M x K (or M x N) activation. In brackets: with the C++ passes.
+         These run forward and backward in one pass each (csrc/cpu/adapter.cpp), the bottleneck in
+         cache.
          forward   x for T, base, y written, read and written again:             5 P (2-3)
          backward  dy for dH, dU and du, x for dD, dx written; sequential: dy again
                                                                                  5-6 P (3)
-A LayerNorm on the update, and one that is wider than what it reads, are left to the specification.
+The specification runs a LayerNorm on the update, and a LayerNorm wider than its input.
 """
 
 from collections.abc import Sequence
@@ -92,8 +93,7 @@ def adapter_backward(
 
 
 def _in_one_pass(x: Tensor, residual: Tensor, rank: int) -> bool:
-    """Whether one pass is the quickest: products that round to 16 bits are quicker in the
-    library."""
+    """Whether one pass is the fastest. Products that round to 16 bits are faster in the library."""
     return x.element_size() == 4 and _covered(x, residual, rank)
 
 
@@ -123,8 +123,8 @@ def _backward_in_one_pass(
     sequential: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, down_weight, down_bias, up_weight and up_bias; what is not needed is
-    empty."""
+    """The gradients of x, down_weight, down_bias, up_weight and up_bias; a gradient that
+    is not needed is empty."""
     down_weight, up_weight = adapter.down_weight, adapter.up_weight
     like = (down_weight, down_weight[:, 0], up_weight, up_weight[:, 0])
     dx = x.new_empty(x.shape) if needs[0] else None

@@ -5,8 +5,9 @@ Traffic  P = one read or write of an M x K (or M x N) activation. Workspaces: th
          forward   x, base, y, in one kernel (LayerNorm in: x again from the L2): 3 P
          backward  dy for dT, dU and du together, x for dD, dx written; sequential: dy again
                    3-4 P; LayerNorm in: x again for dx, and its rows for their moments 4-6 P
-A LayerNorm on the update runs ``cpu``. Above the ranks of ``config.fused_rank`` the product is
-large enough for the library's GEMM, but for one that reads a LayerNorm: that stays ours.
+An adapter with a LayerNorm on its update runs ``cpu``. Above the ranks of ``config.fused_rank`` the
+product is large enough for the library's GEMM, except a product after a LayerNorm: our kernel runs
+it at every rank.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ ROWS_A_PROCESSOR = 32
 
 
 def fills_device(x: Tensor) -> bool:
-    """Whether one program for each block of rows keeps the device busy; fewer rows are cut along
-    K as well, in two kernels."""
+    """Whether one program for each block of rows keeps the device busy. With fewer rows, two
+    kernels run that also split K."""
     return x.shape[0] >= ROWS_A_PROCESSOR * processors(x.device)
 
 

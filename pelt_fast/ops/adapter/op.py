@@ -77,7 +77,7 @@ class AdapterFunction(OpFunction):
         need_x, need_base, adapter_needs, norm_needs, _ = _arguments(*ctx.needs_input_grad)
         needs = [need_x, *adapter_needs, norm_needs.norm_weight, norm_needs.norm_bias]
         dy = dy.contiguous()
-        # what stands in for an x that was not saved has its shape, but the storage of a row
+        # the replacement of an x that was not saved has x's shape and the storage of one row
         x = dy.new_empty(down_weight.shape[1]).expand(dy.shape[0], -1) if x is None else x
         grads = adapter_bwd(
             dy, x, t, down_weight, *small, *ctx.settings, seed, ctx.sequential, needs,
@@ -99,7 +99,7 @@ def adapter(
     transform: Transform,
     training: bool,
 ) -> Tensor:
-    """The adapter on x (..., K) of arguments that were checked; the seed of ``transform`` is drawn
+    """The adapter on x (..., K). The arguments were checked; the seed of ``transform`` is drawn
     here."""
     p = transform.dropout_p
     transform = transform._replace(seed=seed_row(draw_seeds(x, training, p), 0, p))

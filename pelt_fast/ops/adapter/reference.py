@@ -5,9 +5,9 @@ Maths    y = base + out(s (H Uᵀ + u)),  H = drop(f(T)),  T = in(x) Dᵀ + d   
          where in / out are the identity or a LayerNorm, and base = x when sequential.
 Saved    x and T. Nothing of size M x N.
 
-Activations may be of lower precision than the small matrices: those are then cast, and their
-gradients are accumulated in their own dtype. Gradients that ``needs`` does not ask for are empty
-tensors. The functions ``.._in_blocks`` run the same, a block of rows at a time.
+Activations may be of lower precision than the small matrices. The matrices are then cast, and their
+gradients are accumulated in their own dtype. Gradients that ``needs`` does not request are empty
+tensors. The functions ``.._in_blocks`` compute the same, a block of rows at a time.
 """
 
 from collections.abc import Sequence
@@ -62,9 +62,9 @@ def adapter_forward(
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return y (M, N) and T (M, R). ``base=None`` is the sequential adapter: base is x itself.
-    Without ``keep_t`` an empty tensor stands for T.
+    Without ``keep_t`` an empty tensor replaces T.
 
-    ``first_row``: where x's rows start in the taller tensor the dropout mask is defined on.
+    ``first_row``: the index of x's first row in the taller tensor of the dropout mask.
     """
     (down_weight, down_bias, up_weight, up_bias), (activation, scale, *drop) = adapter, transform
     u = _affine(normalise(x)[0], norm, x.dtype) if norm.layer_norm == "in" else x
@@ -128,7 +128,7 @@ def adapter_backward(
 def _norm_gradients(
     grads: list[Tensor], dy: Tensor, normed: Tensor, norm: AdapterNorm, needs: Sequence[bool]
 ) -> None:
-    """The LayerNorm's own gradients, from that of its output."""
+    """The gradients of the LayerNorm's weight and bias, from the gradient of its output."""
     if needs[5]:
         grads[5] = (dy * normed).sum(0).to(norm.norm_weight.dtype)
     if needs[6]:
@@ -143,7 +143,7 @@ def adapter_forward_in_blocks(
     transform: Transform,
     keep_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same, of a block of rows at a time."""
+    """:func:`adapter_forward`, a block of rows at a time."""
     residual = x if base is None else base
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     t = x.new_empty(x.shape[0], adapter.down_weight.shape[0]) if keep_t else absent(x)
@@ -166,7 +166,7 @@ def adapter_backward_in_blocks(
     sequential: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same, of a block of rows at a time, the gradients of the weights summed."""
+    """:func:`adapter_backward`, a block of rows at a time; sums the weights' gradients."""
     down_weight, _, up_weight, up_bias = adapter
     weights = (down_weight, down_weight[:, 0], up_weight, up_bias, norm.norm_weight, norm.norm_bias)
     grads = [absent(dy) for _ in range(7)]

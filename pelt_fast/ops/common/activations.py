@@ -30,7 +30,7 @@ def activate(name: str, t: Tensor) -> Tensor:
 
 
 def derivative(name: str, t: Tensor) -> Tensor:
-    """f'(t); ReLU's is 0 at 0, as torch has it."""
+    """f'(t); ReLU's is 0 at 0, as in torch."""
     if name == "identity":
         return torch.ones_like(t)
     if name == "relu":

@@ -1,5 +1,5 @@
-"""Arguments of public functions: what autocast makes of them, and checks that name the argument,
-what came and what was wanted."""
+"""Arguments of public functions: casts under autocast, and checks. An error names the argument, the
+value it had and the values that are allowed."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from .library import autocasts
 
 
 def cast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What ``F.linear`` would do to its arguments under ``torch.autocast``."""
+    """Cast as ``F.linear`` casts its arguments under ``torch.autocast``."""
     if not autocasts(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
@@ -28,8 +28,8 @@ def tensor(
     like: Tensor,
     optional: bool = False,
 ) -> None:
-    """``value`` is a tensor of ``shape`` (a str dim is free) on ``like``'s device, or, where it is
-    optional, None."""
+    """Check that ``value`` is a tensor of ``shape`` (a str dim is free) on ``like``'s device, or
+    None if it is optional."""
     if value is None and optional:
         return
     if not isinstance(value, Tensor):
@@ -44,7 +44,7 @@ def tensor(
 
 
 def activation_tensor(name: str, value: Tensor, least_dims: int = 2) -> None:
-    """``value`` is a floating tensor of a dtype the ops know, with enough dims."""
+    """Check that ``value`` is a tensor of a dtype that the ops know, with enough dims."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
@@ -55,14 +55,14 @@ def activation_tensor(name: str, value: Tensor, least_dims: int = 2) -> None:
 
 
 def same_dtype(like_name: str, like: Tensor, **tensors: Tensor | None) -> None:
-    """Frozen weights have the activation's dtype; only trainable ones may differ."""
+    """Check that frozen weights have the activation's dtype; only trainable ones may differ."""
     for name, value in tensors.items():
         if value is not None and value.dtype != like.dtype:
             raise TypeError(f"{name} must be {like.dtype} like {like_name}, got {value.dtype}")
 
 
 def trainable_dtype(like: Tensor, **tensors: Tensor | None) -> None:
-    """Trainable weights are floating and of at least the activation's precision."""
+    """Check that trainable weights have at least the activation's precision."""
     for name, value in tensors.items():
         if value is None:
             continue
@@ -71,7 +71,7 @@ def trainable_dtype(like: Tensor, **tensors: Tensor | None) -> None:
 
 
 def frozen(**tensors: Tensor | None) -> None:
-    """The op computes no gradient for these."""
+    """Check that no gradient is needed for these: the op computes none."""
     for name, value in tensors.items():
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -81,7 +81,7 @@ def frozen(**tensors: Tensor | None) -> None:
 
 
 def update_scale(value: float | Tensor, channels: int) -> None:
-    """A finite number, or a learned scale of shape (), (1,) or (channels,)."""
+    """Check for a finite number, or a learned scale of shape (), (1,) or (channels,)."""
     if isinstance(value, Tensor):
         if value.dim() > 1 or value.numel() not in (1, channels):
             raise ValueError(
@@ -93,13 +93,13 @@ def update_scale(value: float | Tensor, channels: int) -> None:
 
 
 def probability(name: str, value: float) -> None:
-    """A dropout probability in [0, 1)."""
+    """Check a dropout probability: in [0, 1)."""
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:
-    """``value`` is one of ``options``."""
+    """Check that ``value`` is one of ``options``."""
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
 
@@ -107,7 +107,7 @@ def choice(name: str, value: str, options: tuple[str, ...]) -> None:
 def bottleneck(
     x: Tensor, channels: int, weights: Bottleneck, activation: str, scale: float | Tensor
 ) -> None:
-    """The weights of an adapter that reads x and adds to ``channels`` of an output."""
+    """Check the weights of an adapter that reads x and adds to ``channels`` of an output."""
     down_weight, down_bias, up_weight, up_bias = weights
     tensor("down_weight", down_weight, ("R", x.shape[-1]), x)
     rank = down_weight.shape[0]

@@ -1,4 +1,4 @@
-"""The backend in force: what the ops run."""
+"""The current backend: what the ops run."""
 
 import importlib.util
 import threading
@@ -37,7 +37,7 @@ def _checked(name: str, asked_by: str) -> str:
 
 
 class _Active(threading.local):
-    """Each thread's backend: the process's until the thread chooses one."""
+    """Each thread's backend: the one of the process until the thread chooses one."""
 
     def __init__(self, name: str):
         self.name = name
@@ -55,16 +55,16 @@ def active_backend() -> str:
 class backend:
     """Choose what the ops of the calling thread run.
 
-    The choice acts as soon as it is made. ``with backend(...):`` gives back what was chosen before,
-    at the end of the block. Other threads keep their own choice; a thread that chose nothing runs
-    what ``PELT_FAST_BACKEND`` says, "auto" by default. A backward pass runs the backend of its
-    forward pass, in whatever thread.
+    The choice acts at once. At the end of the block, ``with backend(...):`` restores the choice
+    from before. Other threads keep their own choice. A thread without a choice runs the backend of
+    ``PELT_FAST_BACKEND``, "auto" by default. A backward pass runs the backend of its forward pass,
+    in any thread.
 
     Args:
-        name: "auto", the best that is present for the device; "triton", the Triton kernels (what
-            "auto" runs on a GPU; on a CPU they are interpreted); "cuda", the CUDA C++ kernels where
-            they take the input, the Triton kernels elsewhere; "cpp", the C++ ops, which must be
-            built; "reference", the plain PyTorch specification.
+        name: "auto", the best one present for the device; "triton", the Triton kernels ("auto" runs
+            them on a GPU; on a CPU they are interpreted); "cuda", the CUDA C++ kernels for inputs
+            that they take, else the Triton kernels; "cpp", the C++ ops, which must be built;
+            "reference", the plain PyTorch specification.
 
     Raises:
         ValueError: there is no such backend.
@@ -88,5 +88,5 @@ class backend:
 
 
 def backends() -> Iterator[tuple[str, str | None]]:
-    """Each backend's name and why it is not here (None when it is)."""
+    """Each backend's name, and why it cannot run here (None if it can)."""
     return ((name, why_missing(name)) for name in BACKENDS)

@@ -1,8 +1,8 @@
 """Arguments that go together, each group under one name.
 
 A bundle is a ``NamedTuple``: frozen, and ``*bundle`` is its flat form. The functions of an op take
-bundles; its schema in ``torch.library``, which knows no groups, is read off their fields
-(:func:`flat_fields`), and :func:`from_flat` makes the groups again: a new argument is one edit.
+bundles. ``torch.library`` has no groups, so the schema is made from the fields of the bundles
+(:func:`flat_fields`), and :func:`from_flat` makes the bundles again. A new argument is one edit.
 """
 
 import functools
@@ -31,7 +31,7 @@ class LowRank(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """A dropout: its probability and its seed, None where it does not act."""
+    """A dropout: its probability and its seed, None if it does not act."""
 
     dropout_p: float
     seed: Tensor | None
@@ -64,7 +64,7 @@ class Transform(NamedTuple):
 
 
 class FrozenFFN(NamedTuple):
-    """The frozen feed-forward block: W1, Wg (F, K), W2 (N, F), biases or None; no gate is None."""
+    """The frozen feed-forward block: W1, Wg (F, K), W2 (N, F); biases and Wg may be None."""
 
     in_weight: Tensor
     in_bias: Tensor | None
@@ -75,7 +75,7 @@ class FrozenFFN(NamedTuple):
 
 
 class FFNMatrices(NamedTuple):
-    """The matrices of a widened block, which are all that backward reads of its weights."""
+    """The matrices of a widened block. Backward reads these weights and no others."""
 
     in_weight: Tensor
     gate_weight: Tensor | None
@@ -93,7 +93,7 @@ class Packed(NamedTuple):
 
 class FFNSettings(NamedTuple):
     """The activations of block and bottleneck, the scale, and three dropouts with one seed row
-    each: 0 the bottleneck's, 1 the block's activation, 2 its output."""
+    each: 0 bottleneck, 1 the block's activation, 2 the block's output."""
 
     ffn_activation: str
     activation: str
@@ -120,7 +120,7 @@ class Prefix(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """How scores are made: the mask of the context, whether it is causal, and their scale."""
+    """How scores are made: the mask of the context, whether it is causal, and the scale."""
 
     attn_mask: Tensor | None
     is_causal: bool
@@ -128,16 +128,16 @@ class Scores(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The function of the prefix's scores, "softmax" or "relu", and how the two parts are put
-    together: "gated" (prefix tuning) or "add"."""
+    """The function of the prefix's scores, "softmax" or "relu", and how the two parts are
+    combined: "gated" (prefix tuning) or "add"."""
 
     form: str
     composition: str
 
 
 class AttentionOutput(NamedTuple):
-    """What the forward pass made: o (B, H, T, D), lse (B, H, T), the context's own output, and the
-    dropout state of a library's kernel."""
+    """The results of the forward pass: o (B, H, T, D), lse (B, H, T), the context's own output, and
+    the dropout state of a library kernel."""
 
     o: Tensor
     lse: Tensor
@@ -155,12 +155,12 @@ _SCHEMA_TYPES = {
 }  # fmt: skip
 
 
-# the empty tensor that stands in an op's result for one that nobody asked for
+# the empty tensor that replaces a result of an op that was not requested
 absent: Callable[[Tensor], Tensor] = functools.partial(Tensor.new_empty, size=(0,))
 
 
 def _parameters(function: Callable) -> list[tuple[str, type]]:
-    """The positional parameters of ``function`` with their types."""
+    """The positional parameters of ``function``, with their types."""
     hints = get_type_hints(function)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     parameters = inspect.signature(function).parameters.values()
@@ -168,7 +168,7 @@ def _parameters(function: Callable) -> list[tuple[str, type]]:
 
 
 def parameter_types(function: Callable) -> list[type]:
-    """The types of the positional parameters of ``function``, bundles as they are."""
+    """The types of the positional parameters of ``function``, without splitting bundles."""
     return [kind for _, kind in _parameters(function)]
 
 
@@ -185,7 +185,7 @@ def flat_fields(function: Callable) -> dict[str, type]:
 
 
 def schema_of(function: Callable) -> str:
-    """The schema of an op whose specification is ``function``, a tuple of tensors its result."""
+    """The schema of an op whose specification is ``function``, which returns a tuple of tensors."""
     arguments = ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in flat_fields(function).items())
     results = get_type_hints(function)["return"].__args__
     return f"({arguments}) -> ({', '.join(_SCHEMA_TYPES[t] for t in results)})"
@@ -200,11 +200,11 @@ def from_flat(function: Callable | None, kinds: Sequence[type] | None = None) ->
     """A function of flat arguments that calls ``function`` with bundles.
 
     Args:
-        function: what is called; None returns the bundles themselves.
-        kinds: the types of its arguments, a bundle or any other; by default they are read off
-            ``function``, which then takes them under their names.
+        function: the function to call; None returns the bundles themselves.
+        kinds: the types of its arguments, bundles or others. By default they are read from the
+            signature of ``function``, and the flat arguments then have its names.
 
-    The call is written out as source, so that a group costs no loop when the op runs.
+    The call is generated as source, so that no loop runs in the op.
     """
     named = _parameters(function) if kinds is None else [(f"a{i}", k) for i, k in enumerate(kinds)]
     names, call, scope = [], [], {"function": function}

@@ -1,7 +1,7 @@
-"""What runs where: the only place with rules about devices and dtypes, and where a fallback speaks.
+"""What runs where: the only file with rules about devices and dtypes, and the log of fallbacks.
 
-``plan(...)`` names what an op will run for an input and, when that is less than the op's best, the
-reason; ``unsupported(...)`` is the rule of the Triton kernels alone.
+``plan(...)`` names what an op will run for an input. If this is not the op's fastest plan, it gives
+the reason. ``unsupported(...)`` is the rule of the Triton kernels alone.
 """
 
 import functools
@@ -28,7 +28,7 @@ MIN_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs, and why it is no more than the reference (None otherwise)."""
+    """What runs, and why only the reference runs (None if another plan runs)."""
 
     name: str
     reason: str | None = None
@@ -110,9 +110,9 @@ def _too_old(index: int) -> str | None:
 
 
 def announce(op: str, device: torch.device) -> None:
-    """Say once why ``op`` falls back to the reference; raise it under ``PELT_FAST_STRICT=1``.
+    """Log once why ``op`` falls back to the reference; raise it under ``PELT_FAST_STRICT=1``.
 
-    On CUDA the op itself says so when it runs (``library.Op``).
+    On CUDA the op itself logs this when it runs (``library.Op``).
     """
     if active_backend() == "reference" or device.type == "cuda":
         return

@@ -8,9 +8,9 @@ Definition, the same bits in every backend (docs/maths.md#the-dropout-mask):
   ``(key & 0xffffffff, key >> 32)``.
 * The 128 bits are read as eight 16-bit lanes, little end first; element ``i`` takes lane ``i % 8``
   and is kept when ``lane >= threshold(p)``, where ``threshold(p) = round(p * 65536)``.
-* What is kept is multiplied by ``1 / (1 - threshold(p) / 65536)``.
+* A kept element is multiplied by ``1 / (1 - threshold(p) / 65536)``.
 
-Without a GPU it is drawn and applied in blocks of rows that stay in cache.
+Without a GPU the mask is drawn and applied in blocks of rows that stay in cache.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); 7 rounds is the
 smallest count that passes BigCrush.
@@ -25,21 +25,21 @@ from . import native
 from .bundles import Dropout, FFNSettings
 
 ROUNDS = 7
-LANES = 8  # elements served by one draw of 128 bits
+LANES = 8  # elements for each draw of 128 bits
 LEVELS = 1 << 16  # p is rounded to a multiple of 1 / LEVELS
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 _cpp = native.ops()
-# draws a chunk: on a CPU enough that torch splits an operation over its threads (from 32 Ki) while
-# the int64 temporaries stay in cache; elsewhere launches cost
+# draws in a chunk. On a CPU: enough that torch splits an operation over its threads (from 32 Ki),
+# and few enough that the int64 temporaries stay in cache. Elsewhere: many, for few launches
 _CHUNK = {"cpu": 1 << 17}
 _CHUNK_ELSEWHERE = 1 << 22
 
 
-# elements of a block: on a CPU one chunk of the dropout mask (2^17 draws of 8), 4 MiB of fp32;
-# elsewhere launches cost, and a block only bounds the workspace
+# elements of a block. On a CPU: one chunk of the dropout mask (2^17 draws of 8), 4 MiB of fp32.
+# Elsewhere: many, for few launches; a block only bounds the workspace
 BLOCK_ELEMENTS = {"cpu": 1 << 20}
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 MIN_ROWS = 16
@@ -49,7 +49,7 @@ def draw_seed(device: torch.device, count: int = 1) -> Tensor:
     """Draw ``count`` seeds from torch's generator: int64, shape (count, 2), rows (key, offset).
 
     Called outside the op, so that recomputation under checkpointing, torch.compile and CUDA
-    graphs meet the same seed. On an accelerator nothing is synchronised.
+    graphs use the same seed. On an accelerator nothing is synchronised.
     """
     return torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=device)
 
@@ -62,12 +62,12 @@ def draw_seeds(x: Tensor, training: bool, *probabilities: float) -> Tensor | Non
 
 
 def seed_row(seed: Tensor | None, row: int, p: float) -> Tensor | None:
-    """The seed of one of several dropouts, None where it does not act."""
+    """The seed of one of several dropouts, None if it does not act."""
     return None if seed is None or p == 0 else seed.select(0, row)
 
 
 def ffn_dropouts(settings: FFNSettings) -> tuple[Dropout, Dropout, Dropout]:
-    """The three dropouts of a widened block: the bottleneck's, its activation's, its output's."""
+    """The three dropouts of a widened block: bottleneck, activation, output."""
     probabilities = settings.dropout_p, settings.activation_dropout_p, settings.output_dropout_p
     hidden, inner, output = (
         Dropout(p, seed_row(settings.seed, row, p)) for row, p in enumerate(probabilities)
@@ -147,13 +147,13 @@ def row_blocks(x: Tensor, width: int | None = None) -> Iterator[slice]:
 
 
 def dropout_factor(out: Tensor, threshold: int, scale: float, seed: Tensor, start: int) -> Tensor:
-    """Fill ``out`` (contiguous, CPU) with ``scale`` where the mask keeps elements ``start`` and on,
-    else 0, in C++ (csrc/cpu/philox.cpp)."""
+    """Fill ``out`` (contiguous, CPU) with ``scale`` where the mask keeps an element, else 0, from
+    element ``start`` on, in C++ (csrc/cpu/philox.cpp)."""
     return _cpp.dropout_factor_(out, threshold, scale, seed, start)
 
 
 def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a block of rows is multiplied by: 0 or 1 / (1 - p)."""
+    """The factor of each element of a block of rows: 0 or 1 / (1 - p)."""
     if seed.device.type == "cpu" and native.why_missing() is None:
         out = torch.empty(rows.stop - rows.start, width, dtype=dtype)
         return dropout_factor(out, threshold(p), keep_scale(p), seed, rows.start * width)
@@ -162,12 +162,12 @@ def drop_factor(rows: slice, width: int, p: float, seed: Tensor, dtype: torch.dt
 
 
 def cpp_mask(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """A dropout mask as the C++ takes it."""
+    """The arguments of the C++ code for a dropout mask."""
     return (None, 0, 1.0) if seed is None else (seed, threshold(p), keep_scale(p))
 
 
 def drop_(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Dropout of x (M, N) in place; ``seed=None`` leaves it."""
+    """Dropout of x (M, N) in place; ``seed=None`` leaves x unchanged."""
     if seed is not None:
         for rows in row_blocks(x):
             x[rows].mul_(drop_factor(rows, x.shape[1], p, seed, x.dtype))

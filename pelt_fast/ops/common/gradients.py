@@ -15,7 +15,7 @@ from .passes import MAX_RANK, NO_MASK, activate, covers_rows, cpp, cpp_weight
 
 
 def fill(grads: list[Tensor], indices: Sequence[int], values: Iterable[Tensor | None]) -> None:
-    """Put the gradients that were computed where they belong."""
+    """Put the computed gradients at their indices."""
     for index, value in zip(indices, values, strict=True):
         if value is not None:
             grads[index] = value
@@ -24,8 +24,8 @@ def fill(grads: list[Tensor], indices: Sequence[int], values: Iterable[Tensor | 
 def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``leftᵀ right`` (P, Q) of left (M, P) and right (M, Q), accumulated in at least ``dtype``.
 
-    Low-precision activations are neither rounded in the result nor cast as a whole: CUDA's GEMM
-    writes fp32, elsewhere one block of rows at a time is cast.
+    The result of low-precision activations is not rounded, and they are not cast as a whole: CUDA's
+    GEMM writes fp32; elsewhere one block of rows at a time is cast.
     """
     if torch.promote_types(left.dtype, dtype) == left.dtype:
         return (left.t() @ right).to(dtype)
@@ -48,9 +48,9 @@ def activation_backward(
     seed: Tensor | None = None,
     covered: bool | None = None,
 ) -> Tensor:
-    """drop(grad) f'(t), written over ``grad``, which must be ours. ``covered`` as in ``passes``.
+    """drop(grad) f'(t), written over ``grad``. ``covered`` as in ``passes``.
 
-    Of a gated unit ``dt`` gets drop(grad) linear f'(t), and ``grad`` becomes drop(grad) f(t), the
+    For a gated unit, ``dt`` gets drop(grad) linear f'(t), and ``grad`` becomes drop(grad) f(t), the
     gradient of ``linear``.
     """
     as_is = name == "identity" and linear is None and seed is None
@@ -91,7 +91,7 @@ def up_gradients(
     covered: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dh = s dy b in dy's dtype; db = s dyᵀ h (with ``h``) and the bias' gradient in b's, from one
-    read of dy. None for what is not asked for; ``dh`` may be given to be written to."""
+    read of dy. None for a gradient that is not requested. ``dh`` may be a tensor to write to."""
     db = d_bias = None
     if not need_dh:
         dh = None
@@ -123,8 +123,8 @@ def bottleneck_gradients(
     need_db: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dt (M, R) = s drop(dy U) f'(t), and the gradients of up_weight and up_bias; None for what is
-    not needed."""
+    """dt (M, R) = s drop(dy U) f'(t), and the gradients of up_weight and up_bias; None for a
+    gradient that is not needed."""
     name, scale, p, seed = transform
     h = activate(name, t, p=p, seed=seed) if need_db else None
     dt, d_up, d_up_bias = up_gradients(
@@ -148,8 +148,8 @@ def down_gradients(
     in_place: bool = False,
     covered: bool | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = base + drop(ds a), over ``base`` where it is ours, and da = dsᵀ drop(x) in a's dtype;
-    one mask for both. None for what is not asked for; ``x`` is read for da alone."""
+    """dx = base + drop(ds a), over ``base`` if it may be overwritten, and da = dsᵀ drop(x) in a's
+    dtype; one mask for both. None for a gradient that is not requested. Only da reads ``x``."""
     like, (rank, width) = x if need_da else ds, a.shape
     covered = covers_rows(like) if covered is None else covered
     takes = covered and 1 <= rank <= MAX_RANK
@@ -157,7 +157,7 @@ def down_gradients(
     if seed is not None and not ours:
         return _masked_gradients(ds, x, a, base, Dropout(p, seed), need_dx, need_da)
     dx = da = None
-    in_16_bits = seed is None and like.element_size() == 2  # quicker in the library
+    in_16_bits = seed is None and like.element_size() == 2  # faster in the library
     if need_dx and (not ours or in_16_bits):
         dx, need_dx = _input_gradient(ds, a.to(ds.dtype), base, in_place), False
     if not ours:
@@ -183,9 +183,9 @@ def _input_gradient(ds: Tensor, a: Tensor, base: Tensor | None, in_place: bool) 
 
 
 def _masked_gradients(ds, x, a, base, mask: Dropout, need_dx: bool, need_da: bool):
-    """The same by the library's GEMMs, a block of rows at a time under the mask."""
+    """The same by the library's GEMMs, with the mask of one block of rows at a time."""
     low, wide = a.to(ds.dtype), torch.promote_types(ds.dtype, a.dtype)
-    dx = base if need_dx else None  # LoRA's, in place: nobody else draws a mask here
+    dx = base if need_dx else None  # in place, for LoRA: no other op draws a mask here
     da = torch.zeros_like(a, dtype=wide) if need_da else None
     for rows in row_blocks(ds, a.shape[1]):
         factor = drop_factor(rows, a.shape[1], mask.dropout_p, mask.seed, ds.dtype)
@@ -199,8 +199,8 @@ def _masked_gradients(ds, x, a, base, mask: Dropout, need_dx: bool, need_da: boo
 def stacked_input_gradient(
     d_pre: Tensor, weights: FFNMatrices, packed: Tensor | None, separate: bool
 ) -> Tensor:
-    """[dG | dZ | dT] times the stacked weights: one GEMM where they are packed. Where the adapter
-    reads a ``separate`` tensor, dT is no part of it."""
+    """[dG | dZ | dT] times the stacked weights: one GEMM if they are packed. If the adapter reads a
+    ``separate`` tensor, dT is left out."""
     if packed is not None and not separate:
         return d_pre @ packed
     stack = [weights.in_weight]

@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def heads_last(x: Tensor) -> Tensor:
-    """The same (B, H, T, D) laid out in memory as (B, T, H, D), as models hold it; x itself where
-    it is that."""
+    """x (B, H, T, D) laid out in memory as (B, T, H, D), as models store it; x itself if it has
+    that layout."""
     rows = x.transpose(1, 2)
     return x if rows.is_contiguous() else rows.contiguous().transpose(1, 2)
 
@@ -18,8 +18,8 @@ def heads_last_empty(x: Tensor) -> Tensor:
 
 
 def no_rng(q: Tensor, seed: Tensor | None) -> Tensor:
-    """What stands for the dropout state of a library's context kernel where none ran: its masks
-    come from ``seed`` alone."""
+    """The dropout state if no library kernel made one: zeros, or empty without dropout. The masks
+    then come from ``seed`` alone."""
     return torch.zeros(0 if seed is None else 2, dtype=torch.int64, device=q.device)
 
 
@@ -59,10 +59,10 @@ def context_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
 def additive_mask(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor | None, bool, Tensor | None]:
-    """The mask and causal flag of a library's kernel, and the rows (.., T) that see no key at all.
+    """The mask and causal flag for a library kernel, and the rows (.., T) that see no key.
 
-    The kernel wants a mask of q's dtype, never beside its causal flag, and aligns that flag top
-    left; it reports lse 0 for a row that sees nothing.
+    The kernel takes a mask of q's dtype or its causal flag, not both. Its causal mask is aligned
+    top left. It returns lse 0 for a row that sees no key.
     """
     queries, keys = q.shape[2], k.shape[2]
     if mask is None and (not causal or queries == keys):
@@ -85,5 +85,5 @@ def additive_mask(
 
 
 def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), 0 in rows that see nothing."""
+    """exp(scores - lse), 0 in rows that see no key."""
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1))

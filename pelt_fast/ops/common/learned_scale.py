@@ -8,7 +8,7 @@ def fold_scale(
 ) -> tuple[Tensor, Tensor | None]:
     """Fold a learned scale, scalar () or (1,) or per channel (N), into the small matrices.
 
-    s (H Uᵀ + u) = H (diag(s) U)ᵀ + s u, so the op itself only sees a fixed scale.
+    s (H Uᵀ + u) = H (diag(s) U)ᵀ + s u, so the op itself has a fixed scale.
     """
     column = scale.reshape(-1, 1)
     return column * up_weight, None if up_bias is None else scale.reshape(-1) * up_bias
@@ -20,7 +20,7 @@ def fold_scale_backward(
     """Gradients of :func:`fold_scale` to scale, up_weight, up_bias.
 
     With G = dyᵀ H the gradient of the folded matrix: ds_j = <U_j, G_j> + u_j sum dy_j, summed over
-    j for a scalar. Exact for any s, also 0, and nothing of size M x N was saved for it.
+    j for a scalar. Exact for any s, also 0. Nothing of size M x N is saved.
     """
     per_channel = (up_weight * d_up).sum(1)
     if up_bias is not None:

@@ -1,11 +1,11 @@
-"""The ``pelt_fast::`` op library: schemas, what each device runs, and autograd's way in.
+"""The ``pelt_fast::`` op library: schemas, what each device runs, and the autograd Functions.
 
 Every op is defined once. Its reference is registered under CompositeExplicitAutograd: it runs on
-any device that has nothing better. What ``cpu`` and ``gpu`` files hold is registered under CPU and
-CUDA.
-An implementation returns NotImplemented for an input that another one runs quicker, or that it does
-not take; the next one gets it: gpu, cpu, reference. Ops are opaque to autograd and torch.compile;
-the Functions beside them differentiate.
+each device without its own implementation. The ``cpu`` and ``gpu`` files are registered under CPU
+and CUDA.
+An implementation returns NotImplemented for an input that it does not take, or that another one
+runs faster. The next one then runs, in the order gpu, cpu, reference. Autograd and torch.compile
+do not look inside an op; its Function computes the gradients.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ OPS: dict[str, "Op"] = {}  # by name, of the folders that were imported
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on for the device of ``tensor`` (meta tensors know none)."""
+    """Whether autocast is on for the device of ``tensor`` (never for meta tensors)."""
     if not torch._C._is_any_autocast_enabled():
         return False
     kind = tensor.device.type
@@ -35,13 +35,13 @@ def autocasts(tensor: Tensor) -> bool:
 
 
 class Op:
-    """One op: called, it runs what the backend in force says. Everything here takes the arguments
-    flat, in the order of the reference's bundles.
+    """One op. A call runs the implementation of the current backend. All methods take flat
+    arguments, in the order of the reference's bundles.
 
     Args:
         name: its name in ``torch.ops.pelt_fast``.
         reference: the specification, a function of bundles.
-        fake: its result's shapes and dtypes, of the same arguments.
+        fake: returns the shapes and dtypes of the result, from the same arguments.
     """
 
     def __init__(self, name: str, reference: Callable, fake: Callable):
@@ -59,7 +59,7 @@ class Op:
         self.dispatched = getattr(torch.ops.pelt_fast, name).default
 
     def on_cpu(self, function: Callable, otherwise: Callable | None = None) -> None:
-        """Register what a CPU runs, and what takes the inputs it leaves (the reference)."""
+        """Register what a CPU runs, and what runs on other inputs (by default the reference)."""
         first = from_flat(function)
         last = self.reference if otherwise is None else from_flat(otherwise)
 
@@ -83,10 +83,10 @@ class Op:
 
         Args:
             path: "module:function", imported (and Triton with it) on the first call.
-            kernels: whose rules ``dispatch.unsupported`` asks.
-            size: the argument, and its dim, whose length is the rank or the prefix length.
-            any_strides: weights that only GEMMs read (GPT-2 keeps its own transposed).
-            without: what runs where the kernels cannot, ``cpu`` by default. The reason is said
+            kernels: the name whose rules ``dispatch.unsupported`` checks.
+            size: the argument and the dim whose length is the rank or the prefix length.
+            any_strides: weights that only GEMMs read (GPT-2 stores them transposed).
+            without: what runs if the kernels cannot, ``cpu`` by default. The reason is logged
                 once, or raised under strict.
         """
         sized, dim = self.arguments.index(size[0]), size[1]
@@ -115,7 +115,7 @@ class Op:
 
     def __call__(self, *args, backend: str):
         if autocasts(args[0]):
-            # what an op computes in is its own: autocast has acted on what it was given
+            # the op chooses its own dtypes: autocast has acted on its arguments already
             with torch.autocast(args[0].device.type, enabled=False):
                 return self._run(args, backend)
         return self._run(args, backend)
@@ -131,8 +131,8 @@ class Op:
         return self._dispatch(args)
 
     def _dispatch(self, args: tuple):
-        """Run what the device of the first argument runs: straight, or by torch's dispatcher where
-        something other than this call needs to see the op."""
+        """Run the implementation for the device of the first argument: directly, or through torch's
+        dispatcher if other code must see the op."""
         if not self._is_plain_call(args):
             return self.dispatched(*args)
         if args[0].is_cuda:
@@ -140,8 +140,8 @@ class Op:
         return self.cpu(*args) if args[0].is_cpu else self.dispatched(*args)
 
     def _is_plain_call(self, args: tuple) -> bool:
-        """Whether torch's dispatcher would do no more than call the implementation: nothing traces,
-        counts, profiles or transforms, and all tensors are plain."""
+        """Whether torch's dispatcher would only call the implementation: nothing traces, counts,
+        profiles or transforms, and all tensors are plain."""
         return not (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
@@ -155,22 +155,22 @@ _NOTHING_TO_DO = contextlib.nullcontext()
 
 
 def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Make the tensors' device the current one, because Triton launches there."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return _NOTHING_TO_DO
     return torch.cuda.device_of(tensor)
 
 
 def _upright(weight: Tensor) -> Tensor:
-    """A transposed matrix the other way round."""
+    """A matrix that is stored transposed, transposed back."""
     return weight.t() if weight.dim() == 2 and weight.stride(0) == 1 else weight
 
 
 def fake_gradients(
     dy: Tensor, kinds: Sequence[tuple[Sequence[int], torch.dtype]], needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Uninitialised gradients of these shapes and dtypes; an empty tensor for what is not asked
-    for."""
+    """Uninitialised gradients of these shapes and dtypes; an empty tensor for a gradient that
+    is not requested."""
     return tuple(
         dy.new_empty(shape, dtype=dtype) if need else absent(dy)
         for (shape, dtype), need in zip(kinds, needs, strict=True)
@@ -178,15 +178,15 @@ def fake_gradients(
 
 
 def keep_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients asked for, None for the rest."""
+    """The requested gradients, None for the others."""
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 class OpFunction(torch.autograd.Function):
-    """A Function whose op can also run without what a backward would read.
+    """A Function whose op can also run without the tensors for a backward.
 
-    ``infer`` takes the arguments of ``forward`` and returns the output; nothing is kept, and what
-    only a backward needs is not made.
+    ``infer`` takes the arguments of ``forward`` and returns the output. It saves nothing and does
+    not compute tensors that only a backward reads.
     """
 
     @staticmethod
@@ -195,7 +195,7 @@ class OpFunction(torch.autograd.Function):
 
 
 def run(function: type[OpFunction], *args) -> Tensor:
-    """``function`` of ``args``: differentiable where a gradient may be asked for."""
+    """``function`` of ``args``, differentiable if a gradient may be requested."""
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return function.apply(*args)
     return function.infer(*args)

@@ -1,4 +1,4 @@
-"""The C++ ops (csrc/): loaded once, with the reason where they are not here."""
+"""The C++ ops (csrc/): loaded once, or the reason why they are missing."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 
 @functools.cache
 def why_missing() -> str | None:
-    """Why the C++ ops are not here, or None; the first call loads them."""
+    """Why the C++ ops are missing, or None; the first call loads them."""
     try:
         from pelt_fast import _C  # noqa: F401
     except ImportError as error:
@@ -18,7 +18,7 @@ def why_missing() -> str | None:
 
 
 def facts() -> dict[str, str]:
-    """How the ops were built and what they use here; empty where they are not."""
+    """How the ops were built and what they use here; empty if they are missing."""
     if why_missing() is not None:
         return {}
     from pelt_fast import _C
@@ -27,6 +27,6 @@ def facts() -> dict[str, str]:
 
 
 def ops():
-    """``torch.ops.pelt_fast_cpp``. An op that is given a wrong argument raises RuntimeError that
-    names it, what came and what was wanted."""
+    """``torch.ops.pelt_fast_cpp``. For a wrong argument an op raises RuntimeError, which
+    names the argument, its value and what is allowed."""
     return torch.ops.pelt_fast_cpp

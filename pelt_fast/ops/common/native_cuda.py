@@ -1,4 +1,4 @@
-"""The CUDA C++ ops (csrc/cuda/): loaded once, with the reason where they are not here, and what
+"""The CUDA C++ ops (csrc/cuda/): loaded once, or the reason why they are missing, and which inputs
 they take."""
 
 import functools
@@ -17,8 +17,8 @@ ALIGNED = 8  # elements: 16 bytes
 
 @functools.cache
 def why_missing() -> str | None:
-    """Why the CUDA C++ ops are not here, or None; the first call loads them."""
-    found = find_spec(MODULE)  # found and not imported: it is a library of ops, no Python module
+    """Why the CUDA C++ ops are missing, or None; the first call loads them."""
+    found = find_spec(MODULE)  # found but not imported: it is a library of ops, not a Python module
     if found is None:
         return "the package was installed without the CUDA C++ ops (its build said why)"
     if not env.has_gpu():
@@ -31,8 +31,8 @@ def why_missing() -> str | None:
 
 
 def ops():
-    """``torch.ops.pelt_fast_cuda``. An op that is given a wrong argument raises RuntimeError that
-    names it, what came and what was wanted."""
+    """``torch.ops.pelt_fast_cuda``. For a wrong argument an op raises RuntimeError, which
+    names the argument, its value and what is allowed."""
     return torch.ops.pelt_fast_cuda
 
 

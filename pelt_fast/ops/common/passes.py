@@ -1,11 +1,11 @@
-"""Passes over large tensors, forward: what the ``cpu`` files are made of.
+"""Passes over large tensors, forward. The ``cpu`` files call them.
 
 Shapes   x, base (M, K) or (M, N); a (R, K); b (N, R); s, h (M, R).
-In C++ (csrc/cpu/) each is one pass over its large tensors, the dropout mask made in registers.
-Without it the library's GEMMs and elementwise kernels do them, under a mask in blocks of rows.
-Products that round to 16 bits and draw no mask are the library's in any case: it multiplies 16-bit
-numbers, the C++ fp32. ``covered`` is the answer of :func:`covers_rows`, where the caller asked for
-all its tensors at once.
+In C++ (csrc/cpu/) each is one pass over its large tensors, and the dropout mask is made in
+registers. Without C++ the library's GEMMs and elementwise kernels run, with the mask of one block
+of rows at a time. Products that round to 16 bits and draw no mask always run in the library, which
+multiplies 16-bit numbers; the C++ code multiplies fp32. ``covered`` is the result of
+:func:`covers_rows`, if the caller has checked all its tensors at once.
 """
 
 import torch
@@ -19,7 +19,7 @@ from .dropout import cpp_mask, drop_, drop_factor, row_blocks
 
 MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NO_MASK = (None, 0, 1.0)  # what the C++ takes where nothing is dropped
+NO_MASK = (None, 0, 1.0)  # the mask arguments of the C++ code if nothing is dropped
 
 cpp = native.ops()
 
@@ -36,12 +36,12 @@ def covers(x: Tensor, rank: int) -> bool:
 
 
 def cpp_weight(tensor: Tensor | None) -> Tensor | None:
-    """A trainable weight as the C++ reads it."""
+    """A trainable weight in the form that the C++ code reads."""
     return None if tensor is None else tensor.detach().float()
 
 
 def _by_library(x: Tensor, rank: int, seed: Tensor | None, covered: bool | None) -> bool:
-    """Whether a rank product of x is the library's."""
+    """Whether the library runs a rank product of x."""
     if (seed is None and x.element_size() == 2) or not 1 <= rank <= MAX_RANK:
         return True
     return not (covers_rows(x) if covered is None else covered)
@@ -57,13 +57,13 @@ def activate(
     seed: Tensor | None = None,
     covered: bool | None = None,
 ) -> Tensor:
-    """drop(f(t) * linear), t (M, N), in ``out`` where given, else as a new contiguous tensor.
+    """drop(f(t) * linear), t (M, N), in ``out`` if given, else as a new contiguous tensor.
 
-    ``out`` may be t, or ``linear`` where t is ours: it may then be written to.
+    ``out`` may be t or ``linear``. If it is ``linear``, t may be overwritten too.
     """
     if out is None:
         out = torch.empty_like(t, memory_format=torch.contiguous_format)
-    # a copy, and the normal distribution to 16 bits, are quicker in torch
+    # a copy, and the normal distribution in 16 bits, are faster in torch
     as_is = name == "identity" and linear is None and seed is None
     by_torch = as_is or (name == "gelu" and t.element_size() == 2)
     if not by_torch and (covers_rows(t) if covered is None else covered):
@@ -119,7 +119,7 @@ def up(
     in_place: bool = False,
     covered: bool | None = None,
 ) -> Tensor:
-    """drop(base) + scale (h bᵀ + bias), over ``base`` where it is ours to write to."""
+    """drop(base) + scale (h bᵀ + bias), over ``base`` if it may be overwritten."""
     low = base.dtype
     out = base if in_place else torch.empty_like(base, memory_format=torch.contiguous_format)
     if not _by_library(base, b.shape[1], seed, covered) and h.stride(-1) == 1:
@@ -135,7 +135,7 @@ def up(
             block.addmm_(h[rows], b, alpha=scale)
         return out
     if bias is not None:
-        # the bias rides on the copy of base that the accumulating GEMM needs anyway
+        # the bias is added in the copy of base, which the accumulating GEMM needs anyway
         return torch.add(base, bias.to(low), alpha=scale, out=out).addmm_(h, b, alpha=scale)
     return torch.addmm(base, h, b, alpha=scale, out=out)
 
@@ -147,8 +147,8 @@ def stacked_linear(
     adapter: Bottleneck,
     packed: Tensor | None,
 ) -> Tensor:
-    """The pre-activations (M, F + R or 2 F + R) of a widened block, [gate | in | down]: one GEMM
-    where the weights are packed, which then may give columns of padding."""
+    """The pre-activations (M, F + R or 2 F + R) of a widened block, [gate | in | down]: one GEMM if
+    the weights are packed. Columns of padding may then follow."""
     stack = [(ffn.in_weight, ffn.in_bias), (adapter.down_weight, adapter.down_bias)]
     if ffn.gate_weight is not None:
         stack.insert(0, (ffn.gate_weight, ffn.gate_bias))
@@ -170,14 +170,14 @@ def stacked_linear(
 
 
 def _stacked_bias(parts: list[tuple[Tensor | None, int]], like: Tensor) -> Tensor | None:
-    """The biases one under the other, zeros for the missing; None when all are missing."""
+    """The concatenated biases, zeros for a missing one; None if all are missing."""
     if all(bias is None for bias, _ in parts):
         return None
     return torch.cat([like.new_zeros(n) if b is None else b.to(like.dtype) for b, n in parts])
 
 
 def activation_buffer(pre: Tensor, inner: int, rank: int, gated: bool, keep_pre: bool) -> Tensor:
-    """Where [A | H | padding] goes: over the pre-activations where nobody else will read them."""
+    """The tensor for [A | H | padding]: the pre-activations if no later step reads them."""
     if not keep_pre:
         return pre[:, inner:] if gated else pre
     return pre.new_empty(pre.shape[0], inner + rank)
@@ -186,7 +186,7 @@ def activation_buffer(pre: Tensor, inner: int, rank: int, gated: bool, keep_pre:
 def summed_bias(
     out_bias: Tensor | None, up_bias: Tensor | None, scale: float, low: torch.dtype
 ) -> Tensor | None:
-    """b2 + s u in ``low``; None when both are missing."""
+    """b2 + s u in ``low``; None if both are missing."""
     if up_bias is None:
         return out_bias
     if out_bias is None:
@@ -195,7 +195,7 @@ def summed_bias(
 
 
 def packed_product(act: Tensor, packed_out: Tensor, bias: Tensor | None) -> Tensor:
-    """[A | H] [W2 | s U]ᵀ + bias; what either holds past F + R is zeros."""
+    """[A | H] [W2 | s U]ᵀ + bias; columns of either past F + R are zeros."""
     width = min(act.shape[1], packed_out.shape[1])
     return F.linear(act[:, :width], packed_out[:, :width], bias)
 

@@ -1,4 +1,4 @@
-"""The product that every weight gradient is, as the specification has it."""
+"""The product behind every weight gradient, for the specification."""
 
 import torch
 from torch import Tensor

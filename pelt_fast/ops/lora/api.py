@@ -26,11 +26,11 @@ def lora_linear(
 
     Args:
         x: the layer's input (..., K).
-        weight: the frozen weight (N, K), of x's dtype. It gets a gradient where it asks for one.
+        weight: the frozen weight (N, K), of x's dtype. It gets a gradient if it requires one.
         bias: the frozen bias (N), or None.
         lora_a: A (R, K), of x's dtype or wider.
         lora_b: B (N, R), of x's dtype or wider.
-        scale: s, which multiplies the update (alpha / R in PEFT's words).
+        scale: s, which multiplies the update (alpha / R in PEFT).
         dropout_p: the probability, in [0, 1).
         training: whether the dropout acts.
 

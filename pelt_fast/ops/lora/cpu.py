@@ -1,8 +1,8 @@
 """LoRA on the library's GEMM and the C++ passes: the *accumulate* plan.
 
 Shapes and maths are those of ``reference``.
-Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEMM's own 2 P each way
-         are in the sums. In brackets: with the C++ ops.
+Traffic  P = one read or write of an M x K (or M x N) activation. The sums include the frozen GEMM's
+         own 2 P each way. In brackets: with the C++ ops.
          forward   x for S, y read and written for the update:                     5 P
          backward  dy for dS, dy for dB, x for dA, dx read and written again:       7 P (6)
 Flops    2MR(K + N) forward, 4MR(K + N) backward beside 2MNK each.

@@ -1,13 +1,13 @@
-"""LoRA on a GPU: the frozen GEMM is the library's, the rank update Triton's.
+"""LoRA on a GPU: the library runs the frozen GEMM, Triton the rank update.
 
 Shapes and maths are those of ``reference``.
-Traffic  P = one read or write of an M x K (or M x N) activation; the frozen GEMM's own 2 P each way
-         are in the sums. Workspaces are those of the kernels.
+Traffic  P = one read or write of an M x K (or M x N) activation. The sums include the frozen GEMM's
+         own 2 P each way. The kernels state their workspaces.
          forward   x for S, y read and written by rank_up:                         5 P
          backward  dy for dS and dB together, x for dA, dx read and written:       6 P
-         With dropout the mask is made once in backward, as bits: P / 16 to write, twice to read.
-Where ``config.LORA_PLANS`` has a tail plan, the rank update rides on our own GEMM: 2 P less each
-way. Above the ranks of ``config.fused_rank`` the product is large enough for the library's GEMM.
+         With dropout the mask is made once in backward, as bits: P / 16, written once, read twice.
+If ``config.LORA_PLANS`` has a tail plan, our own GEMM adds the rank update: 2 P less each way.
+Above the ranks of ``config.fused_rank`` the product is large enough for the library's GEMM.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def lora_forward(
 
 
 def tail_plan(x: Tensor, weight: Tensor, rank: int) -> str:
-    """The plan of the table, where its kernel takes the input."""
+    """The plan of the table, if its kernel takes the input."""
     plan = lora_plan(rank, x.device)
     if plan == "tail_cuda" and not native_cuda.covers_tail(x, weight, rank):
         return "accumulate"
@@ -60,7 +60,7 @@ def tail_plan(x: Tensor, weight: Tensor, rank: int) -> str:
 
 
 def one_pass_by_cuda(dy: Tensor, rank: int) -> bool:
-    """Whether the table's kernel for dS and dB is the CUDA C++ one, and it takes the input."""
+    """Whether the table's kernel for dS and dB is the CUDA C++ one and takes the input."""
     return one_pass_kernel(dy.device) == "cuda" and native_cuda.covers_one_pass(dy, rank)
 
 
@@ -94,7 +94,7 @@ def lora_backward(
 def _up_gradients(
     dy: Tensor, s: Tensor, factors: LowRank, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor]:
-    """dS (M, R), where dx or dA needs it, and dB."""
+    """dS (M, R), if dx or dA needs it, and dB."""
     _, lora_b, scale = factors
     rank, need_ds, db = lora_b.shape[1], needs[0] or needs[1], absent(dy)
     if need_ds and needs[2] and one_pass_by_cuda(dy, rank):

@@ -50,8 +50,8 @@ _arguments = unflatten(Tensor, FrozenLinear, LowRank, Dropout)
 class LoRALinearFunction(OpFunction):
     """y = x Wᵀ + b + s drop(x) Aᵀ Bᵀ on x (M, K).
 
-    Saves x when A (or an unfrozen W) needs a gradient, S (M, R) when B does, nothing else but
-    references to the parameters.
+    Saves x if A (or an unfrozen W) needs a gradient, and S (M, R) if B does. Otherwise it keeps
+    only references to the parameters.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class LoRALinearFunction(OpFunction):
 def lora(
     x: Tensor, linear: FrozenLinear, factors: LowRank, dropout_p: float, training: bool
 ) -> Tensor:
-    """LoRA on x (..., K) of arguments that were checked: the dropout's seed is drawn here."""
+    """LoRA on x (..., K). The arguments were checked; the dropout's seed is drawn here."""
     seed = draw_seeds(x, training, dropout_p)
     drop = Dropout(dropout_p, seed_row(seed, 0, dropout_p))
     y = run(LoRALinearFunction, x.reshape(-1, x.shape[-1]), *linear, *factors, *drop)

@@ -4,8 +4,9 @@ Shapes   x (M, K), weight (N, K), bias (N); lora_a (R, K), lora_b (N, R).
 Maths    y = x Wᵀ + b + s S Bᵀ,  S = drop(x) Aᵀ                                  (paper eq. 6)
 Saved    x and S. Nothing of size M x N.
 
-Activations may be of lower precision than the factors: those are then cast, and their gradients are
-accumulated in their own dtype. Gradients that ``needs`` does not ask for are empty tensors.
+Activations may be of lower precision than the factors. The factors are then cast, and their
+gradients are accumulated in their own dtype. Gradients that ``needs`` does not request are empty
+tensors.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def lora_backward(
     drop: Dropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, da, db; ``needs`` holds a flag for each. ``x`` is read for da, ``s`` for db.
+    """Return dx, da, db; ``needs`` holds a flag for each. da reads ``x``, db reads ``s``.
 
     dS = s dy B;  da = dSᵀ drop(x);  db = s dyᵀ S;  dx = dy W + drop(dS A).
     """

@@ -38,12 +38,12 @@ def prefix_attention(
         prefix_v: trainable values (Hkv, P, D).
         attn_mask: the mask of the context alone: (T, S) or broadcastable to (B, H, T, S), bool
             (True is visible) or added to the scores.
-        is_causal: whether query i sees key j for j <= i + S - T alone (bottom-right aligned).
-        scale: of the scores; D ** -0.5 by default.
+        is_causal: whether query i sees only the keys j <= i + S - T (bottom-right aligned).
+        scale: the factor of the scores; D ** -0.5 by default.
         form: the function of the prefix's scores, "softmax" or "relu" (multi-head adapter).
         composition: "gated" is prefix tuning, (1 - λ) h + λ Δh; "add" is h + Δh.
         dropout_p: the probability of the dropout on the weights, in [0, 1).
-        training: whether it acts.
+        training: whether the dropout acts.
 
     Returns:
         The heads (B, H, T, D), laid out in memory as (B, T, H, D).
@@ -53,8 +53,8 @@ def prefix_attention(
         ValueError: an argument has another shape, device or value; the message names it.
 
     Saved:
-        For backward: q, k, v, the output and its log-sum-exp (B, H, T), as attention without a
-        prefix saves, and the prefix. "add" keeps the context's own output as well.
+        For backward: q, k, v, the output and its log-sum-exp (B, H, T), like attention without a
+        prefix, and the prefix. "add" also saves the context's own output.
 
     Example:
         >>> q, k, v = (torch.randn(2, 4, 7, 8) for _ in range(3))

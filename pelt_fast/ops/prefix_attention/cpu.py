@@ -1,15 +1,15 @@
 """Prefix attention as two attentions merged by log-sum-exp (docs/maths.md#i4).
 
 Shapes and maths are those of ``reference``.
-The context runs on torch's own flash kernel, untouched: no concatenation, no widened mask, no
-copy of the prefix for each batch row. Its backward kernel, given the merged o and the joint lse,
-returns exact dq, dk, dv; the prefix part runs in C++ (csrc/cpu/prefix.cpp). Without it the queries
-of all batch rows are the rows of one matrix a head, in blocks that stay in cache.
-Traffic  beside attention without a prefix: q, o read and o written forward; q, o, do, dq read and
-         dq written backward. Flops (S + P) / S of the attention's.
+The context runs on torch's own flash kernel, unchanged: no concatenation, no wider mask, no copy of
+the prefix for each batch row. Its backward kernel gets the merged o and the joint lse, and returns
+exact dq, dk, dv. The prefix part runs in C++ (csrc/cpu/prefix.cpp). Without C++, the queries of all
+batch rows are the rows of one matrix for each head, in blocks that stay in cache.
+Traffic  in addition to attention without a prefix: q, o read and o written forward; q, o, do, dq
+         read and dq written backward. Flops (S + P) / S of the attention's.
 
-Where the flash kernel cannot go (attention dropout) the specification runs in blocks. Without a
-context the prefix part is all there is.
+If the flash kernel cannot run (attention dropout), the specification runs in blocks. Without a
+context only the prefix part runs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,11 +41,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 MAX_PREFIX, MAX_HEAD_DIM = 256, 128  # kMaxPrefix and kColumns of csrc/cpu
-PREFIX_SHARE = 8  # scores of the prefix part worked on at a time, against a whole block's
+PREFIX_SHARE = 8  # a step of the prefix part has 1 / 8 of the scores of a whole block
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """(B, H, T, D) as (H, B T, D): a view where x is in memory as models hold it."""
+    """(B, H, T, D) as (H, B T, D): a view if x has the memory layout of the models."""
     return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)
 
 
@@ -63,12 +63,12 @@ def _prefix_blocks(q: Tensor, length: int) -> Iterator[slice]:
 
 
 def with_rows(t: Tensor) -> Tensor:
-    """t with its last dim contiguous: torch's CPU flash kernel reads it so without a check."""
+    """t with its last dim contiguous: torch's CPU flash kernel assumes this without a check."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def uses_flash(q: Tensor, dropout_p: float) -> bool:
-    """Whether the context, where there is one, can run on torch's CPU flash kernel."""
+    """Whether the context, if there is one, can run on torch's CPU flash kernel."""
     return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0
 
 
@@ -79,7 +79,7 @@ def _prefix_weights(form: str, scores: Tensor, lse: Tensor) -> Tensor:
 
 
 def _context(qkv: QKV, scores: Scores) -> tuple[Tensor, Tensor]:
-    """o, laid out (B, T, H, D), and lse of the context, -inf for rows that see nothing."""
+    """o, laid out (B, T, H, D), and lse of the context, -inf for rows that see no key."""
     q, k, v = qkv
     if not k.numel():
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -125,7 +125,7 @@ def prefix_attention_forward(
 def _merge_outputs(
     q: Tensor, out: Tensor, lse: Tensor, prefix: Prefix, scale: float, composition: str
 ) -> None:
-    """Merge a block of rows as the paper writes it, (1 - λ) h + λ Δh: Δh by the flash kernel, too,
+    """Merge a block of rows as in the paper, (1 - λ) h + λ Δh. The flash kernel computes Δh, too;
     λ = sigmoid(l_p - l_c)."""
     update, prefix_lse = _flash(q[None], *(p[None] for p in prefix), 0.0, False, scale=scale)
     if composition == "add":
@@ -136,8 +136,8 @@ def _merge_outputs(
 
 
 def _merge_scores(q: Tensor, out: Tensor, lse: Tensor, prefix: Prefix, form: Form) -> None:
-    """Merge a block of rows by its scores, in fp32 beside a lower precision: Δh is not rounded
-    before it is added. The prefix's keys are scaled, both have a head for each of q's."""
+    """Merge a block of rows by its scores, in fp32 if q is less precise: Δh is not rounded
+    before it is added. The prefix's keys are scaled; the prefix has a head for each of q's."""
     pk, pv = prefix
     scores = pk @ q.to(lse.dtype).transpose(-1, -2)  # (H, P, rows)
     prefix_lse = torch.logsumexp(scores, -2)
@@ -183,14 +183,14 @@ def prefix_attention_backward(
 def _context_backward(
     do: Tensor, qkv: QKV, output: AttentionOutput, scores: Scores, composition: str
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv of the context, laid out as the model holds them."""
+    """dq, dk, dv of the context, in the memory layout of the model."""
     q, k, v = qkv
     if not k.numel():
         return tuple(heads_last_empty(like).zero_() for like in qkv)
     mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
     lse = output.lse.transpose(1, 2).contiguous().transpose(1, 2)
     if composition == "add" and hidden is not None:
-        lse = lse.masked_fill(hidden, 0)  # as the kernel itself reports such a row
+        lse = lse.masked_fill(hidden, 0)  # the value that the kernel itself returns for such a row
     own = output.o if composition == "gated" else output.context_o
     parts = _flash_backward(do, q, k, v, own, lse, 0.0, causal, attn_mask=mask, scale=scores.scale)
     return tuple(map(heads_last, parts))
@@ -245,7 +245,8 @@ def _prefix_by_blocks(
 def _block_backward(
     block: QKV, prefix: Prefix, lse: Tensor, form: Form, grads: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Add a block of rows, its (q, do, o), to the prefix's gradients; return that of its scores."""
+    """Add the part of a block of rows (q, do, o) to the prefix's gradients; return the gradient of
+    its scores."""
     q, do, o = block
     qb, dob = q.to(lse.dtype), do.to(lse.dtype)
     scores = prefix.prefix_k @ qb.transpose(-1, -2)  # (H, P, rows)

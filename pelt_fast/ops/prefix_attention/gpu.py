@@ -1,24 +1,24 @@
 """Prefix attention on a GPU: the library's context kernel and one Triton merge, each way.
 
 Shapes and maths are those of ``reference``.
-Traffic  beside attention without a prefix, in passes of B H T D: q, o_c, o forward 3; q, do, o, dq
-         read and dq written backward 5 (P <= 64). Flops (S + P) / S of the attention's.
-Saved    q, k, v, o, lse, what attention without a prefix saves; added forms keep o_c as well.
+Traffic  in addition to attention without a prefix, in passes of B H T D: q, o_c, o forward 3; q,
+         do, o, dq read and dq written backward 5 (P <= 64). Flops (S + P) / S of the attention's.
+Saved    q, k, v, o, lse, like attention without a prefix; added forms also save o_c.
 
-Which context kernel: flash where it can go (16-bit, no mask, causal only over T = S; grouped heads
-as they are), on architectures of ``config.CONTEXT_KERNELS`` cuDNN's in its place, if it takes the
-input; the memory-efficient one with a mask or in fp32 (grouped heads expanded); torch's CPU flash
-kernel on a CPU, where attention dropout is left to ``cpu``. All take K and V in the layout the
-model has and return the log-sum-exp; their backward, given the merged o and the joint lse, returns
-the context's exact gradients (docs/maths.md#i4).
+Context kernels. Flash runs 16-bit inputs without a mask, causal only if T = S, with grouped heads
+unchanged. On architectures of ``config.CONTEXT_KERNELS`` cuDNN's kernel replaces flash, if it takes
+the input. The memory-efficient kernel runs inputs with a mask or in fp32, with grouped heads
+expanded. On a CPU torch's CPU flash kernel runs, and ``cpu`` runs attention dropout. All take K and
+V in the model's layout and return the log-sum-exp. Their backward gets the merged o and the joint
+lse, and returns the context's exact gradients (docs/maths.md#i4).
 
-Layout: o, the context's own o and every gradient lie as (B, T, H, D). Two of the backward kernels
-ask for it: the memory-efficient one takes the rows of o to be H D apart, whatever its strides say;
-cuDNN keeps a plan for each layout of q, k and v, in which the strides of o and do are those of the
-first call.
+Layout: o, the context's own o and every gradient are stored as (B, T, H, D). Two of the backward
+kernels need this. The memory-efficient one assumes that the rows of o are H D apart, and ignores
+its strides. cuDNN keeps one plan for each layout of q, k and v, and takes the strides of o and do
+from the first call.
 
-``rng`` is the dropout state the kernel drew, as it gave it: (2,) int64, on the CPU or the GPU. A
-row that sees no key comes back with lse -inf; what its o holds is not to be read.
+``rng`` is the dropout state that the kernel returned: (2,) int64, on the CPU or the GPU. A row that
+sees no key has lse -inf, and its o must not be read.
 """
 
 from collections.abc import Sequence
@@ -50,11 +50,11 @@ from pelt_fast.ops.common.heads import (
 aten = torch.ops.aten
 MASK_ALIGNMENT = 16  # elements: rows of the mask start on 32 bytes
 LSE_ALIGNMENT = 32  # the memory-efficient backward reads its lse in blocks
-CUDNN_HEAD_DIM = 128  # and 1 / 16 is the step of its dropout: it takes none here
+CUDNN_HEAD_DIM = 128  # 1 / 16 is the step of its dropout: it runs no dropout here
 
 
 def _left_to_cpu(q: Tensor, drop: Dropout) -> bool:
-    """The CPU (the kernels interpreted) has no flash kernel with dropout."""
+    """Whether ``cpu`` runs this: with interpreted kernels there is no flash kernel with dropout."""
     return q.device.type == "cpu" and drop.dropout_p > 0
 
 
@@ -76,7 +76,7 @@ def prefix_attention_forward(
     if form.composition == "add":
         kept = torch.zeros_like(o) if context_o is None else heads_last(context_o)
         if _may_hide_a_row(qkv, scores):
-            # in place: out of place the result is contiguous
+            # in place, because the result of the other form is contiguous
             kept.masked_fill_(lse.unsqueeze(-1) == float("-inf"), 0)
     return o, lse, kept, no_rng(q, drop.seed) if rng is None else rng
 
@@ -113,7 +113,7 @@ def prefix_attention_backward(
 
 
 def _may_hide_a_row(qkv: QKV, scores: Scores) -> bool:
-    """Whether a row of the context may see no key at all."""
+    """Whether a row of the context may see no key."""
     queries, keys = qkv.q.shape[2], qkv.k.shape[2]
     return scores.attn_mask is not None or not keys or (scores.is_causal and queries > keys)
 
@@ -130,8 +130,8 @@ def kernel_for(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, p: float
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, p: float) -> bool:
-    """What torch asks before it gives attention to cuDNN, and q laid out as o is. It makes a plan
-    for every new shape: a decoder's cache would ask for one a token."""
+    """Torch's own conditions for cuDNN, and q in the layout of o. cuDNN makes a plan for every new
+    shape; with a decoder's cache that would be one plan for each token."""
     return (
         p == 0
         and q.shape[2] > 1
@@ -182,12 +182,12 @@ def context_forward(
 def context_backward(
     do: Tensor, qkv: QKV, output: AttentionOutput, scores: Scores, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv of the context, laid out as the model holds them, from o and lse (B, H, T)
-    that may be the merged ones."""
+    """Return dq, dk, dv of the context, in the memory layout of the model, from o and lse
+    (B, H, T), which may be the merged ones."""
     (q, k, v), (o, lse, _, rng), (mask, causal, scale) = qkv, output, scores
     kernel, queries, keys = kernel_for(q, k, mask, causal, p), q.shape[2], k.shape[2]
     if p == 0:
-        rng = q.new_empty(0, dtype=torch.int64)  # nobody reads it
+        rng = q.new_empty(0, dtype=torch.int64)  # never read
     seed, offset = rng if p > 0 else (rng, rng)
     o = heads_last(o)
     if kernel == "flash":
@@ -203,7 +203,7 @@ def context_backward(
     else:
         bias, causal, hidden = additive_mask(q, k, mask, causal)
         if hidden is not None:
-            # a row that sees nothing: any finite lse gives it weight exp(-inf) = 0
+            # a row that sees no key: with any finite lse its weight is exp(-inf) = 0
             lse = lse.masked_fill(lse == float("-inf"), 0.0)
         if kernel == "cpu":
             lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -222,7 +222,7 @@ def context_backward(
 
 
 def _reduced(grad: Tensor, kv_heads: int) -> Tensor:
-    """``reduce_heads`` of a gradient that is laid out (B, S, H, D): so is the sum."""
+    """``reduce_heads`` of a gradient in the layout (B, S, H, D); the sum has the same layout."""
     if grad.shape[1] == kv_heads:
         return grad
     rows = grad.transpose(1, 2).unflatten(2, (kv_heads, -1))
@@ -230,7 +230,7 @@ def _reduced(grad: Tensor, kv_heads: int) -> Tensor:
 
 
 def _aligned(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """The mask (.., T, S) for every head, its rows on the boundary the kernel asks for."""
+    """The mask (.., T, S) for every head; its rows are aligned as the kernel needs."""
     if bias is None:
         return None
     keys = bias.shape[-1]

@@ -61,7 +61,7 @@ _arguments = unflatten(QKV, Prefix, Scores, Form, Dropout)
 class PrefixAttentionFunction(OpFunction):
     """Attention with P trainable keys and values beside the context (B, H, T, D).
 
-    Saves q, k, v, o and lse, what attention without a prefix saves, and the prefix.
+    Saves q, k, v, o and lse, like attention without a prefix, and the prefix.
     """
 
     @staticmethod
@@ -79,7 +79,7 @@ class PrefixAttentionFunction(OpFunction):
     def backward(ctx, do):
         *tensors, attn_mask, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        # an expanded gradient (of a sum): backward runs where forward did, whose masks these are
+        # an expanded gradient (of a sum) has stride 0: backward must run on forward's kernels
         do = do if do.stride(-1) == 1 else do.contiguous()
         grads = prefix_attention_bwd(
             do, *tensors, attn_mask, *ctx.settings, seed, needs, backend=ctx.backend
@@ -95,7 +95,7 @@ class PrefixAttentionFunction(OpFunction):
 def attention_with_prefix(
     qkv: QKV, prefix: Prefix, scores: Scores, form: Form, dropout_p: float, training: bool
 ) -> Tensor:
-    """Prefix attention of arguments that were checked: the dropouts' seeds are drawn here."""
+    """Prefix attention. The arguments were checked; the dropouts' seeds are drawn here."""
     seed = draw_seeds(qkv.q, training, dropout_p, dropout_p) if dropout_p else None
     drop = Dropout(0.0 if seed is None else dropout_p, seed)
     return run(PrefixAttentionFunction, *qkv, *prefix, *scores, *form, *drop)

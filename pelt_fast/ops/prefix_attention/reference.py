@@ -6,16 +6,16 @@ Maths    C = scale q kᵀ + mask,  l_c = logsumexp C;   Z = scale q pkᵀ,  l_p 
          gated  o = exp(C - l) v + exp(Z - l) pv,     l = logaddexp(l_c, l_p)   (paper eq. 7)
          add    o = exp(C - l_c) v + f(Z) pv,         f = softmax or ReLU (multi-head adapter)
          docs/maths.md#i4 has the derivation.
-         Every form scales its scores: W_down = scale Wq pkᵀ takes the constant up.
+         Every form scales its scores: W_down = scale Wq pkᵀ contains the constant.
          Causal is bottom-right aligned: query i sees key j when j <= i + S - T. The prefix is
          seen by every query. A row that sees no key has l_c = -inf and weight 0 on the context.
          Dropout acts on the weights that multiply v and pv, after the normalisation.
-Saved    q, k, v, prefix_k, prefix_v, o, lse: what attention without a prefix saves. ``add`` also
-         keeps the context's own output.
+Saved    q, k, v, o, lse, like attention without a prefix, and prefix_k, prefix_v. ``add`` also
+         saves the context's own output.
 
 The seed has two rows: prefix weights (B, H, T, P), context weights (B, H, T, S). The functions
-``.._in_blocks`` run the same, a block of the batch at a time: scores never take more than a block,
-however large the batch.
+``.._in_blocks`` compute the same, a block of the batch at a time: the scores in memory are those of
+one block, for any batch size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ from pelt_fast.ops.common.heads import (
 def _drop_factor(
     weights: Tensor, p: float, seed: Tensor | None, row: int, first_batch: int
 ) -> Tensor | float:
-    """What the weights (B, H, T, keys) are multiplied by: 0 or 1 / (1 - p)."""
+    """The dropout factor of the weights (B, H, T, keys): 0 or 1 / (1 - p)."""
     if seed is None:
         return 1.0
     start = first_batch * weights[0].numel()
@@ -75,7 +75,7 @@ def prefix_attention_forward(
     """Return o, lse (joint when gated, the context's when added), the context's own output (empty
     when gated) and a context kernel's dropout state (none here). Computed in at least fp32.
 
-    ``first_batch``: where q's batch starts in the larger one the dropout masks are defined on.
+    ``first_batch``: the index of q's first batch row in the larger batch of the dropout masks.
     """
     dtype, (attn_mask, is_causal, scale) = qkv.q.dtype, scores
     (q, k, v), (pk, pv) = _wide(qkv, prefix, torch.promote_types(dtype, torch.float32))
@@ -111,8 +111,8 @@ def prefix_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv, d_prefix_k, d_prefix_v; ``needs`` holds a flag for each.
 
-    With the joint o and lse the two parts of a gated head separate: each is the softmax backward
-    of its own keys, dS = P (dP - rowsum(do o)).
+    With the joint o and lse the two parts of a gated head are independent. Each is the softmax
+    backward of its own keys, dS = P (dP - rowsum(do o)).
     """
     kv_heads, lse, (attn_mask, is_causal, scale) = qkv.k.shape[1], output.lse, scores
     (q, k, v), (pk, pv) = _wide(qkv, prefix, lse.dtype)
@@ -183,7 +183,7 @@ def _scores_of(scores: Scores, batch: slice) -> Scores:
 def prefix_attention_forward_in_blocks(
     qkv: QKV, prefix: Prefix, scores: Scores, form: Form, drop: Dropout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same, of a block of the batch at a time."""
+    """:func:`prefix_attention_forward`, a block of the batch at a time."""
     q, gated = qkv.q, form.composition == "gated"
     wide = torch.promote_types(q.dtype, torch.float32)
     o = heads_last_empty(q)
@@ -209,7 +209,7 @@ def prefix_attention_backward_in_blocks(
     drop: Dropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same, of a block of the batch at a time, the prefix's gradients summed."""
+    """:func:`prefix_attention_backward`, a block of the batch at a time; sums d_prefix_k, _v."""
     gated = form.composition == "gated"
     grads = [absent(do) for _ in range(5)]
     for i, like in enumerate(qkv):

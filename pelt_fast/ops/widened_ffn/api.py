@@ -51,23 +51,23 @@ def ffn_parallel_adapter(
         down_bias: d (R), or None.
         up_weight: U (N, R).
         up_bias: u (N), or None.
-        adapter_x: what the adapter reads (..., K), where that is not the block's input (the
-            residual stream before a pre-norm).
+        adapter_x: the input of the adapter (..., K), if it is not the block's input but the
+            residual stream before a pre-norm.
         gate_weight: Wg (F, K) of a gated block, frozen.
         gate_bias: bg (F), frozen, or None.
         ffn_activation: φ: "identity", "relu", "gelu", "gelu_tanh", "silu" or "tanh".
         activation: f, one of the same.
         scale: a number, or a learned scale of shape (), (1,) or (N,).
-        dropout_p: of the bottleneck, in [0, 1).
-        activation_dropout_p: the model's own, behind φ.
-        output_dropout_p: the model's own, on the block's output.
+        dropout_p: the dropout probability of the bottleneck, in [0, 1).
+        activation_dropout_p: the one of the model, after φ.
+        output_dropout_p: the one of the model, on the block's output.
         packed: [gate_weight; in_weight; down_weight; zeros] stacked (F + R or more, K): one GEMM
-            then reads x once. Not with an ``adapter_x``. Saved for backward: it must not change
-            before it.
+            then reads x once. Not with an ``adapter_x``. It is saved for backward and must not
+            change before backward.
         packed_out: [out_weight | scale * up_weight | zeros] side by side (N, F + R or more):
             without an output dropout, one GEMM then writes y once. Saved for backward, too.
-        packings: in place of both, buffers that hold the frozen weights and that each call fills
-            for itself.
+        packings: instead of both, buffers that hold the frozen weights. Each call fills them
+            with its adapter's weights.
         training: whether the dropouts act.
 
     Returns:
@@ -79,8 +79,8 @@ def ffn_parallel_adapter(
             gradient, which the function does not compute; the message names it.
 
     Saved:
-        For backward: x' and the pre-activations, M x (K + F + R) elements; where x needs no
-        gradient, M x (K + R).
+        For backward: x' and the pre-activations, M x (K + F + R) elements; if x needs no gradient,
+        M x (K + R).
 
     Example:
         >>> x, w1, w2 = torch.randn(2, 5, 16), torch.randn(32, 16), torch.randn(16, 32)
@@ -116,7 +116,7 @@ def ffn_parallel_adapter(
 
 
 def _check_block(x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, stacked: Stacked) -> None:
-    """The frozen block's weights, and what stands beside its input."""
+    """Check the frozen block's weights and the adapter's input."""
     inputs = x.shape[-1]
     check.tensor("in_weight", ffn.in_weight, ("F", inputs), x)
     inner = ffn.in_weight.shape[0]
@@ -134,7 +134,7 @@ def _check_block(x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, stacked: S
 def _check_stacked(
     x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, rank: int, stacked: Stacked
 ) -> None:
-    """The stacked weights, where the caller made them."""
+    """Check the stacked weights, if the caller made them."""
     packed, packed_out, _ = stacked
     inner, channels = ffn.in_weight.shape[0], ffn.out_weight.shape[0]
     rows = inner * (1 if ffn.gate_weight is None else 2) + rank

@@ -1,12 +1,12 @@
-"""The widened block on library GEMMs: packed when the stacked weights are at hand.
+"""The widened block on library GEMMs, packed if there are stacked weights.
 
 Shapes and maths are those of ``reference``; P = one M x N pass, Q = one M x F pass.
 Traffic  forward    [W1; D] is one GEMM that reads x once; φ, its dropout; [W2 | s U] is one GEMM.
-                    With an output dropout (the model's own): W2, then one pass over y drops and
-                    adds s H Uᵀ + s u in row blocks. An adapter that reads a tensor of its own:
-                    W1 and D are two GEMMs each way, each reads and writes its own.
-         backward   dy for dT, dU and du, one GEMM [dZ | dT] [W1; D] for dx. dZ is made in
-                    place of dA.
+                    With an output dropout of the model: W2, then one pass over y drops and adds
+                    s H Uᵀ + s u in row blocks. If the adapter reads another tensor: W1 and D
+                    are two GEMMs each way, each with its own input and output.
+         backward   dy for dT, dU and du, one GEMM [dZ | dT] [W1; D] for dx. dZ
+                    overwrites dA.
 Flops    (F + R) / F of the frozen block's, plus 2MR(K + N) for the two weight gradients.
 """
 

@@ -2,11 +2,11 @@
 
 Shapes and maths are those of ``reference``; P = one M x N pass, Q = one M x F pass.
 Traffic  forward    [W1; D] is one GEMM that reads x once; one pass 2 Q makes A and H, at inference
-                    in place; [W2 | s U] is one GEMM. With an output dropout: W2, then the rank
-                    update rides on the pass over y that the dropout is (2 P).
+                    in place; [W2 | s U] is one GEMM. With an output dropout: W2, then one pass
+                    over y for the dropout and the rank update (2 P).
          backward   output dropout of dy 2 P; dA and dH into the columns of d_pre (packed: one
                     GEMM); one pass 3 Q in place; one GEMM [dZ | dT] [W1; D] for dx.
-         An adapter that reads a tensor of its own: W1 and D are two GEMMs each way.
+         If the adapter reads another tensor: W1 and D are two GEMMs each way.
 Flops    (F + R) / F of the frozen block's, plus 2MR(K + N) for the two weight gradients.
 """
 
@@ -37,7 +37,7 @@ from pelt_fast.ops.common.passes import (
     summed_bias,
 )
 
-PADDING = 16  # columns of the activation buffer: rows stay aligned for the tensor cores
+PADDING = 16  # a divisor of the activation buffer's columns: rows stay aligned for the tensor cores
 
 
 def ffn_forward(
@@ -110,8 +110,8 @@ def ffn_backward(
 
 
 def _segments(weights: FFNMatrices, settings: FFNSettings, need_dx: bool) -> tuple[int, int, dict]:
-    """F (0 where only the bottleneck's columns are there), where they begin, and the keywords of
-    the two-segment kernel."""
+    """F (0 if there are only the bottleneck's columns), the first of these columns, and the
+    keywords of the two-segment kernel."""
     hidden_drop, inner_drop, _ = ffn_dropouts(settings)
     gated = weights.gate_weight is not None and need_dx
     inner = weights.in_weight.shape[0] if need_dx else 0
@@ -142,7 +142,7 @@ def _through_kernel(
     settings: FFNSettings,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Fill ``d_pre``, one read of dy for dT, dU and du; return dU and du."""
+    """Fill ``d_pre`` with one read of dy for dT, dU and du; return dU and du."""
     rank = weights.down_weight.shape[0]
     inner, first, keywords = _segments(weights, settings, needs[0])
     if needs[0]:
@@ -171,7 +171,7 @@ def _through_library(
     settings: FFNSettings,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Fill ``d_pre`` by the library's GEMMs; packed, dA and s dH come from one of them."""
+    """Fill ``d_pre`` by the library's GEMMs; if packed, one GEMM makes dA and s dH."""
     rank, up_weight, scale = weights.down_weight.shape[0], weights.up_weight, settings.scale
     inner, first, keywords = _segments(weights, settings, needs[0])
     _, _, output_drop = ffn_dropouts(settings)

@@ -56,19 +56,19 @@ for _op, _name in ((ffn_fwd, "ffn_forward"), (ffn_bwd, "ffn_backward")):
 
 
 class Buffers(Protocol):
-    """Buffers of a site that hold the frozen weights, filled for each call that reads them
-    (:class:`pelt_fast.modules.packing.Packings`), which holds their lock meanwhile."""
+    """Buffers of a site that hold the frozen weights (:class:`pelt_fast.modules.packing.Packings`).
+    Each call that reads them fills them first, and holds their lock meanwhile."""
 
     lock: contextlib.AbstractContextManager
     fills: int
 
     def filled(self, weights: FFNMatrices, scale: float, fills: int = -1) -> Packed:
-        """The stacked weights, this call's among them. Nothing is copied where ``fills``, the
-        number of fills after the forward of this call, is still their number."""
+        """The stacked weights with those of this call. Nothing is copied if the number of fills is
+        still ``fills``, the number after the forward of this call."""
 
 
 class Stacked(NamedTuple):
-    """The stacked weights of a call: made by the caller, or in buffers of its site."""
+    """The stacked weights of a call: made by the caller, or stored in buffers of its site."""
 
     packed: Tensor | None = None
     packed_out: Tensor | None = None
@@ -79,7 +79,7 @@ _arguments = unflatten(Tensor, Tensor, FrozenFFN, Bottleneck, Stacked, FFNSettin
 
 
 def _forward(args: tuple, keep_pre: bool) -> tuple[Tensor, Tensor, FFNMatrices, int]:
-    """y and pre of the Function's arguments, the matrices among these, and the number of fills of
+    """y and pre from the Function's arguments, the matrices in these, and the number of fills of
     the buffers."""
     x, adapter_x, ffn, adapter, stacked, settings = _arguments(*args)
     down, up, buffers = adapter.down_weight, adapter.up_weight, stacked.buffers
@@ -96,9 +96,9 @@ def _forward(args: tuple, keep_pre: bool) -> tuple[Tensor, Tensor, FFNMatrices, 
 class WidenedFFNFunction(OpFunction):
     """A frozen block with a parallel adapter, one function of x (M, K).
 
-    Saves what the adapter read, x or adapter_x, and the pre-activations (M, F + R); T (M, R) alone
-    of these when dx is not needed. Buffers of a site are written by other calls, too: backward
-    then fills them again, with the weights that forward saved.
+    Saves the adapter's input, x or adapter_x, and the pre-activations (M, F + R); of these only
+    T (M, R) if dx is not needed. Other calls write the buffers of a site, too. Backward then fills
+    them again, with the weights that forward saved.
     """
 
     @staticmethod
@@ -154,7 +154,7 @@ def widened_ffn(
     settings: FFNSettings,
     training: bool,
 ) -> Tensor:
-    """The widened block on x (..., K) of arguments that were checked; the seed of ``settings`` is
+    """The widened block on x (..., K). The arguments were checked; the seed of ``settings`` is
     drawn here."""
     seed = draw_seeds(x, training, *settings[3:6])
     if seed is None:

@@ -7,7 +7,7 @@ Maths    Z = x W1ᵀ + b1;  G = x Wgᵀ + bg (gated);  T = x' Dᵀ + d, x' = x o
          y = drop_o(A W2ᵀ + b2) + s (H Uᵀ + u)                            (docs/maths.md#i3)
          The adapter is added after the output dropout, as in the paper's models (section 3.3).
          With an ``adapter_x`` it reads another tensor than the block (mBART's residual stream).
-Saved    x' and pre; where no dx is asked for, x' and T alone.
+Saved    x' and pre; if dx is not needed, x' and T alone.
 
 The seed of ``settings`` has three rows: bottleneck, activation and output dropout.
 """
@@ -52,10 +52,10 @@ def ffn_forward(
     settings: FFNSettings,
     keep_pre: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (M, N) and pre, without ``keep_pre`` an empty tensor in its place.
+    """Return y (M, N) and pre; without ``keep_pre`` an empty tensor replaces pre.
 
-    ``packed`` holds the same weights stacked, perhaps with zeros behind them: for the backends.
-    Here it only says how wide ``pre`` is.
+    ``packed`` holds the same weights stacked, perhaps with zeros after them. Only the backends read
+    them. Here ``packed`` only gives the width of ``pre``.
     """
     low, (down_weight, down_bias, up_weight, up_bias) = x.dtype, adapter
     parts = [F.linear(x, ffn.in_weight, ffn.in_bias)]
@@ -89,8 +89,8 @@ def ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx and the gradients of down_weight, down_bias, up_weight, up_bias, adapter_x.
 
-    ``x`` is what the adapter read: where that is ``separate`` from the block's input, dT D is the
-    last gradient and no part of dx.
+    ``x`` is the adapter's input. If it is ``separate`` from the block's input, dT D is the last
+    gradient and no part of dx.
 
     dA = drop_o(dy) W2;  dZ = drop_a(dA) φ'(Z) (times the gate);  dT = drop(s dy U) f'(T)
     dx = dZ W1 (+ dG Wg) + dT D;  dD = dTᵀ x;  dU = s dyᵀ H.
