@@ -84,7 +84,7 @@ def test_a_prefix_copies_neither_keys_nor_values(causal):
         with counter:
             y.sum().backward()
     unit = 2 * case.pass_elements
-    parts = sum(row.moved for row in counter.rows if row.name == "reduce_parts_kernel") / unit
+    parts = sum(row.moved for row in counter.rows if row.name == "reduce_pair_kernel") / unit
     # six passes beside the two-stage workspace, which the first stage writes and the second reads
     assert ours.backward - frozen.backward - 2 * parts <= 6
     assert ours.forward < other.forward
