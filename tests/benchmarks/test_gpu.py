@@ -1,8 +1,6 @@
 """make gpu: what of it runs without a GPU, runs here on small shapes, kernels interpreted."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from benchmarks import decode, layer, model, traffic
 from benchmarks.common import REPOSITORY
+from benchmarks.gpu import __main__ as make_gpu
 from benchmarks.gpu import (
     candidates,
     compiling,
@@ -36,26 +35,35 @@ CPU = torch.device("cpu")
 TINY = Sizes(m=24, k=32, inner=40, batch=1, heads=2, queries=12, dim=16, ranks=(8,), prefixes=(5,))
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], capture_output=True, text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """``make gpu`` without a GPU: its exit status, what it printed and its complaint."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["make gpu", *arguments])
+        try:
+            code = make_gpu.main()
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_without_a_part_it_lists_them():
-    ran = command()
-    assert ran.returncode == 0 and ran.stdout.count("make gpu PART=") == 10
+def test_without_a_part_it_lists_them(command):
+    code, printed, _ = command()
+    assert code == 0 and printed.count("make gpu PART=") == 10
 
 
-def test_without_a_gpu_it_says_so_and_writes_nothing():
-    ran = command("1")
-    assert ran.returncode == 2 and "torch sees none" in ran.stderr
+def test_without_a_gpu_it_says_so_and_writes_nothing(command):
+    code, _, complaint = command("1")
+    assert code == 2 and "torch sees none" in complaint
 
 
-def test_an_unknown_part_names_those_there_are():
-    ran = command("10")
-    assert ran.returncode == 2 and "1, 2, 3, 4, 5, 6, 7, 8, 9, tune" in ran.stderr
+def test_an_unknown_part_names_those_there_are(command):
+    code, _, complaint = command("10")
+    assert code == 2 and "1, 2, 3, 4, 5, 6, 7, 8, 9, tune" in complaint
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")

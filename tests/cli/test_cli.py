@@ -96,17 +96,19 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def test_explain_prints_every_site(model_folder):
+def test_explain_prints_every_site(model_folder, capsys):
     ran = pelt_fast_command("explain", model_folder, "--method", "mam_glue")
     assert ran.returncode == 0, ran.stderr
     assert "encoder.layer.1.intermediate.dense" in ran.stdout
     assert "0 of 4 sites fell back" in ran.stdout
-    as_json = pelt_fast_command("explain", model_folder, "--method", "lora", "--json")
-    assert len(json.loads(as_json.stdout)["sites"]) == 4
+    assert cli.main(["explain", str(model_folder), "--method", "lora", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["sites"]) == 4
 
 
 @pytest.mark.parametrize("suffix, separator", [("tsv", "\t"), ("csv", ","), ("jsonl", None)])
-def test_train_learns_a_folder_and_saves_the_method(model_folder, tmp_path, suffix, separator):
+def test_train_learns_a_folder_and_saves_the_method(
+    model_folder, tmp_path, capsys, suffix, separator
+):
     pytest.importorskip("datasets")
     rows = [("good film", "up"), ("bad film", "down"), ("good plot", "up"), ("bad plot", "down")]
     for split, repeat in (("train", 40), ("dev", 2)):
@@ -116,13 +118,19 @@ def test_train_learns_a_folder_and_saves_the_method(model_folder, tmp_path, suff
             lines.append(json.dumps(record) if separator is None else f"{text}{separator}{label}")
         header = [] if separator is None else [f"text{separator}label"]
         (tmp_path / f"{split}.{suffix}").write_text("\n".join([*header, *lines]) + "\n")
-    ran = pelt_fast_command(
+    arguments = [
         "train", "--data", tmp_path, "--model", model_folder, "--method", "mam_glue",
         "--epochs", 6, "--batch-size", 8, "--learning-rate", 0.01, "--output", tmp_path / "out",
         "--max-length", 48,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert "classes down, up" in ran.stdout and "accuracy 100.00 %" in ran.stdout
+    ]  # fmt: skip
+    if suffix == "jsonl":  # as a user runs it; a process takes its time to start
+        ran = pelt_fast_command(*arguments)
+        assert ran.returncode == 0, ran.stderr
+        printed = ran.stdout
+    else:
+        assert cli.main([str(argument) for argument in arguments]) == 0
+        printed = capsys.readouterr().out
+    assert "classes down, up" in printed and "accuracy 100.00 %" in printed
     from transformers import AutoModelForSequenceClassification
 
     base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2)
