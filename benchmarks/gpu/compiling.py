@@ -35,13 +35,24 @@ Work = Iterator[tuple[str, Callable[[], object]]]
 def work(device: torch.device, sizes: Sizes, dtype=torch.bfloat16) -> Work:
     """Everything to compile, the most important first. Each case is run before the next is made."""
     for table in FAMILY:
-        for case in cases_of(table, device, sizes, dtype):
-            for tile in (None, *candidates(table)):
-                yield name_of(case, tile), lambda t=table, c=case, tile=tile: run_all(t, c, tile)
+        try:
+            yield from _work_of(table, device, sizes, dtype)
+        except Exception as error:  # its cases cannot be made; those of other tables can
+            yield table, lambda error=error: _raise(error)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the processes share the memory
     for kernel, rank, (ours, _) in fused.pairs(device, sizes, dtype):
         yield f"{kernel} R={rank} without dropout", ours
+
+
+def _work_of(table: str, device: torch.device, sizes: Sizes, dtype: torch.dtype) -> Work:
+    for case in cases_of(table, device, sizes, dtype):
+        for tile in (None, *candidates(table)):
+            yield name_of(case, tile), lambda case=case, tile=tile: run_all(table, case, tile)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def run_all(table: str, case: KernelCase, tile: Tile | None) -> None:

@@ -406,3 +406,22 @@ def test_an_answer_wins_by_two_percent_or_the_present_one_stays():
     assert tune.chosen({"triton": 1.0, "cuda": 0.99}, "triton") == "triton"
     assert tune.chosen({"triton": 1.0, "cuda": 0.97}, "triton") == "cuda"
     assert tune.chosen({"cuda": 0.99}, "triton") == "cuda"
+
+
+def test_a_table_whose_cases_cannot_be_made_does_not_end_the_others(monkeypatch):
+    made = compiling.cases_of
+
+    def broken(table, *rest):
+        if table == next(iter(compiling.FAMILY)):
+            raise RuntimeError("no such kernel")
+        return made(table, *rest)
+
+    monkeypatch.setattr(compiling, "cases_of", broken)
+    names = {}
+    for name, function in compiling.work(CPU, TINY, torch.float16):
+        names[name] = function
+        if len(names) > 3:
+            break
+    first = next(iter(compiling.FAMILY))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        names[first]()
