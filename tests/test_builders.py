@@ -1,5 +1,6 @@
 """Methods in the field's words: builders, their sums, and changes of a preset."""
 
+import argparse
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from pelt_fast import (
     prefix,
     prompt,
 )
+from pelt_fast.cli import train
 from pelt_fast.tasks import recipe as recipes
 from pelt_fast.words import changed, parsed, words_of
 from tests.small import bart
@@ -196,6 +198,22 @@ def test_a_recipe_takes_words(tmp_path):
     file.write_text("extends: xsum\nmethod: {preset: lora, rank: 4}\nsizes: {}\n")
     with pytest.raises(ValueError, match="'rank' does not apply to 'lora'"):
         recipes.load(str(file)).config()
+
+
+def recipe_of(*words: str) -> PeltConfig:
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return train.recipe_of(parser.parse_args(words)).config()
+
+
+def test_set_changes_the_method_of_a_command(tmp_path):
+    given = ("--recipe", "sst2", "--method", "lora", "--set")
+    config = recipe_of(*given, "r=4", "alpha=8", "targets=q,k,v", "layers=0-1")
+    assert config.modifications == lora(4, 8, targets="q,k,v", layers=(0, 1)).modifications
+    with pytest.raises(ValueError, match="'rank' does not apply to 'lora'"):
+        recipe_of(*given, "rank=4")
+    # the sizes of a recipe come first
+    assert recipe_of("--recipe", "sst2-mam", "--set", "length=3").modifications[0].size == 3
 
 
 def test_a_sum_trains():
