@@ -12,6 +12,15 @@ from pelt_fast._version import __version__
 
 if TYPE_CHECKING:
     from pelt_fast import functional
+    from pelt_fast.builders import (
+        adapter,
+        bitfit,
+        lora,
+        multi_head_adapter,
+        parallel_adapter,
+        prefix,
+        prompt,
+    )
     from pelt_fast.compose.merge import merge, unmerge
     from pelt_fast.compose.named_methods import active, inject_named, set_active
     from pelt_fast.config import Modification, PeltConfig
@@ -37,6 +46,15 @@ if TYPE_CHECKING:
 
 # where each public name is defined
 _HOMES = {
+    "builders": (
+        "adapter",
+        "bitfit",
+        "lora",
+        "multi_head_adapter",
+        "parallel_adapter",
+        "prefix",
+        "prompt",
+    ),
     "compose.merge": ("merge", "unmerge"),
     "compose.named_methods": ("active", "inject_named", "set_active"),
     "config": ("Modification", "PeltConfig"),
@@ -73,7 +91,9 @@ __all__ = [
     "__version__",
     "accelerate_peft",
     "active",
+    "adapter",
     "backend",
+    "bitfit",
     "count_parameters",
     "eject",
     "explain",
@@ -86,8 +106,13 @@ __all__ = [
     "load_adapterhub",
     "load_from_hub",
     "load_peft",
+    "lora",
     "merge",
     "methods",
+    "multi_head_adapter",
+    "parallel_adapter",
+    "prefix",
+    "prompt",
     "push_to_hub",
     "restore_peft",
     "save",

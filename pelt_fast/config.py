@@ -304,6 +304,17 @@ class PeltConfig:
         """Whether this is full fine-tuning."""
         return any(m.form == "full" for m in self.modifications)
 
+    def __add__(self, other: "PeltConfig") -> "PeltConfig":
+        """Both methods in one. Raises ValueError where they cannot be together."""
+        if not isinstance(other, PeltConfig):
+            return NotImplemented
+        for name in ("train_head", "dtype"):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine != its:
+                raise ValueError(f"{name} differs: {self.name!r} has {mine}, {other.name!r} {its}")
+        both = self.modifications + other.modifications
+        return PeltConfig(f"{self.name}+{other.name}", both, self.train_head, self.dtype)
+
     def replace(self, **changes: Any) -> "PeltConfig":
         """A copy with the given Modification fields changed in every modification; raises what
         Modification raises, and TypeError for an unknown field."""

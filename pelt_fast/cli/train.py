@@ -9,6 +9,7 @@ from pathlib import Path
 from pelt_fast.tasks import recipe as recipes
 from pelt_fast.tasks.recipe import Recipe
 from pelt_fast.tasks.registry import TASKS, task_of
+from pelt_fast.words import parsed
 
 NUMBERS = [f for f in fields(Recipe) if f.type in (int, float)]
 
@@ -24,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help=local)
     parser.add_argument("--model", metavar="PATH", help="a local folder or a hub name")
     parser.add_argument("--method", metavar="NAME", help="a preset (see pelt-fast methods)")
+    changes = "changes of the method: r=8 alpha=16 targets=q,v layers=8-15"
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="WORD=VALUE", dest="words", help=changes
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/train"), metavar="FOLDER")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     results = "where the row of results goes (default: OUTPUT/results.jsonl)"
@@ -49,7 +54,8 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         found = recipes.load(name)
     changes = {item.name: getattr(options, item.name) for item in NUMBERS}
     changes |= dict(model=options.model, method=options.method)
-    return found.replace(**{name: value for name, value in changes.items() if value is not None})
+    found = found.replace(**{name: value for name, value in changes.items() if value is not None})
+    return found.reworded(parsed(options.words))
 
 
 def _preset(name: str) -> str:

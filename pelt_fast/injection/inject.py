@@ -1,5 +1,7 @@
 """inject and eject: put a method's sites into a transformers model, and take them out again."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,6 +14,7 @@ from pelt_fast.modules import ParallelFFNAdapter
 from pelt_fast.modules.decision import DecidesOnce
 from pelt_fast.modules.hooked import at_hand, holders
 from pelt_fast.presets import method as preset
+from pelt_fast.words import changed
 
 from .build import BUILDERS
 from .checks import check
@@ -26,7 +29,12 @@ from .watch import check_free, watch
 
 @renamed_keyword("slots", "layout")
 def inject(
-    model: nn.Module, method: str | PeltConfig, *, layout: Layout | None = None, pack: bool = True
+    model: nn.Module,
+    method: str | PeltConfig,
+    *,
+    layout: Layout | None = None,
+    pack: bool = True,
+    **words: Any,
 ) -> nn.Module:
     """Put a method into a model, in place, and freeze the rest of the model.
 
@@ -41,24 +49,30 @@ def inject(
         pack: whether a widened FFN moves the frozen weights into one buffer that has room for the
             adapter (docs/maths.md#i3). False leaves them in their own storage; FSDP2's
             ``fully_shard`` needs that.
+        words: changes of the method, by the names that its builder gives them: ``r=8, alpha=16``,
+            ``length=30``, ``dropout=0``, ``layers=range(8, 16)``. ``r`` alone keeps alpha.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``method`` is no name and no config, or ``model`` is not a transformers model.
-        ValueError: an unknown method, a model that already carries one, an architecture without a
-            table row, a module that the method cannot be put on, or an attention that cannot carry
-            a prefix. The model is unchanged.
+        ValueError: an unknown method, a word that does not apply to it, a model that already
+            carries a method, an architecture without a table row, a module that the method cannot
+            be put on, or an attention that cannot carry a prefix. The model is unchanged.
 
     Example:
         model = BartForConditionalGeneration.from_pretrained("facebook/bart-large")
         pelt_fast.inject(model, "mam")
         model(**batch).loss.backward()
+
+        pelt_fast.inject(other, "lora", r=8, alpha=16, targets="q,k,v,o")
+        pelt_fast.inject(third, pelt_fast.prefix(30) + pelt_fast.lora(r=8))
     """
     config = preset(method) if isinstance(method, str) else method
     if not isinstance(config, PeltConfig):
         raise TypeError(f"method must be a name or a PeltConfig, got {type(method).__name__}")
+    config = changed(config, words)
     handle, model = model, unwrapped(model)
     refuse_second(model)
     stacks = [] if config.is_full or not config.modifications else stacks_of(model, layout)

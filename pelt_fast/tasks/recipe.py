@@ -14,6 +14,7 @@ from pathlib import Path
 from pelt_fast.config import PeltConfig
 from pelt_fast.presets import method as preset
 from pelt_fast.presets import methods
+from pelt_fast.words import changed
 
 FOLDER = Path(__file__).parent / "recipes"
 SCHEDULES = ("polynomial", "linear", "constant")
@@ -24,10 +25,11 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class Recipe:
     """The settings of one run; a YAML file may have every field.
 
-    task: see ``tasks.registry``. model: a folder or hub name. method: a preset's name, or a
-    PeltConfig as its JSON has it; sizes: fields replaced in it, by form ({"prefix": {"size":
-    30}}). A batch is ``batch_size`` rows or ``batch_tokens`` tokens (the longest row times the
-    rows), ``accumulation`` of them a step; ``steps`` or ``epochs`` long. learning_rate is AdamW's;
+    task: see ``tasks.registry``. model: a folder or hub name. method: a preset's name, a mapping
+    {"preset": "lora", "r": 8} with changes in the words of ``builders``, or a PeltConfig as its
+    JSON has it; sizes: fields replaced in it, by form ({"prefix": {"size": 30}}). A batch is
+    ``batch_size`` rows or ``batch_tokens`` tokens (the longest row times the rows),
+    ``accumulation`` of them a step; ``steps`` or ``epochs`` long. learning_rate is AdamW's;
     ``prefix_rate`` its share for a prefix's reparameterisation. warmup: a share of the steps (below
     1) or steps. ``max_length`` and ``max_target`` are tokens; ``source_prefix`` is put in front of
     every source text. Evaluation every ``evaluate_every`` steps (0: every epoch), on at most
@@ -91,10 +93,7 @@ class Recipe:
 
     def config(self) -> PeltConfig:
         """The method, its sizes replaced; ValueError for an unknown one or field."""
-        if isinstance(self.method, dict):
-            config = PeltConfig.from_json(json.dumps(self.method))
-        else:
-            config = preset(self.method)
+        config = self._method()
         unknown = self.sizes.keys() - {m.form for m in config.modifications}
         if unknown:
             raise ValueError(f"sizes names {sorted(unknown)[0]!r}, {config.name!r} has none")
@@ -105,6 +104,21 @@ class Recipe:
         except TypeError as error:
             raise ValueError(f"sizes: {error}") from None
         return dataclasses.replace(config, modifications=changed)
+
+    def _method(self) -> PeltConfig:
+        if not isinstance(self.method, dict):
+            return preset(self.method)
+        if "preset" not in self.method:
+            return PeltConfig.from_json(json.dumps(self.method))
+        words = {word: value for word, value in self.method.items() if word != "preset"}
+        return changed(preset(self.method["preset"]), words)
+
+    def reworded(self, words: dict) -> "Recipe":
+        """A copy whose method, sizes and all, is changed in the words of its builder; ValueError
+        for a word that does not apply."""
+        if not words:
+            return self
+        return self.replace(method=changed(self.config(), words).as_dict(), sizes={})
 
     def replace(self, **changes) -> "Recipe":
         """A copy with fields changed; of ``steps`` and ``epochs``, one replaces the other."""

@@ -8,7 +8,8 @@ from .imports import Edge, circle, edges, files
 # A room imports only rooms before it. A room is a folder or a file of pelt_fast; "pelt_fast" is its
 # __init__, which hands out the public names.
 ROOMS = (
-    "_version", "env", "deprecated", "kernels", "ops", "functional", "config", "presets", "modules",
+    "_version", "env", "deprecated", "kernels", "ops", "functional", "config", "builders",
+    "presets", "words", "modules",
     "layouts", "injection", "formats", "compose", "integrations", "trainer", "pelt_fast", "tasks",
     "testing", "cli", "__main__",
 )  # fmt: skip

@@ -1,0 +1,318 @@
+"""Methods in the field's words: ``prefix(30) + parallel_adapter(r=512, scale=4)`` is MAM.
+
+Each function returns a :class:`PeltConfig`, and ``+`` puts two together. The defaults are the
+paper's settings (Table 8, appendix A), so that each preset is one of these expressions.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pelt_fast.config import KINDS, Modification, PeltConfig
+
+LINEARS = {
+    "q": "attention.q", "k": "attention.k", "v": "attention.v", "o": "attention.o",
+    "ffn.in": "ffn.in", "ffn.out": "ffn.out",
+}  # fmt: skip
+LEARNED = {"learned": "learned_scale", "learned_channel": "learned_channel_scale"}
+SUBLAYERS = ("attention", "ffn")
+
+
+def lora(
+    r: int = 16,
+    alpha: float = 32,
+    *,
+    targets: str | Iterable[str] = ("q", "v"),
+    dropout: float = 0.1,
+    rslora: bool = False,
+    init: str = "lora",
+    layers: Iterable[int] | None = None,
+    where: Iterable[str] = KINDS,
+) -> PeltConfig:
+    """LoRA: ``W x + (alpha / r) B A x`` on each target (paper equation 6).
+
+    Args:
+        r: the rank.
+        alpha: the update is multiplied by alpha / r, which is what the config keeps as ``scale``.
+        targets: the projections, a list or one text with commas: "q", "k", "v" and "o" of the
+            attentions, "ffn.in" and "ffn.out".
+        dropout: the probability on the input of the branch, in [0, 1).
+        rslora: whether alpha is divided by the square root of r (rank-stabilised LoRA).
+        init: "lora" (Kaiming down, zero up) or "bert" (normal 0.02).
+        layers: the layers of each stack that have it, from 0; None is all of them.
+        where: which attentions and stacks: "encoder", "decoder", "cross".
+
+    Returns:
+        A config with one modification for each target.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: an argument has another value; the message names it.
+
+    Example:
+        >>> lora(r=8, alpha=16, targets="q,v").modifications[0].scale
+        2.0
+    """
+    scale = alpha_over(r, alpha, rslora)
+    details = dict(init=init, dropout=dropout, layers=listed(layers), where=tuple(where))
+    found = tuple(
+        Modification("low_rank", target, **scaled(scale), size=r, **details)
+        for target in linears(targets)
+    )
+    return PeltConfig("lora", found)
+
+
+def adapter(
+    r: int = 200,
+    *,
+    after: str = "attention+ffn",
+    activation: str = "relu",
+    dropout: float = 0.1,
+    layer_norm: str | None = None,
+    placement: str = "default",
+    init: str = "bert",
+    layers: Iterable[int] | None = None,
+    where: Iterable[str] = KINDS,
+) -> PeltConfig:
+    """Sequential adapters: ``h + f(h D) U`` on the output of a sub-layer (Houlsby, Pfeiffer).
+
+    Args:
+        r: the bottleneck.
+        after: "attention", "ffn", or both with a plus sign.
+        activation: f: "identity", "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        dropout: the probability on the bottleneck, in [0, 1).
+        layer_norm: "none", "in" or "out". None is what the paper's code has: "in" after an
+            attention, "none" after an FFN.
+        placement: of an adapter after the FFN: "after_dropout" (default), "after_norm" or
+            "around_norm" (Pfeiffer's).
+        init: "bert" (normal 0.02) or "lora" (Kaiming down, zero up).
+        layers: as for :func:`lora`.
+        where: as for :func:`lora`.
+
+    Returns:
+        A config with one modification for each sub-layer.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: an argument has another value; the message names it.
+
+    Example:
+        >>> [m.target for m in adapter(r=64).modifications]
+        ['attention', 'ffn']
+    """
+    shared = dict(activation=activation, dropout=dropout, init=init, layers=listed(layers),
+                  where=tuple(where))  # fmt: skip
+    found = []
+    for target in _sublayers("after", after):
+        details = dict(layer_norm=_norm(layer_norm, target))
+        if target == "ffn" or placement != "default":
+            details["placement"] = placement
+        found.append(Modification("bottleneck", target, "sequential", size=r, **shared, **details))
+    return PeltConfig("adapter", tuple(found))
+
+
+def parallel_adapter(
+    r: int = 512,
+    *,
+    scale: float | str = 1.0,
+    beside: str = "ffn",
+    activation: str = "relu",
+    dropout: float = 0.1,
+    layer_norm: str | None = None,
+    init: str = "lora",
+    layers: Iterable[int] | None = None,
+    where: Iterable[str] = KINDS,
+) -> PeltConfig:
+    """Parallel adapters: ``F(x) + s f(x D) U`` beside a sub-layer F (paper section 3.3).
+
+    Args:
+        r: the bottleneck.
+        scale: s; "learned" (a scalar) or "learned_channel" (one for each channel) trains it.
+        beside: "ffn", "attention", or both with a plus sign.
+        activation: as for :func:`adapter`.
+        dropout: as for :func:`adapter`.
+        layer_norm: as for :func:`adapter`.
+        init: "lora" (Kaiming down, zero up) or "bert" (normal 0.02).
+        layers: as for :func:`lora`.
+        where: as for :func:`lora`.
+
+    Returns:
+        A config with one modification for each sub-layer.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: an argument has another value; the message names it.
+
+    Example:
+        >>> (prefix(30) + parallel_adapter(r=512, scale=4)).modifications[1].scale
+        4.0
+    """
+    details = dict(activation=activation, dropout=dropout, init=init, layers=listed(layers),
+                   where=tuple(where))  # fmt: skip
+    found = tuple(
+        Modification("bottleneck", target, "parallel", **scaled(scale), size=r, **details,
+                     layer_norm=_norm(layer_norm, target))
+        for target in _sublayers("beside", beside)
+    )  # fmt: skip
+    return PeltConfig("parallel_adapter", found)
+
+
+def multi_head_adapter(
+    r: int = 200,
+    *,
+    scale: float = 1.0,
+    reads: str = "query",
+    init: str = "bert",
+    layers: Iterable[int] | None = None,
+    where: Iterable[str] = KINDS,
+) -> PeltConfig:
+    """A ReLU adapter for each head of an attention, beside what it attends to (Table 1).
+
+    Args:
+        r: the bottleneck of all heads together.
+        scale: s.
+        reads: "query" (the frozen query projection is used again: the paper's code) or "input"
+            (the attention's input, with a down projection of its own).
+        init: "bert" (normal 0.02) or "lora" (Kaiming down, zero up).
+        layers: as for :func:`lora`.
+        where: as for :func:`lora`.
+
+    Returns:
+        A config with one modification.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: an argument has another value; the message names it.
+
+    Example:
+        >>> multi_head_adapter(r=30).modifications[0].target
+        'heads'
+    """
+    found = Modification("bottleneck", "heads", **scaled(scale), size=r, init=init, reads=reads,
+                         layers=listed(layers), where=tuple(where))  # fmt: skip
+    return PeltConfig("multi_head_adapter", (found,))
+
+
+def prefix(
+    length: int = 200,
+    *,
+    gated: bool = True,
+    mlp: bool = True,
+    mlp_dim: int = 800,
+    layers: Iterable[int] | None = None,
+    where: Iterable[str] = KINDS,
+) -> PeltConfig:
+    """Prefix tuning: trainable keys and values in front of every attention's (paper equation 7).
+
+    Args:
+        length: how many there are.
+        gated: whether one softmax runs over both (prefix tuning); False adds the prefix's own.
+        mlp: whether an MLP makes the prefix while it trains.
+        mlp_dim: the hidden width of that MLP.
+        layers: as for :func:`lora`.
+        where: as for :func:`lora`.
+
+    Returns:
+        A config with one modification.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: an argument has another value; the message names it.
+
+    Example:
+        >>> prefix(30, mlp=False).modifications[0].reparameterization
+        'none'
+    """
+    found = Modification(
+        "prefix", "heads", composition="gated" if gated else "add", size=length,
+        reparameterization="mlp" if mlp else "none", mlp_dim=mlp_dim, layers=listed(layers),
+        where=tuple(where),
+    )  # fmt: skip
+    return PeltConfig("prefix", (found,))
+
+
+def prompt(length: int = 200) -> PeltConfig:
+    """Prompt tuning: trainable vectors in front of the input embeddings (Lester et al.).
+
+    Args:
+        length: how many there are.
+
+    Returns:
+        A config with one modification.
+
+    Raises:
+        ValueError: ``length`` is no integer >= 1.
+
+    Example:
+        >>> prompt(20).modifications[0].size
+        20
+    """
+    found = Modification("prompt", "embeddings", composition="gated", size=length)
+    return PeltConfig("prompt", (found,))
+
+
+def bitfit() -> PeltConfig:
+    """BitFit: the model's own biases train (Ben Zaken et al.).
+
+    Returns:
+        A config with one modification.
+
+    Example:
+        >>> bitfit().modifications[0].form
+        'bias'
+    """
+    return PeltConfig("bitfit", (Modification("bias", "model"),))
+
+
+def linears(targets: str | Iterable[str]) -> list[str]:
+    """The targets of a LoRA by their full names; ValueError names those there are."""
+    words = targets.split(",") if isinstance(targets, str) else list(targets)
+    found = []
+    for word in (str(word).strip() for word in words):
+        name = LINEARS.get(word, word)
+        if name not in LINEARS.values():
+            raise ValueError(f"targets must be of {', '.join(LINEARS)}; got {word!r}")
+        if name not in found:
+            found.append(name)
+    if not found:
+        raise ValueError(f"targets must name at least one of {', '.join(LINEARS)}, got none")
+    return found
+
+
+def _sublayers(name: str, value: str) -> list[str]:
+    found = [part.strip() for part in value.split("+")] if isinstance(value, str) else [value]
+    if not set(found) <= set(SUBLAYERS) or len(set(found)) < len(found):
+        wanted = "attention, ffn or attention+ffn"
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+    return sorted(found)
+
+
+def _norm(layer_norm: str | None, target: str) -> str:
+    """What the paper's code has where nothing is said."""
+    if layer_norm is None:
+        return "in" if target == "attention" else "none"
+    return layer_norm
+
+
+def alpha_over(r: int, alpha: float, rslora: bool) -> float:
+    """What the update is multiplied by."""
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"r must be an integer >= 1, got {r!r}")
+    return alpha / (r**0.5 if rslora else r)
+
+
+def scaled(scale: float | str) -> dict[str, Any]:
+    """The composition that a scale implies."""
+    if isinstance(scale, str):
+        if scale not in LEARNED:
+            known = " or ".join(LEARNED)
+            raise ValueError(f"scale must be a number, {known}; got {scale!r}")
+        return dict(composition=LEARNED[scale], scale=1.0)
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    return dict(composition="add" if scale == 1 else "scaled", scale=float(scale))
+
+
+def listed(layers: Iterable[int] | None) -> tuple[int, ...] | None:
+    return None if layers is None else tuple(layers)

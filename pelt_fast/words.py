@@ -1,0 +1,165 @@
+"""Changes of a method in the words of ``builders``: ``r=8, alpha=16, layers=range(8, 16)``.
+
+A word changes every modification that it applies to. ``r`` alone keeps alpha, as in PEFT.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from pelt_fast.builders import alpha_over, linears, listed, scaled
+from pelt_fast.config import Modification, PeltConfig
+
+_RANKED = ("low_rank", "bottleneck")
+_LAYERED = (*_RANKED, "prefix")
+
+
+def _same(name: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda value: {name: value}
+
+
+# word -> the forms that it applies to, and the fields that its value gives
+_WORDS: dict[str, tuple[tuple[str, ...], Callable[[Any], dict[str, Any]]]] = {
+    "r": (_RANKED, _same("size")),
+    "alpha": (("low_rank",), lambda value: {}),
+    "rslora": (("low_rank",), lambda value: {}),
+    "targets": (("low_rank",), lambda value: {}),
+    "scale": (_RANKED, scaled),
+    "length": (("prefix", "prompt"), _same("size")),
+    "gated": (("prefix",), lambda value: dict(composition="gated" if value else "add")),
+    "mlp": (("prefix",), lambda value: dict(reparameterization="mlp" if value else "none")),
+    "mlp_dim": (("prefix",), _same("mlp_dim")),
+    "dropout": (_RANKED, _same("dropout")),
+    "init": (_RANKED, _same("init")),
+    "activation": (("bottleneck",), _same("activation")),
+    "layer_norm": (("bottleneck",), _same("layer_norm")),
+    "layers": (_LAYERED, lambda value: dict(layers=listed(value))),
+    "where": (_LAYERED, lambda value: dict(where=tuple(value))),
+}
+
+
+def changed(config: PeltConfig, words: dict[str, Any]) -> PeltConfig:
+    """``config`` with ``words`` in place of its own values.
+
+    Args:
+        config: a method.
+        words: values by the names that the builders give their arguments.
+
+    Returns:
+        A config of the same name.
+
+    Raises:
+        TypeError: a value has another type.
+        ValueError: a word does not apply (the message names those that do), or its value is wrong.
+
+    Example:
+        >>> from pelt_fast.presets import method
+        >>> changed(method("lora"), dict(r=8, alpha=16)).modifications[0].scale
+        2.0
+    """
+    if not words:
+        return config
+    _check(config, words)
+    if "scale" in words and words.keys() & {"alpha", "rslora"}:
+        raise ValueError("scale and alpha say the same of a LoRA: give one of them")
+    found: list[Modification] = []
+    for m in config.modifications:
+        found += _each_target(_changed(m, words), m.form, words, first=not _has(found, m.form))
+    return dataclasses.replace(config, modifications=tuple(found))
+
+
+def words_of(config: PeltConfig) -> list[str]:
+    """The words that apply to a method."""
+    forms = {m.form for m in config.modifications}
+    return [word for word, (kinds, _) in _WORDS.items() if forms.intersection(kinds)]
+
+
+def _check(config: PeltConfig, words: dict[str, Any]) -> None:
+    known = words_of(config)
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            choice = f"choose {', '.join(known)}" if known else "no word does"
+            raise ValueError(f"{word!r} does not apply to {config.name!r}{hint}: {choice}")
+
+
+def _changed(m: Modification, words: dict[str, Any]) -> Modification:
+    changes: dict[str, Any] = {}
+    for word, value in words.items():
+        forms, fields = _WORDS[word]
+        if m.form in forms:
+            changes |= fields(value)
+    if m.form == "low_rank" and words.keys() & {"r", "alpha", "rslora"} and "scale" not in words:
+        alpha, r = words.get("alpha", m.scale * m.size), words.get("r", m.size)
+        changes |= scaled(alpha_over(r, alpha, words.get("rslora", False)))
+    return dataclasses.replace(m, **changes)
+
+
+def _each_target(
+    m: Modification, form: str, words: dict[str, Any], first: bool
+) -> list[Modification]:
+    """A LoRA's modification for each of the targets that were given, once."""
+    if form != "low_rank" or "targets" not in words:
+        return [m]
+    if not first:
+        return []
+    return [dataclasses.replace(m, target=target) for target in linears(words["targets"])]
+
+
+def _has(found: list[Modification], form: str) -> bool:
+    return any(m.form == form for m in found)
+
+
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """Words as a command line has them: ``r=8``, ``targets=q,v``, ``layers=8-15``, ``mlp=false``.
+
+    Args:
+        settings: each "word=value".
+
+    Returns:
+        The words with their values.
+
+    Raises:
+        ValueError: one is no "word=value"; it names it.
+
+    Example:
+        >>> parsed(["r=8", "dropout=0.05", "layers=2-4,7"])
+        {'r': 8, 'dropout': 0.05, 'layers': (2, 3, 4, 7)}
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        word, given, text = setting.partition("=")
+        if not (word and given and text):
+            raise ValueError(f"a setting must be word=value, as r=8, got {setting!r}")
+        if word in found:
+            raise ValueError(f"{word} is set twice")
+        found[word] = _value(word, text)
+    return found
+
+
+def _value(word: str, text: str) -> Any:
+    if word == "layers":
+        return _layer_numbers(text)
+    if word == "where":
+        return tuple(text.split(","))
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _layer_numbers(text: str) -> tuple[int, ...]:
+    """The layers of "8-15" or "0,2,4-6"."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"layers must be numbers and ranges, as 0,2,8-15, got {text!r}")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
