@@ -3,8 +3,8 @@
 Shapes   x, base (M, K) or (M, N); a (R, K); b (N, R); s, h (M, R).
 In C++ (csrc/cpu/) each is one pass over its large tensors, and the dropout mask is made in
 registers. Without C++ the library's GEMMs and elementwise kernels run, with the mask of one block
-of rows at a time. Products that round to 16 bits and draw no mask always run in the library, which
-multiplies 16-bit numbers; the C++ code multiplies fp32. ``covered`` is the result of
+of rows at a time. Products without a mask that round to 16 bits, or have few rows, always run in
+the library: it multiplies 16-bit numbers, and packs no weight first; the C++ code multiplies fp32. ``covered`` is the result of
 :func:`covers_rows`, if the caller has checked all its tensors at once.
 """
 
@@ -18,6 +18,7 @@ from .bundles import Bottleneck, Dropout, FrozenFFN
 from .dropout import cpp_mask, drop_, drop_factor, row_blocks
 
 MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
+FEW_ROWS = 16  # a decoder's: the C++ packs the weight first, 30 us for a product that takes 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_MASK = (None, 0, 1.0)  # the mask arguments of the C++ code if nothing is dropped
 
@@ -42,7 +43,8 @@ def cpp_weight(tensor: Tensor | None) -> Tensor | None:
 
 def _by_library(x: Tensor, rank: int, seed: Tensor | None, covered: bool | None) -> bool:
     """Whether the library runs a rank product of x."""
-    if (seed is None and x.element_size() == 2) or not 1 <= rank <= MAX_RANK:
+    few = x.element_size() == 2 or x.shape[0] <= FEW_ROWS
+    if (seed is None and few) or not 1 <= rank <= MAX_RANK:
         return True
     return not (covers_rows(x) if covered is None else covered)
 
