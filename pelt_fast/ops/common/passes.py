@@ -4,8 +4,8 @@ Shapes   x, base (M, K) or (M, N); a (R, K); b (N, R); s, h (M, R).
 In C++ (csrc/cpu/) each is one pass over its large tensors, and the dropout mask is made in
 registers. Without C++ the library's GEMMs and elementwise kernels run, with the mask of one block
 of rows at a time. Products without a mask that round to 16 bits, or have few rows, always run in
-the library: it multiplies 16-bit numbers, and packs no weight first; the C++ code multiplies fp32. ``covered`` is the result of
-:func:`covers_rows`, if the caller has checked all its tensors at once.
+the library: it multiplies 16-bit numbers, and packs no weight first. The C++ code multiplies fp32.
+``covered`` is the result of :func:`covers_rows`, if the caller has checked all its tensors at once.
 """
 
 import torch
