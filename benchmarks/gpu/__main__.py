@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from benchmarks import host
 from pelt_fast.ops.common import native_cuda
 
 from . import (
@@ -43,6 +44,11 @@ PARTS = {
         "driver",
         driver.run,
         "the CUDA C++ kernels: driver without torch, numerics, memcheck",
+    ),
+    "host": (
+        "host",
+        host.run,
+        "microseconds of the host for small calls, in either thread",
     ),
     "tune": ("tune", tune.run, "measure candidates of every table, write the rows that win"),
 }

@@ -25,10 +25,10 @@ from .candidates import FAMILY, candidates, cases_of, name_of, variants
 from .kernel_cases import KernelCase, Sizes
 from .numerics import environment
 from .record import Record
+from .reporter import LOST
 
 COMPILED = "compiled"
 PROGRAM = ("-m", "benchmarks.gpu.compiling")
-LOST = 70  # the exit status of a process whose GPU context is lost
 Work = Iterator[tuple[str, Callable[[], object]]]
 
 

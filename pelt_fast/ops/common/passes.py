@@ -18,7 +18,7 @@ from .bundles import Bottleneck, Dropout, FrozenFFN
 from .dropout import cpp_mask, drop_, drop_factor, row_blocks
 
 MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
-FEW_ROWS = 16  # a decoder's: the C++ packs the weight first, 30 us for a product that takes 5
+FEW_ROWS = 16  # a decoder's: the C++ packs its weight first (python -m benchmarks.host)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_MASK = (None, 0, 1.0)  # the mask arguments of the C++ code if nothing is dropped
 
