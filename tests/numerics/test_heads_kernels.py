@@ -9,7 +9,7 @@ from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.ops.common.heads import heads_last_empty
 from pelt_fast.ops.prefix_attention import reference
 
-from .judge import COMPILED, DTYPES, check, dense, seed
+from .judge import DTYPES, check, dense, seed
 
 FORMS = [("softmax", "gated"), ("softmax", "add"), ("relu", "add")]
 # B, H, Hkv, T, P, D
@@ -104,8 +104,6 @@ def test_merge_bwd_matches_fp64_oracle(shape, dtype, form, composition, p):
     judged = list(zip(gradients(dtype), gradients(torch.float64)))
     for got, (same, want) in zip(actual, judged):
         check(got, same, want, dtype)
-    if not COMPILED and shape not in SHAPES[:3]:
-        return  # interpreted, each run takes seconds: three shapes say the same
     without_dq = prefix_merge_bwd(do, q, pk, pv, o, lse, None, **settings)
     for got, (same, want) in zip(without_dq, judged[1:]):
         check(got, same, want, dtype)
