@@ -175,6 +175,7 @@ class Packings:
     def _do(self, what: Callable[[Packing, list], None], stacked: list, out: Tensor) -> None:
         """Apply ``what`` to each buffer and its weights, while nobody reads them."""
         with self.lock:
+            self.fills += 1  # a new buffer holds no call's block
             for packing, frozen in self._each(stacked, out):
                 what(packing, frozen)
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import pelt_fast
+from pelt_fast import functional
 from pelt_fast.layouts.lookup import base_of, find, stacks_of
+from pelt_fast.modules.packing import Packing, Packings
 from pelt_fast.modules.projection_view import ProjectionView, parameter_of
 from tests.models.judge import assert_near, exactly
 from tests.small import MORE, inputs, randomise
@@ -122,3 +124,26 @@ def test_a_part_moves_with_its_owner():
     part.owner.double()
     assert part.weight.dtype == torch.float64 and part.bias.shape == (3,)
     assert not list(part.parameters())
+
+
+def test_backward_fills_a_buffer_that_was_made_after_its_forward():
+    in_weight, out_weight = (
+        torch.nn.Parameter(torch.randn(*shape), requires_grad=False)
+        for shape in ((24, 16), (16, 24))
+    )
+    small = [torch.randn(*shape) for shape in ((4, 16), (4,), (16, 4), (16,))]
+    x = torch.randn(5, 16, requires_grad=True)
+
+    def block(packings=None):
+        return functional.ffn_parallel_adapter(
+            x, in_weight, None, out_weight, None, *small, scale=2.0, packings=packings
+        )
+
+    (expected,) = torch.autograd.grad(block().square().sum(), x)
+    packings = Packings(Packing(0, 4), Packing(1, 4))
+    packings.pack([in_weight], out_weight)
+    y = block(packings)
+    packings.unpack([in_weight], out_weight)
+    packings.pack([in_weight], out_weight)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
