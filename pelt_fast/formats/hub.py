@@ -14,6 +14,7 @@ from pelt_fast.injection.handles import carrier_of
 from pelt_fast.injection.record import injection_of
 from pelt_fast.layouts.layout import Layout
 from pelt_fast.layouts.lookup import base_of
+from pelt_fast.layouts.names import check_model
 
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
 
@@ -126,6 +127,7 @@ def load_from_hub(
     Example:
         pelt_fast.load_from_hub(model, "me/bart-xsum-mam")
     """
+    check_model(model)
     folder = snapshot_download(
         repo_id, revision=revision, token=token, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
     )

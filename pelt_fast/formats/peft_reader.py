@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.injection.trained_names import bias_names
 from pelt_fast.layouts.lookup import stacks_of, task_head
+from pelt_fast.layouts.names import check_model
 from pelt_fast.modules import PrefixBank, Prompt
 
 from .foreign import inject_with_tensors, read_json, read_weights
@@ -57,6 +58,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
         pelt_fast.load_peft(model, "my-peft-lora")
     """
+    check_model(model)
     folder = Path(folder)
     about = read_json(folder / CONFIG_FILE)
     tensors = read_weights(folder, WEIGHTS_FILE, OLD_WEIGHTS_FILE)

@@ -6,6 +6,7 @@ from pelt_fast.config import PeltConfig
 from pelt_fast.injection.own_configs import return_configs
 from pelt_fast.injection.record import Injection
 from pelt_fast.injection.watch import check_free, watch
+from pelt_fast.layouts.names import check_model
 
 from .peft_lora import accelerate_lora
 from .peft_prefix import accelerate_prefix
@@ -63,6 +64,7 @@ def restore_peft(peft_model: nn.Module) -> nn.Module:
     Example:
         pelt_fast.restore_peft(peft_model)
     """
+    check_model(peft_model)
     injection = peft_model.__dict__.get(_STATE)
     if injection is None:
         raise ValueError("this model was not accelerated: call accelerate_peft first")
