@@ -8,6 +8,8 @@ batch rows are the rows of one matrix for each head, in blocks that stay in cach
 Traffic  in addition to attention without a prefix: q, o read and o written forward; q, o, do, dq
          read and dq written backward. Flops (S + P) / S of the attention's.
 
+A few queries that no mask restricts, as in a decoder's step, need one call: C++ attends over prefix
+and context (csrc/cpu/prefix_few.cpp).
 If the flash kernel cannot run (attention dropout), the specification runs in blocks. Without a
 context only the prefix part runs.
 """
