@@ -12,6 +12,7 @@ from pelt_fast.modules import (
     Prompt,
     QueryHeads,
 )
+from pelt_fast.modules.decision import Decision
 from pelt_fast.modules.frozen_module import QUANTISED
 from pelt_fast.modules.late import in_force
 from pelt_fast.modules.projection_view import device_of, shape_of, weight_of
@@ -134,19 +135,25 @@ def _report(site: Site, trainable: int) -> SiteReport:
         saved = _low_rank_bytes(module)
     elif isinstance(module, ParallelFFNAdapter):
         decision = module.decision()
-        plan = dispatch.Plan(decision.plan, decision.reason)
+        plan, note = _plan_of(module, decision, device)
         if decision.runs_op and module.is_packed and plan.reason is None:
             plan = dispatch.Plan(f"packed, {plan.name}")
-        saved = _ffn_bytes(module, is_one_op=decision.runs_op)
+        saved = _ffn_bytes(module, is_one_op=decision.runs_op or decision.reason == QUANTISED)
     else:
-        decision = module.decision()
-        plan, saved = dispatch.Plan(decision.plan, decision.reason), _low_rank_bytes(module)
-        if decision.reason == QUANTISED:  # the op beside the layer's own product
-            plan = dispatch.plan(site.op, device, **_dtype_and_size(module))
+        plan, note = _plan_of(module, module.decision(), device)
+        saved = _low_rank_bytes(module)
     return SiteReport(
         site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved,
         trainable,
     )  # fmt: skip
+
+
+def _plan_of(module: nn.Module, decision: Decision, device) -> tuple[dispatch.Plan, str]:
+    """The plan, and a note on it. Beside a quantised layer's own product the op runs fused."""
+    if decision.reason != QUANTISED:
+        return dispatch.Plan(decision.plan, decision.reason), ""
+    plan = dispatch.plan("beside", device, **_dtype_and_size(module))
+    return plan, f"beside the layer's own product: {QUANTISED}"
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -164,11 +171,11 @@ def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[di
     plan, note = _noted(plan)
     if note:
         return plan, note
-    weight = next(q for name, q in attention.named_parameters() if "pelt_" not in name)
     heads, _, dim = _heads_shape(module)
     grouped = heads * dim != queries
     if plan.name == "triton" and grouped:
-        when = "always (fp32)" if weight.dtype == torch.float32 else "under a mask"
+        exact = _attention_dtype(module, attention) == torch.float32
+        when = "always (fp32)" if exact else "under a mask"
         return plan, f"grouped heads: K and V are expanded {when}"
     return plan, ""
 
@@ -183,25 +190,44 @@ def _dtype_and_size(module: nn.Module) -> dict:
     """The facts that choose the kernels: the base's dtype, and the rank or prefix length."""
     if isinstance(module, PrefixBank):
         return dict(dtype=next(module.parameters()).dtype, size=module.shape[3])
-    weight = _frozen_weight(module)
-    dtype = weight.dtype if weight.is_floating_point() else _down(module).dtype  # quantised
-    return dict(dtype=dtype, size=_down(module).shape[-2])
+    return dict(dtype=_compute_dtype(module), size=_down(module).shape[-2])
+
+
+def _compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of the activations: the frozen weight's, or what a quantised layer declares."""
+    linear = _frozen_linear(module)
+    found = (weight_of(linear), getattr(linear, "bias", None), _down(module))
+    dtypes = (tensor.dtype for tensor in found if tensor is not None)
+    declared = getattr(linear, "compute_dtype", None)
+    return next(dtype for dtype in (declared, *dtypes) if dtype in dispatch.DTYPES)
 
 
 def _down(module: nn.Module) -> nn.Parameter:
     return module.lora_a if hasattr(module, "lora_a") else module.down_weight
 
 
+def _frozen_linear(module: nn.Module) -> nn.Module:
+    return (module.ffn.out_proj if hasattr(module, "ffn") else module.frozen).module
+
+
 def _frozen_weight(module: nn.Module) -> nn.Parameter:
-    frozen = module.ffn.out_proj if hasattr(module, "ffn") else module.frozen
-    return weight_of(frozen.module)
+    return weight_of(_frozen_linear(module))
 
 
 def _prefix_bytes(module: nn.Module, attention: nn.Module, queries: int) -> int:
     """q, k, v, o in the base's dtype and the fp32 lse, of one token in one attention."""
-    weight = next(p for name, p in attention.named_parameters() if "pelt_" not in name)
+    element = _attention_dtype(module, attention).itemsize
     kv_heads, _, head_dim = _heads_shape(module)
-    return (2 * queries + 2 * kv_heads * head_dim) * weight.element_size() + 4 * queries // head_dim
+    return (2 * queries + 2 * kv_heads * head_dim) * element + 4 * queries // head_dim
+
+
+def _attention_dtype(module: nn.Module, attention: nn.Module) -> torch.dtype:
+    """The dtype of the activations in an attention, as :func:`_compute_dtype`."""
+    declared = (getattr(inner, "compute_dtype", None) for inner in attention.modules())
+    held = (*attention.named_parameters(), *attention.named_buffers())
+    own = (tensor.dtype for name, tensor in held if "pelt_" not in name)
+    dtypes = (*declared, *own, next(module.parameters()).dtype)
+    return next(dtype for dtype in dtypes if dtype in dispatch.DTYPES)
 
 
 def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
@@ -210,17 +236,16 @@ def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
 
 
 def _ffn_bytes(module: ParallelFFNAdapter, is_one_op: bool) -> int:
-    weight = weight_of(module.ffn.in_proj.module)
     inner, inputs = shape_of(module.ffn.in_proj.module)
     widths = inner * (len(module.ffn.projections) - 1) + module.down_weight.shape[0] + inputs
     if not is_one_op:
         widths += inner + module.up_weight.shape[0]
-    return widths * weight.element_size()
+    return widths * _compute_dtype(module).itemsize
 
 
 def _low_rank_bytes(module: nn.Module) -> int:
     """x and the M x R intermediate; of bottlenecks by head x, o and its lse."""
-    element = _frozen_weight(module).element_size()
+    element = _compute_dtype(module).itemsize
     if isinstance(module, MultiHeadAdapter):
         heads, _, dim = _heads_shape(module)
         return 3 * heads * dim * element + 4 * heads

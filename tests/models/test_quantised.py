@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import pelt_fast
+from benchmarks.common import saved_bytes
+from pelt_fast.modules import ParallelFFNAdapter
 from pelt_fast.modules.projection_view import is_linear
 from tests.models.test_parity import assert_close, small_method
 from tests.small import MODELS, MORE, gradients, inputs, randomise
@@ -57,7 +59,44 @@ class PackedLinear(nn.Module):
         return F.linear(x, groups.flatten(0, 1).t().to(x.dtype), self.bias)
 
 
-def own(kind: type):
+class Float8Linear(nn.Linear):
+    """Rows of float8 and a scale each. It saves no number but these for backward."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, rows, scale, bias):
+            ctx.save_for_backward(rows, scale)
+            return F.linear(x, (rows.float() * scale).to(x.dtype), bias)
+
+        @staticmethod
+        def backward(ctx, dy):
+            rows, scale = ctx.saved_tensors
+            return dy @ (rows.float() * scale).to(dy.dtype), None, None, None
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, "meta")
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 448
+        rows = (linear.weight.detach() / scale).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.register_buffer("row_scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return self.Product.apply(x, self.weight, self.row_scale, self.bias)
+
+
+def gemma(linear: nn.Linear) -> nn.Module:
+    """transformers' own int8 layer."""
+    quant = pytest.importorskip("transformers.integrations.gemma_quant")
+    new = quant.QuantizedLinear(linear.in_features, linear.out_features, linear.bias is not None)
+    scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+    new.weight_scale = nn.Parameter(scale)
+    new.weight.data = (linear.weight.detach() / scale).round().to(torch.int8)
+    new.bias = linear.bias
+    return new
+
+
+def own(kind):
     def quantise(model: nn.Module) -> None:
         for name, module in list(model.named_modules()):
             for child, linear in list(module.named_children()):
@@ -105,6 +144,8 @@ def needs(package: str):
 QUANTISED = [
     pytest.param(own(Int8Linear), id="int8 rows"),
     pytest.param(own(PackedLinear), id="4-bit groups, as GPTQ packs"),
+    pytest.param(own(Float8Linear), id="float8 rows"),
+    pytest.param(own(gemma), id="transformers int8"),
     pytest.param(torchao, id="torchao int8", marks=needs("torchao")),
     pytest.param(bitsandbytes("nf4"), id="bitsandbytes nf4", marks=needs("bitsandbytes")),
     pytest.param(bitsandbytes("int8"), id="bitsandbytes int8", marks=needs("bitsandbytes")),
@@ -192,3 +233,110 @@ def test_a_fused_projection_that_is_quantised_is_refused():
     own(Int8Linear)(model)
     with pytest.raises(ValueError, match=r"a fused projection .* is quantised"):
         pelt_fast.inject(model, small_method("lora"))
+
+
+def twins(architecture: str, quantise, method: str, **changes) -> list[nn.Module]:
+    """A quantised model and the plain one it stands for, with the same method, in training."""
+    model = base(architecture, quantise)
+    plain = readable(copy.deepcopy(model))
+    for each in (model, plain):
+        torch.manual_seed(1)
+        randomise(pelt_fast.inject(each, small_method(method, **changes))).train()
+    values = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(values[name])
+    return [model, plain]
+
+
+def results(model: nn.Module, batch) -> dict:
+    torch.manual_seed(7)
+    out = model(**batch)
+    out.loss.backward()
+    return {"logits": out.logits.detach(), **gradients(model)}
+
+
+NOTHING_SAVED = QUANTISED[2:3] + QUANTISED[5:]  # layers that save no activation and no plain weight
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+@pytest.mark.parametrize("method", ["lora", "mam", "scaled_parallel_adapter"])
+def test_every_site_runs_fused_and_explain_says_beside_what(quantise, method, monkeypatch):
+    model = pelt_fast.inject(base("llama", quantise), small_method(method)).train()
+    monkeypatch.setenv("PELT_FAST_STRICT", "1")  # a fallback would raise
+    model(**inputs(model)).loss.backward()
+    report = pelt_fast.explain(model)
+    beside = [site for site in report.sites if site.op in ("lora", "ffn")]
+    assert beside and not report.fallbacks
+    for site in beside:
+        assert site.plan == "accumulate"
+        assert "its weight is quantised" in site.reason
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+@pytest.mark.parametrize("method", ["lora", "lora_ffn", "mam"])
+@pytest.mark.parametrize("architecture", ["llama", "bart"])
+def test_dropout_draws_the_masks_of_the_plain_base(architecture, method, quantise):
+    """Of the method and of the model: the same seeds in the same order."""
+    model, plain = twins(architecture, quantise, method, dropout=0.2)
+    for module in (*model.modules(), *plain.modules()):
+        if hasattr(module, "activation_dropout"):
+            module.activation_dropout = module.dropout = 0.1
+    batch = inputs(model)
+    rounds = any(type(m).__name__ == "Linear8bitLt" for m in model.modules())
+    assert_close(results(model, batch), results(plain, batch), 0.3 if rounds else 2e-3)
+
+
+def saved(model: nn.Module, batch) -> int:
+    known = [*model.parameters(), *model.buffers()]
+    return saved_bytes(lambda: model(**batch).logits, known)
+
+
+@pytest.mark.parametrize("quantise", NOTHING_SAVED)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("method", ["lora", "lora_ffn", "houlsby", "mam"])
+@pytest.mark.parametrize("architecture", ["llama", "bart"])
+def test_a_quantised_base_saves_for_backward_what_the_plain_one_saves(
+    architecture, method, dropout, quantise
+):
+    found = []
+    for each in (quantise, lambda model: None):
+        model = pelt_fast.inject(base(architecture, each), small_method(method, dropout=dropout))
+        found.append(saved(model.train(), inputs(model)))
+    quantised, plain = found
+    if method == "mam":  # the plain block's packed rows end in columns of padding
+        sites = [m for m in model.modules() if isinstance(m, ParallelFFNAdapter)]
+        rows = inputs(model)["input_ids"].numel()
+        padding = sum(-site.down_weight.shape[0] % 16 for site in sites if site.is_packed)
+        assert plain - rows * padding * 4 <= quantised <= plain
+    else:
+        assert quantised == plain
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+@pytest.mark.parametrize("method", ["lora", "mam"])
+def test_gradient_checkpointing_gives_the_same_gradients(method, quantise):
+    model = pelt_fast.inject(base("llama", quantise), small_method(method, dropout=0.2)).train()
+    randomise(model)
+    batch, found = inputs(model), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        found.append(results(model, batch))
+    for name, value in found[0].items():
+        assert torch.allclose(found[1][name], value, atol=1e-6), name
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
+def test_bf16_compute_keeps_fp32_gradients_of_the_method(quantise):
+    model = base("llama", lambda model: None).to(torch.bfloat16)
+    quantise(model)
+    pelt_fast.inject(model, small_method("mam")).train()
+    out = model(**inputs(model))
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    found = gradients(model)
+    assert found and all(torch.isfinite(grad).all() for grad in found.values())
+    assert {grad.dtype for grad in found.values()} == {torch.float32}
