@@ -12,6 +12,9 @@ WITH_CODE = [page for page in PAGES if blocks_of(page.read_text())]
 NOT_RUN = {
     "docs/coming-from-adapters.md": ["adapters 1.x needs an older transformers"],
     "docs/how-to/save-merge-share.md": ["it uploads to the hub"],
+    "docs/how-to/quantised-bases.md": [
+        "bitsandbytes is an extra (tests/models/test_quantised.py runs the page)"
+    ] * 3,
 }
 
 

@@ -7,6 +7,7 @@ import importlib.util
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,6 +15,7 @@ import pelt_fast
 from benchmarks.common import saved_bytes
 from pelt_fast.modules import ParallelFFNAdapter
 from pelt_fast.modules.projection_view import is_linear
+from tests.docs.blocks import ROOT, blocks_of
 from tests.models.test_parity import assert_close, small_method
 from tests.small import MODELS, MORE, gradients, inputs, randomise
 
@@ -340,3 +342,53 @@ def test_bf16_compute_keeps_fp32_gradients_of_the_method(quantise):
     found = gradients(model)
     assert found and all(torch.isfinite(grad).all() for grad in found.values())
     assert {grad.dtype for grad in found.values()} == {torch.float32}
+
+
+ON_NN_LINEAR = [kind for kind in QUANTISED if "4-bit groups" not in kind.id]  # PEFT knows no other
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("quantise", ON_NN_LINEAR)
+def test_accelerate_peft_fuses_lora_beside_quantised_layers(quantise, padding, monkeypatch):
+    model = base("llama", quantise)
+    kinds = {type(module).__name__ for module in model.modules()}
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = "Linear4bit" in kinds, "Linear8bitLt" in kinds
+    batch = inputs(model, padding=padding)
+    config = dict(r=5, lora_alpha=10, init_lora_weights=False, target_modules="all-linear")
+    model = get_peft_model(model, LoraConfig(**config)).train()
+    expected, kept = results(model, batch), saved(model, batch)
+    model.zero_grad()
+    calls, run = [], pelt_fast.functional.lora_beside
+    monkeypatch.setattr(
+        pelt_fast.functional, "lora_beside", lambda *a, **k: calls.append(1) or run(*a, **k)
+    )
+    pelt_fast.accelerate_peft(model)
+    found = results(model, batch)
+    assert len(calls) == 14  # seven linears in each of two layers
+    assert_close(found, expected, 2e-5)
+    assert saved(model, batch) <= kept
+    pelt_fast.restore_peft(model)
+    model.zero_grad()
+    assert all(torch.equal(value, expected[name]) for name, value in results(model, batch).items())
+
+
+def test_pefts_bias_beside_a_quantised_layer_runs_pefts_forward():
+    model = base("llama", own(Int8Linear))
+    config = LoraConfig(r=5, init_lora_weights=False, target_modules=["q_proj"], lora_bias=True)
+    model.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.zeros(64))
+    model.model.layers[1].self_attn.q_proj.bias = nn.Parameter(torch.zeros(64))
+    model = get_peft_model(model, config)
+    with pytest.raises(ValueError, match="its LoRA has a bias, and its base is quantised"):
+        pelt_fast.accelerate_peft(model)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="it is an extra")
+def test_the_page_on_quantised_bases_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, namespace = ROOT / "docs" / "how-to" / "quantised-bases.md", {}
+    for block in blocks_of(page.read_text()):
+        exec(block.compiled(page), namespace)
+    before = namespace["AutoModelForCausalLM"].from_pretrained("my-llama", dtype=torch.bfloat16)
+    after = dict(namespace["whole"].named_parameters())
+    changed = [n for n, p in before.named_parameters() if not torch.equal(p, after[n])]
+    assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
