@@ -352,6 +352,11 @@ def test_bf16_compute_keeps_fp32_gradients_of_the_method(quantise):
     out = model(**inputs(model))
     out.loss.backward()
     assert out.logits.dtype == torch.bfloat16
+    plain = base("llama", lambda model: None).to(torch.bfloat16)
+    pelt_fast.inject(plain, small_method("mam")).train()
+    reports = [pelt_fast.explain(each).sites for each in (model, plain)]
+    for site, same in zip(*reports, strict=True):
+        assert site.saved_bytes == same.saved_bytes  # of bf16 activations
     found = gradients(model)
     assert found and all(torch.isfinite(grad).all() for grad in found.values())
     assert {grad.dtype for grad in found.values()} == {torch.float32}
@@ -408,3 +413,16 @@ def test_the_page_on_quantised_bases_runs(tmp_path, monkeypatch):
     after = dict(namespace["whole"].named_parameters())
     changed = [n for n, p in before.named_parameters() if not torch.equal(p, after[n])]
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+@pytest.mark.parametrize("method", ["lora", "mam"])
+def test_a_model_on_quantised_layers_compiles_whole(method):
+    torch._dynamo.reset()
+    model = pelt_fast.inject(base("llama", own(Float8Linear)), small_method(method, dropout=0.0))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batch = inputs(randomise(model).train())
+    expected = results(model, batch)
+    model.zero_grad()
+    out = compiled(**batch)
+    out.loss.backward()
+    assert_close({"logits": out.logits.detach(), **gradients(model)}, expected, 1e-5)
