@@ -37,6 +37,7 @@ PACKAGES = [
     "pelt_fast.modules",
     "pelt_fast.ops",
     "pelt_fast.ops.adapter",
+    "pelt_fast.ops.beside",
     "pelt_fast.ops.common",
     "pelt_fast.ops.lora",
     "pelt_fast.ops.prefix_attention",

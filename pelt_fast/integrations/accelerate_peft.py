@@ -18,8 +18,9 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
     """Let a LoRA or prefix model of PEFT run the fused ops, in place.
 
     Outputs and gradients are PEFT's up to rounding. With dropout they have the same distribution;
-    each module draws its own mask. LoRA: rank-stabilised scale, biases, any target. Prefix: causal
-    language models of the architecture table. A cache that PEFT filled before is refused.
+    each module draws its own mask. LoRA: rank-stabilised scale, biases, any target, plain or
+    quantised layers. Prefix: causal language models of the architecture table. A cache that PEFT
+    filled before is refused.
 
     Args:
         peft_model: a ``peft.PeftModel``.

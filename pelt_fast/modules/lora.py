@@ -1,6 +1,7 @@
 """LoRA on a linear layer (paper equation 6)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class LoRALinear(DecidesOnce, Foldable):
             if decision.reason != QUANTISED:
                 reason = decision.reason
                 dispatch.fall_back(f"LoRA beside the layer's own output, because {reason}")
-            return self.added(self.frozen.bare(x), x, self.lora_b, self.scale)
+            return self.beside(self.frozen.bare, x, self.lora_b, self.scale)
         if probabilities is not None:
             factors = LowRank(self.lora_a, self.lora_b, self.scale)
             return lora(x, decision.given, factors, probabilities[0], True)
@@ -86,12 +87,13 @@ class LoRALinear(DecidesOnce, Foldable):
             dropout_p=in_force(self.dropout),
         )  # fmt: skip
 
-    def added(self, base: Tensor, x: Tensor, lora_b: Tensor, scale: float = 1.0) -> Tensor:
-        """base + scale * drop(x) Aᵀ lora_bᵀ, in the dtype of ``base``."""
-        return functional.parallel_adapter(
-            base, self.dropout(x).to(base.dtype), self.lora_a, None, lora_b, None, scale=scale,
-            activation="identity",
-        )  # fmt: skip
+    def beside(
+        self, layer: Callable[[Tensor], Tensor], x: Tensor, lora_b: Tensor, scale: float = 1.0
+    ) -> Tensor:
+        """layer(x) + scale * drop(x) Aᵀ lora_bᵀ, in the dtype of the layer's output."""
+        return functional.lora_beside(
+            x, layer, self.lora_a, lora_b, scale=scale, dropout_p=in_force(self.dropout)
+        )
 
     def extra_repr(self) -> str:
         rank, inputs = self.lora_a.shape
