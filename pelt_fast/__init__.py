@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pelt_fast.formats.peft_reader import load_peft
     from pelt_fast.formats.peft_writer import export_peft
     from pelt_fast.injection.count import count_parameters
+    from pelt_fast.injection.disabled import disabled
     from pelt_fast.injection.explain import explain
     from pelt_fast.injection.inject import eject, inject
     from pelt_fast.integrations.accelerate_peft import accelerate_peft, restore_peft
@@ -65,6 +66,7 @@ _HOMES = {
     "formats.peft_reader": ("load_peft",),
     "formats.peft_writer": ("export_peft",),
     "injection.count": ("count_parameters",),
+    "injection.disabled": ("disabled",),
     "injection.explain": ("explain",),
     "injection.inject": ("eject", "inject"),
     "integrations.accelerate_peft": ("accelerate_peft", "restore_peft"),
@@ -95,6 +97,7 @@ __all__ = [
     "backend",
     "bitfit",
     "count_parameters",
+    "disabled",
     "eject",
     "explain",
     "export_adapterhub",

@@ -18,6 +18,7 @@ from pelt_fast.words import changed
 
 from .build import BUILDERS
 from .checks import check
+from .disabled import refuse_disabled
 from .folded_weights import unfold
 from .handles import carrier_of, mark, refuse_second
 from .own_configs import own_configs, return_configs
@@ -81,6 +82,8 @@ def inject(
     injection = Injection(config, pack)
     try:
         _build(model, stacks, injection)
+        for site in injection.sites:
+            site.module.switch = injection.switch
         if self_test is not None:
             self_test.check(injection)
         for site in injection.sites:
@@ -149,6 +152,7 @@ def eject(model: nn.Module) -> nn.Module:
     """
     handle, model = model, carrier_of(model)
     injection = injection_of(model)
+    refuse_disabled(injection, "eject")
     if injection.config.is_full:
         raise ValueError("full fine-tuning trains the base itself: there is nothing to eject")
     check_free(model, injection)
