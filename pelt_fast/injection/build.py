@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from pelt_fast.config import Modification
+from pelt_fast.config.named_modules import MODULES
 from pelt_fast.layouts.layout import StackLayout
 from pelt_fast.layouts.lookup import base_of, find
 from pelt_fast.modules import LoRALinear, Prompt
@@ -26,6 +27,7 @@ from .build_attention import build_attention_adapters, build_prefix, build_query
 from .build_ffn import build_ffn_adapters
 from .dimensions import trained_dtype
 from .lora_targets import lora_targets
+from .never_ran import warn_of_what_never_runs
 from .prompt import attach_prompt
 from .record import Injection, Site
 from .targets import prompt_stacks
@@ -35,6 +37,7 @@ Builder = Callable[[nn.Module, Modification, list[StackLayout], Injection], None
 
 def _build_lora(model, modification, stacks, injection) -> None:
     """LoRA on linear layers (paper, section 2.2 and equation 6)."""
+    made: dict[nn.Module, str] = {}
     for target in lora_targets(model, modification, stacks):
         linear = target.linear
         if LORA in host_of(linear)._modules:
@@ -48,6 +51,9 @@ def _build_lora(model, modification, stacks, injection) -> None:
         if not shares_matrix:  # else the joined projection calls it
             injection.changes.call(host_of(linear), site.__call__)
         injection.sites.append(Site(target.name, "lora", "low_rank", site))
+        made[site] = target.name
+    if modification.target == MODULES:
+        warn_of_what_never_runs(model, made, injection)
 
 
 def _joined_view(view: ProjectionView, injection: Injection) -> ProjectionView:
