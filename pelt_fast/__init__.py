@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pelt_fast.injection.disabled import disabled
     from pelt_fast.injection.explain import explain
     from pelt_fast.injection.inject import eject, inject
+    from pelt_fast.injection.reference_model import reference_model
     from pelt_fast.integrations.accelerate_peft import accelerate_peft, restore_peft
     from pelt_fast.layouts.layout import (
         AttentionLayout,
@@ -69,6 +70,7 @@ _HOMES = {
     "injection.disabled": ("disabled",),
     "injection.explain": ("explain",),
     "injection.inject": ("eject", "inject"),
+    "injection.reference_model": ("reference_model",),
     "integrations.accelerate_peft": ("accelerate_peft", "restore_peft"),
     "layouts.layout": (
         "AttentionLayout",
@@ -117,6 +119,7 @@ __all__ = [
     "prefix",
     "prompt",
     "push_to_hub",
+    "reference_model",
     "restore_peft",
     "save",
     "set_active",

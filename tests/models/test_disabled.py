@@ -185,7 +185,7 @@ def test_a_user_s_own_checkpoint_runs_again_without_the_method():
 
 
 def test_a_compiled_model_has_the_base_in_a_block_and_its_graph_afterwards():
-    model = llama().eval()
+    model = llama(num_hidden_layers=1).eval()
     batch = inputs(model)
     base = run(model, batch)
     randomise(pelt_fast.inject(model, "mam", r=3, length=3))
@@ -202,7 +202,7 @@ def test_a_compiled_model_has_the_base_in_a_block_and_its_graph_afterwards():
 
 
 def test_a_block_inside_of_what_is_compiled():
-    model = randomise(pelt_fast.inject(llama().eval(), "lora", r=3))
+    model = randomise(pelt_fast.inject(llama(num_hidden_layers=1).eval(), "lora", r=3))
     batch = inputs(model)
 
     def difference():
