@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel
 from pelt_fast.layouts.names import compiled_from, is_method, parameters_of, unwrapped
 from pelt_fast.modules import ParallelFFNAdapter
 from pelt_fast.modules.base_parameters import BaseParameters, Before, in_own_memory
-from pelt_fast.modules.hooked import holder_of
+from pelt_fast.modules.hooked import HOOK, holder_of
 from pelt_fast.modules.projection_view import parameter_of
 
 from .handles import PEFT, carrier_of
@@ -110,14 +110,14 @@ def _base_parameters(model: nn.Module, injection: Injection) -> list[BaseParamet
     def instead(module: nn.Module, name: str, value) -> None:
         if module not in found:
             found[module] = BaseParameters(module, injection.switch.is_off)
-        found[module].values[name] = value
+        found[module].instead[name] = value
 
     named, before = parameters_of(model), injection.before.trained
     values = {named[name]: value for name, value in before.items() if name in named}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in values:
-                instead(module, name, Before(values[parameter]))
+                instead(module, name, Before(values[parameter], HOOK in module.__dict__))
     for site in injection.sites:
         if isinstance(site.module, ParallelFFNAdapter):
             for projection in site.module.ffn.projections:

@@ -11,7 +11,7 @@ ALIGNMENT = 64  # bytes; a product may be rounded differently where its memory b
 class BaseParameters(dict):
     """Stands in a module for its table of parameters.
 
-    In a thread for which ``is_off`` is true ``values[name]`` of the present parameter is found
+    In a thread for which ``is_off`` is true ``instead[name]`` of the present parameter is found
     instead of it. Every other thread finds the parameter, and so does what goes through all of them
     (``named_parameters``, ``state_dict``).
     """
@@ -19,11 +19,11 @@ class BaseParameters(dict):
     def __init__(self, module: nn.Module, is_off: Callable[[], bool]):
         super().__init__()
         self.module, self.is_off, self.own = module, is_off, module._parameters
-        self.values: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.instead: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def __getitem__(self, name: str):
         found = super().__getitem__(name)
-        value = self.values.get(name)
+        value = self.instead.get(name)
         return found if value is None or not self.is_off() else value(found)
 
     def put(self) -> None:
@@ -41,14 +41,16 @@ class BaseParameters(dict):
 
 
 class Before:
-    """The value from before the method."""
+    """The value from before the method. A hook that loads offloaded weights (``hooked``) makes the
+    loaded one as it finds the present one: a parameter that trains or not."""
 
-    def __init__(self, value: Tensor):
-        self.value = value
+    def __init__(self, value: Tensor, hooked: bool):
+        self.value, self.hooked = value, hooked
 
     def __call__(self, present: Tensor) -> Tensor:
         meta = present.device.type == "meta"
-        return self.value if meta else self.value.to(present.device)
+        value = self.value if meta else self.value.to(present.device)
+        return nn.Parameter(value, present.requires_grad) if self.hooked else value
 
 
 def in_own_memory(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -237,9 +238,24 @@ def test_what_trains_and_what_is_saved_is_the_same_in_a_block(tmp_path):
         now = model.state_dict()
         assert now.keys() == state.keys() and all(torch.equal(now[n], t) for n, t in state.items())
         pelt_fast.save(model, tmp_path)
+        held = [p for module in model.modules() for p in module._parameters.values()]
+        assert list(map(id, held)) == list(map(id, model.parameters()))
     model(**batch).loss.backward()
     optimizer.step()
     assert any(not torch.equal(model.state_dict()[n], t) for n, t in state.items())
+
+
+@pytest.mark.parametrize("method", ["mam", "bitfit"])
+def test_offloaded_weights_are_off(method):
+    model, batch, base = trained("bert", config_of(method))
+    trains = [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        own = run(model, batch)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        with pelt_fast.disabled(model):
+            assert torch.equal(run(model, batch), base[0])
+        assert torch.allclose(run(model, batch), own, atol=1e-5)
+    assert [p.requires_grad for p in model.parameters()] == trains
 
 
 def test_named_methods_are_off():

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import pelt_fast
 from pelt_fast import Modification, PeltConfig, lora
 from pelt_fast.config.named_modules import targets_of
+from pelt_fast.tasks import recipe as recipes
 from pelt_fast.words import changed, parsed
 from tests.models.test_parity import assert_close
 from tests.small import bert, gpt2, gradients, inputs, llama, randomise, t5
@@ -215,6 +216,32 @@ def test_names_and_the_paper_s_places_stand_together():
     # a pattern is for the paper's places, too
     model = pelt_fast.inject(llama(), lora(2, targets="q,v", patterns={"0.*q_proj": dict(r=6)}))
     assert [m.lora_a.shape[0] for m in sites_of(model).values()] == [6, 2, 2, 2]
+
+
+def test_what_other_formats_and_sums_cannot_hold_is_refused(tmp_path):
+    patterns = {"0.*query": dict(r=3)}
+    for method in (lora(2, targets=["query"]), lora(2, targets="q,v", patterns=patterns)):
+        model = pelt_fast.inject(bert(), method)
+        with pytest.raises(ValueError, match="no LoRA by name and no patterns"):
+            pelt_fast.export_adapterhub(model, tmp_path)
+    pelt_fast.eject(model)
+    pelt_fast.inject_named(model, {"a": "lora", "b": method})
+    with pytest.raises(ValueError, match="'b' has patterns"):
+        pelt_fast.set_active(model, {"a": 0.5, "b": 0.5})
+
+
+def test_a_recipe_names_modules(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "extends: sst2\nsizes: {}\nmethod:\n  preset: lora\n  r: 4\n  targets: [query, value]\n"
+        "  patterns: {layer.0.*query: {r: 2}}\n"
+    )
+    recipe = recipes.load(str(file))
+    wanted = lora(4, targets=["query", "value"], patterns={"layer.0.*query": dict(r=2)})
+    assert recipe.config().modifications == wanted.modifications
+    again = recipe.reworded(dict(dropout=0)).config().modifications
+    assert again == lora(4, targets=["query", "value"], dropout=0,
+                         patterns={"layer.0.*query": dict(r=2)}).modifications  # fmt: skip
 
 
 def test_named_methods_by_name():
