@@ -42,10 +42,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     carrier, injection = _injected(model)
     _check(model, carrier, injection)
-    switch = injection.switch
-    if not switch.traced:  # else the parameters of the first block are in their place
-        switch.instead = _base_parameters(carrier, injection)
-    with switch.turned_off():
+    with injection.switch.turned_off(lambda: _base_parameters(carrier, injection)):
         yield model
 
 

@@ -66,8 +66,12 @@ def _as_linear(module: nn.Module) -> nn.Module:
 
 
 def _all_linear(model: nn.Module, named: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every linear layer but the output layer, the task head's, and those that are never called."""
+    """Every linear layer but the output layer, the task head's, those inside of another library's
+    layer (PEFT's), and those that are never called."""
     outside = {part for child in heads_of(model).values() for part in child.modules()}
+    for module in named.values():
+        if "base_layer" in module._modules:
+            outside |= {part for part in module.modules() if part is not module}
     getter = getattr(model, "get_output_embeddings", None)
     outside.add(None if getter is None else getter())
     found = {}

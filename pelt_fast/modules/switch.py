@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -65,9 +65,12 @@ class Switch:
         return True
 
     @contextlib.contextmanager
-    def turned_off(self) -> Iterator[None]:
-        """In this block the base alone answers in this thread."""
-        self._begin()
+    def turned_off(
+        self, find_instead: Callable[[], list[BaseParameters]] | None = None
+    ) -> Iterator[None]:
+        """In this block the base alone answers in this thread. ``find_instead`` finds ``instead``
+        anew where no other block is open."""
+        self._begin(find_instead)
         depth = self._depth.local.value or 0
         self._depth.local.value = depth + 1
         try:
@@ -76,10 +79,11 @@ class Switch:
             self._depth.local.value = depth
             self._end()
 
-    def _begin(self) -> None:
+    def _begin(self, find_instead: Callable[[], list[BaseParameters]] | None) -> None:
         _EAGER.begin()
         with self._lock:
             if not self._blocks:
+                self.instead = self.instead if find_instead is None else find_instead()
                 self.traced = True
                 for parameters in self.instead:
                     parameters.put()
