@@ -48,7 +48,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 def refuse_disabled(injection: Injection, call: str) -> None:
     """RuntimeError for a call that changes a method while it is switched off."""
-    if injection.switch.traced:
+    if injection.switch.any_block:
         raise RuntimeError(f"{call} in a block of disabled(model): leave the block first")
 
 

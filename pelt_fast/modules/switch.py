@@ -52,13 +52,15 @@ class Switch:
         self._depth = PerThread()  # the number of blocks that this thread is in
         self._lock, self._blocks = threading.Lock(), 0
         self.instead: list[BaseParameters] = []
-        self.traced = False  # whether any thread is in a block: a graph reads this
+        self.any_block = False  # whether any thread is in one; all that a graph reads
 
     def is_off(self) -> bool:
         """Whether the base alone answers in this thread now. A checkpoint around this call runs
         again in backward as it runs now."""
+        if not self.any_block:
+            return False
         if torch.compiler.is_compiling():
-            return self.traced
+            return True
         if not self._depth.local.value:
             return False
         run_again_in(self.turned_off)
@@ -84,7 +86,7 @@ class Switch:
         with self._lock:
             if not self._blocks:
                 self.instead = self.instead if find_instead is None else find_instead()
-                self.traced = True
+                self.any_block = True
                 for parameters in self.instead:
                     parameters.put()
             self._blocks += 1
@@ -93,7 +95,7 @@ class Switch:
         with self._lock:
             self._blocks -= 1
             if not self._blocks:
-                self.traced = False
+                self.any_block = False
                 for parameters in self.instead:
                     parameters.give_back()
         _EAGER.end()
