@@ -29,6 +29,7 @@ PACKAGES = [
     "pelt_fast",
     "pelt_fast.cli",
     "pelt_fast.compose",
+    "pelt_fast.config",
     "pelt_fast.formats",
     "pelt_fast.injection",
     "pelt_fast.integrations",
