@@ -46,7 +46,7 @@ def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
     count = pelt_fast.count_parameters(model)
     config, on_cpu = model.config, next(model.parameters()).device.type == "cpu"
     width = 4 if on_cpu or recipe.precision == "fp32" else 2  # on a CPU the wider of the two
-    lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).generates
+    lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).translates
     tokens = recipe.batch_tokens or recipe.batch_size * lengths
     decoder = (getattr(config, name, 0) or 0 for name in ("decoder_layers", "num_decoder_layers"))
     layers = config.num_hidden_layers + max(decoder)
