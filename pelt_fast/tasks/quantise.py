@@ -1,6 +1,7 @@
 """A base with 4-bit (nf4) or 8-bit weights, by bitsandbytes."""
 
 import importlib.util
+import logging
 import os
 
 import torch
@@ -23,6 +24,8 @@ def quantisation(recipe: Recipe) -> dict:
 
     dtype = DTYPES[recipe.precision]
     if recipe.quantize == "int8":
+        # each product of each step would say that its input is cast to fp16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         found = BitsAndBytesConfig(load_in_8bit=True)
     else:
         found = BitsAndBytesConfig(

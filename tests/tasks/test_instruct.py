@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pelt_fast
@@ -146,3 +147,17 @@ def test_cut_rows_are_said_and_those_without_an_answer_left_out(model, tmp_path,
     )
     assert "train: 2 of 12 rows have nothing left to learn and were left out" in told
     assert told.count("validation: 2 of 6") == 1
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_base_trains_and_the_method_keeps_fp32(quantize, model, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    data = chat.write(tmp_path / "data", chat.ROWS["messages"], repeat=4)
+    recipe = short(model, steps=6, evaluate_every=3, quantize=quantize)
+    trained(recipe, data, tmp_path / "out")
+    logged = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]
+    losses = [line["eval_loss"] for line in logged if "eval_loss" in line]
+    assert losses[1] < losses[0]
+    saved = load_file(tmp_path / "out" / "pelt_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    pelt_fast.load(AutoModelForCausalLM.from_pretrained(model), tmp_path / "out")
