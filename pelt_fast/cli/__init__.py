@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("info", "check", "explain", "methods", "train", "generate", "merge", "export",
+COMMANDS = ("info", "check", "explain", "methods", "init", "train", "generate", "merge", "export",
             "study", "bench")  # fmt: skip
 
 

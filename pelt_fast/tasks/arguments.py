@@ -1,5 +1,6 @@
 """What a recipe says to transformers' Trainer: the keywords of its TrainingArguments."""
 
+import dataclasses
 import math
 import os
 import sys
@@ -29,11 +30,20 @@ def settings(recipe: Recipe, output: Path, quiet: bool, keep: bool) -> dict:
         gradient_accumulation_steps=recipe.accumulation, max_grad_norm=recipe.max_grad_norm,
         label_smoothing_factor=recipe.label_smoothing, seed=recipe.seed, report_to=[],
         bf16=precision == "bf16", fp16=precision == "fp16",
-        use_cpu=not gpu, gradient_checkpointing=recipe.gradient_checkpointing,
+        use_cpu=not gpu,
         logging_steps=10, logging_nan_inf_filter=False, remove_unused_columns=False,
         disable_tqdm=quiet or not sys.stderr.isatty(), dataloader_pin_memory=gpu,
-        **_saving(recipe, keep),
+        **_checkpointing(recipe), **_saving(recipe, keep),
     )  # fmt: skip
+
+
+def _checkpointing(recipe: Recipe) -> dict:
+    """The keyword by its name in this transformers: the old one warns where there is a new one."""
+    from transformers import TrainingArguments
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    new = "activation_checkpointing"
+    return {new if new in names else "gradient_checkpointing": recipe.gradient_checkpointing}
 
 
 def _saving(recipe: Recipe, keep: bool) -> dict:
