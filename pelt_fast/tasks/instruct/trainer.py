@@ -20,7 +20,7 @@ def trainer(model, tokenizer, recipe: Recipe, train, validation, output: Path, q
     from transformers.trainer_callback import PrinterCallback
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from pelt_fast.integrations.sft import PeltSFTTrainer
+    from pelt_fast.integrations.trl import PeltSFTTrainer
 
     class Run(PeltSFTTrainer):
         """Trained on packed rows; evaluated on rows as they are, padded, with exact scores."""
