@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from pelt_fast.cli.arguments import add_saved
-from pelt_fast.tasks.saved import load_saved
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Load and write. A method that the format cannot hold is refused with the reason."""
     import pelt_fast
+    from pelt_fast.tasks.saved import load_saved
 
     model, _ = load_saved(options.folder, options.model)
     if options.to == "peft":

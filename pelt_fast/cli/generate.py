@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 
 from pelt_fast.cli.arguments import add_saved
-from pelt_fast.tasks.saved import load_saved, load_tokenizer_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Load once, answer each prompt as it comes."""
     import torch
+
+    from pelt_fast.tasks.saved import load_saved, load_tokenizer_of
 
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from pelt_fast.cli.arguments import add_saved
-from pelt_fast.tasks.saved import load_saved, load_tokenizer_of, method_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Load, merge, save. What cannot be folded is refused before the base is read, or before
     anything is written."""
+    from pelt_fast.tasks.saved import load_saved
+
     _refuse_unlinear(options.folder)
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise ValueError(f"--output: {options.output} is there already and is not empty")
@@ -42,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _refuse_unlinear(folder: Path) -> None:
     """ValueError for a method with a form that no weight can hold."""
+    from pelt_fast.tasks.saved import method_of
+
     config = method_of(folder)
     never = sorted({m.form for m in config.modifications if m.form in ("prefix", "prompt")})
     if never:
@@ -66,6 +69,8 @@ def _fold(model, widen_ffn: bool) -> None:
 
 def _tokenizer(path: str):
     """The base's tokenizer; None, which is said, where it has none."""
+    from pelt_fast.tasks.saved import load_tokenizer_of
+
     try:
         return load_tokenizer_of(path)
     except (OSError, ValueError):

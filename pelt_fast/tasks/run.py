@@ -35,12 +35,15 @@ def run(
     ``source`` is a folder, files by split, or None, as in ``data.load``. With several processes
     (``accelerate launch``, DDP or FSDP2) the first one writes.
 
-    Raises before training: what loading raises; ValueError for FSDP 1 and for a recipe that needs
-    more memory than is free; OSError when the disk has no room. Raises RuntimeError after training
-    when the loss became infinite; then nothing is saved as a result.
+    Raises before training: what loading raises; ValueError for FSDP 1, for a quantised base under
+    FSDP, and for a recipe that needs more memory than is free; OSError when the disk has no room.
+    Raises RuntimeError after training when the loss became infinite; then nothing is saved as a
+    result.
     """
     fsdp = asks_for_fsdp()
     check_here(recipe)
+    if fsdp and recipe.quantize:
+        raise ValueError(f"quantize={recipe.quantize!r} is not sharded: launch with DDP")
     if source is None:  # before the hub is asked for rows
         load_config(recipe)
     data = load(task_of(recipe.task), source)

@@ -78,9 +78,8 @@ def _scores(trainer, rows, by_loss: bool) -> dict[str, float]:
         return {"loss": trainer.evaluate(rows)["eval_loss"]}
     found = trainer.predict(rows, metric_key_prefix="final").metrics
     scores = {key.removeprefix("final_"): value for key, value in found.items()}
-    wanted = ("accuracy", "bleu", "bleu_normalised", "rouge1", "rouge2", "rougeL", "perplexity",
-              "token_accuracy", "loss")  # fmt: skip
-    wanted = wanted[:-1] if "accuracy" in scores else wanted
+    wanted = ["accuracy", "bleu", "bleu_normalised", "rouge1", "rouge2", "rougeL"]
+    wanted += [] if "accuracy" in scores else ["loss", "perplexity", "token_accuracy"]
     return {key: scores[key] for key in wanted if key in scores}
 
 

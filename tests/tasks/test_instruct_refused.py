@@ -111,6 +111,21 @@ def test_a_dry_run_of_another_kind_of_model(causal, tmp_path, capsys):
     assert "--task instruct fits it" in refused(capsys, tmp_path, arguments)
 
 
+def test_a_quantised_base_under_fsdp(causal, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2")):
+        monkeypatch.setenv(name, value)
+    arguments = instruct(causal["chat"], data(tmp_path), "--quantize", "nf4")
+    assert "is not sharded: launch with DDP" in refused(capsys, tmp_path, arguments)
+
+
+def test_a_dry_run_counts_quantised_weights(causal, tmp_path, capsys):
+    model = ["--task", "instruct", "--model", causal["chat"], "--max-length", "96", "--dry-run"]
+    assert cli.main(["train", *model]) == 0
+    told = capsys.readouterr().out
+    assert "instruct on" in told and "memory about" in told
+
+
 def test_a_tokenizer_without_padding_pads_with_its_end_and_says_so(causal, tmp_path, capsys):
     rows = data(tmp_path)
     arguments = instruct(causal["no pad"], rows, "--steps", "1", "--output", str(tmp_path / "out"))
