@@ -6,7 +6,21 @@ Needs the extra ``instruct``.
 from torch import nn
 from trl import DPOTrainer, SFTTrainer
 
+from pelt_fast.layouts.names import unwrapped
+from pelt_fast.modules.projection_view import LORA
+
 from .trainer import MethodCheckpoints
+
+
+def _refuse_output_layer(model: nn.Module) -> None:
+    """ValueError for a LoRA on the output layer: TRL multiplies by the layer's weight itself and
+    never calls the layer."""
+    head = unwrapped(model).get_output_embeddings()
+    if head is not None and LORA in head._modules:
+        raise ValueError(
+            "TRL reads the output layer's weight without calling the layer, so a LoRA on it would"
+            " not train: leave the output layer out, or use PeltTrainer"
+        )
 
 
 class _MethodTrainer(MethodCheckpoints):
@@ -14,6 +28,7 @@ class _MethodTrainer(MethodCheckpoints):
     to bf16, and it writes the card of a whole model."""
 
     def __init__(self, model: nn.Module, *args, **kwargs):
+        _refuse_output_layer(model)
         dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
         super().__init__(model, *args, **kwargs)
         for parameter, dtype in dtypes.items():

@@ -57,3 +57,17 @@ def test_dpo_starts_at_its_reference_and_learns_what_is_chosen(tmp_path):
     log = trained(PeltDPOTrainer, settings, pairs(), tmp_path, "lora")
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert log[-1]["loss"] < log[0]["loss"] and log[-1]["rewards/margins"] > 0.05
+
+
+@pytest.mark.parametrize("kind, settings, data", [
+    (PeltSFTTrainer, trl.SFTConfig, rows), (PeltDPOTrainer, trl.DPOConfig, pairs),
+])  # fmt: skip
+def test_a_lora_that_trl_would_go_past_is_refused(kind, settings, data, tmp_path):
+    model = MODELS["llama"]()
+    try:
+        pelt_fast.inject(model, "lora", targets=["lm_head"])
+    except ValueError:
+        pytest.skip("a LoRA goes on the places of the layout alone")
+    arguments = settings(output_dir=str(tmp_path), **SETTINGS)
+    with pytest.raises(ValueError, match="a LoRA on it would not train"):
+        kind(model, args=arguments, train_dataset=data(), processing_class=tokenizer())
