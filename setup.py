@@ -44,6 +44,7 @@ PACKAGES = [
     "pelt_fast.ops.prefix_attention",
     "pelt_fast.ops.widened_ffn",
     "pelt_fast.tasks",
+    "pelt_fast.tasks.instruct",
     "pelt_fast.testing",
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -112,11 +112,23 @@ def _description(model: nn.Module, tensors: dict[str, Tensor], unfrozen: list[st
             "architecture": architecture,
             "name": name,
             "fingerprint": fingerprint(model),
+            **_class_and_labels(model),
         },
         "tensors": {name: list(t.shape) for name, t in tensors.items()},
         "also_trained": unfrozen,
         "digest": digest(tensors),
     }
+
+
+def _class_and_labels(model: nn.Module) -> dict:
+    """The name of transformers' class of a model (FSDP2 derives one of its own), and a
+    classification's labels: what a fresh base is made with."""
+    classes = type(model).__mro__
+    own = (kind for kind in classes if kind.__module__.startswith("transformers."))
+    name = next(own, classes[0]).__name__
+    if "Classification" not in name:
+        return {"class": name}
+    return {"class": name, "labels": list(model.config.id2label.values())}
 
 
 def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:
