@@ -29,6 +29,7 @@ PACKAGES = [
     "pelt_fast",
     "pelt_fast.cli",
     "pelt_fast.compose",
+    "pelt_fast.config",
     "pelt_fast.formats",
     "pelt_fast.injection",
     "pelt_fast.integrations",
@@ -43,6 +44,7 @@ PACKAGES = [
     "pelt_fast.ops.prefix_attention",
     "pelt_fast.ops.widened_ffn",
     "pelt_fast.tasks",
+    "pelt_fast.tasks.instruct",
     "pelt_fast.testing",
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

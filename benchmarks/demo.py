@@ -26,10 +26,11 @@ import pelt_fast
 from benchmarks.common import interleaved, saved_bytes, table, write
 from pelt_fast.tasks import docstrings
 from pelt_fast.tasks import recipe as recipes
+from pelt_fast.tasks.loading import load_model
 from pelt_fast.tasks.recipe import Recipe
 from pelt_fast.tasks.registry import task_of
 from pelt_fast.tasks.tokens import tokenised
-from pelt_fast.tasks.train import fit, load_model
+from pelt_fast.tasks.train import fit
 
 METHODS = ("linear_probe", "lora", "scaled_parallel_adapter", "mam_glue", "full")
 RUNS = Path("runs/demo")

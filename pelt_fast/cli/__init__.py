@@ -4,7 +4,8 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("info", "check", "explain", "methods", "train", "study", "bench")
+COMMANDS = ("info", "check", "explain", "methods", "init", "train", "generate", "merge", "export",
+            "study", "bench")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

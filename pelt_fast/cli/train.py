@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from pelt_fast.tasks import recipe as recipes
-from pelt_fast.tasks.recipe import Recipe
+from pelt_fast.tasks.recipe import QUANTISED, Recipe
 from pelt_fast.tasks.registry import TASKS, task_of
 from pelt_fast.words import parsed
 
@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="WORD=VALUE", dest="words", help=changes
     )
+    parser.add_argument("--quantize", choices=QUANTISED[1:],
+                        help="4- or 8-bit base (bitsandbytes), of the task instruct")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("runs/train"), metavar="FOLDER")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     results = "where the row of results goes (default: OUTPUT/results.jsonl)"
@@ -53,7 +55,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     else:
         found = recipes.load(name)
     changes = {item.name: getattr(options, item.name) for item in NUMBERS}
-    changes |= dict(model=options.model, method=options.method)
+    changes |= {name: getattr(options, name) for name in ("model", "method", "quantize")}
     found = found.replace(**{name: value for name, value in changes.items() if value is not None})
     return found.reworded(parsed(options.words))
 
@@ -73,16 +75,17 @@ def run(options: argparse.Namespace) -> int:
     from pelt_fast.tasks.plots import curves
     from pelt_fast.tasks.run import run as run_recipe
 
-    if options.data is None and TASKS[recipe.task].hub is None:
+    data = options.data or (Path(recipe.data) if recipe.data else None)
+    if data is None and TASKS[recipe.task].hub is None:
         raise ValueError(f"task {recipe.task} is of rows of your own: give --data FOLDER")
-    row = run_recipe(recipe, options.data, options.output, resume=options.resume,
+    row = run_recipe(recipe, data, options.output, resume=options.resume,
                      quiet=not sys.stderr.isatty(),
                      results=options.results or options.output / "results.jsonl")  # fmt: skip
     if int(os.environ.get("RANK", 0)):
         return 0  # the first of several processes speaks
     picture = curves(options.output)
     count, scores = row["parameters"], row["metrics"]
-    text = ", ".join(f"{name} {value:.2f} %" for name, value in scores.items())
+    text = ", ".join(_told(name, value) for name, value in scores.items())
     classes = f", classes {', '.join(row['classes'])}" if row["classes"] else ""
     print(f"{recipe.name}: {row['rows']:,} rows trained on{classes}")
     print(f"{row['method']}: {count['paper']:,} parameters ({count['percent']:.2f} %), a step"
@@ -91,22 +94,29 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _told(name: str, value: float) -> str:
+    """A score as text. Losses and perplexities are no percentages."""
+    unit = "" if name in ("loss", "perplexity") else " %"
+    return f"{name.replace('_', ' ')} {value:.2f}{unit}"
+
+
 def _dry_run(recipe: Recipe, device: str) -> int:
     import torch
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     import pelt_fast
     from pelt_fast.tasks.estimate import DEVICES, estimate
+    from pelt_fast.tasks.kinds import auto_class, check_kind
     from pelt_fast.tasks.pretrained import from_pretrained
 
     if device not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}; got {device!r}")
     task = task_of(recipe.task)
-    kind = AutoModelForSeq2SeqLM if task.generates else AutoModelForSequenceClassification
     options = {} if task.generates else dict(num_labels=len(task.classes))
     config = from_pretrained(AutoConfig, recipe.model, **options, **recipe.model_config)
+    check_kind(config, task, recipe.model)
     with torch.device("meta"):
-        model = kind.from_config(config)
+        model = auto_class(task).from_config(config)
     pelt_fast.inject(model, recipe.config())
     found = estimate(model, recipe)
     steps = recipe.steps or None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pelt_fast import functional
 from pelt_fast.injection.record import Injection
 from pelt_fast.modules.projection_view import holds_numbers
+from pelt_fast.modules.switch import ALWAYS_ON, Switch
 
 # PEFT's classes of LoRA on a quantised layer: their forward is base(x) + s B A drop(x), as Linear's
 QUANTISED = ("Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "AwqLoraLinear", "AqlmLoraLinear",
@@ -32,17 +33,19 @@ def accelerate_lora(peft_model: nn.Module, kind: str, injection: Injection) -> N
         why = "; ".join(sorted(reasons - {None})) or f"it is a {kind} model without LoRA layers"
         raise ValueError(f"there is nothing to accelerate: {why}")
     for layer in layers:
-        injection.changes.call(layer, FusedLoRA(layer))
+        injection.changes.call(layer, FusedLoRA(layer, injection.switch))
 
 
 class FusedLoRA:
     """The forward of one PEFT LoRA layer."""
 
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
+    def __init__(self, layer: nn.Module, switch: Switch = ALWAYS_ON):
+        self.layer, self.switch = layer, switch
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         layer = self.layer
+        if self.switch.is_off():
+            return layer.base_layer(x, *args)
         if args or any(value is not None for value in kwargs.values()) or self.why_not():
             return type(layer).forward(layer, x, *args, **kwargs)
         base, (name,) = layer.base_layer, self._active()

@@ -9,6 +9,7 @@ base is in no checkpoint. Needs the extra ``train``.
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pelt_fast.formats.checkpoint import save
 from pelt_fast.formats.sharded import is_sharded, resharded
 from pelt_fast.formats.training_state import load_trained, save_trained
-from pelt_fast.injection.handles import carrier_of
-from pelt_fast.layouts.names import is_method
+from pelt_fast.injection.handles import METHOD, carrier_of
+from pelt_fast.layouts.names import is_method, unwrapped
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path | None:
@@ -42,8 +43,27 @@ def _is_whole(state: Path) -> bool:
     return True
 
 
+@contextmanager
+def _counted_as_adapter(model: nn.Module | None):
+    """transformers refuses to train a quantised model unless it has an adapter, which it looks for
+    under PEFT's name. A method is one."""
+    if model is None or METHOD not in getattr(unwrapped(model), "__dict__", {}):
+        yield
+        return
+    carrier = unwrapped(model)
+    carrier._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del carrier._hf_peft_config_loaded
+
+
 class MethodCheckpoints:
     """A mix-in for a Trainer's checkpoints. Name it before the Trainer's class."""
+
+    def __init__(self, model: nn.Module | None = None, *args, **kwargs):
+        with _counted_as_adapter(model):
+            super().__init__(model, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As transformers' own. ``True`` resumes from the newest complete checkpoint; one that was

@@ -38,7 +38,8 @@ class SequentialFFNAdapter(_FFNAdapter):
     """Runs instead of the block: adapter(ffn(x)), after the output dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sequential(self.ffn(x))
+        y = self.ffn(x)
+        return y if self.switch.is_off() else self.sequential(y)
 
 
 class LayerAdapter(_FFNAdapter):
@@ -51,6 +52,8 @@ class LayerAdapter(_FFNAdapter):
 
     def forward(self, *args, **kwargs):
         out = self.frozen(*args, **kwargs)
+        if self.switch.is_off():
+            return out
         if isinstance(out, tuple):
             return self.sequential(out[0]), *out[1:]
         return self.sequential(out)
@@ -65,6 +68,8 @@ class NormAdapter(_FFNAdapter):
         self.frozen = FrozenModule(norm)
 
     def forward(self, z: Tensor) -> Tensor:
+        if self.switch.is_off():
+            return self.frozen(z)
         return self.frozen(self.parallel(z, self.frozen(z)))
 
 
@@ -133,7 +138,7 @@ class ParallelFFNAdapter(_FFNAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         adapter_x = self.adapter_input()
-        if self.merged and self.is_folded():
+        if self.switch.is_off() or (self.merged and self.is_folded()):
             return self.ffn(x)
         decision, probabilities = self.decided(x)
         if decision.reason == QUANTISED:

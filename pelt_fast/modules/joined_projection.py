@@ -37,7 +37,7 @@ class JoinedProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         sites = [(part.rows, part._modules[LORA]) for part in self.children()
                  if LORA in part._modules and not part._modules[LORA].is_folded()]  # fmt: skip
-        if not sites:
+        if not sites or sites[0][1].switch.is_off():
             return self.frozen.bare(x)
         if any(is_away(site) for _, site in sites):  # read here, so that their hooks do not run
             with at_hand(site for _, site in sites):

@@ -15,6 +15,7 @@ from .decision import Basis, DecidesOnce, Decision, is_public
 from .frozen_module import QUANTISED, Foldable, FrozenModule, is_beside
 from .late import in_force
 from .projection_view import device_of, shape_of
+from .switch import ALWAYS_ON, Switch
 
 
 class LoRALinear(DecidesOnce, Foldable):
@@ -23,6 +24,8 @@ class LoRALinear(DecidesOnce, Foldable):
     lora_a (R, K): Kaiming uniform with a = sqrt(5); lora_b (N, R): zero ("lora"), or both normal
     0.02 ("bert").
     """
+
+    switch: Switch = ALWAYS_ON
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout_p: float, init: str,
                  dtype: torch.dtype):  # fmt: skip
@@ -70,7 +73,7 @@ class LoRALinear(DecidesOnce, Foldable):
         basis.probability(self.dropout, "p", self.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged and self.is_folded():
+        if self.switch.is_off() or (self.merged and self.is_folded()):
             return self.frozen.bare(x)
         decision, probabilities = self.decided(x)
         if not decision.runs_op:

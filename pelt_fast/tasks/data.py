@@ -2,8 +2,8 @@
 
 A folder holds ``train`` and ``validation`` (or ``dev``), perhaps ``test``, as .jsonl, .json, .csv
 or .tsv, or a translation's splits as parallel text (``train.en``, ``train.ro``); all plain or .gz.
-Columns have one of the names in ``registry.COLUMNS``. Rows are in ``datasets``' cache on disk, not
-in memory.
+Columns have one of the names in ``registry.COLUMNS``, or of ``instruct.rows.FORMS``. Rows are in
+``datasets``' cache on disk, not in memory.
 """
 
 import logging
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .instruct import rows as instruct_rows
 from .registry import COLUMNS, Task
 
 _READERS = {".jsonl": ("json", {}), ".json": ("json", {}), ".csv": ("csv", {}),
@@ -58,6 +59,8 @@ def load(task: Task, folder: str | Path | dict[str, list] | None = None) -> Data
     if classes and folder is not None:
         classes = _classes(task, splits["train"])
     splits = {name: _canonical(task, rows, classes, name) for name, rows in splits.items()}
+    if task.causal and splits.keys() == {"train"}:
+        splits = dict(instruct_rows.held_out(splits["train"]))
     finals = {}
     for name, choices in task.finals.items():
         found = next((split for split in choices if split in splits), None)
@@ -74,7 +77,7 @@ def _from_folder(task: Task, folder: Path) -> dict:
         raise FileNotFoundError(f"--data: {folder} is not a folder")
     found = {split: _find(task, folder, stems) for split, stems in _SPLITS.items()}
     found = {split: paths for split, paths in found.items() if paths}
-    if "train" not in found or len(found) < 2:
+    if "train" not in found or (len(found) < 2 and not task.causal):
         wanted = ", ".join(f"train{suffix}" for suffix in _READERS)
         if task.languages:
             wanted += " or " + " and ".join(f"train.{code}" for code in task.languages)
@@ -173,6 +176,8 @@ def _canonical(task: Task, rows, classes: tuple[str, ...], split: str):
     """The rows with the columns of the registry, in its names."""
     if len(rows) == 0:
         raise ValueError(f"--data: the {split} split is empty")
+    if task.causal:
+        return instruct_rows.canonical(rows, split)
     if task.languages and "translation" in rows.column_names:
         first, second = task.languages
         return rows.map(

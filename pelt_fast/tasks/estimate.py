@@ -21,6 +21,8 @@ EFFICIENCY = 0.4
 # dense bf16 / fp16 peak in TFLOP/s and memory in GB, from the makers' data sheets
 DEVICES = {"h200": (989, 141), "h100": (989, 80), "a100": (312, 80), "l40s": (362, 48),
            "rtx4090": (165, 24), "mi300x": (1307, 192)}  # fmt: skip
+# bytes of a weight with its scales: blocks of 64 with 8-bit scales; a scale a row
+QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}
 # activations kept for a token in a layer, in widths: the inputs of six products, two norms, and
 # twice four widths for the FFN's activation
 _WIDTHS = 16
@@ -41,23 +43,48 @@ class Estimate:
         return self.flops / (DEVICES[device][0] * 1e12 * EFFICIENCY)
 
 
-def estimate(model: nn.Module, recipe: Recipe) -> Estimate:
-    """The :class:`Estimate` of an injected model, on any device, meta included."""
+def estimate(model: nn.Module, recipe: Recipe, device: str | None = None) -> Estimate:
+    """The :class:`Estimate` of an injected model, on any device, meta included. ``device`` is the
+    type of the one that it will run on; None is the one that it is on."""
     count = pelt_fast.count_parameters(model)
-    config, on_cpu = model.config, next(model.parameters()).device.type == "cpu"
+    on_cpu = (device or next(model.parameters()).device.type) == "cpu"
     width = 4 if on_cpu or recipe.precision == "fp32" else 2  # on a CPU the wider of the two
-    lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).generates
+    lengths = recipe.max_length + recipe.max_target * task_of(recipe.task).translates
     tokens = recipe.batch_tokens or recipe.batch_size * lengths
-    decoder = (getattr(config, name, 0) or 0 for name in ("decoder_layers", "num_decoder_layers"))
-    layers = config.num_hidden_layers + max(decoder)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = 4 * count.trainable * 3  # a gradient and two moments, in fp32
-    kept = tokens * layers * config.hidden_size * _WIDTHS * width
-    vocabulary = tokens * config.vocab_size * 4 if task_of(recipe.task).generates else 0
     frozen = 0 if injection_of(model).config.is_full else count.base
     flops = tokens * recipe.accumulation * (4 * frozen + 6 * count.kept)
-    return Estimate(count.base, count.trainable, count.percent,
-                    weights + trained + kept + 2 * vocabulary, float(flops))  # fmt: skip
+    total = _weights(model, recipe) + trained + _activations(model, recipe, tokens, width)
+    return Estimate(count.base, count.trainable, count.percent, total, float(flops))
+
+
+def _weights(model: nn.Module, recipe: Recipe) -> int:
+    """Bytes of the weights. A model that is to be quantised keeps its embeddings and its head."""
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not recipe.quantize or getattr(model, "is_quantized", False):
+        return whole
+    kept = {id(module) for module in (model.get_output_embeddings(),) if module is not None}
+    linears = [m for m in model.modules() if type(m) is nn.Linear and id(m) not in kept]
+    weights = {id(m.weight): m.weight for m in linears}.values()
+    saved = sum(w.numel() * (w.element_size() - QUANTISED_BYTES[recipe.quantize]) for w in weights)
+    return int(whole - saved)
+
+
+def _activations(model: nn.Module, recipe: Recipe, tokens: int, width: int) -> int:
+    """Bytes kept for backward, or for the logits of an evaluation where these are more: TRL makes
+    the logits of a causal model's training in pieces."""
+    config = model.config
+    if not hasattr(config, "num_hidden_layers"):
+        config = config.get_text_config()
+    decoder = (getattr(config, name, 0) or 0 for name in ("decoder_layers", "num_decoder_layers"))
+    layers = config.num_hidden_layers + max(decoder)
+    widths = layers + _WIDTHS if recipe.gradient_checkpointing else layers * _WIDTHS
+    kept = tokens * widths * config.hidden_size * width
+    task = task_of(recipe.task)
+    if task.causal:
+        rows = recipe.eval_batch_size * width + 2 * 4  # of one row two copies in fp32
+        return max(kept, rows * recipe.max_length * config.vocab_size)
+    return kept + 2 * (tokens * config.vocab_size * 4 if task.generates else 0)
 
 
 def free_memory(device: torch.device) -> int | None:

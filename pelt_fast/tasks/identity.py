@@ -10,6 +10,9 @@ from pelt_fast.config import PeltConfig
 
 from .recipe import Recipe
 
+# fields that came after the first results, and that no study sets
+LATER = ("quantize", "packing", "gradient_checkpointing")
+
 
 def digest(told) -> str:
     """16 hex digits that name a value. JSON must be able to hold it."""
@@ -20,7 +23,7 @@ def setting(recipe: Recipe, data: dict | None = None) -> str:
     """The key of what all runs of a task share: the model's weights, the data's files and counts,
     and the recipe without its name, method, sizes, rate and seed."""
     told = {**dataclasses.asdict(recipe), "data": data}
-    for name in ("name", "method", "sizes", "learning_rate", "seed"):
+    for name in ("name", "method", "sizes", "learning_rate", "seed", *LATER):
         del told[name]
     weights = Path(recipe.model) / "model.safetensors"
     if weights.is_file():

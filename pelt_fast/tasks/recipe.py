@@ -19,6 +19,7 @@ from pelt_fast.words import changed
 FOLDER = Path(__file__).parent / "recipes"
 SCHEDULES = ("polynomial", "linear", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
+QUANTISED = ("", "nf4", "int8")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class Recipe:
     every source text. Evaluation every ``evaluate_every`` steps (0: every epoch), on at most
     ``eval_examples`` rows (0: all), keeps the checkpoint that is best by ``select_by``.
     model_config: fields of the model's config to set. precision: a CPU takes fp32, or "bf16" where
-    it multiplies in bf16.
+    it multiplies in bf16. data: the folder of the rows, where the command names none.
+    ``gradient_checkpointing`` keeps each layer's input alone and computes the rest in backward.
+
+    Of the task instruct: ``quantize`` is "nf4" or "int8" (bitsandbytes) or ""; ``packing`` fills
+    each row of a batch with ``max_length`` tokens of whole rows.
     """
 
     name: str
@@ -71,6 +76,10 @@ class Recipe:
     precision: str = "fp32"
     model_config: dict = field(default_factory=dict)
     seed: int = 42
+    data: str = ""
+    quantize: str = ""
+    packing: bool = True
+    gradient_checkpointing: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "adam_betas", tuple(self.adam_betas))
@@ -85,9 +94,13 @@ class Recipe:
             raise ValueError(
                 f"one of steps and epochs must be positive, got {self.steps} and {self.epochs}"
             )
-        for name, options in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name in ("packing", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name, options in (("schedule", SCHEDULES), ("precision", PRECISIONS),
+                              ("quantize", QUANTISED)):  # fmt: skip
             if getattr(self, name) not in options:
-                choice = ", ".join(options)
+                choice = ", ".join(filter(None, options))
                 raise ValueError(f"{name} must be one of {choice}; got {getattr(self, name)!r}")
         self.config()
 

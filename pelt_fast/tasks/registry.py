@@ -1,4 +1,4 @@
-"""The paper's four tasks, and two for a user's data: where rows are, how they are scored."""
+"""The paper's four tasks, and three for a user's data: where rows are, how they are scored."""
 
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ class Task:
     classes: tuple[str, ...] = ()
     languages: tuple[str, str] | None = None
     codes: tuple[str, str] | None = None  # the languages' names in a multilingual tokenizer
+    causal: bool = False  # a causal language model on conversations, completions or plain text
 
     @property
     def generates(self) -> bool:
@@ -31,10 +32,17 @@ class Task:
         return not self.classes
 
     @property
+    def translates(self) -> bool:
+        """Whether a source becomes a target: an encoder-decoder's tasks."""
+        return self.generates and not self.causal
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """What the last evaluation gives, in the order of the paper's tables."""
         if self.classes:
             return tuple(self.finals)
+        if self.causal:
+            return ("loss", "perplexity", "token_accuracy")
         return ("bleu", "loss") if self.languages else ("rouge1", "rouge2", "rougeL")
 
 
@@ -49,6 +57,7 @@ TASKS = {
         # a user's rows: the classes are those of the train split
         Task("classification", None, {"accuracy": ("validation", "test")}, ("0", "1")),
         Task("generation", None, {"test": ("test", "validation")}),
+        Task("instruct", None, {"test": ("test", "validation")}, causal=True),
         Task("xsum", ("EdinburghNLP/xsum", None), {"test": ("test", "validation")}),
         Task("wmt16", ("wmt/wmt16", "ro-en"), {"test": ("test", "validation")},
              languages=("en", "ro"), codes=("en_XX", "ro_RO")),

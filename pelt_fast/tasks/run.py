@@ -15,11 +15,13 @@ from pelt_fast.config import PeltConfig
 
 from .data import Data, load
 from .estimate import estimate, free_memory
+from .instruct.tokens import of_splits as instruct_tokens
+from .loading import check_here, load_config, load_tokenizer, load_weights
 from .meter import append_line
 from .recipe import Recipe
 from .registry import task_of
 from .tokens import tokenised
-from .train import Outcome, fit, load_model
+from .train import Outcome, fit
 
 RESULTS = Path("runs/results.jsonl")
 
@@ -33,21 +35,28 @@ def run(
     ``source`` is a folder, files by split, or None, as in ``data.load``. With several processes
     (``accelerate launch``, DDP or FSDP2) the first one writes.
 
-    Raises before training: what loading raises; ValueError for FSDP 1 and for a recipe that needs
-    more memory than is free; OSError when the disk has no room. Raises RuntimeError after training
-    when the loss became infinite; then nothing is saved as a result.
+    Raises before training: what loading raises; ValueError for FSDP 1, for a quantised base under
+    FSDP, and for a recipe that needs more memory than is free; OSError when the disk has no room.
+    Raises RuntimeError after training when the loss became infinite; then nothing is saved as a
+    result.
     """
     fsdp = asks_for_fsdp()
+    check_here(recipe)
+    if fsdp and recipe.quantize:
+        raise ValueError(f"quantize={recipe.quantize!r} is not sharded: launch with DDP")
+    if source is None:  # before the hub is asked for rows
+        load_config(recipe)
     data = load(task_of(recipe.task), source)
-    model, tokenizer = load_model(recipe, data.classes)
+    tokenizer = load_tokenizer(recipe)
+    rows = tokens_of(data, recipe, tokenizer)
+    model = load_weights(recipe, tokenizer, data.classes)
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    if not fsdp:  # FSDP2 shards the model first
+    if not fsdp and not recipe.quantize:  # FSDP2 shards the model first; a quantised one is placed
         model.to(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)
     pelt_fast.inject(model, recipe.config(), pack=not fsdp)
     check_memory(model, recipe)
     check_disk(model, output)
-    rows = tokens_of(data, recipe, tokenizer)
     finals = {name: rows[name] for name in data.finals}
     outcome = fit(model, tokenizer, recipe, rows["train"], rows["validation"], finals, output,
                   resume=resume, quiet=quiet)  # fmt: skip
@@ -80,6 +89,8 @@ def tokens_of(data: Data, recipe: Recipe, tokenizer) -> dict:
     """Tokenised rows: train, validation and each of the finals."""
     splits = {"train": data.train, "validation": data.validation, **data.finals}
     task = task_of(recipe.task)
+    if task.causal:
+        return instruct_tokens(splits, recipe, tokenizer)
     return {
         name: tokenised(
             rows, task, tokenizer, recipe.max_length, recipe.max_target, recipe.source_prefix

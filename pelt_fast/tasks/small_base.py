@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from .data import load
+from .loading import prepare_generation
 from .meter import losses
 from .recipe import Recipe
 from .registry import Task
-from .train import fit, prepare_generation
+from .train import fit
 
 TAGS = ("<de>", "<ro>", "<en>")
 PAIRS = Task("generation", None, {"test": ("validation",)}, languages=("en", "ro"))

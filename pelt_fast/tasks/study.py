@@ -21,6 +21,7 @@ from pelt_fast.presets import method as preset
 
 from .data import Data, load
 from .identity import setting, told_apart
+from .loading import load_model
 from .meter import losses
 from .paper import Row, Table
 from .process import alone
@@ -30,7 +31,7 @@ from .registry import task_of
 from .results import RESULTS, Results, runs
 from .run import result, run, tokens_of
 from .scores import compared, digits_of, mean_and_deviation, score
-from .train import HELDOUT, fit, load_model
+from .train import HELDOUT, fit
 
 __all__ = [
     "RESULTS", "Results", "compared", "digits_of", "factor", "load_recipe", "mean_and_deviation",

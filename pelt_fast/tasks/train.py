@@ -1,8 +1,5 @@
 """Train an injected model by a recipe, with transformers' Trainer, and measure it."""
 
-import math
-import os
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .arguments import settings
 from .batches import LengthBatches
+from .instruct.trainer import trainer as instruct_trainer
 from .meter import Meter
 from .metrics import accuracy, bleu, rouge
-from .pretrained import from_pretrained
+from .optimizer import optimizer
 from .process import keep_freed_memory
 from .recipe import Recipe
 from .registry import Task, task_of
@@ -39,81 +38,6 @@ class Outcome:
     log: list[dict] = field(default_factory=list)
 
 
-def load_model(recipe: Recipe, classes: tuple[str, ...] = ()):
-    """Model and tokenizer of a recipe. Raises OSError when they cannot be loaded, ValueError when
-    the model has fewer positions than a row has tokens or the tokenizer cannot pad."""
-    from transformers import (
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
-
-    if not recipe.model:
-        raise ValueError("model is missing: a recipe names one, or --model a folder or hub name")
-    task = task_of(recipe.task)
-    tokenizer = from_pretrained(AutoTokenizer, recipe.model)
-    kind = AutoModelForSeq2SeqLM if task.generates else AutoModelForSequenceClassification
-    options = dict(recipe.model_config)
-    if classes:
-        options |= dict(num_labels=len(classes), id2label=dict(enumerate(classes)),
-                        label2id={name: i for i, name in enumerate(classes)},
-                        ignore_mismatched_sizes=True)  # fmt: skip
-    model = from_pretrained(kind, recipe.model, **options)
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            f"the tokenizer of {recipe.model} has no pad token: set one, tokenizer.pad_token = ..."
-        )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    _check_length(model, recipe)
-    if task.generates:
-        prepare_generation(model, tokenizer, task, recipe)
-    return model, tokenizer
-
-
-def _check_length(model: nn.Module, recipe: Recipe) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if model.config.model_type in ("roberta", "xlm-roberta"):
-        positions -= model.config.pad_token_id + 1  # its positions begin after the padding index
-    for name in ("max_length", "max_target")[: 1 + task_of(recipe.task).generates]:
-        if getattr(recipe, name) > positions:
-            raise ValueError(
-                f"{name}={getattr(recipe, name)} is longer than the {positions} positions of"
-                f" {recipe.model}"
-            )
-
-
-def prepare_generation(model: nn.Module, tokenizer, task: Task, recipe: Recipe) -> None:
-    """Write the recipe's generation settings to the model's config."""
-    config = model.generation_config
-    if task.codes and hasattr(tokenizer, "lang_code_to_id"):
-        tokenizer.src_lang, tokenizer.tgt_lang = task.codes
-        start = tokenizer.convert_tokens_to_ids(task.codes[1])
-        model.config.decoder_start_token_id = config.decoder_start_token_id = start
-    config.num_beams, config.no_repeat_ngram_size = recipe.beams, recipe.no_repeat_ngram
-    config.max_new_tokens, config.max_length = recipe.max_generated, None
-    config.min_new_tokens, config.min_length = recipe.min_generated or None, None
-    config.early_stopping = recipe.beams > 1
-
-
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """The trained parameters with their learning rate and decay. A prefix's reparameterisation
-    gets ``prefix_rate`` of the rate; biases and LayerNorms get no decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            slow = any(step.endswith("_prefix") for step in name.split("."))
-            rate = recipe.learning_rate * (recipe.prefix_rate if slow else 1)
-            decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return [
-        {"params": found, "lr": rate, "weight_decay": decay}
-        for (rate, decay), found in groups.items()
-    ]
-
-
 def fit(
     model: nn.Module, tokenizer, recipe: Recipe, train, validation, finals: dict, output: Path,
     *, resume: bool = False, quiet: bool = False, keep: bool = True,
@@ -124,11 +48,13 @@ def fit(
     ``keep`` writes checkpoints to ``output`` and loads the best of them at the end; ``resume``
     continues from the newest. Raises RuntimeError when the extra is missing.
     """
+    causal = task_of(recipe.task).causal
+    make, extra = (instruct_trainer, "instruct") if causal else (_trainer, "train")
     try:
-        trainer = _trainer(model, tokenizer, recipe, train, validation, output, quiet, keep)
+        trainer = make(model, tokenizer, recipe, train, validation, output, quiet, keep)
     except ImportError as error:
         raise RuntimeError(
-            f"training needs the extra: pip install 'pelt_fast[train]' ({error})"
+            f"training needs the extra: pip install 'pelt_fast[{extra}]' ({error})"
         ) from None
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -152,8 +78,8 @@ def _scores(trainer, rows, by_loss: bool) -> dict[str, float]:
         return {"loss": trainer.evaluate(rows)["eval_loss"]}
     found = trainer.predict(rows, metric_key_prefix="final").metrics
     scores = {key.removeprefix("final_"): value for key, value in found.items()}
-    wanted = ("accuracy", "bleu", "bleu_normalised", "rouge1", "rouge2", "rougeL", "loss")
-    wanted = wanted[:-1] if "accuracy" in scores else wanted
+    wanted = ["accuracy", "bleu", "bleu_normalised", "rouge1", "rouge2", "rougeL"]
+    wanted += [] if "accuracy" in scores else ["loss", "perplexity", "token_accuracy"]
     return {key: scores[key] for key in wanted if key in scores}
 
 
@@ -188,7 +114,7 @@ def _trainer(model, tokenizer, recipe: Recipe, train, validation, output, quiet,
 
         def create_optimizer(self, model=None):
             if self.optimizer is None:
-                self.optimizer = _optimizer(self.model, recipe)
+                self.optimizer = optimizer(self.model, recipe)
             return self.optimizer
 
         def predict(self, *args, **kwargs):
@@ -235,57 +161,11 @@ def _without_length(rows):
     return rows.remove_columns(LENGTH)
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameter_groups(model, recipe), betas=recipe.adam_betas, eps=recipe.adam_epsilon
-    )
-
-
 def _arguments(recipe: Recipe, task: Task, output: Path, quiet: bool, keep: bool):
     from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
     kind = Seq2SeqTrainingArguments if task.generates else TrainingArguments
-    gpu, precision = torch.cuda.is_available(), precision_here(recipe)
-    if precision != recipe.precision and not quiet:
-        print(f"precision {recipe.precision} is not for this CPU: training in fp32",
-              file=sys.stderr)  # fmt: skip
-    when = "steps" if recipe.evaluate_every else "epoch"
-    saving = dict(
-        eval_strategy=when, save_strategy=when, eval_steps=recipe.evaluate_every or None,
-        save_steps=recipe.evaluate_every or 500, save_total_limit=2, load_best_model_at_end=True,
-        metric_for_best_model=f"eval_{recipe.select_by}",
-        greater_is_better=recipe.select_by != "loss",
-    ) if keep else dict(save_strategy="no")  # fmt: skip
-    return kind(
-        output_dir=str(output), max_steps=recipe.steps or -1,
-        num_train_epochs=recipe.epochs or 1.0, learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule, warmup_steps=_warmup(recipe),
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.eval_batch_size,
-        gradient_accumulation_steps=recipe.accumulation, max_grad_norm=recipe.max_grad_norm,
-        label_smoothing_factor=recipe.label_smoothing, seed=recipe.seed, report_to=[],
-        bf16=precision == "bf16", fp16=precision == "fp16",
-        use_cpu=not gpu,
-        logging_steps=10, logging_nan_inf_filter=False, remove_unused_columns=False,
-        disable_tqdm=quiet or not sys.stderr.isatty(), dataloader_pin_memory=gpu,
-        **saving,
-    )  # fmt: skip
-
-
-def precision_here(recipe: Recipe) -> str:
-    """The precision of a run on this machine. A CPU that multiplies in bf16 runs bf16, in one
-    process only: of several, transformers scores the first alone. Every other CPU runs fp32."""
-    if torch.cuda.is_available():
-        return recipe.precision
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    native = alone and torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native and recipe.precision == "bf16" else "fp32"
-
-
-def _warmup(recipe: Recipe) -> float:
-    """The recipe's warmup, shorter than the run: transformers divides by the steps after it."""
-    steps = math.ceil(recipe.warmup * recipe.steps) if recipe.warmup < 1 else recipe.warmup
-    return recipe.steps - 1 if recipe.steps and steps == recipe.steps else recipe.warmup
+    return kind(**settings(recipe, output, quiet, keep))
 
 
 def _accuracy(prediction) -> dict[str, float]:

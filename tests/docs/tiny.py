@@ -16,6 +16,7 @@ from tests import small
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 LONGEST = 100  # tokens, so bytes
 VOCABULARY = len(SPECIAL) + 256
+ROOM = 1024  # tokens of a conversation
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -65,3 +66,17 @@ def biogpt(folder: str) -> None:
         return BioGptForCausalLM(BioGptConfig(**(config | changes)))
 
     save(folder, make)
+
+
+def chat(folder: str, **changes) -> None:
+    """Llama with a chat template, and room for a conversation."""
+    own = tokenizer()
+    own.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    own.model_max_length = ROOM
+    ids = dict(bos_token_id=0, eos_token_id=2, pad_token_id=small.PAD)
+    size = dict(vocab_size=VOCABULARY, max_position_embeddings=ROOM)
+    small.llama(**(size | ids | changes)).save_pretrained(folder)
+    own.save_pretrained(folder)

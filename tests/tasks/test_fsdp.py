@@ -14,8 +14,8 @@ from torch import multiprocessing
 import pelt_fast
 from pelt_fast import cli
 from pelt_fast.integrations.trainer import PeltTrainer
+from pelt_fast.tasks.loading import load_model
 from pelt_fast.tasks.meter import LOG
-from pelt_fast.tasks.train import load_model
 from tests.models.test_distributed import free_port
 from tests.tasks.conftest import SAMPLES
 from tests.tasks.test_train import short

@@ -16,9 +16,9 @@ from pelt_fast.tasks import recipe as recipes
 from pelt_fast.tasks.batches import LengthBatches
 from pelt_fast.tasks.estimate import estimate
 from pelt_fast.tasks.meter import LOG
+from pelt_fast.tasks.optimizer import parameter_groups
 from pelt_fast.tasks.recipe import Recipe
 from pelt_fast.tasks.run import run
-from pelt_fast.tasks.train import parameter_groups
 from tests.models.test_parity import small_method
 from tests.small import roberta
 from tests.tasks.conftest import SAMPLES

@@ -1,0 +1,71 @@
+"""TRL's trainers on an injected model: a checkpoint holds the method, not the base.
+
+Needs the extra ``instruct``.
+"""
+
+from torch import nn
+from trl import DPOTrainer, SFTTrainer
+
+from pelt_fast.layouts.names import unwrapped
+from pelt_fast.modules.projection_view import LORA
+
+from .trainer import MethodCheckpoints
+
+
+def _refuse_output_layer(model: nn.Module) -> None:
+    """ValueError for a LoRA on the output layer: TRL multiplies by the layer's weight itself and
+    never calls the layer."""
+    head = unwrapped(model).get_output_embeddings()
+    if head is not None and LORA in head._modules:
+        raise ValueError(
+            "TRL reads the output layer's weight without calling the layer, so a LoRA on it would"
+            " not train: leave the output layer out, or use PeltTrainer"
+        )
+
+
+class _MethodTrainer(MethodCheckpoints):
+    """What TRL does to a model that is not PEFT's, undone: on a quantised base it casts what trains
+    to bf16, and it writes the card of a whole model."""
+
+    def __init__(self, model: nn.Module, *args, **kwargs):
+        _refuse_output_layer(model)
+        dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+        super().__init__(model, *args, **kwargs)
+        for parameter, dtype in dtypes.items():
+            if parameter.requires_grad and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None: ``pelt_fast.push_to_hub`` writes a method's card."""
+
+
+class PeltSFTTrainer(_MethodTrainer, SFTTrainer):
+    """TRL's ``SFTTrainer``, with checkpoints that hold the method alone.
+
+    It takes what SFTTrainer takes. ``packing=True`` needs no padding: each sequence of a row sees
+    itself and the method alone.
+
+    Args:
+        model: an injected model.
+
+    Example:
+        pelt_fast.inject(model, "lora")
+        PeltSFTTrainer(model, SFTConfig("runs/sft"), train_dataset=rows).train()
+    """
+
+
+class PeltDPOTrainer(_MethodTrainer, DPOTrainer):
+    """TRL's ``DPOTrainer``, with checkpoints that hold the method alone.
+
+    It takes what DPOTrainer takes. ``DPOConfig(precompute_ref_log_probs=True)`` takes the
+    reference's probabilities from the model itself before the first step: from the base, where the
+    method is new. Without it TRL loads the base a second time.
+
+    Args:
+        model: an injected model.
+
+    Example:
+        pelt_fast.inject(model, "lora")
+        settings = DPOConfig("runs/dpo", precompute_ref_log_probs=True)
+        PeltDPOTrainer(model, args=settings, train_dataset=pairs).train()
+    """

@@ -1,0 +1,1 @@
+"""A causal language model on rows of your own: conversations, completions or plain text."""

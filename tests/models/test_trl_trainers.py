@@ -1,0 +1,73 @@
+"""Our checkpoints in TRL's trainers: SFT and DPO write the method alone and leave the base."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+import pelt_fast
+from pelt_fast.injection.count import is_method
+from tests.models.test_parity import small_method
+from tests.models.test_trl import rows, tokenizer
+from tests.small import MODELS
+
+trl = pytest.importorskip("trl")
+from pelt_fast.integrations.trl import PeltDPOTrainer, PeltSFTTrainer
+
+SETTINGS = dict(
+    max_steps=8, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1, report_to=[],
+    save_steps=8, bf16=False, gradient_checkpointing=False, disable_tqdm=True, use_cpu=True,
+)  # fmt: skip
+
+
+def pairs() -> Dataset:
+    return Dataset.from_list(
+        [
+            {"prompt": f"w{i} w{i} ", "chosen": "w5 w6 w7", "rejected": "w8 w9"}
+            for i in range(10, 34)
+        ]
+    )
+
+
+def trained(kind, settings, data, tmp_path, method):
+    torch.manual_seed(0)
+    model = pelt_fast.inject(MODELS["llama"](), small_method(method, dropout=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = settings(output_dir=str(tmp_path), **SETTINGS)
+    trainer = kind(model, args=arguments, train_dataset=data, processing_class=tokenizer())
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != is_method(name), name
+    written = {path.name for path in (tmp_path / "checkpoint-8").iterdir()}
+    assert "pelt_model.safetensors" in written and "model.safetensors" not in written
+    assert not list(tmp_path.rglob("README.md"))
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_sft_writes_the_method_alone(tmp_path):
+    log = trained(PeltSFTTrainer, trl.SFTConfig, rows(), tmp_path, "lora")
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_dpo_starts_at_its_reference_and_learns_what_is_chosen(tmp_path):
+    def settings(**given):
+        return trl.DPOConfig(precompute_ref_log_probs=True, **given)
+
+    log = trained(PeltDPOTrainer, settings, pairs(), tmp_path, "lora")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["rewards/margins"] > 0.05
+
+
+@pytest.mark.parametrize("kind, settings, data", [
+    (PeltSFTTrainer, trl.SFTConfig, rows), (PeltDPOTrainer, trl.DPOConfig, pairs),
+])  # fmt: skip
+def test_a_lora_that_trl_would_go_past_is_refused(kind, settings, data, tmp_path):
+    model = MODELS["llama"]()
+    try:
+        pelt_fast.inject(model, "lora", targets=["lm_head"])
+    except ValueError:
+        pytest.skip("a LoRA goes on the places of the layout alone")
+    arguments = settings(output_dir=str(tmp_path), **SETTINGS)
+    with pytest.raises(ValueError, match="a LoRA on it would not train"):
+        kind(model, args=arguments, train_dataset=data(), processing_class=tokenizer())
