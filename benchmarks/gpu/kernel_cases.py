@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pelt_fast.kernels.adapter import adapter
+from pelt_fast.kernels.ffn_act import ffn_act, ffn_act_bwd
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.kernels.mask import mask_bits
@@ -245,6 +246,40 @@ def widened(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
             )  # fmt: skip
 
 
+def separate(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
+    """The activation between projections that are layers of their own."""
+    randn, M, I, e = _randn(device, dtype), sizes.m, sizes.inner, dtype.itemsize
+    z, da = randn(M, I), randn(M, I)
+    for gate in (None, randn(M, I)):
+        f, extra = ("gelu", 0) if gate is None else ("silu", 1)
+        for p in (0.0, P):
+            drop = dict(dropout_p=p, seed=seed if p else None)
+
+            def plain(drop, gate=gate, f=f, p=p):
+                a = activate(f, z) if gate is None else activate(f, gate) * z
+                return (drop(a, p),)
+
+            def plain_backward(drop, gate=gate, f=f, p=p):
+                d = drop(da, p)
+                if gate is None:
+                    return (d * derivative(f, z.float()).to(dtype),)
+                slope = derivative(f, gate.float()).to(dtype)
+                return (d * activate(f, gate), d * z * slope)
+
+            tag = f"{'plain' if gate is None else 'gated'} p={p}"
+            yield KernelCase(
+                "ffn_act", tag, lambda gate=gate, f=f, drop=drop: (ffn_act(z, gate, f, **drop),),
+                plain, e * M * I * (2 + extra), 0,
+            )  # fmt: skip
+
+            def backward(gate=gate, f=f, drop=drop):
+                return tuple(d for d in ffn_act_bwd(da, z, gate, f, **drop) if d is not None)
+
+            yield KernelCase(
+                "ffn_act_bwd", tag, backward, plain_backward, e * M * I * (3 + 2 * extra), 0
+            )
+
+
 def heads(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
     """The merge of a prefix and its backward, on a context of random numbers."""
     randn, e = _randn(device, dtype), dtype.itemsize
@@ -289,4 +324,7 @@ def heads(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
         )  # fmt: skip
 
 
-FAMILIES = {family.__name__: family for family in (low_rank, adapters, norms, tail, widened, heads)}
+FAMILIES = {
+    family.__name__: family
+    for family in (low_rank, adapters, norms, tail, widened, separate, heads)
+}

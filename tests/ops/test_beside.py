@@ -235,5 +235,10 @@ def test_wrong_arguments_are_named():
         functional.lora_beside(x, layer, a, b.bfloat16(), scale=1.0)
     with pytest.raises(TypeError, match="in_layer must be a function or a module, got NoneType"):
         functional.ffn_adapter_beside(x, None, layer, *bottleneck())
+    gate = dict(gate_layer=linear(K, F + 1))
+    with pytest.raises(ValueError, match="gate_layer must return a tensor like in_layer's"):
+        functional.ffn_adapter_beside(x, linear(K, F), linear(F, N), *bottleneck(), **gate)
+    with pytest.raises(ValueError, match=r"the output of in_layer must have shape \(6, F\), got"):
+        functional.ffn_adapter_beside(x, lambda x: x.sum(0), layer, *bottleneck())
     with pytest.raises(ValueError, match="ffn_activation must be one of"):
         functional.ffn_adapter_beside(x, layer, layer, *bottleneck(), ffn_activation="swish")

@@ -134,9 +134,9 @@ def ffn_adapter_beside(
         torch.Size([2, 5, 16])
     """
     check.activation_tensor("x", x, 1)
-    layers = dict(in_layer=in_layer, gate_layer=gate_layer, out_layer=out_layer)
-    for name, layer in layers.items():
-        check.function(name, layer, optional=name == "gate_layer")
+    check.function("in_layer", in_layer)
+    check.function("gate_layer", gate_layer, optional=True)
+    check.function("out_layer", out_layer)
     check.tensor("adapter_x", adapter_x, x.shape, x, optional=True)
     weights = Bottleneck(down_weight, down_bias, up_weight, up_bias)
     read = x if adapter_x is None else adapter_x
@@ -152,16 +152,23 @@ def ffn_adapter_beside(
         weights = Bottleneck(*weights[:2], *fold_scale(scale, *weights[2:]))
         scale = 1.0
     settings = FFNSettings(
-        ffn_activation, activation, float(scale), *map(float, probabilities.values()), None
+        ffn_activation, activation, float(scale), float(dropout_p), float(activation_dropout_p),
+        float(output_dropout_p), None,
+    )  # fmt: skip
+    small = dict(up_weight=up_weight, up_bias=up_bias)
+    layers = op.FrozenLayers(
+        _checked("in_layer", in_layer, x, "F"),
+        None if gate_layer is None else _checked("gate_layer", gate_layer, x, "F"),
+        _checked("out_layer", out_layer, x, up_weight.shape[0], **small),
     )
-    layers["out_layer"] = _checked("out_layer", out_layer, x, up_weight.shape[0],
-                                   up_weight=up_weight, up_bias=up_bias)  # fmt: skip
-    return op.ffn_beside(x, adapter_x, op.FrozenLayers(**layers), weights, settings, training)
+    return op.ffn_beside(x, adapter_x, layers, weights, settings, training)
 
 
-def _checked(name: str, layer: Layer, x: Tensor, outputs: int, **weights: Tensor | None) -> Layer:
-    """``layer``, whose output is checked: its shape, its dtype, and the dtype of the second half's
-    weights beside it."""
+def _checked(
+    name: str, layer: Layer, x: Tensor, outputs: int | str, **weights: Tensor | None
+) -> Layer:
+    """``layer``, whose output is checked: its shape (``outputs`` may be free, as in
+    ``arguments.tensor``), its dtype, and the dtype of the second half's weights beside it."""
 
     def run(inputs: Tensor) -> Tensor:
         base = layer(inputs)

@@ -238,6 +238,11 @@ def ffn_beside(
     x = through if adapter_x is None else x
     gate = None if layers.gate_layer is None else layers.gate_layer(x)
     pre = layers.in_layer(x)
+    if gate is not None and (gate.shape, gate.dtype) != (pre.shape, pre.dtype):
+        raise ValueError(
+            "gate_layer must return a tensor like in_layer's,"
+            f" {tuple(pre.shape)} of {pre.dtype}, got {tuple(gate.shape)} of {gate.dtype}"
+        )
     flat = _flat(pre), None if gate is None else _flat(gate)
     a = run(ActivationFunction, *flat, settings.ffn_activation, *inner_drop)
     base = layers.out_layer(a.view(pre.shape))
