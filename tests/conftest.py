@@ -15,6 +15,7 @@ import pytest
 import transformers
 
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()  # a message is to be the only line
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,7 @@ def test_every_preset_has_an_expression():
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_an_expression_is_the_preset(name):
     expected = pelt_fast.methods()[name]
+    assert EXPRESSIONS[name] == expected  # whatever they are called
     assert EXPRESSIONS[name].modifications == expected.modifications
     assert (EXPRESSIONS[name].train_head, EXPRESSIONS[name].dtype) == (True, "float32")
 

@@ -261,7 +261,7 @@ class PeltConfig:
         pelt_fast.inject(model, PeltConfig("my_lora", (lora,)))
     """
 
-    name: str
+    name: str = field(compare=False)  # MAM is MAM, whatever it is called
     modifications: tuple[Modification, ...] = field(default=())
     train_head: bool = True
     dtype: str = "float32"

@@ -42,6 +42,8 @@ def targets_of(targets: str | Iterable[str]) -> list[dict[str, Any]]:
 def _words(targets: str | Iterable[str]) -> list[str]:
     if isinstance(targets, str):
         return targets.split(",")
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"targets must be a text or names, got {type(targets).__name__}")
     words = list(targets)
     other = [word for word in words if not isinstance(word, str)]
     if other:

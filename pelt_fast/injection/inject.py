@@ -123,7 +123,9 @@ def _freeze(model: nn.Module, stacks: list[StackLayout], injection: Injection) -
             injection.biases = bias_names(model, modification, stacks)
     trained = injection.own_trained
     if not config.is_full:
-        injection.changes.add(model, "pelt_before", injection.before)
+        # not on a Sequential: it would run the new child
+        holder = next(m for m in model.modules() if not isinstance(m, nn.Sequential))
+        injection.changes.add(holder, "pelt_before", injection.before)
     with at_hand(holders(model, trained)):
         for name, parameter in parameters_of(model).items():
             injection.trainable_before[name] = parameter.requires_grad

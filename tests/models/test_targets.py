@@ -423,3 +423,18 @@ def test_t5_s_own_names():
     batch = inputs(names)
     names(**batch).loss.backward()
     assert len(gradients(names)) == 2 * len(sites_of(names))
+
+
+def test_a_sequential_runs_its_own_children_alone():
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x, children = torch.randn(3, 8), len(net)
+    before = net(x)
+    pelt_fast.inject(net, pelt_fast.lora(r=2, targets="all-linear"))
+    assert torch.equal(net.eval()(x), before) and len(net) == children
+    pelt_fast.eject(net.to(torch.float64).float())
+    assert torch.equal(net(x), before)
+
+
+def test_targets_that_hold_no_names_are_refused():
+    with pytest.raises(TypeError, match="targets must be a text or names, got int"):
+        pelt_fast.lora(targets=3)
