@@ -10,12 +10,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "arguments.h"
+#include "few_rows.h"
 
 namespace pelt_fast {
 namespace {
 
-constexpr int64_t kMaxFew = 8;  // rows of x: with more, the library's GEMM is as fast
 constexpr int64_t kMostParts = 32;
 constexpr int64_t kDepth = 4;     // rows of w in one pass over a row of sums
 constexpr int64_t kOutputs = 16;  // dot products in one unit of work
@@ -97,26 +96,6 @@ void by_rows(FewRows& g) {
   PELT_FAST_BY_TYPE(g.dtype, finish<T>(g, parts))
 }
 
-// Σ a b over kColumns elements, or over n, a multiple of kPad: four sums, so that no addition waits
-// for the one before.
-template <int W>
-PELT_FAST_INLINE float dot_of(const float* a, const float* b, int64_t n) {
-  using Vector = typename VectorOf<W>::type;
-  Vector total[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * W <= n; j += 4 * W)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v)
-      total[v] += *reinterpret_cast<const Vector*>(a + j + v * W) *
-                  *reinterpret_cast<const Vector*>(b + j + v * W);
-  for (; j < n; j += W)
-    total[0] += *reinterpret_cast<const Vector*>(a + j) * *reinterpret_cast<const Vector*>(b + j);
-  total[0] += total[1] + (total[2] + total[3]);
-  float sum = 0;
-  for (int i = 0; i < W; ++i) sum += total[0][i];
-  return sum;
-}
-
 // Column j of w by every row of x.
 template <int W, typename T>
 PELT_FAST_INLINE void dots(const FewRows& g, int64_t j) {
@@ -151,19 +130,9 @@ PELT_FAST_INLINE void few_columns(const FewRows& g, int64_t first, int64_t last)
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(few_columns, FewRows)
 
-template <typename T>
-void widen(float* to, const FewRows& g) {
-  const int64_t wide = padded(g.depth);
-  for (int64_t i = 0; i < g.rows; ++i) {
-    const T* from = static_cast<const T*>(g.x.data) + i * g.x.stride;
-    for (int64_t k = 0; k < g.depth; ++k) to[i * wide + k] = to_float(from[k]);
-    std::fill_n(to + i * wide + g.depth, wide - g.depth, 0.0f);
-  }
-}
-
 void by_columns(FewRows& g) {
   const Buffer wide = buffer(g.rows * padded(g.depth));
-  PELT_FAST_BY_TYPE(g.dtype, widen<T>(wide.get(), g))
+  PELT_FAST_BY_TYPE(g.dtype, widen<T>(wide.get(), g.x, g.rows, g.depth, padded(g.depth)))
   g.wide_x = wide.get();
   run(few_columns_for_this_machine, g, (g.width + kOutputs - 1) / kOutputs, 1);
 }
