@@ -5,7 +5,9 @@
     python -m benchmarks.decode --record                      also writes benchmarks/results/
 
 BART-base shapes, random weights, a source of 64 tokens. One step: the decoder on one token a row
-with a cache of 32, so M = 1, 8 and 32 tokens through each linear layer. With so few rows the time
+with a cache of 32 or more, so M = 1, 8 and 32 tokens through each linear layer. A measurement is a
+generate of 32 tokens, about a summary of XSum: what runs once in each generate (the MLP of a
+prefix) is part of it. With so few rows the time
 of a step is the time to read weights: K N of a projection, and (K + N) R of a method's rank part.
 """
 
@@ -23,7 +25,7 @@ from benchmarks.timing import rounds
 from pelt_fast.injection.generate import generating
 from pelt_fast.presets import method as preset
 
-BATCHES, SOURCE, PAST, STEPS = (1, 8, 32), 64, 32, 8
+BATCHES, SOURCE, PAST, STEPS = (1, 8, 32), 64, 32, 32
 # sizes near half a percent to one percent of BART-base, as for an adapted model that is served
 METHODS = {
     "lora": dict(), "prefix": dict(size=30), "scaled_parallel_adapter": dict(size=32),

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from pelt_fast.formats.peft_reader import load_peft
     from pelt_fast.formats.peft_writer import export_peft
     from pelt_fast.injection.count import count_parameters
+    from pelt_fast.injection.disabled import disabled
     from pelt_fast.injection.explain import explain
     from pelt_fast.injection.inject import eject, inject
+    from pelt_fast.injection.reference_model import reference_model
     from pelt_fast.integrations.accelerate_peft import accelerate_peft, restore_peft
     from pelt_fast.layouts.layout import (
         AttentionLayout,
@@ -65,8 +67,10 @@ _HOMES = {
     "formats.peft_reader": ("load_peft",),
     "formats.peft_writer": ("export_peft",),
     "injection.count": ("count_parameters",),
+    "injection.disabled": ("disabled",),
     "injection.explain": ("explain",),
     "injection.inject": ("eject", "inject"),
+    "injection.reference_model": ("reference_model",),
     "integrations.accelerate_peft": ("accelerate_peft", "restore_peft"),
     "layouts.layout": (
         "AttentionLayout",
@@ -95,6 +99,7 @@ __all__ = [
     "backend",
     "bitfit",
     "count_parameters",
+    "disabled",
     "eject",
     "explain",
     "export_adapterhub",
@@ -114,6 +119,7 @@ __all__ = [
     "prefix",
     "prompt",
     "push_to_hub",
+    "reference_model",
     "restore_peft",
     "save",
     "set_active",

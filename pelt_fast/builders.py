@@ -8,11 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from pelt_fast.config import KINDS, Modification, PeltConfig
+from pelt_fast.config.named_modules import alpha_over, patterns_of, targets_of
 
-LINEARS = {
-    "q": "attention.q", "k": "attention.k", "v": "attention.v", "o": "attention.o",
-    "ffn.in": "ffn.in", "ffn.out": "ffn.out",
-}  # fmt: skip
 LEARNED = {"learned": "learned_scale", "learned_channel": "learned_channel_scale"}
 SUBLAYERS = ("attention", "ffn")
 
@@ -27,6 +24,7 @@ def lora(
     init: str = "lora",
     layers: Iterable[int] | None = None,
     where: Iterable[str] = KINDS,
+    patterns: dict[str, dict[str, Any]] | None = None,
 ) -> PeltConfig:
     """LoRA: ``W x + (alpha / r) B A x`` on each target (paper equation 6).
 
@@ -34,15 +32,21 @@ def lora(
         r: the rank.
         alpha: the update is multiplied by alpha / r, which is what the config keeps as ``scale``.
         targets: the projections, a list or one text with commas: "q", "k", "v" and "o" of the
-            attentions, "ffn.in" and "ffn.out".
+            attentions, "ffn.in" and "ffn.out". Or linear layers of any model by name, as PEFT's
+            target_modules: "all-linear" (all but the task head and the output layer), endings of
+            names (["q_proj", "v_proj"]), or a regular expression that a whole name must match.
         dropout: the probability on the input of the branch, in [0, 1).
         rslora: whether alpha is divided by the square root of r (rank-stabilised LoRA).
         init: "lora" (Kaiming down, zero up) or "bert" (normal 0.02).
-        layers: the layers of each stack that have it, from 0; None is all of them.
-        where: which attentions and stacks: "encoder", "decoder", "cross".
+        layers: the layers of each stack that have it, from 0; None is all of them. By name: the
+            first number in a module's name.
+        where: which attentions and stacks: "encoder", "decoder", "cross". Not for names.
+        patterns: other ranks and alphas, as PEFT's rank_pattern and alpha_pattern:
+            {"layers.0.*.q_proj": dict(r=64, alpha=64)}. A key is a regular expression that a
+            module's name, or an ending of it, must match.
 
     Returns:
-        A config with one modification for each target.
+        A config with one modification for each target; names are one target together.
 
     Raises:
         TypeError: an argument has another type.
@@ -51,12 +55,15 @@ def lora(
     Example:
         >>> lora(r=8, alpha=16, targets="q,v").modifications[0].scale
         2.0
+        >>> lora(targets="all-linear").modifications[0].modules
+        'all-linear'
     """
     scale = alpha_over(r, alpha, rslora)
     details = dict(init=init, dropout=dropout, layers=listed(layers), where=tuple(where))
+    details["patterns"] = patterns_of(patterns, r, alpha, rslora)
     found = tuple(
-        Modification("low_rank", target, **scaled(scale), size=r, **details)
-        for target in linears(targets)
+        Modification("low_rank", **target, **scaled(scale), size=r, **details)
+        for target in targets_of(targets)
     )
     return PeltConfig("lora", found)
 
@@ -263,21 +270,6 @@ def bitfit() -> PeltConfig:
     return PeltConfig("bitfit", (Modification("bias", "model"),))
 
 
-def linears(targets: str | Iterable[str]) -> list[str]:
-    """The targets of a LoRA by their full names; ValueError names those there are."""
-    words = targets.split(",") if isinstance(targets, str) else list(targets)
-    found = []
-    for word in (str(word).strip() for word in words):
-        name = LINEARS.get(word, word)
-        if name not in LINEARS.values():
-            raise ValueError(f"targets must be of {', '.join(LINEARS)}; got {word!r}")
-        if name not in found:
-            found.append(name)
-    if not found:
-        raise ValueError(f"targets must name at least one of {', '.join(LINEARS)}, got none")
-    return found
-
-
 def _sublayers(name: str, value: str) -> list[str]:
     found = [part.strip() for part in value.split("+")] if isinstance(value, str) else [value]
     if not set(found) <= set(SUBLAYERS) or len(set(found)) < len(found):
@@ -291,15 +283,6 @@ def _norm(layer_norm: str | None, target: str) -> str:
     if layer_norm is None:
         return "in" if target == "attention" else "none"
     return layer_norm
-
-
-def alpha_over(r: int, alpha: float, rslora: bool) -> float:
-    """What the update is multiplied by."""
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"alpha must be a number, got {type(alpha).__name__}")
-    if not isinstance(r, int) or r < 1:
-        raise ValueError(f"r must be an integer >= 1, got {r!r}")
-    return alpha / (r**0.5 if rslora else r)
 
 
 def scaled(scale: float | str) -> dict[str, Any]:

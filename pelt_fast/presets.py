@@ -63,6 +63,8 @@ def formula(modification: Modification) -> str:
     if modification.form in ("bias", "full"):
         return "the model's biases" if modification.form == "bias" else "the model"
     group = modification.target.split(".")[0]
+    if group == "modules":
+        return "r (K + N) a layer"
     sublayer = "FFN" if group == "ffn" else "attention"
     return f"{_FORMULAS[modification.form, group]} an {sublayer}"
 

@@ -5,11 +5,13 @@ A word changes every modification that it applies to. ``r`` alone keeps alpha, a
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Callable
 from typing import Any
 
-from pelt_fast.builders import alpha_over, linears, listed, scaled
+from pelt_fast.builders import listed, scaled
 from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.config.named_modules import alpha_over, patterns_of, targets_of
 
 _RANKED = ("low_rank", "bottleneck")
 _LAYERED = (*_RANKED, "prefix")
@@ -25,6 +27,7 @@ _WORDS: dict[str, tuple[tuple[str, ...], Callable[[Any], dict[str, Any]]]] = {
     "alpha": (("low_rank",), lambda value: {}),
     "rslora": (("low_rank",), lambda value: {}),
     "targets": (("low_rank",), lambda value: {}),
+    "patterns": (("low_rank",), lambda value: {}),
     "scale": (_RANKED, scaled),
     "length": (("prefix", "prompt"), _same("size")),
     "gated": (("prefix",), lambda value: dict(composition="gated" if value else "add")),
@@ -91,10 +94,20 @@ def _changed(m: Modification, words: dict[str, Any]) -> Modification:
         forms, fields = _WORDS[word]
         if m.form in forms:
             changes |= fields(value)
-    if m.form == "low_rank" and words.keys() & {"r", "alpha", "rslora"} and "scale" not in words:
-        alpha, r = words.get("alpha", m.scale * m.size), words.get("r", m.size)
-        changes |= scaled(alpha_over(r, alpha, words.get("rslora", False)))
+    if m.form == "low_rank":
+        changes |= _scale_and_patterns(m, words)
     return dataclasses.replace(m, **changes)
+
+
+def _scale_and_patterns(m: Modification, words: dict[str, Any]) -> dict[str, Any]:
+    """What r, alpha and patterns make of a LoRA."""
+    alpha, r = words.get("alpha", m.scale * m.size), words.get("r", m.size)
+    rslora, changes = words.get("rslora", False), {}
+    if words.keys() & {"r", "alpha", "rslora"} and "scale" not in words:
+        changes |= scaled(alpha_over(r, alpha, rslora))
+    if "patterns" in words:
+        changes["patterns"] = patterns_of(words["patterns"], r, alpha, rslora)
+    return changes
 
 
 def _each_target(
@@ -105,7 +118,7 @@ def _each_target(
         return [m]
     if not first:
         return []
-    return [dataclasses.replace(m, target=target) for target in linears(words["targets"])]
+    return [dataclasses.replace(m, **target) for target in targets_of(words["targets"])]
 
 
 def _has(found: list[Modification], form: str) -> bool:
@@ -142,6 +155,10 @@ def parsed(settings: list[str]) -> dict[str, Any]:
 def _value(word: str, text: str) -> Any:
     if word == "layers":
         return _layer_numbers(text)
+    if word == "patterns":
+        return _patterns(text)
+    if word == "targets":
+        return text
     if word == "where":
         return tuple(text.split(","))
     if text.lower() in ("true", "false"):
@@ -152,6 +169,14 @@ def _value(word: str, text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _patterns(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        example = '{"layers.0.*": {"r": 64}}'
+        raise ValueError(f"patterns must be JSON, as {example}, got {text!r}") from None
 
 
 def _layer_numbers(text: str) -> tuple[int, ...]:

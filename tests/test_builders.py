@@ -163,7 +163,7 @@ def test_words_that_apply_to_every_preset_are_accepted():
     values = dict(
         r=2, alpha=4, rslora=True, targets="q", scale=3.0, length=2, gated=True, mlp=False,
         mlp_dim=4, dropout=0.0, init="bert", activation="relu", layer_norm="none", layers=(0,),
-        where=("encoder",),
+        where=("encoder",), patterns={".*": dict(r=2)},
     )  # fmt: skip
     for config in pelt_fast.methods().values():
         for word in words_of(config):

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--json FILE, --device, --op."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    parser.add_argument("--op", choices=("lora", "adapter", "ffn", "prefix"), help="only this op")
+    ops = ("lora", "adapter", "ffn", "beside", "prefix")
+    parser.add_argument("--op", choices=ops, help="only this op")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ were overwritten are kept, so that unmerge restores them bit for bit.
 import torch
 from torch import Tensor, nn
 
+from pelt_fast.injection.disabled import refuse_disabled
 from pelt_fast.injection.folded_weights import Overwritten, set_back, set_parameter, unfold
 from pelt_fast.injection.handles import carrier_of
 from pelt_fast.injection.record import Injection, Site, injection_of
@@ -54,6 +55,7 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
     """
     handle, model = model, carrier_of(model)
     injection = injection_of(model)
+    refuse_disabled(injection, "merge")
     folded = _sites_to_fold(model, injection, widen_ffn)
     before: list[Overwritten] = []
     with torch.no_grad():

@@ -38,6 +38,8 @@ def sum_config(chosen: Chosen) -> PeltConfig:
     sizes: dict[Modification, int] = {}
     for name, (kept, weight) in chosen.items():
         for modification in kept.config.modifications:
+            if modification.patterns:
+                raise ValueError(f"{name!r} has patterns: a LoRA of several ranks is in no sum")
             _check_weight_of_keys(name, modification, weight)
             summed = _summed(modification)
             if summed in sizes:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.injection.record import Site, injection_of
 from pelt_fast.layouts.lookup import task_head
+from pelt_fast.layouts.names import check_model
 from pelt_fast.modules import PrefixBank
 
 from .adapterhub_config import (
@@ -50,6 +51,7 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike, *, head: bool =
         model = AutoModelForSequenceClassification.from_pretrained("roberta-base")
         pelt_fast.load_adapterhub(model, "my-adapter")
     """
+    check_model(model)
     folder = Path(folder)
     about = read_json(folder / CONFIG_FILE)
     if not isinstance(about.get("config"), dict) or not isinstance(about.get("name"), str):

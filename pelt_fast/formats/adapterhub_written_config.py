@@ -61,6 +61,8 @@ def _kinds(model: nn.Module, m: Modification) -> set[str]:
 
 
 def _lora_config(model: nn.Module, loras: list[Modification]) -> dict:
+    if any(m.modules or m.patterns for m in loras):
+        raise ValueError("AdapterHub's format has no LoRA by name and no patterns")
     letters = [m.target[-1] for m in loras if m.target.startswith("attention")]
     kinds = {(m.size, m.scale, m.dropout) for m in loras}
     everywhere = all(_kinds(model, m) <= set(m.where) for m in loras)

@@ -22,12 +22,11 @@ from pelt_fast.injection.inject import eject, inject
 from pelt_fast.injection.record import Injection, injection_of
 from pelt_fast.injection.trained_names import head_names
 from pelt_fast.layouts.layout import Layout
-from pelt_fast.layouts.lookup import base_of
 from pelt_fast.layouts.names import is_method, parameters_of, unwrapped
 
 from .digest import digest
 from .files import read_tensors, write_files
-from .fingerprint import fingerprint, fingerprints
+from .fingerprint import fingerprint, fingerprints, identity
 from .method_tensors import check_fits, copy_tensors, fold_banks, method_tensors
 from .renamed_tensors import renamed
 from .sharded import whole, writes
@@ -105,13 +104,13 @@ def _unfrozen_to_save(
 
 def _description(model: nn.Module, tensors: dict[str, Tensor], unfrozen: list[str]) -> dict:
     """The content of the JSON file."""
-    base = base_of(model).config
+    architecture, name = identity(model)
     return {
         "format_version": FORMAT_VERSION,
         "config": injection_of(model).config.as_dict(),
         "base": {
-            "architecture": base.model_type,
-            "name": base._name_or_path,
+            "architecture": architecture,
+            "name": name,
             "fingerprint": fingerprint(model),
             **_class_and_labels(model),
         },
@@ -276,9 +275,13 @@ def _without_head(
 def _check_sizes(config: PeltConfig, tensors: dict[str, Tensor], folder) -> None:
     """A size in the config must be a dimension of a tensor in the file. No other is allocated."""
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
-    for modification in config.modifications:
-        if modification.form not in ("full", "bias") and modification.size not in sizes:
-            raise ValueError(
-                f"{folder}: {CONFIG_FILE} asks for a {modification.form} of size"
-                f" {modification.size}, {WEIGHTS_FILE} holds none"
-            )
+    for m in config.modifications:
+        wanted = [] if m.form in ("full", "bias") else [m.size]
+        if m.patterns and m.size <= max(sizes, default=0):
+            wanted = []  # the patterns may be on every layer
+        for size in (*wanted, *(size for _, size, _ in m.patterns)):
+            if size not in sizes:
+                raise ValueError(
+                    f"{folder}: {CONFIG_FILE} asks for a {m.form} of size {size}, {WEIGHTS_FILE}"
+                    " holds none"
+                )

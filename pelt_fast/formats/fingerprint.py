@@ -12,6 +12,15 @@ from pelt_fast.layouts.names import clean, is_method, parameters_of, unwrapped
 from pelt_fast.modules.projection_view import is_linear
 
 
+def identity(model: nn.Module) -> tuple[str, str]:
+    """The architecture of a base and its name, as they are saved. A model that is not transformers'
+    has the name of its class."""
+    base = base_of(unwrapped(model))
+    config = getattr(base, "config", None)
+    architecture = getattr(config, "model_type", None) or type(base).__name__
+    return architecture, getattr(config, "_name_or_path", "")
+
+
 def fingerprint(model: nn.Module) -> str:
     """A digest of the names and logical shapes of the base's weights, not of their values. A layer
     in 4 bits has the shape of the layer that was quantised."""

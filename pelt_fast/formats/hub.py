@@ -13,9 +13,10 @@ from pelt_fast.injection.explain import explain
 from pelt_fast.injection.handles import carrier_of
 from pelt_fast.injection.record import injection_of
 from pelt_fast.layouts.layout import Layout
-from pelt_fast.layouts.lookup import base_of
+from pelt_fast.layouts.names import check_model
 
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, load, save
+from .fingerprint import identity
 
 CARD = "README.md"
 
@@ -24,11 +25,11 @@ def model_card(model: nn.Module, repo_id: str = "OWNER/NAME") -> str:
     """The card of an injected model: its base, its method, the sizes, and how to use it."""
     model = carrier_of(model)
     config, explanation = injection_of(model).config, explain(model)
-    base = base_of(model).config
-    name, count = base._name_or_path or base.model_type, explanation.count
+    architecture, known_as = identity(model)
+    name, count = known_as or architecture, explanation.count
     counts = Counter((site.op, site.name.rpartition(".")[2]) for site in explanation.sites)
     sites = [f"| {op} | {module} | {number} |" for (op, module), number in sorted(counts.items())]
-    known = [f"base_model: {base._name_or_path}"] if base._name_or_path else []
+    known = [f"base_model: {known_as}"] if known_as else []
     front = ["---", "library_name: pelt_fast", *known, "tags:", "- parameter-efficient",
              f"- {config.name}", "---"]  # fmt: skip
     return "\n".join([
@@ -47,7 +48,9 @@ def model_card(model: nn.Module, repo_id: str = "OWNER/NAME") -> str:
 def _line(m: Modification) -> str:
     scale = f", scale {m.scale}" if m.scale != 1 else ""
     layers = "" if m.layers is None else f", layers {', '.join(map(str, m.layers))}"
-    return f"{m.insertion} {m.form} on {m.target}, {m.composition}, size {m.size}{scale}{layers}"
+    named = "" if m.modules is None else f" {m.modules}"
+    what = f"{m.insertion} {m.form} on {m.target}{named}"
+    return f"{what}, {m.composition}, size {m.size}{scale}{layers}"
 
 
 def push_to_hub(
@@ -126,6 +129,7 @@ def load_from_hub(
     Example:
         pelt_fast.load_from_hub(model, "me/bart-xsum-mam")
     """
+    check_model(model)
     folder = snapshot_download(
         repo_id, revision=revision, token=token, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pelt_fast.config import KINDS, Modification
+from pelt_fast.config.named_modules import MODULES
 from pelt_fast.injection.record import injection_of
 from pelt_fast.injection.targets import linears_of_layers
 from pelt_fast.layouts.lookup import base_of, stacks_of
@@ -84,6 +85,28 @@ def lora_modifications(
         for (target, rank, scale), kinds in indices.items()
         for on in dict.fromkeys(kinds.values())
     ], placed  # fmt: skip
+
+
+def named_modifications(
+    layers: dict[str, Factors], dropout: float
+) -> tuple[list[Modification], FactorsByKey]:
+    """As :func:`lora_modifications` for a model without a layout: LoRA on layers by name."""
+    groups: dict[tuple[int, float], list[str]] = {}
+    for name, factors in layers.items():
+        groups.setdefault((factors.a.shape[0], factors.scale), []).append(name)
+    return [
+        Modification("low_rank", MODULES, composition="scaled", size=rank, scale=scale,
+                     dropout=dropout, modules=tuple(names))
+        for (rank, scale), names in groups.items()
+    ], {(name, ""): factors for name, factors in layers.items()}  # fmt: skip
+
+
+def has_layout(model: nn.Module) -> bool:
+    """Whether it is known where the model keeps its attentions and FFNs."""
+    try:
+        return bool(stacks_of(model))
+    except (TypeError, ValueError):
+        return False
 
 
 def _alike(

@@ -15,10 +15,17 @@ from torch import Tensor, nn
 from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.injection.trained_names import bias_names
 from pelt_fast.layouts.lookup import stacks_of, task_head
+from pelt_fast.layouts.names import check_model
 from pelt_fast.modules import PrefixBank, Prompt
 
 from .foreign import inject_with_tensors, read_json, read_weights
-from .lora_factors import Factors, lora_modifications, lora_tensors
+from .lora_factors import (
+    Factors,
+    has_layout,
+    lora_modifications,
+    lora_tensors,
+    named_modifications,
+)
 from .peft_config import READ, check_config, number, scale_of
 from .peft_init import check_init, first_factors
 from .peft_positions import check_prompt, one_rotary, rotated
@@ -35,10 +42,11 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """Inject a LoRA, prefix or prompt that PEFT saved, with its weights and its task head.
 
     The model computes what PEFT computes after it loads the files. LoRA: rank-stabilised scale,
-    rank and alpha patterns, joined projections, any layers that a method here can be on. For
-    PiSSA and OLoRA, PEFT subtracts a part from the base when it loads them. Here additional factors
-    subtract that part: the rank is twice the file's, and the base does not change. Prefix and
-    prompt: causal language models with rotary positions; a prompt of T5, too.
+    rank and alpha patterns, joined projections, any layers that a method here can be on; in a model
+    without a table row any linear layers. For PiSSA and OLoRA, PEFT subtracts a part from the base
+    when it loads them. Here additional factors subtract that part: the rank is twice the file's,
+    and the base does not change. Prefix and prompt: causal language models with rotary positions; a
+    prompt of T5, too.
 
     Args:
         model: a model of the base that the files belong to, without a method.
@@ -57,6 +65,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
         pelt_fast.load_peft(model, "my-peft-lora")
     """
+    check_model(model)
     folder = Path(folder)
     about = read_json(folder / CONFIG_FILE)
     tensors = read_weights(folder, WEIGHTS_FILE, OLD_WEIGHTS_FILE)
@@ -80,7 +89,10 @@ def _read_lora(model: nn.Module, about: dict, tensors: dict[str, Tensor], folder
         }
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    modifications, placed = lora_modifications(model, layers, dropout, folder, parts=True)
+    if has_layout(model):
+        modifications, placed = lora_modifications(model, layers, dropout, folder, parts=True)
+    else:
+        modifications, placed = named_modifications(layers, dropout)
     biases = _biases(model, rest, folder) if about.get("bias") == "all" else {}
     modifications += [_BIASES] if biases else []
     head = _head(model, about, {k: t for k, t in rest.items() if k not in biases}, folder)

@@ -17,6 +17,7 @@ from pelt_fast.modules import LoRALinear, PrefixBank, Prompt
 from pelt_fast.modules.projection_view import ProjectionView, shape_of
 
 from .files import write_files
+from .fingerprint import identity
 from .lora_factors import Factors
 from .peft_positions import check_prompt, one_rotary, rotated
 from .peft_reader import CONFIG_FILE, EMBEDDINGS, PREFIX, WEIGHTS_FILE
@@ -62,7 +63,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     head_modules = sorted({name.split(".")[0] for name in injection.head})
     config |= dict(
         task_type=_task(model), modules_to_save=head_modules or None, inference_mode=True,
-        base_model_name_or_path=base_of(model).config._name_or_path or None,
+        base_model_name_or_path=identity(model)[1] or None,
     )  # fmt: skip
     parameters = parameters_of(model)
     tensors |= {f"{PREFIX}{name}": parameters[name] for name in injection.head}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from pelt_fast.config import Modification
+from pelt_fast.config.named_modules import MODULES
 from pelt_fast.layouts.layout import StackLayout
 from pelt_fast.layouts.lookup import base_of, find
 from pelt_fast.modules import LoRALinear, Prompt
@@ -25,27 +26,34 @@ from pelt_fast.modules.projection_view import (
 from .build_attention import build_attention_adapters, build_prefix, build_query_heads
 from .build_ffn import build_ffn_adapters
 from .dimensions import trained_dtype
+from .lora_targets import lora_targets
+from .never_ran import warn_of_what_never_runs
 from .prompt import attach_prompt
 from .record import Injection, Site
-from .targets import linears, prompt_stacks
+from .targets import prompt_stacks
 
 Builder = Callable[[nn.Module, Modification, list[StackLayout], Injection], None]
 
 
 def _build_lora(model, modification, stacks, injection) -> None:
     """LoRA on linear layers (paper, section 2.2 and equation 6)."""
-    for name, linear in linears(base_of(model), modification, stacks):
+    made: dict[nn.Module, str] = {}
+    for target in lora_targets(model, modification, stacks):
+        linear = target.linear
         if LORA in host_of(linear)._modules:
             continue  # tied q and k: another modification put one on this layer
         shares_matrix = isinstance(linear, ProjectionView) and linear.rows is not None
         linear = _joined_view(linear, injection) if shares_matrix else linear
         dtype = trained_dtype(injection.config, weight_of(linear))
-        site = LoRALinear(linear, modification.size, modification.scale, modification.dropout,
+        site = LoRALinear(linear, target.size, target.scale, modification.dropout,
                           modification.init, dtype)  # fmt: skip
         injection.changes.add(host_of(linear), LORA, site)
         if not shares_matrix:  # else the joined projection calls it
             injection.changes.call(host_of(linear), site.__call__)
-        injection.sites.append(Site(name, "lora", "low_rank", site))
+        injection.sites.append(Site(target.name, "lora", "low_rank", site))
+        made[site] = target.name
+    if modification.target == MODULES:
+        warn_of_what_never_runs(model, made, injection)
 
 
 def _joined_view(view: ProjectionView, injection: Injection) -> ProjectionView:

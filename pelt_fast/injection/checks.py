@@ -1,28 +1,24 @@
 """What inject refuses. Every check is made before anything in the model is changed."""
 
-import logging
-
 from torch import nn
 
 from pelt_fast.config import Modification, PeltConfig
+from pelt_fast.config.named_modules import MODULES
 from pelt_fast.layouts.layout import StackLayout
 from pelt_fast.layouts.lookup import base_of, find, task_head
-from pelt_fast.modules.projection_view import ProjectionView, is_linear, shape_of
+from pelt_fast.modules.projection_view import shape_of
 
 from . import attention_interface as attention
 from .dimensions import head_dim_of, reads_residual
 from .ffn_block import check_block
+from .lora_targets import check_loras
 from .targets import (
     attention_layouts,
     attentions,
     everything_asked,
     ffn_layouts,
-    identity,
-    linears,
 )
 from .trained_names import bias_names
-
-logger = logging.getLogger("pelt_fast")
 
 
 def check(model: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> None:
@@ -33,11 +29,12 @@ def check(model: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> No
             f"{config.name!r} trains the task head alone, and {type(model).__name__} has none"
         )
     for modification in config.modifications:
-        if modification.form != "full":
+        if modification.form != "full" and modification.target != MODULES:
             _check_something_asked(model, modification, stacks)
             _check_modification(model, modification, stacks)
-    _check_one_dropout_a_matrix(base_of(model), config, stacks)
-    _check_shared(base_of(model), config, stacks)
+        if (modification.form, modification.target) == ("bottleneck", "ffn"):
+            _check_shared_blocks(base_of(model), modification, stacks)
+    check_loras(model, config, stacks)
 
 
 def _check_not_sharded(model: nn.Module) -> None:
@@ -80,8 +77,6 @@ def _check_modification(
             attention.check(module)
     if modification.placement == "around_norm":
         _check_norms(base, modification, stacks)
-    if modification.form == "low_rank":
-        _check_linears(dict(linears(base, modification, stacks)), modification)
     if modification.form == "bottleneck" and modification.target == "heads":
         _check_heads(base, modification, stacks)
     if modification.form == "bottleneck" and modification.target == "ffn":
@@ -100,18 +95,6 @@ def _check_norms(base: nn.Module, modification: Modification, stacks: list[Stack
             )
 
 
-def _check_linears(linears: dict[str, nn.Module], modification: Modification) -> None:
-    for name, linear in linears.items():
-        if not is_linear(linear):
-            raise ValueError(f"{name} is a {type(linear).__name__}: LoRA needs a linear layer")
-    smallest = min(min(shape_of(linear)) for linear in linears.values())
-    if modification.size > smallest:
-        logger.warning(
-            "LoRA of rank %d on %s is wider than a matrix it is on (%d): beyond full rank there is"
-            " nothing to gain", modification.size, modification.target, smallest,
-        )  # fmt: skip
-
-
 def _check_heads(base: nn.Module, modification: Modification, stacks: list[StackLayout]) -> None:
     """A bottleneck for each head splits the attention's input by head."""
     if modification.reads == "query":
@@ -125,43 +108,6 @@ def _check_heads(base: nn.Module, modification: Modification, stacks: list[Stack
                 f" input, which is {inputs} wide; {out // dim} heads of {dim} make {out}."
                 " reads='query' has no such need"
             )
-
-
-def _check_one_dropout_a_matrix(
-    base: nn.Module, config: PeltConfig, stacks: list[StackLayout]
-) -> None:
-    """LoRA on two projections of one matrix reads one dropped input."""
-    probabilities: dict[nn.Module, float] = {}
-    for modification in config.modifications:
-        if modification.form != "low_rank":
-            continue
-        for name, linear in linears(base, modification, stacks):
-            if not isinstance(linear, ProjectionView):
-                continue
-            p = probabilities.setdefault(linear.owner, modification.dropout)
-            if p != modification.dropout:
-                raise ValueError(
-                    f"{name} shares its matrix with another projection that has LoRA: their"
-                    f" dropouts must be the same, got {p} and {modification.dropout}"
-                )
-
-
-def _check_shared(base: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> None:
-    """A module that two layers share can carry one method only."""
-    loras: dict[tuple, tuple[str, tuple]] = {}
-    for modification in config.modifications:
-        if modification.form == "low_rank":
-            wanted = (modification.size, modification.scale, modification.dropout,
-                      modification.init)  # fmt: skip
-            for name, linear in linears(base, modification, stacks):
-                first, present = loras.setdefault(identity(linear), (name, wanted))
-                if present != wanted:
-                    raise ValueError(
-                        f"{first} and {name} are one layer: two LoRA of other size, scale, dropout"
-                        " or init cannot both be on it"
-                    )
-        if modification.form == "bottleneck" and modification.target == "ffn":
-            _check_shared_blocks(base, modification, stacks)
 
 
 def _check_shared_blocks(

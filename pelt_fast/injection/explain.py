@@ -12,6 +12,7 @@ from pelt_fast.modules import (
     Prompt,
     QueryHeads,
 )
+from pelt_fast.modules.decision import Decision
 from pelt_fast.modules.frozen_module import QUANTISED
 from pelt_fast.modules.late import in_force
 from pelt_fast.modules.projection_view import device_of, shape_of, weight_of
@@ -104,20 +105,26 @@ def explain(model: nn.Module) -> Explanation:
     """
     model = carrier_of(model)
     injection = injection_of(model)
-    counted: set[int] = set()
+    low, counted = _base_dtype(model), set()
     sites = []
     for site in injection.sites:
         is_new = id(site.module) not in counted  # several sites share one prefix bank
         counted.add(id(site.module))
         trainable = sum(p.numel() for p in site.module.parameters() if p.requires_grad)
-        sites.append(_report(site, trainable if is_new else 0))
+        sites.append(_report(site, trainable if is_new else 0, low))
     return Explanation(
         injection.config.name, type(model).__name__, model.training, tuple(sites),
         count_parameters(model),
     )  # fmt: skip
 
 
-def _report(site: Site, trainable: int) -> SiteReport:
+def _base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of what is frozen and not quantised (embeddings, norms): of the activations."""
+    frozen = (p.dtype for p in model.parameters() if not p.requires_grad)
+    return next((dtype for dtype in frozen if dtype in dispatch.DTYPES), torch.float32)
+
+
+def _report(site: Site, trainable: int, low: torch.dtype) -> SiteReport:
     module, device, note = site.module, _device(site.module), ""
     if getattr(module, "merged", False):
         return SiteReport(site.name, site.op, "merged", False, "", 0, trainable)
@@ -127,26 +134,35 @@ def _report(site: Site, trainable: int) -> SiteReport:
         attention = site.details["attention"]
         queries = site.details["queries"]
         plan, note = _prefix_plan(module, attention, queries, device)
-        saved = _prefix_bytes(module, attention, queries)
+        saved = _prefix_bytes(module, attention, queries, low)
     elif isinstance(module, MultiHeadAdapter):
         p = in_force(module.dropout)
-        plan, note = _noted(dispatch.plan("prefix", device, p, **_dtype_and_size(module)))
-        saved = _low_rank_bytes(module)
+        plan, note = _noted(dispatch.plan("prefix", device, p, **_dtype_and_size(module, low)))
+        saved = _low_rank_bytes(module, low)
     elif isinstance(module, ParallelFFNAdapter):
         decision = module.decision()
-        plan = dispatch.Plan(decision.plan, decision.reason)
+        plan, note = _plan_of(module, decision, device, low)
         if decision.runs_op and module.is_packed and plan.reason is None:
             plan = dispatch.Plan(f"packed, {plan.name}")
-        saved = _ffn_bytes(module, is_one_op=decision.runs_op)
+        is_one_op = decision.runs_op or decision.reason == QUANTISED
+        saved = _ffn_bytes(module, is_one_op, low)
     else:
-        decision = module.decision()
-        plan, saved = dispatch.Plan(decision.plan, decision.reason), _low_rank_bytes(module)
-        if decision.reason == QUANTISED:  # the op beside the layer's own product
-            plan = dispatch.plan(site.op, device, **_dtype_and_size(module))
+        plan, note = _plan_of(module, module.decision(), device, low)
+        saved = _low_rank_bytes(module, low)
     return SiteReport(
         site.name, site.op, plan.name, plan.reason is not None, plan.reason or note, saved,
         trainable,
     )  # fmt: skip
+
+
+def _plan_of(
+    module: nn.Module, decision: Decision, device, low: torch.dtype
+) -> tuple[dispatch.Plan, str]:
+    """The plan, and a note on it. Beside a quantised layer's own product the op runs fused."""
+    if decision.reason != QUANTISED:
+        return dispatch.Plan(decision.plan, decision.reason), ""
+    plan = dispatch.plan("beside", device, **_dtype_and_size(module, low))
+    return plan, f"beside the layer's own product: {QUANTISED}"
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -160,15 +176,15 @@ def _prefix_plan(module, attention: nn.Module, queries: int, device) -> tuple[di
         return dispatch.Plan("reference", "the model was told to use eager attention"), ""
     value = getattr(attention, "dropout", getattr(attention, "attention_dropout", 0.0))
     p = float(getattr(value, "p", value)) if attention.training else 0.0
-    plan = dispatch.plan("prefix", device, p, **_dtype_and_size(module))
-    plan, note = _noted(plan)
+    own = next(module.parameters())
+    plan, note = _noted(dispatch.plan("prefix", device, p, **_dtype_and_size(module, own.dtype)))
     if note:
         return plan, note
-    weight = next(q for name, q in attention.named_parameters() if "pelt_" not in name)
     heads, _, dim = _heads_shape(module)
     grouped = heads * dim != queries
     if plan.name == "triton" and grouped:
-        when = "always (fp32)" if weight.dtype == torch.float32 else "under a mask"
+        exact = _attention_dtype(attention, own.dtype) == torch.float32
+        when = "always (fp32)" if exact else "under a mask"
         return plan, f"grouped heads: K and V are expanded {when}"
     return plan, ""
 
@@ -179,29 +195,35 @@ def _noted(plan: dispatch.Plan) -> tuple[dispatch.Plan, str]:
     return plan, blocked if plan.name == "blocked" else ""
 
 
-def _dtype_and_size(module: nn.Module) -> dict:
+def _dtype_and_size(module: nn.Module, low: torch.dtype) -> dict:
     """The facts that choose the kernels: the base's dtype, and the rank or prefix length."""
     if isinstance(module, PrefixBank):
         return dict(dtype=next(module.parameters()).dtype, size=module.shape[3])
-    weight = _frozen_weight(module)
-    dtype = weight.dtype if weight.is_floating_point() else _down(module).dtype  # quantised
-    return dict(dtype=dtype, size=_down(module).shape[-2])
+    return dict(dtype=_compute_dtype(module, low), size=_down(module).shape[-2])
+
+
+def _compute_dtype(module: nn.Module, low: torch.dtype) -> torch.dtype:
+    """The dtype of the activations: the frozen weight's; ``low`` if it is quantised."""
+    frozen = module.ffn.out_proj if hasattr(module, "ffn") else module.frozen
+    dtype = weight_of(frozen.module).dtype
+    return dtype if dtype in dispatch.DTYPES else low
 
 
 def _down(module: nn.Module) -> nn.Parameter:
     return module.lora_a if hasattr(module, "lora_a") else module.down_weight
 
 
-def _frozen_weight(module: nn.Module) -> nn.Parameter:
-    frozen = module.ffn.out_proj if hasattr(module, "ffn") else module.frozen
-    return weight_of(frozen.module)
-
-
-def _prefix_bytes(module: nn.Module, attention: nn.Module, queries: int) -> int:
+def _prefix_bytes(module: nn.Module, attention: nn.Module, queries: int, low: torch.dtype) -> int:
     """q, k, v, o in the base's dtype and the fp32 lse, of one token in one attention."""
-    weight = next(p for name, p in attention.named_parameters() if "pelt_" not in name)
+    element = _attention_dtype(attention, low).itemsize
     kv_heads, _, head_dim = _heads_shape(module)
-    return (2 * queries + 2 * kv_heads * head_dim) * weight.element_size() + 4 * queries // head_dim
+    return (2 * queries + 2 * kv_heads * head_dim) * element + 4 * queries // head_dim
+
+
+def _attention_dtype(attention: nn.Module, low: torch.dtype) -> torch.dtype:
+    """The dtype of the activations in an attention; ``low`` if all its weights are quantised."""
+    own = (p.dtype for name, p in attention.named_parameters() if "pelt_" not in name)
+    return next((dtype for dtype in own if dtype in dispatch.DTYPES), low)
 
 
 def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
@@ -209,18 +231,17 @@ def _heads_shape(module: nn.Module) -> tuple[int, int, int]:
     return tuple(module.shape[2:] if isinstance(module, PrefixBank) else module.down_weight.shape)
 
 
-def _ffn_bytes(module: ParallelFFNAdapter, is_one_op: bool) -> int:
-    weight = weight_of(module.ffn.in_proj.module)
+def _ffn_bytes(module: ParallelFFNAdapter, is_one_op: bool, low: torch.dtype) -> int:
     inner, inputs = shape_of(module.ffn.in_proj.module)
     widths = inner * (len(module.ffn.projections) - 1) + module.down_weight.shape[0] + inputs
     if not is_one_op:
         widths += inner + module.up_weight.shape[0]
-    return widths * weight.element_size()
+    return widths * _compute_dtype(module, low).itemsize
 
 
-def _low_rank_bytes(module: nn.Module) -> int:
+def _low_rank_bytes(module: nn.Module, low: torch.dtype) -> int:
     """x and the M x R intermediate; of bottlenecks by head x, o and its lse."""
-    element = _frozen_weight(module).element_size()
+    element = _compute_dtype(module, low).itemsize
     if isinstance(module, MultiHeadAdapter):
         heads, _, dim = _heads_shape(module)
         return 3 * heads * dim * element + 4 * heads

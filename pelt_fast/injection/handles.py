@@ -9,6 +9,7 @@ from torch import nn
 
 from pelt_fast.layouts.names import is_method, modules_of, unwrapped
 
+PEFT = "_pelt_peft"  # the attribute that holds the injection of an accelerated PEFT model
 METHOD = "_pelt"  # the attribute that holds a model's injection
 INSIDE = "_pelt_inside"  # on parts of that model: (method's name, class of the model)
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.config.named_modules import MODULES
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.layouts.layout import Layout, StackLayout
 from pelt_fast.layouts.lookup import base_of, find, stacks_of
@@ -18,6 +19,7 @@ from pelt_fast.words import changed
 
 from .build import BUILDERS
 from .checks import check
+from .disabled import refuse_disabled
 from .folded_weights import unfold
 from .handles import carrier_of, mark, refuse_second
 from .own_configs import own_configs, return_configs
@@ -42,15 +44,16 @@ def inject(
     are those of the paper's Table 1 and section 4.6; ``explain`` shows what each site runs.
 
     Args:
-        model: a transformers model. If it is a wrapper (torch.compile, DDP, PEFT), the model
-            inside is changed.
+        model: a transformers model; for a LoRA by name any ``nn.Module``. If it is a wrapper
+            (torch.compile, DDP, PEFT), the model inside is changed.
         method: the name of a preset (:func:`pelt_fast.methods` has them), or a config.
         layout: where the model keeps its layers, for an architecture that is not in the table.
         pack: whether a widened FFN moves the frozen weights into one buffer that has room for the
             adapter (docs/maths.md#i3). False leaves them in their own storage; FSDP2's
             ``fully_shard`` needs that.
         words: changes of the method, by the names that its builder gives them: ``r=8, alpha=16``,
-            ``length=30``, ``dropout=0``, ``layers=range(8, 16)``. ``r`` alone keeps alpha.
+            ``length=30``, ``dropout=0``, ``layers=range(8, 16)``, ``targets="all-linear"``. ``r``
+            alone keeps alpha.
 
     Returns:
         ``model``.
@@ -75,12 +78,15 @@ def inject(
     config = changed(config, words)
     handle, model = model, unwrapped(model)
     refuse_second(model)
-    stacks = [] if config.is_full or not config.modifications else stacks_of(model, layout)
+    by_layout = [m for m in config.modifications if m.form != "full" and m.target != MODULES]
+    stacks = stacks_of(model, layout) if by_layout else []
     check(model, config, stacks)
     self_test = None if layout is None or not stacks else SelfTest(model, stacks)
     injection = Injection(config, pack)
     try:
         _build(model, stacks, injection)
+        for site in injection.sites:
+            site.module.switch = injection.switch
         if self_test is not None:
             self_test.check(injection)
         for site in injection.sites:
@@ -149,6 +155,7 @@ def eject(model: nn.Module) -> nn.Module:
     """
     handle, model = model, carrier_of(model)
     injection = injection_of(model)
+    refuse_disabled(injection, "eject")
     if injection.config.is_full:
         raise ValueError("full fine-tuning trains the base itself: there is nothing to eject")
     check_free(model, injection)

@@ -69,9 +69,14 @@ class Front:
         self.prompt, self.strips, self.call = prompt, strips, PerThread()
         self.positions = None if positions is None else FrozenModule(positions)
 
+    def acts(self) -> bool:
+        """Whether the prompt acts in this thread now."""
+        return not self.prompt.switch.is_off()
+
     def before(self, module, args, kwargs):
         """Before the stack."""
-        self.call.put(Call())
+        if self.acts():
+            self.call.put(Call())
 
     def began(self, kwargs: dict) -> Call:
         """A forward begins. The prompt is put in front when the cache it was given is empty."""
@@ -124,6 +129,8 @@ class NormFront(Front):
 
     def before(self, module, args, kwargs):
         """Before the model: a mask that covers the prompt."""
+        if not self.acts():
+            return None
         kwargs = by_name(module, args, kwargs)
         mask = kwargs.get("attention_mask")
         if mask is None and self.own_mask:
@@ -152,6 +159,8 @@ class LayerFront(Front):
 
     def prepend(self, module, args):
         """Before the layer."""
+        if not self.acts():
+            return None
         if any(isinstance(mask, Tensor) for mask in args[1:]):
             raise ValueError(
                 f"a prompt in front of {type(module).__name__} takes no attention_mask"

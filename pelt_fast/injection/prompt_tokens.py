@@ -30,6 +30,8 @@ class EncoderFront(TokenFront):
 
     def before(self, module, args, kwargs):
         """Before the encoder: embeddings with the prompt in front, a mask that covers it."""
+        if not self.acts():
+            return None
         kwargs = by_name(module, args, kwargs)
         mask = widened(kwargs.get("attention_mask"), self.prompt.length)
         self.call.put(Call())
@@ -46,6 +48,8 @@ class EncoderFront(TokenFront):
 
     def before_decoder(self, module, args, kwargs):
         """Before the decoder: a cross-attention mask as long as the encoder's output."""
+        if not self.acts():
+            return None
         mask, states = (
             kwargs.get(name) for name in ("encoder_attention_mask", "encoder_hidden_states")
         )
@@ -63,6 +67,8 @@ class DecoderFront(TokenFront):
     def before(self, module, args, kwargs):
         """Before the decoder: the prompt when the cache is empty; mask and positions always count
         it."""
+        if not self.acts():
+            return None
         kwargs = by_name(module, args, kwargs)
         mask = _mask_of_single_sequences(kwargs)
         mask = widened(mask, self.prompt.length)

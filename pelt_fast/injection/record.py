@@ -3,6 +3,7 @@
 from torch import nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.modules.switch import Switch
 
 from .conditions import Conditions
 from .handles import carrier_of
@@ -34,6 +35,7 @@ class Injection:
         self.before = ValuesBefore()
         self.configs: list = []  # the copies of the model's configs (own_configs)
         self.changes = UndoLog()
+        self.switch = Switch()  # read by each site
         self._conditions: list[tuple[nn.Module, Conditions]] = []
 
     @property

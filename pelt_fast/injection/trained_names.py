@@ -10,6 +10,8 @@ from pelt_fast.layouts.names import parameters_of
 
 def head_names(model: nn.Module) -> list[str]:
     """Names of the task head's parameters. One that is also used outside of it is the base's."""
+    if not hasattr(model, "config"):
+        return []  # no model of transformers: nobody says which part is a head
     inside = {module for child in task_head(model).values() for module in child.modules()}
     outside = {p for m in model.modules() if m not in inside for p in m._parameters.values()}
     head = {p for module in inside for p in module._parameters.values()} - outside

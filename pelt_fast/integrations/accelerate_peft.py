@@ -3,22 +3,23 @@
 from torch import nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.injection.handles import PEFT
 from pelt_fast.injection.own_configs import return_configs
 from pelt_fast.injection.record import Injection
 from pelt_fast.injection.watch import check_free, watch
+from pelt_fast.layouts.names import check_model
 
 from .peft_lora import accelerate_lora
 from .peft_prefix import accelerate_prefix
-
-_STATE = "_pelt_peft"
 
 
 def accelerate_peft(peft_model: nn.Module) -> nn.Module:
     """Let a LoRA or prefix model of PEFT run the fused ops, in place.
 
     Outputs and gradients are PEFT's up to rounding. With dropout they have the same distribution;
-    each module draws its own mask. LoRA: rank-stabilised scale, biases, any target. Prefix: causal
-    language models of the architecture table. A cache that PEFT filled before is refused.
+    each module draws its own mask. LoRA: rank-stabilised scale, biases, any target, plain or
+    quantised layers. Prefix: causal language models of the architecture table. A cache that PEFT
+    filled before is refused.
 
     Args:
         peft_model: a ``peft.PeftModel``.
@@ -35,7 +36,7 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
         pelt_fast.accelerate_peft(peft_model)
     """
     kind = _peft_type(peft_model)
-    if hasattr(peft_model, _STATE):
+    if hasattr(peft_model, PEFT):
         raise ValueError("this PEFT model is accelerated already")
     injection = Injection(PeltConfig("peft"))
     if kind == "PREFIX_TUNING":
@@ -43,7 +44,7 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
     else:
         accelerate_lora(peft_model, kind, injection)
     watch(peft_model.get_base_model(), [], injection)
-    object.__setattr__(peft_model, _STATE, injection)
+    object.__setattr__(peft_model, PEFT, injection)
     return peft_model
 
 
@@ -63,13 +64,14 @@ def restore_peft(peft_model: nn.Module) -> nn.Module:
     Example:
         pelt_fast.restore_peft(peft_model)
     """
-    injection = peft_model.__dict__.get(_STATE)
+    check_model(peft_model)
+    injection = peft_model.__dict__.get(PEFT)
     if injection is None:
         raise ValueError("this model was not accelerated: call accelerate_peft first")
     check_free(peft_model, injection)
     return_configs(injection)
     injection.changes.undo()
-    delattr(peft_model, _STATE)
+    delattr(peft_model, PEFT)
     return peft_model
 
 

@@ -14,6 +14,7 @@ from pelt_fast.injection.targets import target_layers
 from pelt_fast.layouts.lookup import base_of, find, stacks_of
 from pelt_fast.modules.per_thread import PerThread
 from pelt_fast.modules.prefix_run import AttentionSlice, PrefixRuns
+from pelt_fast.modules.switch import Switch
 
 from .known_cache import mark_known, refuse_unknown
 
@@ -27,7 +28,7 @@ def accelerate_prefix(peft_model: nn.Module, injection: Injection) -> None:
             f"PEFT's prefix on {type(model).__name__} is not accelerated: causal language models"
             " are (inject(model, 'prefix') reaches encoders as well)"
         )
-    base, bank = base_of(model), PeftPrefix(peft_model)
+    base, bank = base_of(model), PeftPrefix(peft_model, injection.switch)
     modules = [
         (find(target.layer, layout.module), target.index)
         for target in target_layers(base, stacks)
@@ -50,8 +51,8 @@ def accelerate_prefix(peft_model: nn.Module, injection: Injection) -> None:
 class PeftPrefix:
     """The keys and values of PEFT's prefix encoder. They act while the PEFT model runs."""
 
-    def __init__(self, peft_model: nn.Module):
-        self.peft_model = peft_model
+    def __init__(self, peft_model: nn.Module, switch: Switch):
+        self.peft_model, self.switch = peft_model, switch
         self._entering = PerThread()  # whether the PEFT model's own forward is running
         self.runs = PrefixRuns()
 
@@ -96,6 +97,8 @@ class PeftPrefix:
         self.runs.end()
 
     def _run(self, function, *args, **kwargs):
+        if self.switch.is_off():
+            return function(*args, **kwargs)
         self._entering.put(True)
         try:
             return function(*args, **kwargs)

@@ -13,10 +13,15 @@ def compiled_from(module: nn.Module) -> nn.Module:
     return module
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model behind torch.compile, DDP, DataParallel and PEFT."""
+def check_model(model: nn.Module) -> None:
+    """TypeError where ``model`` is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model behind torch.compile, DDP, DataParallel and PEFT."""
+    check_model(model)
     while True:
         inner = compiled_from(model)
         if isinstance(inner, (DistributedDataParallel, DataParallel)):

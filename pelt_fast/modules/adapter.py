@@ -18,6 +18,7 @@ from .hooked import at_hand, is_away
 from .kept_input import KeptInput
 from .late import in_force
 from .projection_view import device_of, shape_of, weight_of
+from .switch import ALWAYS_ON, Switch
 
 _NO_NORM = AdapterNorm(None, None, "none")
 
@@ -29,6 +30,8 @@ class Bottleneck(DecidesOnce, Foldable):
 
     Init "lora": Kaiming uniform down, zero up, zero biases. "bert": normal 0.02, zero biases.
     """
+
+    switch: Switch = ALWAYS_ON
 
     def __init__(
         self, inputs: int, outputs: int, modification: Modification, device, dtype: torch.dtype
@@ -180,7 +183,7 @@ class SequentialAdapter(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.frozen(x)
-        return y if self.is_folded() else self.sequential(y)
+        return y if self.switch.is_off() or self.is_folded() else self.sequential(y)
 
 
 class ParallelAttentionAdapter(Bottleneck):
@@ -196,6 +199,8 @@ class ParallelAttentionAdapter(Bottleneck):
 
     def forward(self, heads: Tensor) -> Tensor:
         x = self.kept_input.take()
+        if self.switch.is_off():
+            return self.frozen(heads)
         if self.before_output:
             return self.frozen(self.parallel(heads, x))
         return self.parallel(self.frozen(heads), x)

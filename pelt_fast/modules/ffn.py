@@ -13,7 +13,7 @@ from pelt_fast.ops.widened_ffn.op import Stacked, widened_ffn
 from .adapter import Bottleneck
 from .decision import Basis, Decision, is_public
 from .ffn_block import FFNBlock
-from .frozen_module import FrozenModule
+from .frozen_module import QUANTISED, FrozenModule
 from .kept_input import KeptInput
 from .late import Dropout
 from .packing import Packing, Packings
@@ -38,7 +38,8 @@ class SequentialFFNAdapter(_FFNAdapter):
     """Runs instead of the block: adapter(ffn(x)), after the output dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sequential(self.ffn(x))
+        y = self.ffn(x)
+        return y if self.switch.is_off() else self.sequential(y)
 
 
 class LayerAdapter(_FFNAdapter):
@@ -51,6 +52,8 @@ class LayerAdapter(_FFNAdapter):
 
     def forward(self, *args, **kwargs):
         out = self.frozen(*args, **kwargs)
+        if self.switch.is_off():
+            return out
         if isinstance(out, tuple):
             return self.sequential(out[0]), *out[1:]
         return self.sequential(out)
@@ -65,6 +68,8 @@ class NormAdapter(_FFNAdapter):
         self.frozen = FrozenModule(norm)
 
     def forward(self, z: Tensor) -> Tensor:
+        if self.switch.is_off():
+            return self.frozen(z)
         return self.frozen(self.parallel(z, self.frozen(z)))
 
 
@@ -74,7 +79,8 @@ class ParallelFFNAdapter(_FFNAdapter):
     One buffer holds the frozen in-projection (and gate), and below them the rows of the trainable
     down projection. Each call of the op first copies these rows there, in forward and backward. A
     second buffer holds the out-projection and the columns of the up projection, unless an output
-    dropout acts between the two.
+    dropout acts between the two. Quantised projections compute their own products, and the rest of
+    the block is fused between them.
     """
 
     def __init__(self, ffn: FFNBlock, modification: Modification, dtype: torch.dtype):
@@ -97,6 +103,8 @@ class ParallelFFNAdapter(_FFNAdapter):
 
     def decide(self) -> Decision:
         weight, reason = self.frozen_weight(), self.why_not_fused()
+        if reason is not None and self.layer_norm == "none" and self.ffn.is_quantised:
+            return Decision("own products + fused rest", QUANTISED, runs_op=False)
         if reason is not None:
             return Decision("own FFN + adapter", reason, runs_op=False)
         plan = dispatch.plan("ffn", weight.device, 0.0, weight.dtype, self.down_weight.shape[0])
@@ -130,10 +138,12 @@ class ParallelFFNAdapter(_FFNAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         adapter_x = self.adapter_input()
-        if self.merged and self.is_folded():
+        if self.switch.is_off() or (self.merged and self.is_folded()):
             return self.ffn(x)
         decision, probabilities = self.decided(x)
-        if not decision.runs_op:
+        if decision.reason == QUANTISED:
+            y = self._beside(x, adapter_x)
+        elif not decision.runs_op:
             dispatch.fall_back(
                 f"parallel adapter beside the model's own FFN, because {decision.reason}"
             )
@@ -158,11 +168,24 @@ class ParallelFFNAdapter(_FFNAdapter):
         return functional.ffn_parallel_adapter(
             x, ffn.in_weight, ffn.in_bias, ffn.out_weight, ffn.out_bias, *self.weights,
             adapter_x=adapter_x, gate_weight=ffn.gate_weight, gate_bias=ffn.gate_bias,
+            packings=self._packings_now(), **self._block_settings, **self.settings,
+        )  # fmt: skip
+
+    def _beside(self, x: Tensor, adapter_x: Tensor | None) -> Tensor:
+        """The block of quantised projections: they compute their own products."""
+        return functional.ffn_adapter_beside(
+            x, self.ffn.in_proj, self.ffn.out_proj, *self.weights, adapter_x=adapter_x,
+            gate_layer=self.ffn.gate_proj, **self._block_settings, **self.settings,
+        )  # fmt: skip
+
+    @property
+    def _block_settings(self) -> dict:
+        """The block's own activation and dropouts now, as keyword arguments."""
+        return dict(
             ffn_activation=self.ffn.activation,
             activation_dropout_p=self.ffn.activation_dropout.now,
-            output_dropout_p=self.output_dropout.now, packings=self._packings_now(),
-            **self.settings,
-        )  # fmt: skip
+            output_dropout_p=self.output_dropout.now,
+        )
 
     @property
     def _frozen(self) -> tuple[list[nn.Parameter | None], nn.Parameter | None]:

@@ -61,7 +61,7 @@ class FFNBlock:
         return [*gate, self.in_proj, self.out_proj]
 
     def rests_on(self, basis: Basis) -> None:
-        """Record in ``basis`` what :meth:`why_not_fused` reads."""
+        """Record in ``basis`` what :meth:`why_not_fused` and :attr:`is_quantised` read."""
         if self.block is not None:
             basis.module(self.block.module)
         self.activate.rests_on(basis)
@@ -72,6 +72,18 @@ class FFNBlock:
 
     def why_not_fused(self) -> str | None:
         """The reason the block cannot run as one op, or None."""
+        return self._why_unknown() or self._why_not_read() or self._why_not_dropped()
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the projections are quantised and all else is known: they compute their own
+        products, and the op does the work between them."""
+        if not all(projection.is_quantised_alone for projection in self.projections):
+            return False
+        return self._why_unknown() is None and self._why_not_dropped() is None
+
+    def _why_unknown(self) -> str | None:
+        """Why it is not known what the block computes between its projections."""
         if self._why_itself is not None:
             return self._why_itself
         if self.block is not None and is_repatched(self.block.module, self._forward):
@@ -80,6 +92,10 @@ class FFNBlock:
             return f"the ops do not know its activation ({described(self.activate.value)})"
         if not all(at.value is projection for at, projection in self._projections_at):
             return "a projection is not the one that was there at inject"
+        return None
+
+    def _why_not_read(self) -> str | None:
+        """Why the op cannot read the weights of the projections."""
         if not all(projection.is_plain for projection in self.projections):
             return (
                 "a projection is not a plain frozen nn.Linear (LoRA on it, trained, hooked,"
@@ -87,6 +103,9 @@ class FFNBlock:
             )
         if len({projection.module.weight.dtype for projection in self.projections}) > 1:
             return "its projections are of several dtypes"
+        return None
+
+    def _why_not_dropped(self) -> str | None:
         if any(p is None or p >= 1 for p in (self.activation_dropout.p, self.output_dropout.p)):
             return "the ops do not know its dropout"
         return None

@@ -89,6 +89,14 @@ class FrozenModule:
         return LORA not in host_of(self.module)._modules and self.why_not_read() is None
 
     @property
+    def is_quantised_alone(self) -> bool:
+        """Whether this is a quantised layer that nothing else modifies: its own forward, called
+        alone, is all that the model computes there."""
+        if self.foreign is not None or foreign_forward(self.module) is not None:
+            return False
+        return not is_hooked(self._holder) and self.why_not_read() == QUANTISED
+
+    @property
     def _holder(self) -> nn.Module:
         return holder_of(self.module)
 

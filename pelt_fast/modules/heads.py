@@ -11,10 +11,13 @@ from .kept_input import KeptInput
 from .late import in_force
 from .prefix_run import AttentionSlice
 from .projection_view import device_of, shape_of
+from .switch import ALWAYS_ON, Switch
 
 
 class _Heads(nn.Module):
     """down_weight and up_weight (H, R, D); no biases. Init as a bottleneck's."""
+
+    switch: Switch = ALWAYS_ON
 
     def __init__(self, heads: int, head_dim: int, modification: Modification, device, dtype):
         super().__init__()
@@ -53,6 +56,8 @@ class MultiHeadAdapter(_Heads):
 
     def forward(self, heads: Tensor) -> Tensor:
         x = self.kept_input.take()
+        if self.switch.is_off():
+            return self.frozen(heads)
         count, _, dim = self.down_weight.shape
         q = x.unflatten(-1, (count, dim)).transpose(1, 2)  # (B, H, T, D)
         nothing = q.new_empty(q.shape[0], count, 0, dim)
@@ -80,6 +85,11 @@ class QuerySlice(AttentionSlice):
 
     def __init__(self, heads: QueryHeads):
         self.heads = heads
+
+    @property
+    def on(self) -> bool:
+        """Whether the adapters act."""
+        return not self.heads.switch.is_off()
 
     def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
         """prefix_k and prefix_v (Hkv, R, D)."""

@@ -1,5 +1,7 @@
 """LoRA on parts of one matrix: this runs instead of the projection that holds the matrix."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +37,7 @@ class JoinedProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         sites = [(part.rows, part._modules[LORA]) for part in self.children()
                  if LORA in part._modules and not part._modules[LORA].is_folded()]  # fmt: skip
-        if not sites:
+        if not sites or sites[0][1].switch.is_off():
             return self.frozen.bare(x)
         if any(is_away(site) for _, site in sites):  # read here, so that their hooks do not run
             with at_hand(site for _, site in sites):
@@ -72,7 +74,7 @@ class JoinedProjection(nn.Module):
 
     def _beside(self, x: Tensor, sites: list) -> Tensor:
         """Add each part's update, of its own dropped input, to the output of the projection."""
-        y = self.frozen.bare(x)
+        layer = self.frozen.bare
         for rows, site in sites:
-            y = site.added(y, x, self._in_rows(rows, site))
-        return y
+            layer = partial(site.beside, layer, lora_b=self._in_rows(rows, site))
+        return layer(x)

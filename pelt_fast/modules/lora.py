@@ -1,6 +1,7 @@
 """LoRA on a linear layer (paper equation 6)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .decision import Basis, DecidesOnce, Decision, is_public
 from .frozen_module import QUANTISED, Foldable, FrozenModule, is_beside
 from .late import in_force
 from .projection_view import device_of, shape_of
+from .switch import ALWAYS_ON, Switch
 
 
 class LoRALinear(DecidesOnce, Foldable):
@@ -22,6 +24,8 @@ class LoRALinear(DecidesOnce, Foldable):
     lora_a (R, K): Kaiming uniform with a = sqrt(5); lora_b (N, R): zero ("lora"), or both normal
     0.02 ("bert").
     """
+
+    switch: Switch = ALWAYS_ON
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout_p: float, init: str,
                  dtype: torch.dtype):  # fmt: skip
@@ -69,14 +73,14 @@ class LoRALinear(DecidesOnce, Foldable):
         basis.probability(self.dropout, "p", self.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged and self.is_folded():
+        if self.switch.is_off() or (self.merged and self.is_folded()):
             return self.frozen.bare(x)
         decision, probabilities = self.decided(x)
         if not decision.runs_op:
             if decision.reason != QUANTISED:
                 reason = decision.reason
                 dispatch.fall_back(f"LoRA beside the layer's own output, because {reason}")
-            return self.added(self.frozen.bare(x), x, self.lora_b, self.scale)
+            return self.beside(self.frozen.bare, x, self.lora_b, self.scale)
         if probabilities is not None:
             factors = LowRank(self.lora_a, self.lora_b, self.scale)
             return lora(x, decision.given, factors, probabilities[0], True)
@@ -86,12 +90,13 @@ class LoRALinear(DecidesOnce, Foldable):
             dropout_p=in_force(self.dropout),
         )  # fmt: skip
 
-    def added(self, base: Tensor, x: Tensor, lora_b: Tensor, scale: float = 1.0) -> Tensor:
-        """base + scale * drop(x) Aᵀ lora_bᵀ, in the dtype of ``base``."""
-        return functional.parallel_adapter(
-            base, self.dropout(x).to(base.dtype), self.lora_a, None, lora_b, None, scale=scale,
-            activation="identity",
-        )  # fmt: skip
+    def beside(
+        self, layer: Callable[[Tensor], Tensor], x: Tensor, lora_b: Tensor, scale: float = 1.0
+    ) -> Tensor:
+        """layer(x) + scale * drop(x) Aᵀ lora_bᵀ, in the dtype of the layer's output."""
+        return functional.lora_beside(
+            x, layer, self.lora_a, lora_b, scale=scale, dropout_p=in_force(self.dropout)
+        )
 
     def extra_repr(self) -> str:
         rank, inputs = self.lora_a.shape

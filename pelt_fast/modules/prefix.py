@@ -15,6 +15,7 @@ from pelt_fast.config import Modification
 
 from .per_thread import PerThread
 from .prefix_run import PrefixRuns
+from .switch import ALWAYS_ON, Switch
 
 
 class PrefixBank(nn.Module):
@@ -23,6 +24,8 @@ class PrefixBank(nn.Module):
     Reparameterised: embedding (P, width), Linear(width, mlp_dim), Tanh, Linear(mlp_dim,
     L * 2 * Hkv * D), with PyTorch's default init. Direct: ``prefix``, normal 0.02.
     """
+
+    switch: Switch = ALWAYS_ON
 
     def __init__(self, layers: int, heads: int, head_dim: int, width: int,
                  modification: Modification, device, dtype: torch.dtype):  # fmt: skip
@@ -55,7 +58,8 @@ class PrefixBank(nn.Module):
 
     def before_stack(self, *_) -> None:
         """Forward pre-hook of the stack: compute the prefix of this forward."""
-        self.runs.begin(self._values())
+        if not self.switch.is_off():
+            self.runs.begin(self._values())
 
     def _values(self) -> Tensor:
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():

@@ -107,8 +107,12 @@ class AttentionSlice:
     returns prefix_k and prefix_v (Hkv, P, D)."""
 
     form, composition = "softmax", "gated"
-    on = True  # whether it acts
     checked: tuple | None = None  # the kind of the last inputs of the public function
+
+    @property
+    def on(self) -> bool:
+        """Whether it acts."""
+        return True
 
 
 class PrefixSlice(AttentionSlice):
@@ -122,6 +126,11 @@ class PrefixSlice(AttentionSlice):
 
     def __init__(self, bank: nn.Module, index: int, composition: str):
         self.bank, self.index, self.composition = bank, index, composition
+
+    @property
+    def on(self) -> bool:
+        """Whether the prefix acts."""
+        return not self.bank.switch.is_off()
 
     def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
         """prefix_k and prefix_v (Hkv, P, D); they do not depend on the scale of the scores."""

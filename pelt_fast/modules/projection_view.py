@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from pelt_fast.ops.common.dispatch import DTYPES
+
 from .hooked import brought_to, is_away
 
 LORA = "pelt_lora"  # the name under which a linear registers its LoRA site as a child
@@ -125,10 +127,10 @@ def device_of(linear: nn.Module) -> torch.device:
 
 
 def holds_numbers(linear: nn.Module) -> bool:
-    """Whether an op can read the numbers of the weight: it is not quantised, and no tensor subclass
-    that only its own library can read (bitsandbytes, torchao, GPTQ)."""
+    """Whether an op can read the numbers of the weight: it is not quantised (float8 is), and no
+    tensor subclass that only its own library can read (bitsandbytes, torchao, GPTQ)."""
     weight = getattr(linear, "weight", None)
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in DTYPES
 
 
 def is_readable(linear: nn.Module) -> bool:

@@ -5,9 +5,13 @@ from torch import Tensor, nn
 
 from pelt_fast.config import Modification
 
+from .switch import ALWAYS_ON, Switch
+
 
 class Prompt(nn.Module):
     """``embedding`` (P, d), normal 0.02: virtual tokens at the start of every row of a batch."""
+
+    switch: Switch = ALWAYS_ON
 
     def __init__(self, modification: Modification, width: int, device, dtype: torch.dtype):
         super().__init__()

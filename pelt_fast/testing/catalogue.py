@@ -19,6 +19,9 @@ def cases(sizes: tuple[int, int, int, int] = (37, 52, 44, 5)) -> Iterator[Case]:
         for gated in (False, True):
             yield ffn_case(*sizes, p, gated)
         yield ffn_case(*sizes, p, gated=False, separate=True)
+        yield lora_case(*sizes, p, beside=True)
+        yield ffn_case(*sizes, p, gated=False, beside=True)
+        yield ffn_case(*sizes, p, gated=True, separate=True, beside=True)
         for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
             yield prefix_case(p, form, composition, causal=form == "softmax", masked=p == 0)
         yield prefix_case(p, "softmax", "gated", causal=False, masked=True)

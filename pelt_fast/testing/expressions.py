@@ -23,6 +23,11 @@ def drop(x: Tensor, p: float, seeds: Tensor | None, row: int) -> Tensor:
     return x if seeds is None else dropout(x, p, seeds[row])
 
 
+def linear(t: Tensors, weight: str, bias: str) -> Callable[[Tensor], Tensor]:
+    """A frozen layer as a function of its input."""
+    return lambda x: F.linear(x, t[weight], t[bias])
+
+
 def bottleneck_weights(k: int, n: int, r: int) -> Tensors:
     """Random weights of a bottleneck K -> R -> N."""
     return dict(down_weight=torch.randn(r, k) / k**0.5, down_bias=torch.randn(r),

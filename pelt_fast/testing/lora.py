@@ -6,18 +6,23 @@ from torch.nn import functional as F
 from pelt_fast import functional
 
 from .case import Case
-from .expressions import drop, seeds_for
+from .expressions import drop, linear, seeds_for
 
 
-def lora_case(m: int, k: int, n: int, r: int, p: float) -> Case:
-    """LoRA on a linear layer (M, K) -> (M, N), rank R, dropout p."""
+def lora_case(m: int, k: int, n: int, r: int, p: float, beside: bool = False) -> Case:
+    """LoRA on a linear layer (M, K) -> (M, N), rank R, dropout p. ``beside``: the layer computes
+    its own product."""
 
     def make():
         return dict(x=torch.randn(m, k), weight=torch.randn(n, k) / k**0.5, bias=torch.randn(n),
                     lora_a=torch.randn(r, k) / k**0.5, lora_b=torch.randn(n, r))  # fmt: skip
 
     def call(t):
-        return functional.lora_linear(**t, scale=2.0, dropout_p=p)
+        if not beside:
+            return functional.lora_linear(**t, scale=2.0, dropout_p=p)
+        factors = t["lora_a"], t["lora_b"]
+        layer = linear(t, "weight", "bias")
+        return functional.lora_beside(t["x"], layer, *factors, scale=2.0, dropout_p=p)
 
     def expression(t):
         x, low = t["x"], t["x"].dtype
@@ -25,4 +30,5 @@ def lora_case(m: int, k: int, n: int, r: int, p: float) -> Case:
         update = F.linear(F.linear(dropped, t["lora_a"].to(low)), t["lora_b"].to(low))
         return F.linear(x, t["weight"], t["bias"]) + 2.0 * update
 
-    return Case("lora", f"p={p}", make, call, expression, ("lora_a", "lora_b"), ("weight", "bias"))
+    op, name = ("beside", f"lora p={p}") if beside else ("lora", f"p={p}")
+    return Case(op, name, make, call, expression, ("lora_a", "lora_b"), ("weight", "bias"))

@@ -6,12 +6,22 @@ from torch.nn import functional as F
 from pelt_fast import functional
 
 from .case import Case
-from .expressions import BOTTLENECK, bottleneck_update, bottleneck_weights, drop, seeds_for
+from .expressions import (
+    BOTTLENECK,
+    bottleneck_update,
+    bottleneck_weights,
+    drop,
+    linear,
+    seeds_for,
+)
 
 
-def ffn_case(m: int, k: int, n: int, r: int, p: float, gated: bool, separate: bool = False) -> Case:
+def ffn_case(
+    m: int, k: int, n: int, r: int, p: float, gated: bool, separate: bool = False,
+    beside: bool = False,
+) -> Case:  # fmt: skip
     """A feed-forward block K -> 2K + 3 -> N with a bottleneck of R. ``separate``: the bottleneck
-    reads another input than the block."""
+    reads another input than the block. ``beside``: the layers compute their own products."""
     inner = 2 * k + 3
     frozen = ("in_weight", "in_bias", "out_weight", "out_bias", "gate_weight", "gate_bias")
 
@@ -24,6 +34,14 @@ def ffn_case(m: int, k: int, n: int, r: int, p: float, gated: bool, separate: bo
         if gated:
             t |= dict(gate_weight=torch.randn(inner, k) / k**0.5, gate_bias=torch.randn(inner))
         return t
+
+    def call_beside(t):
+        small = {name: t[name] for name in (*BOTTLENECK[:4], "adapter_x") if name in t}
+        gate = linear(t, "gate_weight", "gate_bias") if gated else None
+        return functional.ffn_adapter_beside(
+            t["x"], linear(t, "in_weight", "in_bias"), linear(t, "out_weight", "out_bias"), **small,
+            gate_layer=gate, scale=2.0, dropout_p=p, activation_dropout_p=p, output_dropout_p=p,
+        )  # fmt: skip
 
     def call(t):
         parts = [t["gate_weight"]] if gated else []
@@ -46,4 +64,6 @@ def ffn_case(m: int, k: int, n: int, r: int, p: float, gated: bool, separate: bo
         return drop(y, p, seeds, 2) + update
 
     name = f"{'gated' if gated else 'plain'}{' separate' if separate else ''} p={p}"
+    if beside:
+        return Case("beside", f"ffn {name}", make, call_beside, expression, BOTTLENECK, frozen)
     return Case("ffn", name, make, call, expression, BOTTLENECK, frozen)

@@ -7,6 +7,7 @@ import torch
 
 from pelt_fast.kernels.adapter import adapter
 from pelt_fast.kernels.config import FUSED_RANK, rows
+from pelt_fast.kernels.ffn_act import ffn_act, ffn_act_bwd
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
 from pelt_fast.kernels.mask import dropout, mask_bits
@@ -140,6 +141,7 @@ def widened_ffn(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 dropout_p=p, activation_dropout_p=p, seed_h=seed, seed_a=seed,
             )  # fmt: skip
             tag = f"{'gated' if gated else 'plain'} {name} p={p}"
+            yield from ffn_activation(gated, dtype, tag, dropout_p=p, seed=seed)
             yield Launch(
                 f"widened_act {tag}",
                 lambda pre=pre, act=act, s=settings: widened_act(pre, act, F, r, **s), True,
@@ -148,6 +150,13 @@ def widened_ffn(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 f"widened_act_bwd {tag}",
                 lambda pre=pre, h=h, s=settings: widened_act_bwd(pre, pre, h, F, r, scale=2.0, **s), True,
             )  # fmt: skip
+
+
+def ffn_activation(gated: bool, dtype: torch.dtype, tag: str, **drop) -> Iterator[Launch]:
+    z, gate = empty(M, F, dtype=dtype), empty(M, F, dtype=dtype) if gated else None
+    name = "silu" if gated else "gelu"
+    yield Launch(f"ffn_act {tag}", lambda: ffn_act(z, gate, name, **drop), True)
+    yield Launch(f"ffn_act_bwd {tag}", lambda: ffn_act_bwd(z, z, gate, name, **drop), True)
 
 
 def heads(target: str, dtype: torch.dtype) -> Iterator[Launch]:
@@ -280,6 +289,8 @@ def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
             widened_act(pre, pre, k, r, **common)
             widened_act_bwd(pre, pre, s, k, r, scale=1.0, **common)
             widened_act_bwd(None, s, s, 0, r, scale=1.0, **common)
+            for gate in (None, x):
+                ffn_act_bwd(ffn_act(x, gate, "silu"), x, gate, "silu", dropout_p=P, seed=SEED)
             q, lse = (
                 empty(1, m, 1, k, dtype=dtype).transpose(1, 2),
                 empty(1, 1, m, dtype=torch.float32),
@@ -317,6 +328,8 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
         tail_gemm=lambda: tail_gemm(x, far(k, k).t(), s, b.t()),
         widened_act=lambda: widened_act(pre, act, f, r, **common),
         widened_act_bwd=lambda: widened_act_bwd(pre, act, s, f, r, scale=1.0, **common),
+        ffn_act=lambda: ffn_act(act, act, "silu"),
+        ffn_act_bwd=lambda: ffn_act_bwd(act, act, act, "silu"),
         prefix=lambda: prefix_merge(q, *prefix, q, lse, q, **attention),
         prefix_bwd=lambda: prefix_merge_bwd(q, q, *prefix, q, lse, q, **attention),
     )  # fmt: skip

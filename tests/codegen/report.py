@@ -6,6 +6,7 @@ docs/codegen.md. In its own process: a kernel that was interpreted cannot be com
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -16,17 +17,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .limits import problems
+
 DOCS = Path(__file__).parents[2] / "docs" / "codegen.md"
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 
 
-def compile_target(target: str, only: str = "") -> Iterator[dict]:
-    """A row for each kernel that the launches of ``target`` make, equal ones once."""
+def compile_target(target: str, only: str = "", every: int = 1) -> Iterator[dict]:
+    """A row for each kernel that the launches of ``target`` make, equal ones once; of ``every``
+    launches the first."""
     from . import aot
     from .launches import launches
 
     seen = set()
-    for launch in launches(target):
+    for launch in itertools.islice(launches(target), None, None, every):
         if not re.search(only, launch.name):
             continue
         for machine in aot.machines_of(launch.call, target):
@@ -44,10 +48,11 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="launches whose name matches")
+    parser.add_argument("--every", type=int, default=1, help="of so many launches the first")
     options = parser.parse_args()
     if options.target:
         rows = []
-        for row in compile_target(options.target, options.only):
+        for row in compile_target(options.target, options.only, options.every):
             print(line(row), flush=True)
             rows.append(row)
         if options.json:
@@ -58,9 +63,17 @@ def main() -> None:
         rows = dict(zip(TARGETS, found))
     DOCS.write_text(markdown(rows))
     print(f"wrote {DOCS}")
+    wrong = [
+        f"{target}: {row['kernel']} of {row['launch']}: {'; '.join(claims)}"
+        for target, found in rows.items()
+        for row in found
+        if (claims := problems(target, row))
+    ]
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
-def collect(target: str, folder: Path) -> list[dict]:
+def collect(target: str, folder: Path, every: int = 1) -> list[dict]:
     """The rows of one target, compiled in a process of its own."""
     path = folder / f"{target}.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -72,6 +85,8 @@ def collect(target: str, folder: Path) -> list[dict]:
         target,
         "--json",
         str(path),
+        "--every",
+        str(every),
     ]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     if ran.returncode:

@@ -8,12 +8,14 @@ import torch
 from tests.docs.blocks import PAGES, ROOT, blocks_of, named
 
 WITH_CODE = [page for page in PAGES if blocks_of(page.read_text())]
+AN_EXTRA = "bitsandbytes is an extra (tests/models/test_quantised.py runs the page)"
 # what no offline test can run: each is named here, so that nobody adds one unseen
 NOT_RUN = {
     "docs/coming-from-adapters.md": ["adapters 1.x needs an older transformers"],
     "docs/line-counts.md": ["adapters 1.x needs an older transformers"] * 10,
     "docs/how-to/with-other-libraries.md": ["bitsandbytes is an extra"],
     "docs/how-to/save-merge-share.md": ["it uploads to the hub"],
+    "docs/how-to/quantised-bases.md": 3 * [AN_EXTRA],
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import pelt_fast
 from pelt_fast import functional
@@ -136,7 +137,33 @@ def prefix(make: Draw) -> tuple:
     )  # fmt: skip
 
 
+def lora_beside(make: Draw) -> tuple:
+    """The tensors of ``lora``; the layer computes its own product."""
+    _, tensors, arguments = lora(make)
+
+    def run(x, weight, bias, **rest):
+        return functional.lora_beside(x, lambda x: F.linear(x, weight, bias), **rest)
+
+    return run, tensors, arguments
+
+
+def ffn_beside(make: Draw) -> tuple:
+    """The tensors of ``ffn``; the layers compute their own products."""
+    _, tensors, arguments = ffn(make)
+
+    def run(x, **rest):
+        def layer(name):
+            weight, bias = (rest.pop(f"{name}_{part}", None) for part in ("weight", "bias"))
+            return None if weight is None else lambda x: F.linear(x, weight, bias)
+
+        layers = {f"{name}_layer": layer(name) for name in ("in", "out", "gate")}
+        return functional.ffn_adapter_beside(x, **layers, **rest)
+
+    return run, tensors, arguments
+
+
 FAMILIES = {"lora": lora, "adapter": adapter, "ffn": ffn, "prefix": prefix}
+BESIDE = {"lora beside": lora_beside, "ffn beside": ffn_beside}
 FROZEN = {"weight", "bias", "in_weight", "in_bias", "out_weight", "out_bias", "gate_weight",
           "gate_bias"}  # fmt: skip
 
@@ -156,7 +183,7 @@ def results(function, tensors: dict, arguments: dict, asked: list[str], backend:
 
 
 def check(family: str, make: Draw) -> None:
-    function, tensors, arguments = FAMILIES[family](make)
+    function, tensors, arguments = (FAMILIES | BESIDE)[family](make)
     trainable = [name for name, t in tensors.items() if t is not None and name not in FROZEN]
     asked = make.draw(st.lists(st.sampled_from(trainable), unique=True))
     before = {name: t.clone() for name, t in tensors.items() if t is not None}
@@ -179,7 +206,7 @@ def check(family: str, make: Draw) -> None:
         assert errors[0] <= 4 * errors[1] + band, (name, errors, band)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | BESIDE)
 def test_the_numbers_are_right(family):
     @fuzzed
     @given(st.data())

@@ -7,6 +7,7 @@ import torch
 from torch.autograd import gradcheck
 
 from pelt_fast.ops.adapter.op import AdapterFunction
+from pelt_fast.ops.beside.op import ActivationFunction, DownFunction, UpFunction
 from pelt_fast.ops.common.activations import ACTIVATIONS, activate, derivative
 from pelt_fast.ops.common.backends import backend
 from pelt_fast.ops.common.dropout import draw_seed
@@ -155,6 +156,37 @@ def test_ffn_backward_gives_what_is_needed(needs, separate):
 def test_ffn_backward_of_an_adapter_on_another_tensor(gated, p):
     arguments = ffn_arguments(5, 4, 5, 3, 2, gated, True, p, separate=True)
     check(WidenedFFNFunction.apply, unpacked(arguments))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("m, k, n, r", SHAPES)
+def test_both_halves_beside_a_layer_match_finite_differences(m, k, n, r, p):
+    seeds = draw_seed(CPU, 2) if p else (None, None)
+    check(DownFunction.apply, (leaf(m, k), leaf(r, k), leaf(r), p, seeds[0]))
+    tensors = (leaf(m, n), leaf(m, r), leaf(n, r), leaf(n))
+    for activation in ("identity", "tanh"):
+        check(UpFunction.apply, (*tensors, activation, 1.3, p, seeds[0], p, seeds[1]))
+
+
+@pytest.mark.parametrize("needs", itertools.product([True, False], repeat=4))
+def test_both_halves_beside_a_layer_give_what_is_needed(needs):
+    if not any(needs):
+        return
+    seed = draw_seed(CPU)[0]
+    up = [leaf(*s, needs=need) for s, need in zip([(4, 3), (4, 2), (3, 2), (3,)], needs)]
+    for activation in ("identity", "silu"):
+        check(UpFunction.apply, (*up, activation, 0.5, 0.0, None, 0.3, seed))
+    if any(needs[:3]):
+        down = [leaf(*s, needs=need) for s, need in zip([(4, 5), (2, 5), (2,)], needs)]
+        check(DownFunction.apply, (*down, 0.3, seed))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activation_beside_layers_matches_finite_differences(activation, gated, p):
+    seed, gate = draw_seed(CPU)[0] if p else None, leaf(3, 7) if gated else None
+    check(ActivationFunction.apply, (leaf(3, 7), gate, activation, p, seed))
 
 
 HEADS = [  # B, H, Hkv, T, S, D, P

@@ -54,6 +54,12 @@ def activation_tensor(name: str, value: Tensor, least_dims: int = 2) -> None:
         raise ValueError(f"{name} must have at least {least_dims} dims, got {tuple(value.shape)}")
 
 
+def function(name: str, value, optional: bool = False) -> None:
+    """Check for a function, a frozen layer for example, or None if it is optional."""
+    if not callable(value) and not (optional and value is None):
+        raise TypeError(f"{name} must be a function or a module, got {type(value).__name__}")
+
+
 def same_dtype(like_name: str, like: Tensor, **tensors: Tensor | None) -> None:
     """Check that frozen weights have the activation's dtype; only trainable ones may differ."""
     for name, value in tensors.items():
@@ -107,14 +113,22 @@ def choice(name: str, value: str, options: tuple[str, ...]) -> None:
 def bottleneck(
     x: Tensor, channels: int, weights: Bottleneck, activation: str, scale: float | Tensor
 ) -> None:
-    """Check the weights of an adapter that reads x and adds to ``channels`` of an output."""
+    """Check the weights of an adapter that reads x and adds to ``channels`` of an output of x's
+    dtype."""
+    bottleneck_shapes(x, channels, weights, activation, scale)
+    trainable_dtype(x, **weights._asdict())
+
+
+def bottleneck_shapes(
+    x: Tensor, channels: int, weights: Bottleneck, activation: str, scale: float | Tensor
+) -> None:
+    """Check everything of these weights but their dtype beside x's."""
     down_weight, down_bias, up_weight, up_bias = weights
     tensor("down_weight", down_weight, ("R", x.shape[-1]), x)
     rank = down_weight.shape[0]
     tensor("down_bias", down_bias, (rank,), x, optional=True)
     tensor("up_weight", up_weight, (channels, rank), x)
     tensor("up_bias", up_bias, (channels,), x, optional=True)
-    trainable_dtype(x, **weights._asdict())
     same_dtype("down_weight", down_weight, down_bias=down_bias)
     same_dtype("up_weight", up_weight, up_bias=up_bias)
     update_scale(scale, channels)

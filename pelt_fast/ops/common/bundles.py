@@ -46,6 +46,20 @@ class Bottleneck(NamedTuple):
     up_bias: Tensor | None
 
 
+class Down(NamedTuple):
+    """The first half of a low-rank update: D (R, K), d (R) or None."""
+
+    down_weight: Tensor
+    down_bias: Tensor | None
+
+
+class Up(NamedTuple):
+    """The second half of a low-rank update: U (N, R), u (N) or None."""
+
+    up_weight: Tensor
+    up_bias: Tensor | None
+
+
 class AdapterNorm(NamedTuple):
     """The LayerNorm of an adapter: of its input ("in"), of its update ("out") or "none"."""
 
@@ -185,9 +199,11 @@ def flat_fields(function: Callable) -> dict[str, type]:
 
 
 def schema_of(function: Callable) -> str:
-    """The schema of an op whose specification is ``function``, which returns a tuple of tensors."""
+    """The schema of an op whose specification is ``function``, which returns a tensor or a tuple of
+    tensors."""
     arguments = ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in flat_fields(function).items())
-    results = get_type_hints(function)["return"].__args__
+    found = get_type_hints(function)["return"]
+    results = (found,) if found is Tensor else found.__args__
     return f"({arguments}) -> ({', '.join(_SCHEMA_TYPES[t] for t in results)})"
 
 

@@ -155,7 +155,8 @@ def down_gradients(
     takes = covered and 1 <= rank <= MAX_RANK
     ours = takes and ds.stride(-1) == 1
     if seed is not None and not ours:
-        return _masked_gradients(ds, x, a, base, Dropout(p, seed), need_dx, need_da)
+        dx = _started(ds, width, base, in_place) if need_dx else None
+        return _masked_gradients(ds, x, a, dx, Dropout(p, seed), need_da)
     dx = da = None
     in_16_bits = seed is None and like.element_size() == 2  # faster in the library
     if need_dx and (not ours or in_16_bits):
@@ -182,14 +183,21 @@ def _input_gradient(ds: Tensor, a: Tensor, base: Tensor | None, in_place: bool) 
     return base.addmm_(ds, a) if in_place else torch.addmm(base, ds, a)
 
 
-def _masked_gradients(ds, x, a, base, mask: Dropout, need_dx: bool, need_da: bool):
-    """The same by the library's GEMMs, with the mask of one block of rows at a time."""
+def _started(ds: Tensor, width: int, base: Tensor | None, in_place: bool) -> Tensor:
+    """The tensor to which the update of dx is added: ``base``, a copy of it, or zeros."""
+    if base is None:
+        return ds.new_zeros(ds.shape[0], width)
+    return base if in_place else base.clone(memory_format=torch.contiguous_format)
+
+
+def _masked_gradients(ds, x, a, dx: Tensor | None, mask: Dropout, need_da: bool):
+    """The same by the library's GEMMs, with the mask of one block of rows at a time. The update is
+    added to ``dx``, None if it is not requested."""
     low, wide = a.to(ds.dtype), torch.promote_types(ds.dtype, a.dtype)
-    dx = base if need_dx else None  # in place, for LoRA: no other op draws a mask here
     da = torch.zeros_like(a, dtype=wide) if need_da else None
     for rows in row_blocks(ds, a.shape[1]):
         factor = drop_factor(rows, a.shape[1], mask.dropout_p, mask.seed, ds.dtype)
-        if need_dx:
+        if dx is not None:
             dx[rows].addcmul_(ds[rows] @ low, factor)
         if need_da:
             da.addmm_(ds[rows].t().to(wide), factor.mul_(x[rows]).to(wide))

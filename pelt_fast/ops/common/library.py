@@ -75,7 +75,7 @@ class Op:
         path: str,
         kernels: str,
         *,
-        size: tuple[str, int],
+        size: tuple[str, int] | None,
         any_strides: Sequence[str] = (),
         without: Callable | None = None,
     ) -> None:
@@ -84,12 +84,13 @@ class Op:
         Args:
             path: "module:function", imported (and Triton with it) on the first call.
             kernels: the name whose rules ``dispatch.unsupported`` checks.
-            size: the argument and the dim whose length is the rank or the prefix length.
+            size: the argument and the dim whose length is the rank or the prefix length; None if
+                the op has neither.
             any_strides: weights that only GEMMs read (GPT-2 stores them transposed).
             without: what runs if the kernels cannot, ``cpu`` by default. The reason is logged
                 once, or raised under strict.
         """
-        sized, dim = self.arguments.index(size[0]), size[1]
+        sized, dim = (0, None) if size is None else (self.arguments.index(size[0]), size[1])
         free = {self.arguments.index(name) for name in any_strides}
         otherwise = self.cpu if without is None else from_flat(without)
         loaded: list[Callable] = []
@@ -99,7 +100,8 @@ class Op:
                 _upright(args[i]) if i in free else args[i]
                 for i in self.tensors if args[i] is not None
             ]  # fmt: skip
-            reason = dispatch.unsupported(kernels, tensors, args[sized].shape[dim])
+            length = 1 if dim is None else args[sized].shape[dim]
+            reason = dispatch.unsupported(kernels, tensors, length)
             if reason is not None:
                 dispatch.fall_back(f"{kernels}: running on library kernels, because {reason}")
                 return otherwise(*args)

@@ -8,6 +8,8 @@ the library: it multiplies 16-bit numbers, and packs no weight first. The C++ co
 ``covered`` is the result of :func:`covers_rows`, if the caller has checked all its tensors at once.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +20,7 @@ from .bundles import Bottleneck, Dropout, FrozenFFN
 from .dropout import cpp_mask, drop_, drop_factor, row_blocks
 
 MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
+MAX_FEW = 8  # kMaxFew of csrc/cpu/few_rows.cpp
 FEW_ROWS = 16  # a decoder's: the C++ packs its weight first (python -m benchmarks.host)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_MASK = (None, 0, 1.0)  # the mask arguments of the C++ code if nothing is dropped
@@ -47,6 +50,43 @@ def _by_library(x: Tensor, rank: int, seed: Tensor | None, covered: bool | None)
     if (seed is None and few) or not 1 <= rank <= MAX_RANK:
         return True
     return not (covers_rows(x) if covered is None else covered)
+
+
+def has_few_rows(x: Tensor) -> bool:
+    """Whether :func:`linear` runs x (M, K) in C++: M is that of a decoder's step."""
+    return x.shape[0] <= MAX_FEW and covers_rows(x)
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has arithmetic for a 16-bit dtype, and the library a GEMM that uses it."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x weightᵀ + bias (M, N), in ``out`` if given.
+
+    A product of few rows takes as long as reading the weight. The C++ code reads it once, in the
+    order of its memory, whether its rows or its columns are contiguous. The library's GEMM takes
+    longer. On a CPU without 16-bit arithmetic the library's 16-bit product takes longer than one in
+    fp32, and 30 times as long by columns (docs/facts.md#products-of-a-few-rows).
+    """
+    if has_few_rows(x) and weight.dtype is x.dtype and 1 in weight.stride():
+        out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+        cpp.few_rows_product_(out, x, weight.t(), bias)
+        return out
+    if x.device.type == "cpu" and x.element_size() == 2 and not multiplies(x.dtype):
+        product = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return product.to(x.dtype) if out is None else out.copy_(product)
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 def activate(
@@ -157,16 +197,13 @@ def stacked_linear(
     if packed is not None:
         padding = packed.shape[0] - sum(weight.shape[0] for weight, _ in stack)
         parts = [(bias, weight.shape[0]) for weight, bias in stack] + [(None, padding)]
-        return F.linear(x, packed, _stacked_bias(parts, x))
+        return linear(x, packed, _stacked_bias(parts, x))
     pre = x.new_empty(x.shape[0], sum(weight.shape[0] for weight, _ in stack))
     inputs = [x] * (len(stack) - 1) + [x if adapter_x is None else adapter_x]
     first = 0
     for (weight, bias), source in zip(stack, inputs):
         part = pre[:, first : first + weight.shape[0]]
-        if bias is None:
-            torch.mm(source, weight.to(x.dtype).t(), out=part)
-        else:
-            torch.addmm(bias.to(x.dtype), source, weight.to(x.dtype).t(), out=part)
+        linear(source, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), part)
         first += weight.shape[0]
     return pre
 
@@ -199,7 +236,7 @@ def summed_bias(
 def packed_product(act: Tensor, packed_out: Tensor, bias: Tensor | None) -> Tensor:
     """[A | H] [W2 | s U]ᵀ + bias; columns of either past F + R are zeros."""
     width = min(act.shape[1], packed_out.shape[1])
-    return F.linear(act[:, :width], packed_out[:, :width], bias)
+    return linear(act[:, :width], packed_out[:, :width], bias)
 
 
 def out_projection(
@@ -221,9 +258,9 @@ def out_projection(
         return packed_product(act[:, : inner + rank], packed_out, bias)
     a, h = act[:, :inner], act[:, inner : inner + rank]
     if seed is None:
-        y = F.linear(a, ffn.out_weight, summed_bias(ffn.out_bias, up_bias, scale, act.dtype))
+        y = linear(a, ffn.out_weight, summed_bias(ffn.out_bias, up_bias, scale, act.dtype))
         return up(y, h, up_weight, scale=scale, in_place=True, covered=covered)
-    y = F.linear(a, ffn.out_weight, ffn.out_bias)
+    y = linear(a, ffn.out_weight, ffn.out_bias)
     return up(
         y, h, up_weight, up_bias, scale, p=p, seed=seed, in_place=True, covered=covered
     )  # fmt: skip

@@ -11,11 +11,11 @@ Flops    2MR(K + N) forward, 4MR(K + N) backward beside 2MNK each.
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from pelt_fast.ops.common.bundles import Dropout, FrozenLinear, LowRank, absent
 from pelt_fast.ops.common.gradients import down_gradients, fill, up_gradients
 from pelt_fast.ops.common.passes import down, up
+from pelt_fast.ops.common.passes import linear as product
 
 
 def lora_forward(
@@ -23,7 +23,7 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     lora_a, lora_b, scale = factors
     s = down(x, lora_a, p=drop.dropout_p, seed=drop.seed)
-    y = F.linear(x, *linear)
+    y = product(x, *linear)
     return up(y, s, lora_b, scale=scale, in_place=True), s
 
 

@@ -8,6 +8,8 @@ batch rows are the rows of one matrix for each head, in blocks that stay in cach
 Traffic  in addition to attention without a prefix: q, o read and o written forward; q, o, do, dq
          read and dq written backward. Flops (S + P) / S of the attention's.
 
+A few queries that no mask restricts, as in a decoder's step, need one call: C++ attends over prefix
+and context (csrc/cpu/prefix_few.cpp).
 If the flash kernel cannot run (attention dropout), the specification runs in blocks. Without a
 context only the prefix part runs.
 """
@@ -41,6 +43,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 MAX_PREFIX, MAX_HEAD_DIM = 256, 128  # kMaxPrefix and kColumns of csrc/cpu
+FEW_QUERIES, HEAD_DIM_STEP = 8, 16  # kFewQueries and kPad of csrc/cpu
 PREFIX_SHARE = 8  # a step of the prefix part has 1 / 8 of the scores of a whole block
 
 
@@ -98,6 +101,8 @@ def prefix_attention_forward(
     q, gated, scale = qkv.q, form.composition == "gated", scores.scale
     if not uses_flash(q, drop.dropout_p):
         return NotImplemented
+    if gated and _is_step(qkv, prefix, scores):
+        return _step(qkv, prefix, scale)
     qkv = QKV(*map(with_rows, qkv))
     q = qkv.q
     o, lse = _context(qkv, scores)
@@ -120,6 +125,26 @@ def prefix_attention_forward(
             _merge_outputs(*block, prefix, scale, form.composition)
     lse = own.view(lse.shape[1], lse.shape[0], lse.shape[2]).transpose(0, 1).contiguous()
     return o, lse, context_o, rng
+
+
+def _is_step(qkv: QKV, prefix: Prefix, scores: Scores) -> bool:
+    """Whether C++ runs prefix and context in one call: a few queries that see every key, as in a
+    decoder's step."""
+    q, k, v = qkv
+    queries, dim = q.shape[2:]
+    if queries > FEW_QUERIES or scores.attn_mask is not None or (scores.is_causal and queries > 1):
+        return False
+    rows = q.stride(3) == k.stride(3) == v.stride(3) == 1 and dim % HEAD_DIM_STEP == 0
+    fits = dim <= MAX_HEAD_DIM and prefix.prefix_k.shape[1] <= MAX_PREFIX and k.shape[2] > 0
+    small = prefix.prefix_k.stride(2) == prefix.prefix_v.stride(2) == 1
+    return rows and fits and small and covers_rows(q)
+
+
+def _step(qkv: QKV, prefix: Prefix, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, nothing = qkv.q, absent(qkv.q)
+    o, lse = heads_last_empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    cpp.prefix_few_queries_(o, lse, *qkv, *(p.detach().float() for p in prefix), scale)
+    return o, lse, nothing, no_rng(q, None)
 
 
 def _merge_outputs(

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +21,7 @@ from pelt_fast.ops.common.bundles import (
 )
 from pelt_fast.ops.common.dropout import draw_seeds
 from pelt_fast.ops.common.library import Op, OpFunction, fake_gradients, keep_needed, run
+from pelt_fast.ops.common.passes import has_few_rows
 
 from . import cpu, reference
 
@@ -164,5 +166,7 @@ def widened_ffn(
     shape = (*x.shape[:-1], ffn.out_weight.shape[0])
     x = x.reshape(-1, x.shape[-1])
     adapter_x = None if adapter_x is None else adapter_x.reshape(-1, adapter_x.shape[-1])
+    if has_few_rows(x) and not torch.is_grad_enabled():
+        stacked = Stacked()  # filling the buffers would cost more than the two small products
     y = run(WidenedFFNFunction, x, adapter_x, *ffn, *adapter, *stacked, *settings)
     return y.view(shape)

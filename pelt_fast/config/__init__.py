@@ -1,7 +1,8 @@
 """The design space of the paper (Table 1) as data: a config is a list of modifications.
 
 Each :class:`Modification` is one point of the four dimensions: functional form, modified
-representation (``target``), insertion, composition; the rest of its fields are details.
+representation (``target``), insertion, composition; the rest of its fields are details. The grid of
+the points that have a meaning is in ``grid``, what a LoRA is on by name in ``named_modules``.
 """
 
 import dataclasses
@@ -12,61 +13,22 @@ from typing import Any
 
 from pelt_fast.ops.common.activations import ACTIVATIONS
 
-FORMS = ("low_rank", "bottleneck", "prefix", "prompt", "bias", "full")
-TARGETS = (
-    "attention", "attention.q", "attention.k", "attention.v", "attention.o", "heads", "ffn",
-    "ffn.in", "ffn.out", "embeddings", "model",
-)  # fmt: skip
-INSERTIONS = ("parallel", "sequential")
-COMPOSITIONS = ("add", "scaled", "learned_scale", "learned_channel_scale", "gated")
-KINDS = ("encoder", "decoder", "cross")
-READS = ("default", "input", "residual", "query")
-PLACEMENTS = (
-    "default", "before_output", "after_output", "before_dropout", "after_dropout", "after_norm",
-    "around_norm",
-)  # fmt: skip
+from .grid import (
+    COMPOSITIONS,
+    FORMS,
+    GRID,
+    INSERTIONS,
+    KINDS,
+    PLACEMENTS,
+    PLACES,
+    READ_AT,
+    READS,
+    REASONS,
+    TARGETS,
+)
+from .named_modules import ALL_LINEAR, MODULES, Pattern, checked_modules, checked_patterns
 
 _OF_NO_LAYER = ("prompt", "bias", "full")
-
-# form, target -> (insertion, compositions) pairs that can be built
-_LINEARS = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.in", "ffn.out")
-_SCALED = ("add", "scaled", "learned_scale", "learned_channel_scale")
-GRID: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
-    **{("low_rank", target): {"parallel": ("add", "scaled")} for target in _LINEARS},
-    ("bottleneck", "attention"): {"sequential": _SCALED, "parallel": _SCALED},
-    ("bottleneck", "ffn"): {"sequential": _SCALED, "parallel": _SCALED},
-    ("bottleneck", "heads"): {"parallel": ("add", "scaled")},
-    ("prefix", "heads"): {"parallel": ("gated", "add")},
-    ("prompt", "embeddings"): {"parallel": ("gated",)},
-    ("bias", "model"): {"parallel": ("add",)},
-    ("full", "model"): {"parallel": ("add",)},
-}
-# where an update may be read and added, the paper's place first
-_PLACES: dict[tuple[str, str] | None, tuple[str, ...]] = {
-    ("attention", "parallel"): ("before_output", "after_output"),
-    ("attention", "sequential"): ("after_output",),
-    ("heads", "parallel"): ("before_output",),
-    ("ffn", "parallel"): ("after_dropout", "before_dropout"),
-    ("ffn", "sequential"): ("after_dropout", "after_norm", "around_norm"),
-}
-_READS: dict[tuple[str, str] | None, tuple[str, ...]] = {
-    ("heads", "parallel"): ("input", "query"),
-    ("ffn", "parallel"): ("input", "residual"),
-}
-# why a point has no meaning; the first reason that applies
-_REASONS = (
-    (lambda m: m.composition == "gated", "a gate is the softmax mass of a prefix's own keys"),
-    (lambda m: m.form == "low_rank" and m.insertion == "sequential",
-     "a low-rank update is one of a weight and reads what the weight reads"),
-    (lambda m: m.form == "low_rank" and m.composition.startswith("learned"),
-     "its second factor trains without a bound and is scale enough"),
-    (lambda m: m.form == "low_rank", "a low-rank update is one of a weight matrix"),
-    (lambda m: m.form == "prefix", "a prefix is keys and values of an attention's heads"),
-    (lambda m: m.form == "prompt", "a prompt is vectors in front of the input embeddings"),
-    (lambda m: m.form in ("bias", "full"), "what trains is the model's own"),
-    (lambda m: m.target == "heads", "heads take an update beside what they attend to"),
-    (lambda m: "." in m.target, "a bottleneck reads and writes a whole sub-layer"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +42,8 @@ class Modification:
             head), "prefix", "prompt" (vectors in front of the input), "bias" (BitFit: the model's
             own biases) or "full".
         target: what is modified: "attention", "attention.q", "attention.k", "attention.v",
-            "attention.o", "heads", "ffn", "ffn.in", "ffn.out", "embeddings" or "model".
+            "attention.o", "heads", "ffn", "ffn.in", "ffn.out", "modules" (a LoRA's, by name),
+            "embeddings" or "model".
         insertion: "parallel" reads the target's input, "sequential" its output.
         composition: "add" h + Δh; "scaled" h + s Δh; "learned_scale", s trained from ``scale`` (a
             scalar), or "learned_channel_scale" (one for each channel); "gated" (1 - λ) h + λ Δh.
@@ -106,7 +69,12 @@ class Modification:
             LN(Δ(LN(y + x)) + y + x); of a pre-norm one, where nothing normalises the sum,
             y + x + Δ(y + x)).
         residual: whether a sequential adapter adds its input to its update.
-        layers: the layers of each stack in ``where`` that have it, from 0; None is all of them.
+        layers: the layers of each stack in ``where`` that have it, from 0; None is all of them. Of
+            modules by name: the first number in a name.
+        modules: of the target "modules": "all-linear", a regular expression that a whole name must
+            match, or endings of names. The names are those of the model that is injected.
+        patterns: of a LoRA: (regular expression, size, scale), for the modules whose name, or an
+            ending of it, matches.
 
     Raises:
         ValueError: a field has another value, or the point has no meaning; the message names the
@@ -134,6 +102,8 @@ class Modification:
     placement: str = "default"
     residual: bool = True
     layers: tuple[int, ...] | None = None
+    modules: str | tuple[str, ...] | None = None
+    patterns: tuple[Pattern, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "where", tuple(self.where))
@@ -149,20 +119,21 @@ class Modification:
         self._check_point()
         self._check_numbers()
         self._check_layers()
+        self._check_names()
 
     def _check_point(self) -> None:
         """Refuse a point of the grid without meaning, and name the nearest point with a meaning."""
         point = _described(self.insertion, self.form, self.target, self.composition)
         if self.composition not in GRID.get((self.form, self.target), {}).get(self.insertion, ()):
-            reasons = [reason for applies, reason in _REASONS if applies(self)]
+            reasons = [reason for applies, reason in REASONS if applies(self)]
             why = reasons[0] if reasons else "no module is built there"
             raise ValueError(f"{point} has no meaning: {why}. The nearest is {self._nearest()}")
         if self.composition == "add" and self.scale != 1:
             raise ValueError(f"{point}: scale must be 1, got {self.scale}; use 'scaled'")
         key = (self.target, self.insertion) if self.form == "bottleneck" else None
         for name, value, allowed in (
-            ("placement", self.placement, _PLACES.get(key, ())),
-            ("reads", self.reads, _READS.get(key, ())),
+            ("placement", self.placement, PLACES.get(key, ())),
+            ("reads", self.reads, READ_AT.get(key, ())),
         ):
             if value not in ("default", *allowed):
                 choice = ", ".join(("default", *allowed))
@@ -227,6 +198,18 @@ class Modification:
             )
         object.__setattr__(self, "layers", tuple(sorted(layers)))
 
+    def _check_names(self) -> None:
+        if self.target == MODULES:
+            modules = ALL_LINEAR if self.modules is None else self.modules
+            object.__setattr__(self, "modules", checked_modules(modules))
+            if set(self.where) != set(KINDS):
+                raise ValueError("where is for targets of the paper: a name says where a module is")
+        elif self.modules is not None:
+            raise ValueError(f"modules is for the target {MODULES!r}, got it on {self.target!r}")
+        if self.patterns and self.form != "low_rank":
+            raise ValueError(f"patterns is for low_rank, got it on {self.form}")
+        object.__setattr__(self, "patterns", checked_patterns(self.patterns))
+
     def meets(self, other: "Modification") -> bool:
         """Whether at least one layer has both, if they are on the same place."""
         if self.layers is None or other.layers is None:
@@ -248,7 +231,7 @@ def _check_together(m: Modification, other: Modification) -> None:
     kinds = [kind for kind in m.where if kind in other.where]
     if not kinds or not m.meets(other):
         return
-    if (m.form, m.target) == (other.form, other.target):
+    if (m.form, m.target) == (other.form, other.target) and m.target != MODULES:
         raise ValueError(f"two {m.form} modifications of {m.target} in {kinds[0]!r}")
     on_heads = {n.form for n in (m, other) if n.target == "heads"}
     if on_heads == {"prefix", "bottleneck"} and "query" in (m.reads, other.reads):
@@ -322,12 +305,13 @@ class PeltConfig:
         return dataclasses.replace(self, modifications=tuple(modifications))
 
     def as_dict(self) -> dict:
-        """The config as plain data. ``layers`` is left out if it is None, as in files from before
-        this field existed."""
+        """The config as plain data. ``layers``, ``modules`` and ``patterns`` are left out if they
+        are empty, as in files from before these fields existed."""
         raw = dataclasses.asdict(self)
         for m in raw["modifications"]:
-            if m["layers"] is None:
-                del m["layers"]
+            for name in ("layers", "modules", "patterns"):
+                if not m[name]:
+                    del m[name]
         return raw
 
     def to_json(self) -> str:

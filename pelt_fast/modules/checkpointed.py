@@ -1,0 +1,52 @@
+"""What torch's checkpoints run again in backward, after the block of the forward has ended."""
+
+import sys
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch.utils import checkpoint
+
+Context = Callable[[], AbstractContextManager]
+
+
+class RunAgain:
+    """A checkpointed function. It runs in a context of its own."""
+
+    def __init__(self, function: Callable, context: Context):
+        self.function, self.context = function, context
+
+    def __call__(self, *args, **kwargs):
+        with self.context():
+            return self.function(*args, **kwargs)
+
+
+def run_again_in(context: Context) -> None:
+    """Make the checkpoint that is running, if any, run its function again in ``context``."""
+    found = _without_reentry() if torch.is_grad_enabled() else _with_reentry()
+    if found is None:
+        return
+    owner, name = found
+    function = getattr(owner, name)
+    if not isinstance(function, RunAgain):
+        setattr(owner, name, RunAgain(function, context))
+
+
+def _without_reentry() -> tuple[object, str] | None:
+    """A checkpoint without reentry has put a hook on what is saved; the hook knows its frame."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    pack = None if hooks is None else hooks[0]
+    if not getattr(pack, "__qualname__", "").startswith("_checkpoint_hook."):
+        return None
+    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or ()))
+    return cells["frame"].cell_contents, "recompute_fn"
+
+
+def _with_reentry() -> tuple[object, str] | None:
+    """A checkpoint with reentry is a function of autograd that runs without autograd."""
+    code = checkpoint.CheckpointFunction.forward.__code__
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else (frame.f_locals["ctx"], "run_function")
