@@ -74,6 +74,11 @@ def _kept(rows, max_length: int, split: str):
     """The rows with something to learn. What was cut, left out and not learned is said."""
     longer = [length for length in rows[WHOLE] if length > max_length]
     kept = [i for i, count in enumerate(rows[LEARNED]) if count]
+    skipped = sum(rows[SKIPPED])
+    if not kept and skipped:
+        raise ValueError(
+            f"--data: the chat template writes no answer of {split} as it stands in the row"
+        )
     if not kept:
         raise ValueError(
             f"--data: no row of {split} has anything to learn within max_length={max_length}"
@@ -84,7 +89,6 @@ def _kept(rows, max_length: int, split: str):
     if len(kept) < len(rows):
         say(f"{split}: {len(rows) - len(kept):,} of {len(rows):,} rows have nothing left to learn"
             " and were left out")  # fmt: skip
-    skipped = sum(rows[SKIPPED])
     if skipped:
         say(f"{split}: {skipped:,} answers are not learned: the chat template writes them otherwise"
             " once another message follows")  # fmt: skip
