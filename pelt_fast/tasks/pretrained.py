@@ -3,15 +3,23 @@
 import sys
 from pathlib import Path
 
+LONGEST = 160  # characters of another library's reason
+
 
 def from_pretrained(auto_class, path: str | Path, **options):
-    """``auto_class.from_pretrained(path)``. Raises OSError with the name of a missing model."""
+    """``auto_class.from_pretrained(path)``. Raises OSError with the name of a missing model, and
+    ValueError, in one line, for files that cannot be understood."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+    what = "the tokenizer of" if "Tokenizer" in auto_class.__name__ else "model"
     try:
         return auto_class.from_pretrained(path, **options)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise OSError(f"model {str(path)!r} cannot be loaded: {reason}") from None
+        raise OSError(f"{what} {str(path)!r} cannot be loaded: {reason}") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        short = reason if len(reason) <= LONGEST else f"{reason[:LONGEST]} ..."
+        raise ValueError(f"{what} {str(path)!r} cannot be loaded: {short}") from None

@@ -56,6 +56,7 @@ def fit(
         raise RuntimeError(
             f"training needs the extra: pip install 'pelt_fast[{extra}]' ({error})"
         ) from None
+    trainer.args.eval_on_start = causal and keep and not resume  # the base, beside what is trained
     if not torch.cuda.is_available():
         keep_freed_memory()
     meter = Meter()

@@ -30,12 +30,13 @@ def pairs() -> Dataset:
     )
 
 
-def trained(kind, settings, data, tmp_path, method):
+def trained(kind, settings, data, tmp_path, method, **more):
     torch.manual_seed(0)
     model = pelt_fast.inject(MODELS["llama"](), small_method(method, dropout=0.0))
+    more = {name: make(model) for name, make in more.items()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     arguments = settings(output_dir=str(tmp_path), **SETTINGS)
-    trainer = kind(model, args=arguments, train_dataset=data, processing_class=tokenizer())
+    trainer = kind(model, args=arguments, train_dataset=data, processing_class=tokenizer(), **more)
     trainer.train()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != is_method(name), name
@@ -59,15 +60,23 @@ def test_dpo_starts_at_its_reference_and_learns_what_is_chosen(tmp_path):
     assert log[-1]["loss"] < log[0]["loss"] and log[-1]["rewards/margins"] > 0.05
 
 
+def test_dpo_beside_the_base_on_the_same_weights_is_the_same(tmp_path):
+    def settings(**given):
+        return trl.DPOConfig(precompute_ref_log_probs=True, **given)
+
+    ahead = trained(PeltDPOTrainer, settings, pairs(), tmp_path / "ahead", "lora")
+    beside = trained(PeltDPOTrainer, trl.DPOConfig, pairs(), tmp_path / "beside", "lora",
+                     ref_model=pelt_fast.reference_model)  # fmt: skip
+    found, wanted = ([entry["loss"] for entry in log] for log in (beside, ahead))
+    assert found == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind, settings, data", [
     (PeltSFTTrainer, trl.SFTConfig, rows), (PeltDPOTrainer, trl.DPOConfig, pairs),
 ])  # fmt: skip
 def test_a_lora_that_trl_would_go_past_is_refused(kind, settings, data, tmp_path):
     model = MODELS["llama"]()
-    try:
-        pelt_fast.inject(model, "lora", targets=["lm_head"])
-    except ValueError:
-        pytest.skip("a LoRA goes on the places of the layout alone")
+    pelt_fast.inject(model, "lora", targets=["lm_head"])
     arguments = settings(output_dir=str(tmp_path), **SETTINGS)
     with pytest.raises(ValueError, match="a LoRA on it would not train"):
         kind(model, args=arguments, train_dataset=data(), processing_class=tokenizer())

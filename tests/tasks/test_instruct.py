@@ -47,9 +47,9 @@ def test_every_form_of_rows_trains_and_is_scored(form, model, tmp_path):
     assert 0 <= scores["token_accuracy"] <= 100
     logged = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]
     losses = [line["eval_loss"] for line in logged if "eval_loss" in line]
-    assert len(losses) == 2 and losses[1] < losses[0]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
     spoken = [json.loads(line) for line in (tmp_path / "out" / FILE).read_text().splitlines()]
-    assert [line["step"] for line in spoken] == [3] * 4 + [6] * 4
+    assert [line["step"] for line in spoken] == [0] * 4 + [3] * 4 + [6] * 4
     assert all({"prompt", "wanted", "generated"} <= line.keys() for line in spoken)
     if form != "text":
         assert [line["wanted"] for line in spoken[:4]] == [answer for _, answer in chat.PAIRS]
@@ -63,6 +63,20 @@ def test_other_methods_train(method, model, tmp_path, capsys):
     assert (told in capsys.readouterr().err) == (method == "prompt")
     base = AutoModelForCausalLM.from_pretrained(model)
     pelt_fast.load(base, tmp_path / "out")
+
+
+def test_the_first_evaluation_is_that_of_the_base(model, tmp_path):
+    data = chat.write(tmp_path / "data", chat.ROWS["text"], repeat=4)
+    trained(short(model, steps=1, evaluate_every=1), data, tmp_path / "out")
+    logged = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]
+    base, own = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    losses = []
+    for row in chat.ROWS["text"]:
+        ids = torch.tensor([own(row["text"])["input_ids"] + [own.eos_token_id]])
+        with torch.no_grad():
+            losses += [base(ids, labels=ids).loss.item()] * (ids.shape[1] - 1)
+    first = next(line["eval_loss"] for line in logged if "eval_loss" in line)
+    assert first == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_answers_are_learned_by_heart_and_a_fresh_base_gives_them(model, tmp_path):

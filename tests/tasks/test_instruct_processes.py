@@ -60,9 +60,9 @@ def test_fsdp2_trains_as_ddp_and_the_first_process_writes(tmp_path):
     rows = [*chat.ROWS["messages"], {"messages": chat.said("say more", "eeeeee")}]  # an odd number
     data = chat.write(tmp_path / "data", rows, repeat=4)
     wanted, spoken = trained(tmp_path / "ddp", model, data, {})
-    assert len(wanted) == 2 and wanted[1] < wanted[0] and spoken == 8
+    assert len(wanted) == 3 and wanted[2] < wanted[1] and spoken == 12
     found, spoken = trained(tmp_path / "fsdp", model, data, FSDP2)
-    assert found == pytest.approx(wanted, rel=1e-4) and spoken == 8
+    assert found == pytest.approx(wanted, rel=1e-4) and spoken == 12
     for folder in ("ddp", "fsdp"):
         assert len((tmp_path / folder / "results.jsonl").read_text().splitlines()) == 1
         pelt_fast.load(AutoModelForCausalLM.from_pretrained(model), tmp_path / folder)

@@ -1,6 +1,7 @@
 """What the task instruct refuses: one clear line, status 2, nothing written."""
 
 import importlib.util
+import shutil
 
 import pytest
 
@@ -62,6 +63,15 @@ def test_rows_longer_than_the_model(causal, tmp_path, capsys):
     arguments = ["--task", "instruct", "--model", causal["chat"], "--data", data(tmp_path)]
     line = refused(capsys, tmp_path, arguments)
     assert "max_length=1024 is longer than the 160 positions" in line
+
+
+def test_a_model_without_a_tokenizer(causal, tmp_path, capsys):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"{causal['chat']}/{name}", folder)
+    line = refused(capsys, tmp_path, instruct(str(folder), data(tmp_path)))
+    assert "the tokenizer of" in line and "cannot be loaded: " in line
 
 
 def test_no_rows_are_named(causal, tmp_path, capsys):

@@ -84,6 +84,7 @@ def test_what_cannot_be_learned_is_refused(rows, template, message):
     ({"prompt": None, "completion": "a"}, "has a prompt of nothing"),
     ({"prompt": TURNS[:1], "completion": "a"}, "a prompt of text and a completion of messages"),
     ({"messages": []}, "has no messages"),
+    ({"messages": "hello"}, "has messages of type str: a list of messages is needed"),
     ({"messages": TURNS[:1]}, "has no message of the role 'assistant'"),
     ({"messages": chat.said("a", " ")}, "has an empty assistant message"),
     ({"messages": [{"role": "assistant", "text": "a"}]}, "without role and content"),

@@ -48,17 +48,27 @@ def conversation(tokenizer, messages: list[dict], given: int = 0) -> tuple[str, 
 
 def _span(tokenizer, messages: list[dict], place: int, text: str) -> Span | None:
     """Where message ``place`` stands in the text; None where the template writes it otherwise."""
-    before, asked = "", ""
-    if place:
-        before = rendered(tokenizer, messages[:place])
-        asked = rendered(tokenizer, messages[:place], answer=True)
-    through = rendered(tokenizer, messages[: place + 1])
-    if not (text.startswith(before) and text.startswith(through)):
-        return None
-    return max(len(before), _shared(asked, text)), len(through)
+    before, given, asked = messages[:place], "", ""
+    if before:
+        given, asked = rendered(tokenizer, before), rendered(tokenizer, before, answer=True)
+    known, start = _shared(given, text), _shared(asked, text)
+    if start < len(asked):  # the text may lack what asks for a reasoning, but nothing of a message
+        if known < len(given):
+            return None
+        start = max(start, known)
+    end = _shared(rendered(tokenizer, messages[: place + 1]), text)  # which may add an end token
+    said = _bare(messages[place]["content"]) in _bare(text[known:end])
+    return (start, end) if said and start < end else None
+
+
+def _bare(text: str) -> str:
+    """A text without white space: a template may lay out a reasoning anew."""
+    return "".join(text.split())
 
 
 def _shared(first: str, second: str) -> int:
     """How many characters two texts have in common at their beginnings."""
+    if second.startswith(first):
+        return len(first)
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second))
     return sum(1 for _ in pairs)

@@ -58,7 +58,9 @@ def _of_text(value, name: str) -> str | None:
 
 
 def _of_messages(value, name: str) -> str | None:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
+        return f"has {name} of {_kind(value)}: a list of messages is needed"
+    if not value:
         return f"has no {name}"
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():

@@ -8,6 +8,7 @@ from .rows import form_of, prompts_and_answers
 
 IGNORED = -100
 WHOLE = "whole"  # tokens of a row before it is cut
+LEARNED = "learned"  # tokens of a row that the loss is on
 SKIPPED = "skipped"  # answers of a row that the template writes otherwise
 
 
@@ -41,10 +42,11 @@ def tokenised(rows, tokenizer, max_length: int, model: str, split: str):
             raise ValueError(f"--data: the chat template refuses {where}: {error}") from None
         labels = labels[:max_length]
         cut = {"input_ids": ids[:max_length], "labels": labels, LENGTH: len(labels)}
-        return {**cut, WHOLE: len(ids), SKIPPED: skipped}
+        learned = sum(label != IGNORED for label in labels[1:])  # nothing predicts the first
+        return {**cut, WHOLE: len(ids), LEARNED: learned, SKIPPED: skipped}
 
     found = rows.map(encode, with_indices=True, remove_columns=rows.column_names)
-    return _kept(found, max_length, split).remove_columns([WHOLE, SKIPPED])
+    return _kept(found, max_length, split).remove_columns([WHOLE, LEARNED, SKIPPED])
 
 
 def _encoded(row: dict, tokenizer) -> tuple[list[int], list[int], int]:
@@ -71,7 +73,12 @@ def _encoded(row: dict, tokenizer) -> tuple[list[int], list[int], int]:
 def _kept(rows, max_length: int, split: str):
     """The rows with something to learn. What was cut, left out and not learned is said."""
     longer = [length for length in rows[WHOLE] if length > max_length]
-    kept = [i for i, labels in enumerate(rows["labels"]) if any(y != IGNORED for y in labels[1:])]
+    kept = [i for i, count in enumerate(rows[LEARNED]) if count]
+    skipped = sum(rows[SKIPPED])
+    if not kept and skipped:
+        raise ValueError(
+            f"--data: the chat template writes no answer of {split} as it stands in the row"
+        )
     if not kept:
         raise ValueError(
             f"--data: no row of {split} has anything to learn within max_length={max_length}"
@@ -82,7 +89,6 @@ def _kept(rows, max_length: int, split: str):
     if len(kept) < len(rows):
         say(f"{split}: {len(rows) - len(kept):,} of {len(rows):,} rows have nothing left to learn"
             " and were left out")  # fmt: skip
-    skipped = sum(rows[SKIPPED])
     if skipped:
         say(f"{split}: {skipped:,} answers are not learned: the chat template writes them otherwise"
             " once another message follows")  # fmt: skip
