@@ -183,10 +183,10 @@ def test_pefts_bias_beside_a_quantised_layer_runs_pefts_forward():
         pelt_fast.accelerate_peft(model)
 
 
-@pytest.mark.parametrize("method", ["lora", "mam"])
-def test_a_model_on_quantised_layers_compiles_whole(method):
+def test_a_model_on_quantised_layers_compiles_whole():
     torch._dynamo.reset()
-    model = pelt_fast.inject(base("llama", own(Float8Linear)), small_method(method, dropout=0.0))
+    both = pelt_fast.lora(r=4, dropout=0.0) + pelt_fast.parallel_adapter(r=8, dropout=0.0)
+    model = pelt_fast.inject(base("llama", own(Float8Linear)), both)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     batch = inputs(randomise(model).train())
     expected = results(model, batch)
