@@ -49,7 +49,8 @@ def reference_model(model: nn.Module) -> nn.Module:
         ValueError: nothing was injected. A call raises what ``disabled`` raises.
 
     Example:
-        trainer = trl.DPOTrainer(model, ref_model=pelt_fast.reference_model(model), ...)
+        reference = pelt_fast.reference_model(model)
+        trainer = trl.DPOTrainer(model, reference, args=arguments, train_dataset=pairs)
     """
     carrier = carrier_of(model)
     found = copy.copy(carrier)
