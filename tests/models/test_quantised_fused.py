@@ -2,6 +2,7 @@
 sites fused, and PEFT's models too."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -14,13 +15,17 @@ from benchmarks.common import saved_bytes
 from pelt_fast.modules import ParallelFFNAdapter
 from tests.models.test_parity import assert_close, small_method
 from tests.models.test_quantised import QUANTISED, Float8Linear, Int8Linear, base, own, readable
-from tests.small import gradients, inputs, randomise
+from tests.small import MODELS, MORE, gradients, inputs, randomise
 
 
 def twins(architecture: str, quantise, method, **changes) -> list[nn.Module]:
     """A quantised model and the plain one it stands for, with the same method, in training."""
     method = small_method(method, **changes) if isinstance(method, str) else method
-    model = base(architecture, quantise)
+    return with_method(base(architecture, quantise), method)
+
+
+def with_method(model: nn.Module, method) -> list[nn.Module]:
+    """The same of a quantised model."""
     plain = readable(copy.deepcopy(model))
     for each in (model, plain):
         torch.manual_seed(1)
@@ -81,6 +86,25 @@ def test_dropout_draws_the_masks_of_the_plain_base(architecture, method, quantis
     batch = inputs(model)
     rounds = any(type(m).__name__ == "Linear8bitLt" for m in model.modules())
     assert_close(results(model, batch), results(plain, batch), 0.3 if rounds else 2e-3)
+
+
+@pytest.mark.parametrize("placement", ["default", "before_dropout"])
+@pytest.mark.parametrize("method", ["scaled_parallel_adapter", "learned_scale_parallel_adapter"])
+@pytest.mark.parametrize("architecture", ["mbart", "t5, gated", "gemma2"])
+def test_every_kind_of_block_runs_fused_between_its_quantised_projections(
+    architecture, method, placement
+):
+    """An adapter that reads the residual stream, gates, a learned scale, an update that the
+    model's output dropout drops too."""
+    torch.manual_seed(0)
+    model = (MODELS | MORE)[architecture](dropout=0.1)
+    own(Float8Linear)(model)
+    config = small_method(method, dropout=0.1)
+    placed = [dataclasses.replace(m, placement=placement) for m in config.modifications]
+    model, plain = with_method(model, dataclasses.replace(config, modifications=tuple(placed)))
+    batch = inputs(model)
+    assert_close(results(model, batch), results(plain, batch), 2e-4)
+    assert not pelt_fast.explain(model).fallbacks
 
 
 def saved(model: nn.Module, batch) -> int:
@@ -183,10 +207,10 @@ def test_pefts_bias_beside_a_quantised_layer_runs_pefts_forward():
         pelt_fast.accelerate_peft(model)
 
 
-@pytest.mark.parametrize("method", ["lora", "mam"])
-def test_a_model_on_quantised_layers_compiles_whole(method):
+def test_a_model_on_quantised_layers_compiles_whole():
     torch._dynamo.reset()
-    model = pelt_fast.inject(base("llama", own(Float8Linear)), small_method(method, dropout=0.0))
+    both = pelt_fast.lora(r=4, dropout=0.0) + pelt_fast.parallel_adapter(r=8, dropout=0.0)
+    model = pelt_fast.inject(base("llama", own(Float8Linear)), both)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     batch = inputs(randomise(model).train())
     expected = results(model, batch)

@@ -38,9 +38,10 @@ def calls(p):
         yield act_bwd, (torch.randn(M, F), z, gate, "silu", p, seeds[0])
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_opcheck(p):
-    for op, arguments in calls(p):
+def test_opcheck():
+    for op, arguments in calls(0.1):
+        opcheck(op.dispatched, arguments)
+    for op, arguments in dict(calls(0.0)).items():
         opcheck(op.dispatched, arguments)
 
 
@@ -216,7 +217,7 @@ def test_both_functions_compile_whole_and_equal_eager():
         return y.tanh() + functional.ffn_adapter_beside(x, first, last, *ffn, scale=2.0)
 
     found = []
-    for run in (step, torch.compile(step, fullgraph=True)):
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         x = torch.linspace(-1, 1, M * K).view(M, K).requires_grad_()
         found.append(torch.autograd.grad(run(x).sum(), (x, *small, *ffn)))
     for eager, compiled in zip(*found, strict=True):
