@@ -114,7 +114,10 @@ def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) 
 def _slice_of(module: nn.Module) -> PrefixSlice | QuerySlice | None:
     """The prefix of an attention module, if it acts now."""
     site = module.__dict__.get(SLICE)
-    return site if site is not None and site.on else None
+    if site is None or not site.on:
+        return None
+    switch = site.switched.switch
+    return None if switch.any_block and switch.is_off() else site
 
 
 def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:

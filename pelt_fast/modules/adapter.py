@@ -183,7 +183,8 @@ class SequentialAdapter(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.frozen(x)
-        return y if self.switch.is_off() or self.is_folded() else self.sequential(y)
+        off = self.switch.any_block and self.switch.is_off()
+        return y if off or self.is_folded() else self.sequential(y)
 
 
 class ParallelAttentionAdapter(Bottleneck):
@@ -199,7 +200,7 @@ class ParallelAttentionAdapter(Bottleneck):
 
     def forward(self, heads: Tensor) -> Tensor:
         x = self.kept_input.take()
-        if self.switch.is_off():
+        if self.switch.any_block and self.switch.is_off():
             return self.frozen(heads)
         if self.before_output:
             return self.frozen(self.parallel(heads, x))

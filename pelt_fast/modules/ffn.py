@@ -39,7 +39,8 @@ class SequentialFFNAdapter(_FFNAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ffn(x)
-        return y if self.switch.is_off() else self.sequential(y)
+        off = self.switch.any_block and self.switch.is_off()
+        return y if off else self.sequential(y)
 
 
 class LayerAdapter(_FFNAdapter):
@@ -52,7 +53,7 @@ class LayerAdapter(_FFNAdapter):
 
     def forward(self, *args, **kwargs):
         out = self.frozen(*args, **kwargs)
-        if self.switch.is_off():
+        if self.switch.any_block and self.switch.is_off():
             return out
         if isinstance(out, tuple):
             return self.sequential(out[0]), *out[1:]
@@ -68,7 +69,7 @@ class NormAdapter(_FFNAdapter):
         self.frozen = FrozenModule(norm)
 
     def forward(self, z: Tensor) -> Tensor:
-        if self.switch.is_off():
+        if self.switch.any_block and self.switch.is_off():
             return self.frozen(z)
         return self.frozen(self.parallel(z, self.frozen(z)))
 
@@ -138,7 +139,8 @@ class ParallelFFNAdapter(_FFNAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         adapter_x = self.adapter_input()
-        if self.switch.is_off() or (self.merged and self.is_folded()):
+        off = self.switch.any_block and self.switch.is_off()
+        if off or (self.merged and self.is_folded()):
             return self.ffn(x)
         decision, probabilities = self.decided(x)
         if decision.reason == QUANTISED:

@@ -56,7 +56,7 @@ class MultiHeadAdapter(_Heads):
 
     def forward(self, heads: Tensor) -> Tensor:
         x = self.kept_input.take()
-        if self.switch.is_off():
+        if self.switch.any_block and self.switch.is_off():
             return self.frozen(heads)
         count, _, dim = self.down_weight.shape
         q = x.unflatten(-1, (count, dim)).transpose(1, 2)  # (B, H, T, D)
@@ -84,12 +84,7 @@ class QuerySlice(AttentionSlice):
     form, composition = "relu", "add"
 
     def __init__(self, heads: QueryHeads):
-        self.heads = heads
-
-    @property
-    def on(self) -> bool:
-        """Whether the adapters act."""
-        return not self.heads.switch.is_off()
+        self.heads = self.switched = heads
 
     def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
         """prefix_k and prefix_v (Hkv, R, D)."""

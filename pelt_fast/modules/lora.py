@@ -73,7 +73,8 @@ class LoRALinear(DecidesOnce, Foldable):
         basis.probability(self.dropout, "p", self.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.switch.is_off() or (self.merged and self.is_folded()):
+        off = self.switch.any_block and self.switch.is_off()
+        if off or (self.merged and self.is_folded()):
             return self.frozen.bare(x)
         decision, probabilities = self.decided(x)
         if not decision.runs_op:

@@ -58,7 +58,7 @@ class PrefixBank(nn.Module):
 
     def before_stack(self, *_) -> None:
         """Forward pre-hook of the stack: compute the prefix of this forward."""
-        if not self.switch.is_off():
+        if not (self.switch.any_block and self.switch.is_off()):
             self.runs.begin(self._values())
 
     def _values(self) -> Tensor:

@@ -1,9 +1,13 @@
 """The prefix of one forward of a stack, for layers in several threads and under checkpointing."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .per_thread import PerThread
+from .switch import ALWAYS_ON
 
 
 class SharedPrefixGradient(torch.autograd.Function):
@@ -108,11 +112,8 @@ class AttentionSlice:
 
     form, composition = "softmax", "gated"
     checked: tuple | None = None  # the kind of the last inputs of the public function
-
-    @property
-    def on(self) -> bool:
-        """Whether it acts."""
-        return True
+    on = True  # whether it acts, unless the switch is off
+    switched: Any = SimpleNamespace(switch=ALWAYS_ON)  # the module that has the switch
 
 
 class PrefixSlice(AttentionSlice):
@@ -126,11 +127,7 @@ class PrefixSlice(AttentionSlice):
 
     def __init__(self, bank: nn.Module, index: int, composition: str):
         self.bank, self.index, self.composition = bank, index, composition
-
-    @property
-    def on(self) -> bool:
-        """Whether the prefix acts."""
-        return not self.bank.switch.is_off()
+        self.switched = bank
 
     def __call__(self, scaling: float) -> tuple[Tensor, Tensor]:
         """prefix_k and prefix_v (Hkv, P, D); they do not depend on the scale of the scores."""

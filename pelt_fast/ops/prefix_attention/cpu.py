@@ -142,9 +142,10 @@ def _is_step(qkv: QKV, prefix: Prefix, scores: Scores) -> bool:
 
 def _step(qkv: QKV, prefix: Prefix, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, nothing = qkv.q, absent(qkv.q)
-    o, lse = heads_last_empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    o = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     cpp.prefix_few_queries_(o, lse, *qkv, *(p.detach().float() for p in prefix), scale)
-    return o, lse, nothing, no_rng(q, None)
+    return o, lse, nothing, q.new_empty(0, dtype=torch.int64)
 
 
 def _merge_outputs(
