@@ -119,7 +119,7 @@ def _check_heads(base: nn.Module, modification: Modification, stacks: list[Stack
     for target, layout in attention_layouts(base, modification, stacks):
         inputs, out = (shape_of(find(target.layer, path))[1] for path in (layout.q, layout.out))
         if inputs != out:
-            dim = head_dim_of(find(target.layer, layout.module))
+            dim = head_dim_of(target.layer, layout)
             raise ValueError(
                 f"{target.name}.{layout.module}: a bottleneck for each head reads a slice of the"
                 f" input, which is {inputs} wide; {out // dim} heads of {dim} make {out}."

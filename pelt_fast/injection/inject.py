@@ -8,7 +8,7 @@ from torch import nn
 from pelt_fast.config import PeltConfig
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.layouts.layout import Layout, StackLayout
-from pelt_fast.layouts.lookup import base_of, find, stacks_of
+from pelt_fast.layouts.lookup import base_of, find
 from pelt_fast.layouts.names import parameters_of, unwrapped
 from pelt_fast.modules import ParallelFFNAdapter
 from pelt_fast.modules.decision import DecidesOnce
@@ -18,6 +18,7 @@ from pelt_fast.words import changed
 
 from .build import BUILDERS
 from .checks import check
+from .described import described
 from .folded_weights import unfold
 from .handles import carrier_of, mark, refuse_second
 from .own_configs import own_configs, return_configs
@@ -75,10 +76,14 @@ def inject(
     config = changed(config, words)
     handle, model = model, unwrapped(model)
     refuse_second(model)
-    stacks = [] if config.is_full or not config.modifications else stacks_of(model, layout)
-    check(model, config, stacks)
-    self_test = None if layout is None or not stacks else SelfTest(model, stacks)
     injection = Injection(config, pack)
+    stacks = described(model, layout, injection)
+    check(model, config, stacks)
+    self_test = (
+        None
+        if injection.layout is None or not stacks
+        else SelfTest(model, stacks, strict=injection.discovered)
+    )
     try:
         _build(model, stacks, injection)
         if self_test is not None:

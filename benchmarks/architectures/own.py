@@ -1,0 +1,32 @@
+"""What the config of a family needs beside the sizes that all families have."""
+
+from typing import Any
+
+_HYBRID = ["linear_attention", "full_attention"]
+_WINDOWS = dict(depths=[1, 1], num_heads=[2, 4], window_size=4, embed_dim=16)
+
+OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": dict(layer_group_size=2),
+    "bamba": dict(attn_layer_indices=[1]),
+    "deepseek_v2": dict(num_experts_per_tok=2, n_routed_experts=4),
+    "donut-swin": _WINDOWS,
+    "encoder-decoder": dict(
+        encoder=dict(model_type="bert", vocab_size=96, hidden_size=32, num_hidden_layers=2,
+                     num_attention_heads=4, intermediate_size=48),
+        decoder=dict(model_type="bert", vocab_size=96, hidden_size=32, num_hidden_layers=2,
+                     num_attention_heads=4, intermediate_size=48, is_decoder=True,
+                     add_cross_attention=True),
+    ),
+    "esm": dict(vocab_size=96, pad_token_id=1, mask_token_id=2, position_embedding_type="rotary"),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "kimi_linear": dict(layer_types=_HYBRID),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "lfm3": dict(layer_types=["conv", "full_attention"]),
+    "reformer": dict(is_decoder=True, attn_layers=["local", "local"], axial_pos_embds=False),
+    "swin": _WINDOWS,
+    "swin2sr": _WINDOWS,
+    "swinv2": _WINDOWS,
+    "xmod": dict(default_language="en_XX"),
+}  # fmt: skip
