@@ -210,18 +210,18 @@ def _numbers(own: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _norms(layer: str, block: Block, calls: list[Call], entry: str | None) -> dict[str, str]:
-    """The norm in front of the block, or the one that reads the block's output plus its input."""
+    """The norm that reads the block's output plus its input, or else the one in front of it."""
     norms = [c for c in calls if c.path.startswith(layer + ".") and "norm" in
              (type(c.module).__name__ + c.path).lower() and c.input is not None
              and c.output is not None]  # fmt: skip
-    for call in norms:
-        if call.ended < block.into.began and _same_values(call.output, block.into.input):
-            return {"norm": below(call.path, layer)}
     if block.out.output.shape == block.into.input.shape:
         total = block.out.output + block.into.input
         for call in norms:
             if call.began > block.out.ended and _same_values(call.input, total):
                 return {"norm_after": below(call.path, layer)}
+    for call in norms:
+        if call.ended < block.into.began and _same_values(call.output, block.into.input):
+            return {"norm": below(call.path, layer)}
     return {}
 
 
