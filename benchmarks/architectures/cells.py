@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pelt_fast
+from pelt_fast.injection import explain, inject  # here, once for every fork
 from pelt_fast.injection.synthetic_batch import synthetic_batch
 from pelt_fast.layouts.lookup import base_of
 
@@ -85,12 +86,12 @@ def cell(family: Family, method: str) -> dict:
     before = _state(model)
     torch.manual_seed(2)
     try:
-        pelt_fast.inject(model, config_of(method))
+        inject.inject(model, config_of(method))
     except ValueError as error:
         _check_untouched(model, before)
         return {"refused": str(error)}
     found = {"holds": True, "sites": len(model._pelt.sites)}
-    found["fallbacks"] = sorted({s.reason for s in pelt_fast.explain(model).fallbacks})
+    found["fallbacks"] = sorted({s.reason for s in explain.explain(model).fallbacks})
     _randomise(model)
     if method == "bitfit":
         if not family.run(model).requires_grad:
@@ -99,7 +100,7 @@ def cell(family: Family, method: str) -> dict:
     else:
         _check_formula(family, model)
         _check_training(family, model)
-    pelt_fast.eject(model)
+    inject.eject(model)
     _check_untouched(model, before)
     with torch.no_grad():  # a CPU kernel may round otherwise where a tensor is aligned otherwise
         if not any(torch.equal(family.run(model), family.output) for _ in range(TRIES)):

@@ -27,6 +27,14 @@ def described(model: nn.Module, layout: Layout | None, injection: Injection) -> 
     return stacks
 
 
+def stacks_found(model: nn.Module) -> list[StackLayout]:
+    """All stacks of ``model``, by its row or by what is found on it."""
+    try:
+        return stacks_of(model)
+    except NoRow:
+        return list(discover(model).stacks)
+
+
 def _refuse_unknown(model: nn.Module, stacks: list[StackLayout], parts: Parts) -> None:
     """ValueError for a part that the method uses and that was not found."""
     for stack in stacks:

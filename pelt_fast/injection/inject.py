@@ -46,7 +46,8 @@ def inject(
         model: a transformers model. If it is a wrapper (torch.compile, DDP, PEFT), the model
             inside is changed.
         method: the name of a preset (:func:`pelt_fast.methods` has them), or a config.
-        layout: where the model keeps its layers, for an architecture that is not in the table.
+        layout: where the model keeps its layers. None is the row of the table for its architecture;
+            without a row it is discovered in a forward of a few tokens, and proved there.
         pack: whether a widened FFN moves the frozen weights into one buffer that has room for the
             adapter (docs/maths.md#i3). False leaves them in their own storage; FSDP2's
             ``fully_shard`` needs that.
@@ -59,8 +60,9 @@ def inject(
     Raises:
         TypeError: ``method`` is no name and no config, or ``model`` is not a transformers model.
         ValueError: an unknown method, a word that does not apply to it, a model that already
-            carries a method, an architecture without a table row, a module that the method cannot
-            be put on, or an attention that cannot carry a prefix. The model is unchanged.
+            carries a method, a part that the method uses and that no row names and discovery does
+            not find or prove, a module that the method cannot be put on, or an attention that
+            cannot carry a prefix. The model is unchanged.
 
     Example:
         model = BartForConditionalGeneration.from_pretrained("facebook/bart-large")

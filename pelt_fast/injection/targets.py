@@ -115,7 +115,8 @@ def _all_linears(base, modification, stacks) -> Iterator[tuple[TargetLayer, str,
     if group == "attention":
         for target, layout in attention_layouts(base, modification, stacks):
             path = layout.out if which == "o" else getattr(layout, which)
-            yield target, path, find(target.layer, path)
+            if path is not None:  # else it was not found
+                yield target, path, find(target.layer, path)
         return
     for target, layout in ffn_layouts(base, modification, stacks):
         paths = [layout.out_proj] if which == "out" else [layout.gate_proj, layout.in_proj]

@@ -147,7 +147,8 @@ class Layout:
     """Where a model keeps its layers, attentions and feed-forward blocks.
 
     Give one to :func:`pelt_fast.inject` for an architecture that is not in the table, or whose
-    layers are built differently. ``pelt-fast explain MODEL`` prints a draft of one.
+    layers are built differently, where the one that :func:`pelt_fast.inject` discovers will not
+    do. ``explain`` prints that one.
 
     Args:
         model_type: the ``model_type`` of the model's config.
