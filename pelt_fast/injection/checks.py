@@ -27,7 +27,7 @@ logger = logging.getLogger("pelt_fast")
 
 def check(model: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> None:
     """ValueError when the method cannot be put into the model."""
-    _check_not_sharded(model)
+    check_not_sharded(model)
     if not config.modifications and not (config.train_head and task_head(model)):
         raise ValueError(
             f"{config.name!r} trains the task head alone, and {type(model).__name__} has none"
@@ -40,7 +40,7 @@ def check(model: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> No
     _check_shared(base_of(model), config, stacks)
 
 
-def _check_not_sharded(model: nn.Module) -> None:
+def check_not_sharded(model: nn.Module) -> None:
     """With sharded weights a site would take one rank's part for the whole."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):  # a DTensor

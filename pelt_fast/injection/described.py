@@ -6,6 +6,7 @@ from pelt_fast.layouts.layout import Layout, StackLayout
 from pelt_fast.layouts.lookup import NoRow, stacks_of
 from pelt_fast.layouts.parts import Parts, parts_of
 
+from .checks import check_not_sharded
 from .discovery.discover import discover
 from .record import Injection
 
@@ -20,6 +21,7 @@ def described(model: nn.Module, layout: Layout | None, injection: Injection) -> 
     try:
         stacks = stacks_of(model, layout, parts)
     except NoRow:
+        check_not_sharded(model)
         layout, injection.discovered = discover(model), True
         stacks = stacks_of(model, layout, parts)
         _refuse_unknown(model, stacks, parts)

@@ -145,6 +145,7 @@ class SelfTest:
             return hook
 
         with contextlib.ExitStack() as guards:
+            guards.enter_context(torch.compiler.set_stance("force_eager"))  # hooks see each call
             guards.enter_context(unchanged(self.model, training))
             for name, (_, layer) in self.layers.items():
                 guards.callback(layer.register_forward_hook(keep(name)).remove)

@@ -245,6 +245,21 @@ def test_a_prompt_is_put_where_berts_is(kind):
     assert torch.allclose(base_of(model)(**batch)[0], hidden[:, 5:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_compiled_layers_are_found_by_their_own_names(wrapped):
+    made = family("olmo")
+    model = made.made()
+    for index, layer in enumerate(model.model.layers):
+        if wrapped:
+            model.model.layers[index] = torch.compile(layer, backend="eager")
+        else:
+            layer.compile(backend="eager")
+    plain = pelt_fast.inject(made.made(), "mam")
+    pelt_fast.inject(model, "mam")
+    assert model._pelt.layout == plain._pelt.layout
+    assert [s.name for s in model._pelt.sites] == [s.name for s in plain._pelt.sites]
+
+
 def test_a_stack_names_its_own_layers():
     own = StackLayout("decoder", "", "layers", BIOGPT.stacks[0].attentions, None, only=(1,))
     model = pelt_fast.inject(biogpt(), "prefix", layout=Layout("biogpt", (own,)))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pelt_fast.layouts.layout import AttentionLayout
+from pelt_fast.layouts.names import modules_of
 
 from .graph import Graph, used_rows
 from .trace import Attended, Call, Trace
@@ -54,7 +55,7 @@ def _path(call: Call, rows: str, part: str, layer: str) -> str:
 
 def attentions(trace: Trace, graph: Graph, base: nn.Module) -> list[Found]:
     """The attentions that the forward ran, each module once."""
-    paths = {module: path for path, module in base.named_modules()}
+    paths = {module: path for path, module in modules_of(base).items()}
     found: dict[nn.Module, Found] = {}
     for attended in trace.attended:
         if attended.module in paths and attended.module not in found:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pelt_fast.layouts.layout import FFNLayout
+from pelt_fast.layouts.lookup import find
 
 from .attentions import below
 from .graph import Graph
@@ -120,7 +121,7 @@ def _activations(base: nn.Module, layer: str, path: str) -> Iterator[tuple[str, 
     owner first."""
     owner = path.rpartition(".")[0]
     while owner.startswith(layer):
-        module = base.get_submodule(owner)
+        module = find(base, owner)
         for name, value in (*module._modules.items(), *vars(module).items()):
             if _may_activate(name, value):
                 yield f"{owner}.{name}", value
@@ -157,7 +158,7 @@ def layout_of(
     activation = None if block.activation is None else below(block.activation, layer)
     made = FFNLayout(into if entry is None else below(entry, layer), into, out, activation, "",
                      gate)  # fmt: skip
-    own = base.get_submodule(layer)
+    own = find(base, layer)
     if entry is None and isinstance(getattr(own, "dropout", None), float):
         made = replace(made, **_numbers(own, attentions))
     else:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from pelt_fast.layouts.layout import AttentionLayout, FFNLayout, Layout, StackLayout
-from pelt_fast.layouts.lookup import base_of
+from pelt_fast.layouts.lookup import base_of, find
 
 from ..synthetic_batch import why_no_run
 from .attentions import Found, attentions, below
@@ -58,7 +58,7 @@ def _of_list(
         ffn, why = _ffn(base, layer, own, ran, graph)
         if described or ffn is not None:
             alike.setdefault((described, ffn, why, _widths(own)), []).append(index)
-    count = len(base.get_submodule(path))
+    count = len(find(base, path))
     for (described, ffn, why, _), indices in alike.items():
         only = None if len(indices) == count else tuple(indices)
         yield StackLayout(_kind(described, path), lists.owner(path), path, described, ffn,
@@ -83,7 +83,7 @@ def _ffn(
     base: nn.Module, layer: str, own: list[Found], ran: Trace, graph: Graph
 ) -> tuple[FFNLayout | None, str]:
     """The block of a layer, and "" or why there is none."""
-    experts = [name for name, _ in base.get_submodule(layer).named_modules()
+    experts = [name for name, _ in find(base, layer).named_modules()
                if any(part in name.rpartition(".")[2].lower() for part in _EXPERTS)]  # fmt: skip
     if experts:
         why = f"{', '.join(experts[:2])}: experts that a router chooses"

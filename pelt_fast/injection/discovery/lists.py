@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from pelt_fast.layouts.lookup import find
+
 from .attentions import Found
 from .trace import Trace
 
@@ -26,7 +28,7 @@ class Lists:
 
     def layers(self, path: str) -> Iterator[tuple[int, list[Found]]]:
         """Every layer's index and attentions, those of self-attention first."""
-        for index in range(len(self._base.get_submodule(path))):
+        for index in range(len(find(self._base, path))):
             own = self._own[path].get(index, [])
             yield index, sorted(own, key=lambda found: (found.is_cross, found.attended.at))
 

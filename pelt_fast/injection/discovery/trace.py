@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from pelt_fast.layouts.names import modules_of
 from pelt_fast.modules.projection_view import is_linear
 
 from .. import attention_interface as interface
@@ -96,7 +97,8 @@ def trace(base: nn.Module) -> Trace:
         guards.enter_context(unchanged(base, training=False))
         guards.enter_context(_with_gradients(base))
         guards.enter_context(_spied(base))
-        for path, module in base.named_modules():
+        guards.enter_context(torch.compiler.set_stance("force_eager"))
+        for path, module in modules_of(base).items():
             for handle in _hooks(module, path, found):
                 guards.callback(handle.remove)
         _now.append(found)
