@@ -119,7 +119,7 @@ def _check_untouched(model: nn.Module, before: tuple[dict, list]) -> None:
     if now.keys() != values.keys() or [p.requires_grad for p in model.parameters()] != flags:
         raise Wrong("the model's parameters are not those from before")
     for name, value in values.items():
-        if not torch.equal(now[name], value) and not (value.isnan() == now[name].isnan()).all():
+        if not torch.equal(now[name].nan_to_num(), value.nan_to_num()):
             raise Wrong(f"{name} is not what it was")
 
 
@@ -176,7 +176,9 @@ def _check_biases(family: Family, model: nn.Module) -> None:
 
 
 def _check_training(family: Family, model: nn.Module) -> None:
-    """In training mode, with the model's own dropouts, everything is finite."""
+    """In training mode, with the model's own dropouts, everything is finite. The buffers that the
+    model itself changes there (a BatchNorm's) get their values back."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     torch.manual_seed(5)
@@ -186,6 +188,8 @@ def _check_training(family: Family, model: nn.Module) -> None:
         raise Wrong(f"training mode: {type(error).__name__}: {error}") from error
     finally:
         model.eval()
+        for buffer, value in buffers:
+            buffer.copy_(value)
     for name, gradient in gradients.items():
         if gradient is not None and not gradient.isfinite().all():
             raise Wrong(f"training mode: the gradient of {name} is not finite")

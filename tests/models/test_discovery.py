@@ -91,6 +91,19 @@ def test_explain_says_that_it_was_discovered_and_prints_a_layout_that_works():
     assert pelt_fast.explain(pelt_fast.inject(llama(), "lora")).layout == ""
 
 
+def test_the_measure_sees_a_weight_that_eject_left_changed(monkeypatch):
+    right = cells.inject.eject
+
+    def eject(model):
+        right(model)
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0].add_(1)
+
+    monkeypatch.setattr(cells.inject, "eject", eject)
+    with pytest.raises(cells.Wrong, match="is not what it was"):
+        cells.cell(family("llama"), "lora")
+
+
 def test_a_discovered_model_is_saved_loaded_and_merged(tmp_path):
     made = family("gpt_neox")
     model = randomise(pelt_fast.inject(made.made(), cells.config_of("lora"))).eval()
