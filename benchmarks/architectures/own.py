@@ -5,6 +5,13 @@ from typing import Any
 _HYBRID = ["linear_attention", "full_attention"]
 _WINDOWS = dict(depths=[1, 1], num_heads=[2, 4], window_size=4, embed_dim=16)
 
+
+def _sections(*sections: int) -> dict[str, Any]:
+    """A text config whose rotary positions have these sections."""
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=list(sections))
+    return dict(text_config=dict(rope_parameters=rope))
+
+
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": dict(layer_group_size=2),
     "bamba": dict(attn_layer_indices=[1]),
@@ -18,15 +25,26 @@ OWN: dict[str, dict[str, Any]] = {
                      add_cross_attention=True),
     ),
     "esm": dict(vocab_size=96, pad_token_id=1, mask_token_id=2, position_embedding_type="rotary"),
+    "glm46v": _sections(2, 1, 1),
+    "glm4v": _sections(2, 1, 1),
+    "glm4v_moe": _sections(2, 0, 0),
+    "glm_ocr": _sections(2, 1, 1),
+    "glmga": _sections(2, 1, 1),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "kimi_linear": dict(layer_types=_HYBRID),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "lfm3": dict(layer_types=["conv", "full_attention"]),
+    "paddleocr_vl": _sections(2, 1, 1),
+    "qwen2_5_omni_thinker": _sections(2, 1, 1),
+    "qwen2_5_vl": _sections(2, 1, 1),
+    "qwen2_vl": _sections(2, 1, 1),
     "reformer": dict(is_decoder=True, attn_layers=["local", "local"], axial_pos_embds=False),
     "swin": _WINDOWS,
     "swin2sr": _WINDOWS,
     "swinv2": _WINDOWS,
+    "wav2vec2-bert": dict(vocab_size=32),
+    "wav2vec2-conformer": dict(vocab_size=32),
     "xmod": dict(default_language="en_XX"),
 }  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from .own import OWN
@@ -75,6 +75,9 @@ _STAGES = {
     "encoder_hidden_sizes": (16, 32, 64, 128), "conv_dim": (16,) * 16, "tdnn_dim": (16,) * 8,
     "embed_dim": (16, 32, 64, 128),
 }  # fmt: skip
+# what a default of None would leave to a size that is not tiny
+_IF_NONE = {"head_dim": 8, "num_key_value_heads": HEADS, "n_routed_experts": 4,
+            "num_experts_per_tok": 2}  # fmt: skip
 _NO_SIZE = ("token_id", "token_index")
 
 
@@ -91,12 +94,15 @@ def families() -> dict[str, tuple[str, str]]:
 
 def config(kind: str, **changes: Any):
     """The tiny config of a family."""
-    return _config(CONFIG_MAPPING[kind], itertools.count(3), OWN.get(kind, {}) | changes)
+    made = CONFIG_MAPPING[kind]
+    return _config(made(), itertools.count(3), OWN.get(kind, {}) | changes)
 
 
-def _config(config_class: type, ids, changes: dict[str, Any]):
+def _config(default: PreTrainedConfig, ids, changes: dict[str, Any]):
+    """The tiny config beside a default one."""
+    config_class = type(default)
     fields = {f.name: _default(f) for f in dataclasses.fields(config_class)}
-    below, given = _below(config_class, fields), {}
+    below, given = _below(default, fields), {}
     for name, default in fields.items():
         if name in below or name == "transformers_version":
             continue
@@ -105,18 +111,19 @@ def _config(config_class: type, ids, changes: dict[str, Any]):
             given[name] = value
     if "kv_lora_rank" in fields:  # a latent attention has keys for every head
         given["num_key_value_heads"] = HEADS
-    given |= _rotary(config_class()) | changes
+    given |= changes
     for name, inner in below.items():
-        given.setdefault(name, _config(inner, ids, {}).to_dict())
+        own = changes.get(name, {})
+        if "model_type" not in own:  # else it is a config already
+            given[name] = _config(inner, ids, own).to_dict()
     return config_class(**given)
 
 
-def _below(config_class: type, fields: dict[str, Any]) -> dict[str, type]:
-    """The classes of the configs that a config holds, as its defaults have them."""
-    names = [name for name in getattr(config_class, "sub_configs", {}) if name in fields]
-    default = config_class() if names else None
-    kinds = {name: type(getattr(default, name, None)) for name in names}
-    return {name: kind for name, kind in kinds.items() if hasattr(kind, "sub_configs")}
+def _below(default: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, PreTrainedConfig]:
+    """The configs that a default config holds."""
+    names = [name for name in getattr(default, "sub_configs", {}) if name in fields]
+    held = {name: getattr(default, name, None) for name in names}
+    return {name: inner for name, inner in held.items() if isinstance(inner, PreTrainedConfig)}
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -135,19 +142,11 @@ def _small(name: str, default: Any, ids) -> Any:
     if isinstance(default, (list, tuple)) and default and all(isinstance(v, int) for v in default):
         stages = _STAGES.get(name)
         return None if stages is None else list(stages[: len(default)])
-    if name == "head_dim" and default is None:
-        return TINY[name]
+    if name in _IF_NONE and default is None:
+        return _IF_NONE[name]
     if isinstance(default, bool) or not isinstance(default, int):
         return None
     return min(TINY[name], default) if name in TINY and default > 0 else None
-
-
-def _rotary(default: Any) -> dict[str, Any]:
-    """Of a config whose rotary positions have sections, sections of the tiny size."""
-    rope = getattr(default, "rope_parameters", None)
-    if not isinstance(rope, dict) or "mrope_section" not in rope:
-        return {}
-    return {"rope_parameters": rope | {"mrope_section": [2, 1, 1]}}
 
 
 def model(kind: str, class_name: str, **changes: Any) -> nn.Module:

@@ -25,6 +25,8 @@ def synthetic_batch(base: nn.Module) -> dict[str, Tensor]:
     first = next(base.parameters())
     batch = {main: _made(main, config, first.dtype, first.device)}
     taken = inspect.signature(base.forward).parameters
+    if main == "pixel_values" and "input_ids" in taken:
+        batch["input_ids"] = _ids(config, first.device)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
         # fewer than the encoder's, so that no length fits both
         batch["decoder_input_ids"] = _ids(config, first.device)[:, : TOKENS - 2]
@@ -38,7 +40,7 @@ def _made(main: str, config, dtype: torch.dtype, device: torch.device) -> Tensor
         return _ids(config, device)
     if main == "pixel_values":
         return _numbers((ROWS, *_frames(config), *_image(config)), dtype, device)
-    if main == "input_features" and hasattr(config, "max_source_positions"):
+    if main == "input_features" and {"max_source_positions", "num_mel_bins"} <= vars(config).keys():
         frames = 2 * config.max_source_positions
         return _numbers((ROWS, config.num_mel_bins, frames), dtype, device)
     if main == "input_features":
