@@ -31,6 +31,7 @@ PACKAGES = [
     "pelt_fast.compose",
     "pelt_fast.formats",
     "pelt_fast.injection",
+    "pelt_fast.injection.discovery",
     "pelt_fast.integrations",
     "pelt_fast.kernels",
     "pelt_fast.layouts",

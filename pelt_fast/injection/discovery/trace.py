@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from pelt_fast.layouts.names import modules_of
+from pelt_fast.modules.per_thread import PerThread
 from pelt_fast.modules.projection_view import is_linear
 
 from .. import attention_interface as interface
@@ -86,7 +87,7 @@ class Trace:
         return found
 
 
-_now: list[Trace] = []  # the trace that runs
+_now = PerThread()  # the trace that runs in this thread
 
 
 def trace(base: nn.Module) -> Trace:
@@ -101,8 +102,8 @@ def trace(base: nn.Module) -> Trace:
         for path, module in modules_of(base).items():
             for handle in _hooks(module, path, found):
                 guards.callback(handle.remove)
-        _now.append(found)
-        guards.callback(_now.remove, found)
+        _now.put(found)
+        guards.callback(_now.put, None)
         found.computed = guards.enter_context(Computed(_teller(found)))
         with torch.enable_grad():
             base(**batch)
@@ -181,7 +182,9 @@ def _spied(base: nn.Module) -> Iterator[None]:
 
 def _spy(function):
     def attend(module, query, key, value, attention_mask, *args, **kwargs):
-        found = _now[-1]
+        found = _now.get()
+        if found is None:  # another thread, or a model that shares a config
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
         found.computed.is_paused = True
         output = function(module, query, key, value, attention_mask, *args, **kwargs)
         found.computed.is_paused = False
