@@ -1,7 +1,8 @@
 """Inject, forward, backward, eject and parity with plain hooks, for every family of transformers.
 
 ``python -m benchmarks.architectures`` runs all families and writes a result; ``--only bert,bloom``
-prints some of them; ``--page`` writes docs/architectures.md from the newest committed result.
+prints some of them; with ``--rest`` it writes a new result, whose other entries are those of an
+earlier file; ``--page`` writes docs/architectures.md from the newest committed result.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.common import load
 from benchmarks.record import Record
 from pelt_fast.layouts.table import ROWS
 
@@ -27,6 +29,7 @@ def main() -> int:
     parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
     parser.add_argument("--seconds", type=float, default=90, help="the time that a family has")
     parser.add_argument("--output", type=Path, help="the result's file (by default a new name)")
+    parser.add_argument("--rest", type=Path, help="the result with the entries of all others")
     parser.add_argument("--page", action="store_true", help="write docs/architectures.md and end")
     options = parser.parse_args()
     if options.page:
@@ -38,7 +41,12 @@ def main() -> int:
     unknown = sorted(set(chosen) - families.keys())
     if unknown:
         parser.error(f"--only: no family {', '.join(unknown)}")
-    record = None if options.only else Record("architectures", path=options.output)
+    is_kept = options.rest is not None or not options.only
+    record = Record("architectures", path=options.output) if is_kept else None
+    rest = [] if options.rest is None else load(options.rest)["entries"]
+    for entry in rest:
+        if entry["family"] not in chosen:
+            record.add(**entry)
     wrong = 0
     for kind in chosen:
         started = time.perf_counter()
@@ -53,7 +61,9 @@ def main() -> int:
         else:
             record.add(**entry)
     if record is not None:
-        record.finish(methods=methods)
+        record.entries.sort(key=lambda entry: entry["family"])
+        more = {"again": chosen, "rest": options.rest.name} if rest else {}
+        record.finish(methods=methods, **more)
     return int(wrong > 0)
 
 
@@ -68,7 +78,8 @@ def _line(entry: dict, seconds: float) -> str:
     if "not_built" in entry:
         return f"{entry['family']:<28} {seconds:5.1f} s  not built: {entry['not_built'][:110]}"
     counts = {
-        k: sum(k in c for c in entry["cells"].values()) for k in ("holds", "refused", "wrong")
+        k: sum(k in c for c in entry["cells"].values())
+        for k in ("holds", "refused", "wrong", "unfinished")
     }
     told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f"{entry['family']:<28} {seconds:5.1f} s  {told}"

@@ -273,6 +273,22 @@ def test_compiled_layers_are_found_by_their_own_names(wrapped):
     assert [s.name for s in model._pelt.sites] == [s.name for s in plain._pelt.sites]
 
 
+def test_the_stages_of_a_model_are_lists_of_their_own():
+    stacks = discover(family("mobilevit").made()).stacks
+    assert [stack.layers for stack in stacks] == [
+        f"encoder.layer.{stage}.transformer.layer" for stage in (2, 3, 4)
+    ]
+    assert all(stack.ffn is not None and len(stack.attentions) == 1 for stack in stacks)
+
+
+def test_a_buffer_that_a_forward_replaces_comes_back():
+    model = family("ibert").made()
+    before = state(model)
+    with pytest.raises(ValueError, match="with it fails"):
+        pelt_fast.inject(model, cells.config_of("lora"))
+    assert_untouched(model, before)
+
+
 def test_a_stack_names_its_own_layers():
     own = StackLayout("decoder", "", "layers", BIOGPT.stacks[0].attentions, None, only=(1,))
     model = pelt_fast.inject(biogpt(), "prefix", layout=Layout("biogpt", (own,)))
