@@ -36,7 +36,6 @@ OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": dict(layer_types=_HYBRID),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "lfm3": dict(layer_types=["conv", "full_attention"]),
-    "mobilevit": dict(image_size=128),  # so that the last stage attends to more than one patch
     "paddleocr_vl": _sections(2, 1, 1),
     "qwen2_5_omni_thinker": _sections(2, 1, 1),
     "qwen2_5_vl": _sections(2, 1, 1),

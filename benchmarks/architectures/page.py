@@ -69,6 +69,8 @@ def _row(entry: dict, methods: list[str], reasons: "Reasons") -> list[str]:
 def _cell(cell: dict, reasons: "Reasons") -> str:
     if "holds" in cell:
         return "yes"
+    if "unfinished" in cell:
+        return "no time"
     return "**WRONG**" if "wrong" in cell else str(reasons.number(_plain(cell["refused"])))
 
 

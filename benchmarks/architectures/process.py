@@ -35,7 +35,7 @@ def family(kind: str, class_name: str, methods: list[str], seconds: float) -> di
         if not found:
             entry["not_built"] = why
         else:
-            entry["cells"] |= {m: {"wrong": why} for m in methods if m not in entry["cells"]}
+            entry["cells"] |= {m: {"unfinished": why} for m in methods if m not in entry["cells"]}
     return entry
 
 

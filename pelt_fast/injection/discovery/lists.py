@@ -48,8 +48,7 @@ def _list_of(each: Found, found: list[Found]) -> tuple[str | None, int]:
         if step.isdigit():
             layer = ".".join(steps[: at + 1])
             inside = [other for other in found if f"{other.path}.".startswith(f"{layer}.")]
-            if all(
-                sum(other.is_cross is cross for other in inside) <= 1 for cross in (False, True)
-            ):
+            crosses = [other.is_cross for other in inside]
+            if crosses.count(True) <= 1 and crosses.count(False) <= 1:
                 return ".".join(steps[:at]), int(step)
     return None, 0
