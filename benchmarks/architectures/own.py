@@ -3,6 +3,11 @@
 from typing import Any
 
 _HYBRID = ["linear_attention", "full_attention"]
+_BERT = dict(model_type="bert", vocab_size=96, hidden_size=32, num_hidden_layers=2,
+             num_attention_heads=4, intermediate_size=48)  # fmt: skip
+_CROSSED = _BERT | dict(is_decoder=True, add_cross_attention=True)
+_VIT = dict(model_type="vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=48, image_size=32, patch_size=8)  # fmt: skip
 _WINDOWS = dict(depths=[1, 1], num_heads=[2, 4], window_size=4, embed_dim=16)
 
 
@@ -17,13 +22,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": dict(attn_layer_indices=[1]),
     "deepseek_v2": dict(num_experts_per_tok=2, n_routed_experts=4),
     "donut-swin": _WINDOWS,
-    "encoder-decoder": dict(
-        encoder=dict(model_type="bert", vocab_size=96, hidden_size=32, num_hidden_layers=2,
-                     num_attention_heads=4, intermediate_size=48),
-        decoder=dict(model_type="bert", vocab_size=96, hidden_size=32, num_hidden_layers=2,
-                     num_attention_heads=4, intermediate_size=48, is_decoder=True,
-                     add_cross_attention=True),
-    ),
+    "encoder-decoder": dict(encoder=_BERT, decoder=_CROSSED),
     "esm": dict(vocab_size=96, pad_token_id=1, mask_token_id=2, position_embedding_type="rotary"),
     "glm46v": _sections(2, 1, 1),
     "glm4v": _sections(2, 1, 1),
@@ -44,6 +43,7 @@ OWN: dict[str, dict[str, Any]] = {
     "swin": _WINDOWS,
     "swin2sr": _WINDOWS,
     "swinv2": _WINDOWS,
+    "vision-encoder-decoder": dict(encoder=_VIT, decoder=_CROSSED),
     "wav2vec2-bert": dict(vocab_size=32),
     "wav2vec2-conformer": dict(vocab_size=32),
     "xmod": dict(default_language="en_XX"),
