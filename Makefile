@@ -7,7 +7,7 @@
 # make asan   the C++ ops under the address and undefined-behaviour sanitizers
 # make fuzz   the public functions under 20,000 drawn arguments
 # make soak   2,000 steps of training, killed six times: minutes
-# make parity docs/architectures.md, docs/integration.md: every method everywhere
+# make parity docs/parity.md, docs/integration.md: every method everywhere
 # make gpu    the proof on a GPU, in parts: make gpu PART=1
 # Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
 

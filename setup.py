@@ -32,6 +32,7 @@ PACKAGES = [
     "pelt_fast.config",
     "pelt_fast.formats",
     "pelt_fast.injection",
+    "pelt_fast.injection.discovery",
     "pelt_fast.integrations",
     "pelt_fast.kernels",
     "pelt_fast.layouts",

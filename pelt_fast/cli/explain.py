@@ -1,12 +1,15 @@
 """Says for each site of MODEL what runs fused, what fell back, and why.
 
-For an architecture without a row in the table it prints a draft of one.
+The layout of an architecture without a row in the table is discovered on random weights, and
+printed. Where it cannot be, a draft of one is printed.
 """
 
 import argparse
 import json
 
 import torch
+
+_MOST = 500_000_000  # parameters of a model that is built with random weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Build the model from its config without weights, inject, explain; for an architecture without
-    a row of the table print a draft of one and return 1."""
+    """Build the model from its config without weights, inject, explain. For an architecture without
+    a row of the table the weights are random; where no layout is found or proved on them, print why
+    and a draft, and return 1."""
     from transformers import AutoConfig, AutoModel
 
     import pelt_fast
@@ -34,10 +38,20 @@ def run(options: argparse.Namespace) -> int:
     config = from_pretrained(AutoConfig, options.model)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    if not rows_of(model):
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if not rows_of(model) and count > _MOST:
+        print(f"# too large to run here ({count:,} parameters): inject finds the layout itself")
         print(draft(model))
         return 1
-    pelt_fast.inject(model.train(not options.eval), options.method)
+    has_row = bool(rows_of(model))
+    model = model if has_row else AutoModel.from_config(config)
+    try:
+        pelt_fast.inject(model.train(not options.eval), options.method)
+    except ValueError as error:
+        if has_row:
+            raise
+        print(f"# {error}", draft(model), sep="\n")
+        return 1
     explanation = pelt_fast.explain(model)
     print(json.dumps(explanation.as_dict(), indent=2) if options.json else explanation)
     return 0

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from pelt_fast.config import KINDS, Modification
 from pelt_fast.config.named_modules import MODULES
+from pelt_fast.injection.described import stacks_found
 from pelt_fast.injection.record import injection_of
 from pelt_fast.injection.targets import linears_of_layers
 from pelt_fast.layouts.lookup import base_of, stacks_of
@@ -124,7 +125,7 @@ def _alike(
 
 def _linears_of_targets(model: nn.Module) -> dict[tuple[str, str], Linears]:
     """The linear layers of each target and kind of stack."""
-    base, stacks = base_of(model), stacks_of(model)
+    base, stacks = base_of(model), stacks_found(model)
     without_ffn = {stack.kind for stack in stacks if stack.ffn is None}
     by_target: dict[tuple[str, str], Linears] = {}
     for name in _TARGETS:

@@ -3,8 +3,8 @@
 from torch import nn
 
 from pelt_fast.config import Modification
-from pelt_fast.layouts.layout import AttentionLayout
-from pelt_fast.layouts.lookup import base_of, find
+from pelt_fast.layouts.layout import AttentionLayout, StackLayout
+from pelt_fast.layouts.lookup import base_of, find, layers_of
 from pelt_fast.layouts.names import compiled_from
 from pelt_fast.modules import (
     MultiHeadAdapter,
@@ -19,7 +19,7 @@ from pelt_fast.modules.frozen_module import FrozenModule
 from pelt_fast.modules.projection_view import device_of, host_of, shape_of, weight_of
 
 from . import attention_interface as attention
-from .dimensions import head_dim_of, trained_dtype
+from .dimensions import head_dim_of, key_heads_of, trained_dtype
 from .generate import take_generate
 from .record import Injection, Site
 from .targets import TargetLayer, attention_layouts
@@ -29,9 +29,9 @@ def build_prefix(model, modification, stacks, injection) -> None:
     """Prefixes on attentions (paper, section 2.2 and equation 5). One bank for each stack and kind
     of attention holds the keys and values of all its layers."""
     base = base_of(model)
-    banks: dict[tuple[str, str], PrefixBank] = {}
+    banks: dict[tuple[StackLayout, str], PrefixBank] = {}
     for target, layout in attention_layouts(base, modification, stacks):
-        key = target.stack.layers, layout.kind
+        key = target.stack, layout.kind
         if key not in banks:
             banks[key] = _add_bank(base, target, layout, modification, injection)
         bank = banks[key]
@@ -52,12 +52,12 @@ def _add_bank(
 ) -> PrefixBank:
     """Make a bank, and register it with its stack."""
     stack, changes = target.stack, injection.changes
-    owner, layers = find(base, stack.owner), find(base, stack.layers)
-    # the layers it serves, each once, in order
-    served = {compiled_from(layers[i]) for i in modification.layers or range(len(layers))}
-    key, head_dim = find(target.layer, layout.k), head_dim_of(find(target.layer, layout.module))
-    out_features, width = shape_of(key)
-    bank = PrefixBank(len(served), out_features // head_dim, head_dim, width, modification,
+    owner, layers = find(base, stack.owner), dict(layers_of(base, stack))
+    # the layers it serves, each once
+    served = {compiled_from(layers[i]) for i in modification.layers or layers if i in layers}
+    key, head_dim = find(target.layer, layout.k), head_dim_of(target.layer, layout)
+    heads, width = key_heads_of(target.layer, layout), shape_of(key)[1]
+    bank = PrefixBank(len(served), heads, head_dim, width, modification,
                       device_of(key), trained_dtype(injection.config, weight_of(key)))  # fmt: skip
     changes.add(owner, _free_name(owner, _bank_name(layout.kind, modification)), bank)
     changes.hook(owner.register_forward_pre_hook(attention.still_wrapped))
@@ -101,8 +101,8 @@ def build_query_heads(model, modification, stacks, injection) -> None:
     base = base_of(model)
     for target, layout in attention_layouts(base, modification, stacks):
         module, key = find(target.layer, layout.module), find(target.layer, layout.k)
-        head_dim = head_dim_of(module)
-        heads, dtype = shape_of(key)[0] // head_dim, trained_dtype(injection.config, weight_of(key))
+        head_dim, heads = head_dim_of(target.layer, layout), key_heads_of(target.layer, layout)
+        dtype = trained_dtype(injection.config, weight_of(key))
         site = QueryHeads(heads, head_dim, modification, device_of(key), dtype)
         site.frozen = FrozenModule(key)
         injection.changes.add(module, "pelt_heads", site)
@@ -142,7 +142,7 @@ def _attention_adapter(
     if modification.insertion == "sequential":
         return SequentialAdapter(linear, modification, dtype)
     if modification.target == "heads":
-        heads = shape_of(linear)[1] // head_dim_of(find(target.layer, layout.module))
+        heads = shape_of(linear)[1] // head_dim_of(target.layer, layout)
         return MultiHeadAdapter(linear, heads, modification, dtype)
     width = shape_of(find(target.layer, layout.q))[1]
     return ParallelAttentionAdapter(linear, width, modification, dtype)

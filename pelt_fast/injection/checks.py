@@ -23,7 +23,7 @@ from .trained_names import bias_names
 
 def check(model: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> None:
     """ValueError when the method cannot be put into the model."""
-    _check_not_sharded(model)
+    check_not_sharded(model)
     if not config.modifications and not (config.train_head and task_head(model)):
         raise ValueError(
             f"{config.name!r} trains the task head alone, and {type(model).__name__} has none"
@@ -37,7 +37,7 @@ def check(model: nn.Module, config: PeltConfig, stacks: list[StackLayout]) -> No
     check_loras(model, config, stacks)
 
 
-def _check_not_sharded(model: nn.Module) -> None:
+def check_not_sharded(model: nn.Module) -> None:
     """With sharded weights a site would take one rank's part for the whole."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):  # a DTensor
@@ -102,7 +102,7 @@ def _check_heads(base: nn.Module, modification: Modification, stacks: list[Stack
     for target, layout in attention_layouts(base, modification, stacks):
         inputs, out = (shape_of(find(target.layer, path))[1] for path in (layout.q, layout.out))
         if inputs != out:
-            dim = head_dim_of(find(target.layer, layout.module))
+            dim = head_dim_of(target.layer, layout)
             raise ValueError(
                 f"{target.name}.{layout.module}: a bottleneck for each head reads a slice of the"
                 f" input, which is {inputs} wide; {out // dim} heads of {dim} make {out}."

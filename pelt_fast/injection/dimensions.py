@@ -4,14 +4,26 @@ import torch
 from torch import nn
 
 from pelt_fast.config import Modification, PeltConfig
-from pelt_fast.layouts.layout import FFNLayout
+from pelt_fast.layouts.layout import AttentionLayout, FFNLayout
+from pelt_fast.layouts.lookup import find
+from pelt_fast.modules.projection_view import shape_of
 
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")  # names for D, by model
 
 
-def head_dim_of(module: nn.Module) -> int:
-    """D of an attention module."""
+def head_dim_of(layer: nn.Module, layout: AttentionLayout) -> int:
+    """D of an attention of a layer."""
+    if layout.heads is not None:
+        return layout.heads[1]
+    module = find(layer, layout.module)
     return next(getattr(module, name) for name in _HEAD_DIM if getattr(module, name, None))
+
+
+def key_heads_of(layer: nn.Module, layout: AttentionLayout) -> int:
+    """Hkv of an attention of a layer."""
+    if layout.heads is not None:
+        return layout.heads[0]
+    return shape_of(find(layer, layout.k))[0] // head_dim_of(layer, layout)
 
 
 def trained_dtype(config: PeltConfig, *weights: torch.Tensor) -> torch.dtype:

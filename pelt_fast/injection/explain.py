@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from pelt_fast.layouts.written import DISCOVERED, written
 from pelt_fast.modules import (
     MultiHeadAdapter,
     ParallelFFNAdapter,
@@ -50,6 +51,7 @@ class Explanation:
     training: bool
     sites: tuple[SiteReport, ...]
     count: ParameterCount
+    layout: str = ""  # of a model without a row: the layout that was discovered
 
     @property
     def fallbacks(self) -> list[SiteReport]:
@@ -81,7 +83,8 @@ class Explanation:
             f" counts, {count.kept:,} kept, {count.trainable:,} training now"
             f" (task head {count.head:,})."
         )
-        return "\n".join([head, *(line.rstrip() for line in lines), tail])
+        found = [f"{DISCOVERED}\n{self.layout}"] if self.layout else []
+        return "\n".join([head, *(line.rstrip() for line in lines), tail, *found])
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -114,7 +117,7 @@ def explain(model: nn.Module) -> Explanation:
         sites.append(_report(site, trainable if is_new else 0, low))
     return Explanation(
         injection.config.name, type(model).__name__, model.training, tuple(sites),
-        count_parameters(model),
+        count_parameters(model), written(injection.layout) if injection.discovered else "",
     )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def describe_block(
     return FFNBlock(
         block=block, in_proj=find(layer, layout.in_proj), out_proj=find(layer, layout.out_proj),
         gate_proj=None if layout.gate_proj is None else find(layer, layout.gate_proj),
-        activation=reader(layout.activation), activation_dropout=dropouts[0],
+        activation=reader(layout.activation or layout.in_proj), activation_dropout=dropouts[0],
         output_dropout=dropouts[1],
         projections_at=[Attribute(*_owner_and_name(layer, path)) for path in projections],
         why_itself=None if block is None else why_own_forward(base, layer, layout),
@@ -134,6 +134,8 @@ def describe_block(
 
 def why_own_forward(base: nn.Module, layer: nn.Module, layout: FFNLayout) -> str | None:
     """Why a block that is a module of its own must run its own forward, or None."""
+    if layout.activation is None:
+        return "its activation is a function in its code"
     return why_foreign(find(layer, layout.entry), own_file(base)) or why_beside(layer, layout)
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from pelt_fast.config import PeltConfig
-from pelt_fast.config.named_modules import MODULES
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.layouts.layout import Layout, StackLayout
-from pelt_fast.layouts.lookup import base_of, find, stacks_of
+from pelt_fast.layouts.lookup import base_of, find
 from pelt_fast.layouts.names import parameters_of, unwrapped
 from pelt_fast.modules import ParallelFFNAdapter
 from pelt_fast.modules.decision import DecidesOnce
@@ -19,6 +18,7 @@ from pelt_fast.words import changed
 
 from .build import BUILDERS
 from .checks import check
+from .described import described
 from .disabled import refuse_disabled
 from .folded_weights import unfold
 from .handles import carrier_of, mark, refuse_second
@@ -47,7 +47,8 @@ def inject(
         model: a transformers model; for a LoRA by name any ``nn.Module``. If it is a wrapper
             (torch.compile, DDP, PEFT), the model inside is changed.
         method: the name of a preset (:func:`pelt_fast.methods` has them), or a config.
-        layout: where the model keeps its layers, for an architecture that is not in the table.
+        layout: where the model keeps its layers. None is the row of the table for its architecture;
+            without a row it is discovered in a forward of a few tokens, and proved there.
         pack: whether a widened FFN moves the frozen weights into one buffer that has room for the
             adapter (docs/maths.md#i3). False leaves them in their own storage; FSDP2's
             ``fully_shard`` needs that.
@@ -61,8 +62,9 @@ def inject(
     Raises:
         TypeError: ``method`` is no name and no config, or ``model`` is not a transformers model.
         ValueError: an unknown method, a word that does not apply to it, a model that already
-            carries a method, an architecture without a table row, a module that the method cannot
-            be put on, or an attention that cannot carry a prefix. The model is unchanged.
+            carries a method, a part that the method uses and that no row names and discovery does
+            not find or prove, a module that the method cannot be put on, or an attention that
+            cannot carry a prefix. The model is unchanged.
 
     Example:
         model = BartForConditionalGeneration.from_pretrained("facebook/bart-large")
@@ -78,11 +80,14 @@ def inject(
     config = changed(config, words)
     handle, model = model, unwrapped(model)
     refuse_second(model)
-    by_layout = [m for m in config.modifications if m.form != "full" and m.target != MODULES]
-    stacks = stacks_of(model, layout) if by_layout else []
-    check(model, config, stacks)
-    self_test = None if layout is None or not stacks else SelfTest(model, stacks)
     injection = Injection(config, pack)
+    stacks = described(model, layout, injection)
+    check(model, config, stacks)
+    self_test = (
+        None
+        if injection.layout is None or not stacks
+        else SelfTest(model, stacks, strict=injection.discovered)
+    )
     try:
         _build(model, stacks, injection)
         for site in injection.sites:

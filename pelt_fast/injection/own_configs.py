@@ -24,9 +24,17 @@ class OwnConfig:
     def write_back(self) -> None:
         """Write the changes on the copy, except the attention, to the shared config."""
         for name, value in vars(self.copied).items():
-            changed = name not in self.first or self.first[name] != value
-            if changed and name != _CHOICE and not isinstance(value, PreTrainedConfig):
+            if name == _CHOICE or _holds_configs(value):
+                continue
+            if name not in self.first or self.first[name] != value:
                 setattr(self.shared, name, value)
+
+
+def _holds_configs(value) -> bool:
+    """Whether a value is a config or contains some: each has its own copy."""
+    inside = value.values() if isinstance(value, dict) else value
+    held = inside if isinstance(value, (dict, list, tuple)) else [value]
+    return any(isinstance(each, PreTrainedConfig) for each in held)
 
 
 def own_configs(model: nn.Module, injection: Injection) -> None:

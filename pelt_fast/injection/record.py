@@ -3,6 +3,7 @@
 from torch import nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.layouts.layout import Layout
 from pelt_fast.modules.switch import Switch
 
 from .conditions import Conditions
@@ -27,6 +28,8 @@ class Injection:
 
     def __init__(self, config: PeltConfig, pack: bool = True):
         self.config, self.pack = config, pack
+        self.layout: Layout | None = None  # where it is not a row of the table
+        self.discovered = False  # whether that layout was found on the model itself
         self.sites: list[Site] = []
         self.head: list[str] = []  # names of the task head's parameters
         self.biases: list[str] = []  # names of the base's biases that the method trains

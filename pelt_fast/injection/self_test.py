@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast.layouts.layout import StackLayout
-from pelt_fast.layouts.lookup import base_of, find
+from pelt_fast.layouts.lookup import base_of, find, layers_of
 from pelt_fast.layouts.unnamed import unnamed_dropouts, unnamed_in_layer
 from pelt_fast.modules.projection_view import host_of
 
@@ -33,9 +33,10 @@ _ROUNDINGS = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 4, torch.flo
 class SelfTest:
     """What a model computes before a method is built into it; ``check`` compares afterwards."""
 
-    def __init__(self, model: nn.Module, stacks: list[StackLayout]):
-        self.model, self.base = model, base_of(model)
-        self.layers = dict(_layers_of_each_kind(self.base, stacks))
+    def __init__(self, model: nn.Module, stacks: list[StackLayout], strict: bool = False):
+        """``strict``: every layer is compared, and a model that cannot be run is refused."""
+        self.model, self.base, self.strict = model, base_of(model), strict
+        self.layers = dict(_layers_of_each_kind(self.base, stacks, strict))
         self.why_not = why_no_run(self.base)
         self.before: dict[bool, dict[str, Tensor]] = {}
         self.wrong_norms: list[str] = []  # the errors in the norms that the layout names
@@ -55,12 +56,14 @@ class SelfTest:
             missing = sorted(set(self.layers) - set(outputs))
             if missing:
                 self.why_not = f"the base does not run {', '.join(missing[:3])} on it"
-            elif any(not torch.equal(outputs[n], again[training][n]) for n in outputs):
+            elif any(_is_off(outputs[n], again[training][n]) for n in outputs):
                 self.why_not = "the base gives another answer each time"
 
     def check(self, injection: Injection) -> None:
         """ValueError where the method with a zero update is not the base. The message names the
         layer, the size of the error, and parts that the layout may have left out."""
+        if self.why_not is not None and self.strict:
+            raise ValueError(f"the layout that was found could not be proved: {self.why_not}")
         if self.why_not is not None:
             logger.warning(
                 "the self-test of this row could not run: %s. Compare the model with an update of"
@@ -84,9 +87,8 @@ class SelfTest:
     def _compare(self, after: dict[str, Tensor], training: bool) -> None:
         for name, before in self.before[training].items():
             output = after.get(name)
-            error = torch.inf if output is None else _error(before, output)
-            eps = torch.finfo(before.dtype).eps
-            if error > _ROUNDINGS.get(before.dtype, 64) * eps:
+            if output is None or _is_off(before, output):
+                error = torch.inf if output is None else _error(before, output)
                 raise ValueError(self._message(name, error, training))
 
     def _message(self, name: str, error: float, training: bool) -> str:
@@ -143,6 +145,7 @@ class SelfTest:
             return hook
 
         with contextlib.ExitStack() as guards:
+            guards.enter_context(torch.compiler.set_stance("force_eager"))  # hooks see each call
             guards.enter_context(unchanged(self.model, training))
             for name, (_, layer) in self.layers.items():
                 guards.callback(layer.register_forward_hook(keep(name)).remove)
@@ -158,14 +161,14 @@ class _Finished(Exception):
 
 
 def _layers_of_each_kind(
-    base: nn.Module, stacks: list[StackLayout]
+    base: nn.Module, stacks: list[StackLayout], every: bool
 ) -> Iterator[tuple[str, tuple[StackLayout, nn.Module]]]:
-    """The first layer of each kind in each stack, by name."""
+    """The first layer of each kind in each stack, or every layer, by name."""
     for stack in stacks:
         kinds = set()
-        for index, layer in enumerate(find(base, stack.layers)):
+        for index, layer in layers_of(base, stack):
             kind = _kind(layer)
-            if kind not in kinds:
+            if every or kind not in kinds:
                 kinds.add(kind)
                 yield f"{stack.layers}.{index}", (stack, layer)
 
@@ -186,6 +189,12 @@ def _kind(layer: nn.Module) -> tuple:
 
 def _same(one: Tensor | None, two: Tensor | None) -> bool:
     return one is not None and two is not None and torch.equal(one, two)
+
+
+def _is_off(before: Tensor, after: Tensor) -> bool:
+    """Whether more than rounding errors are between two outputs of a layer."""
+    roundings = _ROUNDINGS.get(before.dtype, 64) * torch.finfo(before.dtype).eps
+    return _error(before, after) > roundings
 
 
 def _error(before: Tensor, after: Tensor) -> float:

@@ -7,7 +7,7 @@ from torch import nn
 
 from pelt_fast.config import Modification
 from pelt_fast.layouts.layout import AttentionLayout, FFNLayout, StackLayout
-from pelt_fast.layouts.lookup import find
+from pelt_fast.layouts.lookup import find, layers_of
 from pelt_fast.layouts.names import compiled_from
 from pelt_fast.modules.projection_view import ProjectionView
 
@@ -30,13 +30,15 @@ def target_layers(
     twice comes once. Raises ValueError for an index that a stack does not have."""
     seen: set[nn.Module] = set()
     for stack in stacks:
-        modules, order = find(base, stack.layers), 0
-        for index in range(len(modules)) if layers is None else layers:
-            if index >= len(modules):
+        count, order, modules = len(find(base, stack.layers)), 0, dict(layers_of(base, stack))
+        for index in range(count) if layers is None else layers:
+            if index >= count:
                 raise ValueError(
-                    f"{stack.layers} of {type(base).__name__} has {len(modules)} layers, from 0:"
+                    f"{stack.layers} of {type(base).__name__} has {count} layers, from 0:"
                     f" there is no layer {index}"
                 )
+            if index not in modules:
+                continue  # another stack describes it
             layer = compiled_from(modules[index])
             if layer not in seen:
                 seen.add(layer)
@@ -53,7 +55,7 @@ def attention_layouts(
         stack: [
             layout
             for layout in stack.attentions
-            if layout.kind in modification.where and (layout.kind != "cross" or len(stacks) > 1)
+            if layout.kind in modification.where and (layout.kind != "cross" or _encoded(stacks))
         ]
         for stack in stacks
     }
@@ -65,6 +67,11 @@ def attention_layouts(
             if module not in seen:
                 seen.add(module)
                 yield target, layout
+
+
+def _encoded(stacks: list[StackLayout]) -> bool:
+    """Whether there is an encoder beside the decoder."""
+    return len({stack.layers for stack in stacks}) > 1
 
 
 def attentions(base, modification, stacks) -> Iterator[tuple[str, nn.Module]]:
@@ -108,7 +115,8 @@ def _all_linears(base, modification, stacks) -> Iterator[tuple[TargetLayer, str,
     if group == "attention":
         for target, layout in attention_layouts(base, modification, stacks):
             path = layout.out if which == "o" else getattr(layout, which)
-            yield target, path, find(target.layer, path)
+            if path is not None:  # else it was not found
+                yield target, path, find(target.layer, path)
         return
     for target, layout in ffn_layouts(base, modification, stacks):
         paths = [layout.out_proj] if which == "out" else [layout.gate_proj, layout.in_proj]

@@ -14,7 +14,12 @@ def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     """In this block every module is in one mode, and the random states are seeded. Afterwards
     modes, buffers and random states have their values from before."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     states = random.getstate(), numpy.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices)):
@@ -30,6 +35,7 @@ def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
             numpy.random.set_state(states[1])
             for module, mode in modes.items():
                 module.training = mode
-            for buffer, value in buffers:
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer  # a forward may have put another there
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)

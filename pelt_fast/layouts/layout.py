@@ -2,8 +2,9 @@
 
 Every field is an attribute path. Those of a stack start at the base model, all others at a layer.
 Some projections share one matrix. A path then names the rows after a colon: "attn.c_attn:q" is the
-query part of a matrix that holds q, k and v; "mlp.gate_up_proj:0/2" is the first of two halves. ":"
-alone is the whole matrix of a Conv1D, which is stored transposed. The known models are in
+query part of a matrix that holds q, k and v; "mlp.gate_up_proj:0/2" is the first of two halves;
+"attn.qkv:q=0-8" is rows 0 to 7, and "attn.qkv:q=0-8%24" the first 8 rows of each 24. ":" alone is
+the whole matrix of a Conv1D, which is stored transposed. The known models are in
 ``table``.
 """
 
@@ -22,6 +23,9 @@ class AttentionLayout:
         v: the value projection.
         out: the output projection. The model applies dropout to its result, and adds it to the
             residual stream.
+        heads: the number of heads of the keys, and the size of one; None: the module tells them.
+        unknown: of a discovered layout, each part of these that was not found, and why. A part
+            that is None is one of them.
 
     Example:
         AttentionLayout("encoder", "attn", "attn.wq", "attn.wk", "attn.wv", "attn.wo")
@@ -29,10 +33,12 @@ class AttentionLayout:
 
     kind: str
     module: str
-    q: str
-    k: str
-    v: str
-    out: str
+    q: str | None
+    k: str | None
+    v: str | None
+    out: str | None
+    heads: tuple[int, int] | None = None
+    unknown: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class FFNLayout:
             the layer's forward spells the block out.
         in_proj: the first projection (F, K).
         out_proj: the second projection (N, F).
-        activation: the activation, a module or an attribute.
+        activation: the activation, a module or an attribute; None where the code of the block
+            calls a function. The block then runs its own forward, an adapter beside it.
         config_activation: the config's name for the activation. It is not read any more.
         gate_proj: the gate projection of a gated block.
         activation_dropout: the dropout after the activation, a module or a float attribute.
@@ -62,7 +69,7 @@ class FFNLayout:
     entry: str
     in_proj: str
     out_proj: str
-    activation: str
+    activation: str | None
     config_activation: str
     gate_proj: str | None = None
     activation_dropout: str | None = None
@@ -108,7 +115,7 @@ class PromptLayout:
 
 @dataclass(frozen=True)
 class StackLayout:
-    """A stack of layers that are built alike.
+    """A stack of layers that are built alike. Layers of one list that differ are several stacks.
 
     Args:
         kind: "encoder" or "decoder".
@@ -119,6 +126,7 @@ class StackLayout:
         ffn: the feed-forward block of one layer, or None.
         prompt: how a prompt is put in front of the stack, or None.
         no_ffn: where ``ffn`` is None, why no method can be on the blocks.
+        only: the indices of the layers that are built like this; None is all of them.
 
     Example:
         StackLayout("decoder", "", "layers", (attention,), ffn)
@@ -131,6 +139,7 @@ class StackLayout:
     ffn: FFNLayout | None
     prompt: PromptLayout | None = None
     no_ffn: str = ""
+    only: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,8 @@ class Layout:
     """Where a model keeps its layers, attentions and feed-forward blocks.
 
     Give one to :func:`pelt_fast.inject` for an architecture that is not in the table, or whose
-    layers are built differently. ``pelt-fast explain MODEL`` prints a draft of one.
+    layers are built differently, where the one that :func:`pelt_fast.inject` discovers will not
+    do. ``explain`` prints that one.
 
     Args:
         model_type: the ``model_type`` of the model's config.

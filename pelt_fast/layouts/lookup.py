@@ -10,6 +10,7 @@ from pelt_fast.modules.projection_view import view_of
 from .known_forwards import own_file, why_foreign
 from .layout import FFNLayout, Layout, StackLayout
 from .names import compiled_from
+from .parts import Parts, used, used_of
 from .table import ROWS, rows_of
 
 
@@ -33,11 +34,21 @@ def has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def stacks_of(model: nn.Module, layout: Layout | None = None) -> list[StackLayout]:
-    """The stacks of ``model`` as ``layout`` names them, or as the first row of the table that fits.
+class NoRow(ValueError):
+    """The table has no row for a model's architecture."""
 
-    Raises TypeError if it is no transformers model or no Layout, and ValueError when the table
-    has no row for the architecture, or none that fits: the message says which paths are missing.
+
+def stacks_of(
+    model: nn.Module, layout: Layout | None = None, parts: Parts | None = None
+) -> list[StackLayout]:
+    """The stacks of ``model`` as ``layout`` names them, or as the method in it found them, or as
+    the first row of the table that fits.
+
+    ``parts`` are the parts that a method uses (:func:`pelt_fast.layouts.parts.parts_of`). Only
+    these must be there; None is all of them. Every layer must have them.
+
+    Raises TypeError if it is no transformers model or no Layout, NoRow when the table has no row
+    for the architecture, and ValueError when none fits: the message says which paths are missing.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
@@ -46,19 +57,14 @@ def stacks_of(model: nn.Module, layout: Layout | None = None) -> list[StackLayou
         raise TypeError(f"layout must be a Layout, got {type(layout).__name__}")
     if layout is not None and layout.model_type != model_type:
         raise ValueError(f"layout is for {layout.model_type!r}, the model is {model_type!r}")
+    layout = getattr(getattr(model, "_pelt", None), "layout", None) if layout is None else layout
     base, rows = base_of(model), rows_of(model) if layout is None else [layout]
     if not rows:
-        known = ", ".join(sorted({row.model_type for row in ROWS}))
-        raise ValueError(
-            f"no table row for architecture {model_type!r} (known: {known}). A row names each"
-            " stack's layers, and in a layer the attention's q, k, v and output projections and"
-            " the FFN's in, out and gate projections, activation and dropouts: pass one as"
-            " inject(..., layout=Layout(...)); pelt-fast explain prints a draft"
-        )
+        raise NoRow(_no_row(model_type))
     missing = []
     for row in rows:
-        present = [stack for stack in row.stacks if has(base, stack.layers)]
-        absent = [path for stack in present for path in missing_paths(base, stack)]
+        present = [used(stack, parts) for stack in row.stacks if has(base, stack.layers)]
+        absent = [path for stack in present for path in missing_paths(base, stack, parts)]
         if present and not absent:
             return present
         missing = missing or absent or [stack.layers for stack in row.stacks]
@@ -68,17 +74,36 @@ def stacks_of(model: nn.Module, layout: Layout | None = None) -> list[StackLayou
     )
 
 
-def missing_paths(base: nn.Module, stack: StackLayout) -> Iterator[str]:
-    """The paths that the stack names and one of its layers does not have, each once."""
-    seen: set[str] = set()
+def _no_row(model_type: str) -> str:
+    known = ", ".join(sorted({row.model_type for row in ROWS}))
+    return (
+        f"no table row for architecture {model_type!r} (known: {known}). A row names each"
+        " stack's layers, and in a layer the attention's q, k, v and output projections and"
+        " the FFN's in, out and gate projections, activation and dropouts: pass one as"
+        " inject(..., layout=Layout(...)); pelt-fast explain prints a draft"
+    )
+
+
+def layers_of(base: nn.Module, stack: StackLayout) -> Iterator[tuple[int, nn.Module]]:
+    """The layers of a stack, each with its index in the list."""
     for index, layer in enumerate(find(base, stack.layers)):
-        for path in _named_paths(base, layer, stack):
+        if stack.only is None or index in stack.only:
+            yield index, layer
+
+
+def missing_paths(base: nn.Module, stack: StackLayout, parts: Parts | None = None) -> Iterator[str]:
+    """The paths of ``parts`` that the stack names and one of its layers lacks, each once."""
+    seen: set[str] = set()
+    for index, layer in layers_of(base, stack):
+        for path in _named_paths(base, layer, stack, parts):
             if path not in seen and not has(layer, path):
                 seen.add(path)
                 yield f"{stack.layers}.{index}.{path}"
 
 
-def _named_paths(base: nn.Module, layer: nn.Module, stack: StackLayout) -> Iterator[str]:
+def _named_paths(
+    base: nn.Module, layer: nn.Module, stack: StackLayout, parts: Parts | None
+) -> Iterator[str]:
     """The paths that a layer must have."""
     ffn, paths = stack.ffn, []
     if ffn is not None:
@@ -87,7 +112,7 @@ def _named_paths(base: nn.Module, layer: nn.Module, stack: StackLayout) -> Itera
         if not _runs_itself(base, layer, ffn):
             paths += [ffn.activation, ffn.activation_dropout, ffn.output_dropout]
     for attention in stack.attentions:
-        paths += [attention.module, attention.q, attention.k, attention.v, attention.out]
+        paths += [getattr(attention, part) for part in used_of(attention, parts)]
     return filter(None, paths)
 
 

@@ -171,7 +171,14 @@ def t5(gated: bool) -> tuple[StackLayout, ...]:
     )
 
 
+# built as BERT is, embeddings and prompts as well (tests/models/test_discovery.py)
+_LIKE_BERT = (
+    "bert-generation", "camembert", "data2vec-text", "ernie", "luke", "roc_bert", "splinter",
+    "tapas",
+)  # fmt: skip
+
 ROWS: list[Layout] = [
+    *(Layout(name, bert()) for name in _LIKE_BERT),
     Layout("bart", bart(norm_after="final_layer_norm")),
     Layout("bert", bert()),
     Layout("deberta-v2", deberta_v2()),

@@ -88,4 +88,4 @@ def _paths(layout: FFNLayout) -> Iterator[str]:
 
 def _attention_paths(layout) -> Iterator[str]:
     named = (layout.module, layout.q, layout.k, layout.v, layout.out)
-    return (path.partition(":")[0] for path in named)
+    return (path.partition(":")[0] for path in named if path)

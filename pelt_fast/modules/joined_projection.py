@@ -67,9 +67,12 @@ class JoinedProjection(nn.Module):
             first += rank
         return lora_b
 
-    def _in_rows(self, rows: slice, site) -> Tensor:
+    def _in_rows(self, rows: slice | Tensor, site) -> Tensor:
         """One scaled second factor (N, R), zero outside its part's rows."""
         outputs, _ = shape_of(self.owner)
+        if isinstance(rows, Tensor):
+            wide = site.lora_b.new_zeros(outputs, site.lora_b.shape[1])
+            return wide.index_copy(0, rows.to(wide.device), site.scale * site.lora_b)
         return F.pad(site.scale * site.lora_b, (0, 0, rows.start, outputs - rows.stop))
 
     def _beside(self, x: Tensor, sites: list) -> Tensor:

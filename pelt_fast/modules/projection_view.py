@@ -20,11 +20,11 @@ _FEATURES = ("in_features", "out_features")
 class ProjectionView(nn.Module):
     """Some rows of the weight (N, K) of ``owner``, an nn.Linear or Conv1D, as a linear layer.
 
-    ``rows`` None means all rows. The view owns no tensor: its weight and bias are views of the
-    owner's, also after the owner is moved.
+    ``rows`` is a slice, or the indices of rows that are apart; None means all rows. The view owns
+    no tensor: its weight and bias are read from the owner's, also after the owner is moved.
     """
 
-    def __init__(self, owner: nn.Module, name: str, rows: slice | None):
+    def __init__(self, owner: nn.Module, name: str, rows: slice | Tensor | None):
         super().__init__()
         self.__dict__["owner"] = owner  # hidden: the owner registers the part
         self.name, self.rows = name, rows
@@ -46,15 +46,18 @@ class ProjectionView(nn.Module):
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> Tensor:
         """Copy ``value`` into the owner's weight or bias. Return the value before."""
-        held = getattr(self, name)
-        before = held.detach().clone()
-        held.data.copy_(value)
+        before = getattr(self, name).detach().clone()
+        held = getattr(self.owner, name).data
+        held = held.t() if name == "weight" and isinstance(self.owner, Conv1D) else held
+        held[slice(None) if self.rows is None else self.rows] = value.to(held.dtype)
         return before
 
 
 def view_of(owner: nn.Module, name: str, config) -> ProjectionView:
     """The part ``name`` of a projection: "" is all of it; "q", "k" or "v" is one of three, sized
-    by the heads of ``config``; "i/n" is the i-th of n equal parts. An existing part is reused."""
+    by the heads of ``config``, or "q=a-b" by its rows; "i/n" is the i-th of n equal parts; "a-b" is
+    the rows from a to b, and "a-b%p" these rows of each p. An existing part is reused."""
+    name, _, numbers = name.partition("=")
     fused = owner._modules.get(JOINED)
     if fused is not None and name in fused._modules:
         return fused._modules[name]
@@ -66,6 +69,8 @@ def view_of(owner: nn.Module, name: str, config) -> ProjectionView:
     if name == "":
         return ProjectionView(owner, name, None)
     outputs, _ = shape_of(owner)
+    if numbers:
+        return ProjectionView(owner, name, _numbered_rows(numbers, outputs))
     if name in ("q", "k", "v"):
         queries = config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or queries
@@ -73,9 +78,26 @@ def view_of(owner: nn.Module, name: str, config) -> ProjectionView:
         starts = dict(q=0, k=queries, v=queries + keys)
         stops = dict(q=queries, k=queries + keys, v=queries + 2 * keys)
         return ProjectionView(owner, name, slice(starts[name] * heads, stops[name] * heads))
-    index, count = map(int, name.split("/"))
-    size = outputs // count
-    return ProjectionView(owner, name, slice(index * size, (index + 1) * size))
+    return ProjectionView(owner, name, _numbered_rows(name, outputs))
+
+
+def _numbered_rows(name: str, outputs: int) -> slice | Tensor:
+    """The rows that "i/n", "a-b" or "a-b%p" names."""
+    if "/" in name:
+        index, count = map(int, name.split("/"))
+        size = outputs // count
+        return slice(index * size, (index + 1) * size)
+    numbers, _, period = name.partition("%")
+    first, last = map(int, numbers.split("-"))
+    if not period:
+        return slice(first, last)
+    starts = torch.arange(0, outputs, int(period))
+    return (starts[:, None] + torch.arange(first, last)).flatten()
+
+
+def count_of(rows: slice | Tensor) -> int:
+    """How many rows there are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def host_of(linear: nn.Module) -> nn.Module:
@@ -97,7 +119,7 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     if isinstance(linear, ProjectionView):
         outputs, inputs = shape_of(linear.owner)
         rows = linear.rows
-        return outputs if rows is None else rows.stop - rows.start, inputs
+        return outputs if rows is None else count_of(rows), inputs
     if isinstance(linear, Conv1D):
         return linear.nf, linear.nx
     return linear.out_features, linear.in_features

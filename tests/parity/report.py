@@ -1,4 +1,4 @@
-"""Write docs/architectures.md: the whole grid, run. ``make parity``; --only NAME for one row."""
+"""Write docs/parity.md: the whole grid, run. ``make parity``; --only NAME for one row."""
 
 import argparse
 import sys
@@ -10,13 +10,12 @@ import transformers
 import pelt_fast
 from tests.parity import grid
 
-TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
-HEAD = """# Architectures
+TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
+HEAD = """# Every preset on every row
 
 Written by `make parity`, which runs every cell on small random models (`tests/parity/grid.py` says
-what a cell checks). **yes** means that it works; a number is a refusal, and its reason is below. For
-an architecture that is not here, give `inject` your own `Layout`; `pelt-fast explain MODEL` prints a
-draft of one.
+what a cell checks). **yes** means that it works; a number is a refusal, and its reason is below. These
+are the families with a row in the architecture table; [Architectures](architectures.md) has the others.
 """
 
 

@@ -1,0 +1,1 @@
+"""Every family of transformers that can be built here, tiny, under the methods."""
