@@ -46,5 +46,6 @@ OWN: dict[str, dict[str, Any]] = {
     "vision-encoder-decoder": dict(encoder=_VIT, decoder=_CROSSED),
     "wav2vec2-bert": dict(vocab_size=32),
     "wav2vec2-conformer": dict(vocab_size=32),
+    "yolos": dict(image_size=[32, 32]),
     "xmod": dict(default_language="en_XX"),
 }  # fmt: skip

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 
-from .cells import Family, Wrong, cell
+from .cells import Family, TooSmall, Wrong, cell
 
 
 def family(kind: str, class_name: str, methods: list[str], seconds: float) -> dict:
@@ -51,6 +51,8 @@ def _cells(kind: str, class_name: str, methods: list[str]):
 def _told(made: Family, method: str) -> dict:
     try:
         return {"method": method, **cell(made, method)}
+    except TooSmall as error:
+        return {"method": method, "unfinished": str(error)}
     except Wrong as error:
         return {"method": method, "wrong": str(error)[:300]}
     except Exception as error:
