@@ -41,7 +41,9 @@ def covers(x: Tensor, rank: int) -> bool:
 
 def cpp_weight(tensor: Tensor | None) -> Tensor | None:
     """A trainable weight in the form that the C++ code reads."""
-    return None if tensor is None else tensor.detach().float()
+    if tensor is None or (tensor.dtype is torch.float32 and not torch.is_grad_enabled()):
+        return tensor
+    return tensor.detach().float()
 
 
 def _by_library(x: Tensor, rank: int, seed: Tensor | None, covered: bool | None) -> bool:
