@@ -48,4 +48,10 @@ OWN: dict[str, dict[str, Any]] = {
     "wav2vec2-conformer": dict(vocab_size=32),
     "yolos": dict(image_size=[32, 32]),
     "xmod": dict(default_language="en_XX"),
+    **{name: dict(layer_types=_HYBRID) for name in (
+        "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+    )},
+    **{name: dict(text_config=dict(layer_types=_HYBRID)) for name in (
+        "qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7",
+    )},
 }  # fmt: skip

@@ -13,8 +13,9 @@ Every text, vision and speech family of transformers whose config class builds a
 under the methods: a tiny model with random weights, inject, forward, backward, eject. **yes** means
 that output and every gradient are those of plain torch hooks on a copy of the base, that training
 mode gives finite gradients, and that the model after `eject` is the one from before, bit for bit. A
-number is a refusal, made before anything was changed; its reason is below. **row** says that the
-architecture table has the family; the layout of any other was discovered on the model itself.
+number is a refusal, made before anything was changed; its reason is below. "no result": the effect
+on the tiny model is below rounding, or there was no time. **row** says that the architecture table
+has the family; the layout of any other was discovered on the model itself.
 [The grid](parity.md) has every preset on the families with a row, padded, in bf16, and generating.
 A model for text with images or sound is run on text alone: its language model has the method.
 
@@ -70,7 +71,7 @@ def _cell(cell: dict, reasons: "Reasons") -> str:
     if "holds" in cell:
         return "yes"
     if "unfinished" in cell:
-        return "no time"
+        return "no result"
     return "**WRONG**" if "wrong" in cell else str(reasons.number(_plain(cell["refused"])))
 
 
