@@ -35,7 +35,6 @@ def main() -> int:
     if options.page:
         print(f"wrote {page.write()}")
         return 0
-    _be_quiet()
     families, methods = tiny.families(), options.methods.split(",")
     chosen = options.only.split(",") if options.only else list(families)
     unknown = sorted(set(chosen) - families.keys())
@@ -92,4 +91,5 @@ def _details(entry: dict) -> None:
 
 
 if __name__ == "__main__":
+    _be_quiet()  # of the whole process: a caller of main() has its own settings
     sys.exit(main())

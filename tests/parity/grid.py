@@ -197,7 +197,7 @@ def _of_layer(layer, stack, modification, whole: bool) -> int:
 def _of_heads(layer, slot, modification, k) -> int:
     from pelt_fast.injection.dimensions import head_dim_of
 
-    dim = head_dim_of(find(layer, slot.module))
+    dim = head_dim_of(layer, slot)
     heads = (
         k[0] // dim
         if modification.reads == "query"
