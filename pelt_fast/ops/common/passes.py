@@ -151,14 +151,6 @@ def down(
     return s if bias is None else s.add_(bias)
 
 
-def rank_update_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Add scale * x aᵀ bᵀ to y in one call, for few rows; returns s = x aᵀ."""
-    s = x.new_empty(x.shape[0], a.shape[0])
-    a, b = (w if w.stride(1) == 1 else w.contiguous() for w in map(cpp_weight, (a, b)))
-    cpp.rank_few_rows_(y, s, x, a, b, scale)
-    return s
-
-
 def up(
     base: Tensor,
     h: Tensor,

@@ -15,16 +15,13 @@ from torch.nn import functional as F
 
 from pelt_fast.ops.common.bundles import Dropout, FrozenLinear, LowRank, absent
 from pelt_fast.ops.common.gradients import down_gradients, fill, up_gradients
-from pelt_fast.ops.common.passes import down, has_few_rows, rank_update_, up
+from pelt_fast.ops.common.passes import down, up
 
 
 def lora_forward(
     x: Tensor, linear: FrozenLinear, factors: LowRank, drop: Dropout
 ) -> tuple[Tensor, Tensor]:
     lora_a, lora_b, scale = factors
-    if drop.seed is None and has_few_rows(x):
-        y = F.linear(x, *linear)
-        return y, rank_update_(y, x, lora_a, lora_b, scale)
     s = down(x, lora_a, p=drop.dropout_p, seed=drop.seed)
     y = F.linear(x, *linear)  # as the base does it: an update of zero changes no bit
     return up(y, s, lora_b, scale=scale, in_place=True), s
