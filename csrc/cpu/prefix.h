@@ -28,7 +28,7 @@ struct Prefix {
   Heads own_k, own_v;    // k and v as they came, for a few queries
   Heads context_k, context_v;
   float scale;
-  int64_t keys;  // of the context
+  int64_t keys;  // of the context; 0: o and lse have it
   float* parts;  // (H, parts, 2, padded P, padded D)
   int64_t batch, heads, groups, queries, dim, length, part_blocks, part_count;
   ScalarType dtype;
@@ -119,7 +119,8 @@ inline Prefix checked(const Tensor& q, const Tensor& lse, const Tensor& k, const
   return g;
 }
 
-// The prefix's part of a few queries, added to o and lse (prefix_few.cpp).
+// A few queries (prefix_few.cpp): the prefix's part is added to o and lse, or, with keys of a
+// context, to its attention.
 void merge_few_queries(const Prefix& g);
 
 }  // namespace pelt_fast

@@ -36,17 +36,6 @@ PELT_FAST_INLINE void merge_one(const Prefix& g, int64_t h, const float* q, floa
   if (g.gated) lse = joint[0];
 }
 
-template <int W, typename T>
-PELT_FAST_INLINE void merge_query(const Prefix& g, int64_t b, int64_t h, int64_t t) {
-  alignas(64) float q[kColumns], out[kColumns];
-  const T* from = g.q.at<T>(b, h, t);
-  T* o = g.o.at<T>(b, h, t);
-  for (int64_t j = 0; j < g.dim; ++j) q[j] = g.scale * to_float(from[j]);
-  for (int64_t j = 0; j < g.dim; ++j) out[j] = to_float(o[j]);
-  merge_one<W>(g, h, q, out, *g.lse.at<float>(b, h, t));
-  for (int64_t j = 0; j < g.dim; ++j) assign(o[j], out[j]);
-}
-
 // A row of keys or values in fp32: itself, or copied to `buffer`.
 PELT_FAST_INLINE const float* wide_row(const float* row, float*, int64_t) { return row; }
 template <typename T>
@@ -88,37 +77,32 @@ PELT_FAST_INLINE float attend_one(const Prefix& g, int64_t b, int64_t h, const f
   return most + log32(total);
 }
 
+// One query: without keys of a context, o and lse are what the caller has of it.
 template <int W, typename T>
-PELT_FAST_INLINE void attend_query(const Prefix& g, int64_t b, int64_t h, int64_t t) {
+PELT_FAST_INLINE void query(const Prefix& g, int64_t b, int64_t h, int64_t t) {
   alignas(64) float q[kColumns], out[kColumns];
   const T* from = g.q.at<T>(b, h, t);
-  for (int64_t j = 0; j < g.dim; ++j) q[j] = g.scale * to_float(from[j]);
-  float lse = attend_one<W, T>(g, b, h, q, out);
-  merge_one<W>(g, h, q, out, lse);
   T* o = g.o.at<T>(b, h, t);
+  float& lse = *g.lse.at<float>(b, h, t);
+  for (int64_t j = 0; j < g.dim; ++j) q[j] = g.scale * to_float(from[j]);
+  if (g.keys > 0) {
+    lse = attend_one<W, T>(g, b, h, q, out);
+  } else {
+    for (int64_t j = 0; j < g.dim; ++j) out[j] = to_float(o[j]);
+  }
+  merge_one<W>(g, h, q, out, lse);
   for (int64_t j = 0; j < g.dim; ++j) assign(o[j], out[j]);
-  *g.lse.at<float>(b, h, t) = lse;
 }
 
 template <int W>
-PELT_FAST_INLINE void attend_few(const Prefix& g, int64_t first, int64_t last) {
+PELT_FAST_INLINE void few(const Prefix& g, int64_t first, int64_t last) {
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t t = unit % g.queries, h = unit / g.queries % g.heads;
     const int64_t b = unit / g.queries / g.heads;
-    PELT_FAST_BY_TYPE(g.dtype, attend_query<W, T>(g, b, h, t))
+    PELT_FAST_BY_TYPE(g.dtype, query<W, T>(g, b, h, t))
   }
 }
-PELT_FAST_FOR_EACH_INSTRUCTION_SET(attend_few, Prefix)
-
-template <int W>
-PELT_FAST_INLINE void merge_few(const Prefix& g, int64_t first, int64_t last) {
-  for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t t = unit % g.queries, h = unit / g.queries % g.heads;
-    const int64_t b = unit / g.queries / g.heads;
-    PELT_FAST_BY_TYPE(g.dtype, merge_query<W, T>(g, b, h, t))
-  }
-}
-PELT_FAST_FOR_EACH_INSTRUCTION_SET(merge_few, Prefix)
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(few, Prefix)
 
 // Attention of a few queries over prefix and context, which no mask hides: a decoder's step.
 void prefix_few_queries_(Tensor o, Tensor lse, Tensor q, Tensor context_k, Tensor context_v,
@@ -138,14 +122,14 @@ void prefix_few_queries_(Tensor o, Tensor lse, Tensor q, Tensor context_k, Tenso
   g.context_v = heads_of("context_v", context_v, context_k, g.dtype);
   g.own_k = prefix_rows(k), g.own_v = prefix_rows(v);
   g.scale = static_cast<float>(scale), g.keys = context_k.size(2);
-  const int64_t grain = std::max<int64_t>(1, 2048 / (g.keys + g.length));
-  run(attend_few_for_this_machine, g, g.batch * g.heads * g.queries, grain);
+  merge_few_queries(g);
 }
 
 }  // namespace
 
 void merge_few_queries(const Prefix& g) {
-  run(merge_few_for_this_machine, g, g.batch * g.heads * g.queries, 32);
+  const int64_t grain = std::max<int64_t>(1, 2048 / (g.keys + g.length));
+  run(few_for_this_machine, g, g.batch * g.heads * g.queries, grain);
 }
 
 }  // namespace pelt_fast

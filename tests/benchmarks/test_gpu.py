@@ -19,14 +19,11 @@ from benchmarks.gpu import (
     numerics,
     peers,
 )
-from benchmarks.gpu.kernel_cases import Sizes, cases
+from benchmarks.gpu.kernel_cases import cases
 from benchmarks.gpu.record import Record
 from tests.numerics.judge import check
 
-from .tiny import bf16
-
-CPU = torch.device("cpu")
-TINY = Sizes(m=24, k=32, inner=40, batch=1, heads=2, queries=12, dim=16, ranks=(8,), prefixes=(5,))
+from .tiny import CPU, TINY, bf16
 
 
 @pytest.fixture

@@ -12,13 +12,11 @@ from benchmarks.gpu import (
     measured,
     tune,
 )
-from benchmarks.gpu.kernel_cases import Sizes
 from benchmarks.gpu.record import Record
 from pelt_fast.kernels import config, tuned
 from pelt_fast.kernels.tiles import TABLES, Tile
 
-CPU = torch.device("cpu")
-TINY = Sizes(m=24, k=32, inner=40, batch=1, heads=2, queries=12, dim=16, ranks=(8,), prefixes=(5,))
+from .tiny import CPU, TINY
 
 
 def test_every_table_has_a_few_candidates():

@@ -14,22 +14,14 @@ from torch import Tensor
 
 from pelt_fast.ops.common import activations, native
 from pelt_fast.ops.common.dropout import draw_seed, keep_mask, keep_scale, threshold
+from tests.ops.exactly import DTYPES, close, padded, prefix_reference
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
 SIZES = [  # M, K, R
     (1, 1, 1), (1, 300, 16), (7, 13, 3), (37, 52, 5), (64, 128, 16), (131, 257, 17),
     (600, 96, 33), (1031, 136, 64), (65, 1030, 100), (70, 129, 128),
 ]  # fmt: skip
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 P = 0.3
-
-
-def close(found: Tensor, wanted: Tensor, terms: int) -> None:
-    """Within the result's rounding and that of a sum of ``terms`` fp32 products, in norm."""
-    assert found.shape == wanted.shape
-    budget = torch.finfo(found.dtype).eps + 4e-8 * terms**0.5
-    error = (found.double() - wanted).norm()
-    assert error <= budget * wanted.norm().clamp_min(1e-30), (error / wanted.norm()).item()
 
 
 def mask(rows: int, columns: int, seed: Tensor | None) -> tuple[Tensor, tuple]:
@@ -38,11 +30,6 @@ def mask(rows: int, columns: int, seed: Tensor | None) -> tuple[Tensor, tuple]:
         return torch.ones(rows, columns).double(), (None, 0, 1.0)
     keep = keep_mask(0, rows * columns, P, seed).view(rows, columns)
     return keep.double() * keep_scale(P), (seed, threshold(P), keep_scale(P))
-
-
-def padded(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A matrix whose rows lie further apart than they are long."""
-    return torch.randn(shape[0], shape[1] + 3).to(dtype)[:, : shape[1]]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -185,20 +172,6 @@ def test_adapter(m, k, n, r, name, dtype, masked):
     close(alone, dt @ down.double(), n + r)
 
 
-def prefix_reference(q, o, lse, k, v, scale, relu, gated):
-    """o and lse in fp64, differentiable in q, k, v and through what they are merged with."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[0], 0) for t in (k, v))
-    scores = scale * q @ k.transpose(-1, -2)
-    if relu:
-        return o + scores.clamp_min(0) @ v, lse
-    own = torch.logsumexp(scores, -1)
-    if not gated:
-        return o + torch.exp(scores - own.unsqueeze(-1)) @ v, lse
-    joint = torch.logaddexp(lse, own)
-    weights = torch.exp(scores - joint.unsqueeze(-1))
-    return o * torch.exp(lse - joint).unsqueeze(-1) + weights @ v, joint
-
-
 PREFIXES = [  # B, H, G, T, D, P
     (1, 1, 1, 1, 1, 1), (2, 4, 2, 13, 8, 5), (3, 2, 1, 67, 64, 30), (1, 3, 3, 130, 17, 200),
     (2, 2, 2, 64, 128, 256), (2, 4, 2, 1, 64, 30), (1, 2, 1, 8, 16, 7), (3, 2, 2, 2, 128, 200),
@@ -239,41 +212,6 @@ def test_prefix(b, h, g, t, d, p, dtype, form):
     again = [torch.empty_like(dk), torch.empty_like(dv)]
     native.ops().prefix_backward_(None, *again, *given)
     assert torch.equal(again[0], dk) and torch.equal(again[1], dv)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("b, h, g, t, d, p, s", [
-    (1, 1, 1, 1, 16, 1, 1), (2, 4, 2, 1, 64, 30, 33), (1, 12, 12, 3, 64, 16, 700),
-    (3, 2, 1, 8, 128, 256, 257),
-])  # fmt: skip
-def test_prefix_of_a_few_queries(b, h, g, t, d, p, s, dtype):
-    q, (context_k, context_v) = torch.randn(b, t, h, d), torch.randn(2, b, s, g, d)
-    q, context_k, context_v = (x.to(dtype).transpose(1, 2) for x in (q, context_k, context_v))
-    k, v, scale = torch.randn(g, p, d), torch.randn(g, p, d), d**-0.5
-    wide = [x.double().repeat_interleave(h // g, 1) for x in (context_k, context_v)]
-    scores = scale * q.double() @ wide[0].transpose(-1, -2)
-    fixed = torch.softmax(scores, -1) @ wide[1], torch.logsumexp(scores, -1)
-    wanted, joint = prefix_reference(
-        q.double(), *fixed, k.double(), v.double(), scale, relu=False, gated=True
-    )
-    o, lse = torch.empty_like(q), torch.empty(b, h, t)
-    native.ops().prefix_few_queries_(o, lse, q, context_k, context_v, k, v, scale)
-    close(o, wanted, d + p + s)
-    close(lse, joint, d + p + s)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("m, k, n", [
-    (1, 1, 1), (1, 300, 17), (3, 13, 70), (8, 129, 64), (5, 3000, 768), (2, 768, 3000),
-])  # fmt: skip
-def test_product_of_a_few_rows(m, k, n, biased, columns, dtype):
-    x, out = padded(m, k, dtype=dtype), padded(m, n, dtype=dtype)
-    w = padded(n, k, dtype=dtype).t() if columns else padded(k, n, dtype=dtype)
-    bias = torch.randn(n).to(dtype) if biased else None
-    native.ops().few_rows_product_(out, x, w, bias)
-    close(out, x.double() @ w.double() + (bias.double() if biased else 0), k)
 
 
 def results() -> list[Tensor]:
@@ -390,20 +328,6 @@ def test_no_rows_are_no_work():
     (lambda o: o.prefix_merge_(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4),
                                torch.randn(1, 2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8),
                                1.0, False, True), r"lse must be float32 \(1, 2, 3\)"),
-    (lambda o: o.prefix_few_queries_(
-        torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9), torch.randn(1, 2, 9, 16),
-        *torch.randn(2, 1, 2, 9, 16), *torch.randn(2, 2, 5, 16), 1.0),
-     "q must have at most 8 queries of a multiple of 16"),
-    (lambda o: o.prefix_few_queries_(
-        torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1), torch.randn(1, 2, 1, 16),
-        *torch.randn(2, 1, 3, 9, 16), *torch.randn(2, 2, 5, 16), 1.0),
-     r"context_k must have shape \(1, 2, S, 16\)"),
-    (lambda o: o.few_rows_product_(torch.empty(9, 4), torch.randn(9, 8), torch.randn(8, 4), None),
-     "x must have at most 8 rows, got 9"),
-    (lambda o: o.few_rows_product_(torch.empty(1, 4), torch.randn(1, 8), torch.randn(7, 4), None),
-     r"w must have shape \(8, N\)"),
-    (lambda o: o.few_rows_product_(torch.empty(1, 4), torch.randn(1, 8), torch.randn(8, 4),
-                                   torch.randn(5)), r"bias must be contiguous \(4\)"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(call, said):
     with pytest.raises(RuntimeError, match=said):
@@ -419,8 +343,9 @@ def test_every_instruction_set(level):
     best = native.facts()["instruction set"]
     if LEVELS.index(level) >= LEVELS.index(best):
         pytest.skip("what the other tests run" if level == best else f"this machine has {best}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-               os.path.join(os.path.dirname(__file__), "test_native.py")]  # fmt: skip
+    others = ("test_native_few.py", "test_native.py")
+    files = [__file__, *(os.path.join(os.path.dirname(__file__), name) for name in others)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(
         command, env={**os.environ, "PELT_FAST_ISA": level}, capture_output=True, text=True
     )

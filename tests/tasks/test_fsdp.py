@@ -1,67 +1,39 @@
 """`pelt-fast train` under accelerate's FSDP2, two processes: the losses of DDP, resumed, and a
-method that a plain model takes. accelerate cuts on GPUs alone, so it is told that two CPU processes
-are some."""
+method that a plain model takes."""
 
 import json
-import os
 
 import pytest
-import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-from torch import multiprocessing
 
 import pelt_fast
 from pelt_fast import cli
 from pelt_fast.integrations.trainer import PeltTrainer
 from pelt_fast.tasks.loading import load_model
 from pelt_fast.tasks.meter import LOG
-from tests.models.test_distributed import free_port
 from tests.tasks.conftest import SAMPLES
 from tests.tasks.test_train import short
-
-FSDP2 = dict(
-    ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-    FSDP_TRANSFORMER_CLS_TO_WRAP="RobertaLayer",
-)  # fmt: skip
-
-
-def worker(rank: int, port: int, environment: dict, arguments: list[str]) -> None:
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **environment,
-                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-    torch.set_num_threads(1)
-    made = PeltTrainer.create_accelerator_and_postprocess
-
-    def on_gpus(self):
-        if environment:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        made(self)
-        assert self.is_fsdp_enabled == bool(environment)
-
-    PeltTrainer.create_accelerator_and_postprocess = on_gpus
-    assert cli.main(arguments) == 0
-    torch.distributed.destroy_process_group()
+from tests.tasks.two_processes import fsdp2, run
 
 
 def trained(folder, models, environment: dict, *more: str) -> list[float]:
     arguments = ["train", "--recipe", "sst2-mam_glue", "--data", str(SAMPLES / "sst2"), "--model",
                  models["sst2"], "--steps", "4", "--batch-size", "4", "--max-length", "64",
                  "--evaluate-every", "2", "--output", str(folder), *more]  # fmt: skip
-    multiprocessing.spawn(worker, (free_port(), environment, arguments), nprocs=2)
+    run(PeltTrainer, environment, arguments)
     lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
     return [line["eval_loss"] for line in lines if "eval_loss" in line]
 
 
 def test_fsdp2_trains_as_ddp_resumes_and_saves_the_method_alone(models, tmp_path, monkeypatch):
     wanted = trained(tmp_path / "ddp", models, {})
-    found = trained(tmp_path / "fsdp", models, FSDP2)
+    found = trained(tmp_path / "fsdp", models, fsdp2("RobertaLayer"))
     assert len(found) == 2 and found == pytest.approx(wanted, rel=1e-5)
     last = tmp_path / "fsdp/checkpoint-4"
     written = {path.name for path in last.iterdir()}
     assert {"pelt_model.safetensors", "pelt_training.safetensors", "scheduler.pt"} <= written
     assert not any(name.startswith(("model", "pytorch_model")) for name in written)
     (last / "trainer_state.json").write_text("{")  # cut short
-    again = trained(tmp_path / "fsdp", models, FSDP2, "--resume")
+    again = trained(tmp_path / "fsdp", models, fsdp2("RobertaLayer"), "--resume")
     assert again[:2] == found and again[2:] == found[1:]
     plain, _ = load_model(short("sst2", models), ("0", "1"))
     pelt_fast.load(plain, tmp_path / "fsdp")

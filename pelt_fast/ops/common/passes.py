@@ -60,7 +60,7 @@ def has_few_rows(x: Tensor) -> bool:
 
 
 @functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
+def computes_in(dtype: torch.dtype) -> bool:
     """Whether this CPU has arithmetic for a 16-bit dtype, and the library a GEMM that uses it."""
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -81,7 +81,7 @@ def linear(
         out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
         cpp.few_rows_product_(out, x, weight.t(), bias)
         return out
-    if x.device.type == "cpu" and x.element_size() == 2 and not multiplies(x.dtype):
+    if x.device.type == "cpu" and x.element_size() == 2 and not computes_in(x.dtype):
         product = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return product.to(x.dtype) if out is None else out.copy_(product)
     if out is None:
