@@ -1,0 +1,24 @@
+"""Jumps and ends."""
+
+import numpy as np
+
+from .decode import opcode
+from .machine import CONTROL, Step
+
+
+@opcode("bra")
+def build_jump(machine, instruction):
+    """``bra label``"""
+    if instruction.modifiers not in ((), ("uni",)):
+        return None
+    target = machine.entry.labels[instruction.operands[0].name]
+    return Step(lambda threads: machine.jump(threads, target), CONTROL)
+
+
+@opcode("ret", "exit")
+def build_end(machine, instruction):
+    """``ret`` of a kernel, and ``exit``"""
+    if instruction.modifiers not in ((), ("uni",)):
+        return None
+    numbers = np.arange(machine.threads)
+    return Step(lambda threads: machine.end(numbers[threads]), CONTROL)

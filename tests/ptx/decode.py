@@ -1,0 +1,74 @@
+"""From an instruction to a step: each family of opcodes has a file and enters its builders here."""
+
+import importlib
+from collections.abc import Callable
+
+import numpy as np
+
+from .errors import MachineError, Unsupported
+from .machine import CONTROL, TOGETHER, Machine, Step
+from .program import Instruction
+from .registers import Active, active
+
+FAMILIES = ("arithmetic", "floats", "conversions", "moves", "control", "warps", "barriers",
+            "copies", "matrices", "bulk", "tensor_maps", "wgmma")  # fmt: skip
+BUILDERS: dict[str, Callable] = {}
+
+
+def opcode(*roots: str):
+    """Enter a builder for opcodes. It gets the machine and the instruction and returns a Step, or
+    None for modifiers that it does not know."""
+
+    def enter(builder):
+        for root in roots:
+            if root in BUILDERS:
+                raise ValueError(f"{root} has two builders")
+            BUILDERS[root] = builder
+        return builder
+
+    return enter
+
+
+def load_families() -> None:
+    """Import every family, which enters its builders."""
+    for family in FAMILIES:
+        importlib.import_module(f"{__package__}.{family}")
+
+
+def decode(machine: Machine, instruction: Instruction) -> Step:
+    """The step of an instruction, under its guard."""
+    if not BUILDERS:
+        load_families()
+    builder = BUILDERS.get(instruction.root)
+    try:
+        step = None if builder is None else builder(machine, instruction)
+    except MachineError as error:
+        if error.instruction is None:
+            raise type(error)(str(error), instruction) from None
+        raise
+    except (TypeError, AttributeError, KeyError, IndexError) as error:  # operands of another kind
+        raise Unsupported(f"operands are not understood: {error}", instruction) from error
+    if step is None:
+        raise Unsupported(f"opcode {instruction.opcode} is not known", instruction)
+    return step if instruction.guard is None else _guarded(machine, instruction, step)
+
+
+def _guarded(machine: Machine, instruction: Instruction, step: Step) -> Step:
+    """The step for the threads whose guard is true. A jump's others go on."""
+    guard = machine.registers.view(instruction.guard.name, "pred")
+    numbers = np.arange(machine.threads)
+
+    def run(threads: Active) -> None:
+        chosen = guard[threads] != instruction.negated
+        if chosen.all():
+            return step.run(threads)
+        mine = numbers[threads]
+        if step.kind & CONTROL:
+            machine.go_on(mine[~chosen])
+        if chosen.any():
+            some = mine[chosen]
+            if step.kind & TOGETHER and len(machine._whole_warps(some)) != len(some):
+                raise MachineError("a guard parts the threads of a warp that must be together")
+            step.run(active(some))
+
+    return Step(run, step.kind)

@@ -1,0 +1,371 @@
+"""PTX text to a ``program.Entry``. What is not known is an error that names the line."""
+
+import bisect
+import re
+import struct
+from pathlib import PurePath
+
+from .errors import Unsupported
+from .program import (
+    SIZES,
+    Address,
+    Entry,
+    Immediate,
+    Instruction,
+    Operand,
+    Pair,
+    Place,
+    Register,
+    Sink,
+    Special,
+    Symbol,
+    Variable,
+    Vector,
+)  # fmt: skip
+
+_TOKEN = re.compile(
+    r"(?P<skip>\s+|//[^\n]*|/\*.*?\*/)"
+    r"|(?P<number>-?(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|\d+\.\d+|\d+U?))"
+    r"|(?P<word>[%$]?[A-Za-z_.$][\w.$]*(?:::\w+)*(?:\.\w+(?:::\w+)*)*|%\w+)"
+    r"|(?P<string>\"[^\"]*\")"
+    r"|(?P<mark>[{}\[\](),;:@!|<>=+-])",
+    re.DOTALL,
+)
+_SPECIAL = re.compile(
+    r"%(?:n?tid|n?ctaid|clusterid|nclusterid|cluster_n?ctaid)\.[xyz]$"
+    r"|%(?:laneid|warpid|cluster_n?ctarank|is_explicit_cluster|lanemask_\w+)$"
+)
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)")
+_IGNORED = {".pragma", ".maxntid", ".minnctapersm", ".maxnreg"}
+
+
+class Tokens:
+    """The tokens of a text, one after another, with the line each is on."""
+
+    def __init__(self, text: str, first_line: int = 1):
+        self.items: list[tuple[str, str, int]] = []
+        ends = [m.start() for m in re.finditer("\n", text)]
+        position = 0
+        while position < len(text):
+            found = _TOKEN.match(text, position)
+            line = first_line + bisect.bisect_left(ends, position)
+            if found is None:
+                raise Unsupported(
+                    f"PTX line {line}: cannot read {text[position : position + 20]!r}"
+                )
+            if found.lastgroup != "skip":
+                self.items.append((found.lastgroup, found.group(), line))
+            position = found.end()
+        self.at = 0
+
+    def peek(self, ahead: int = 0) -> str:
+        at = self.at + ahead
+        return self.items[at][1] if at < len(self.items) else ""
+
+    def next(self) -> str:
+        self.at += 1
+        return self.items[self.at - 1][1]
+
+    @property
+    def line(self) -> int:
+        return self.items[min(self.at, len(self.items) - 1)][2]
+
+    def expect(self, wanted: str) -> None:
+        line, found = self.line, self.next()
+        if found != wanted:
+            raise Unsupported(f"PTX line {line}: expected {wanted!r}, found {found!r}")
+
+
+def entries(text: str) -> list[str]:
+    """The names of the kernels in a text."""
+    return _ENTRY.findall(text)
+
+
+def parse(text: str, name: str | None = None) -> Entry:
+    """One kernel of a text; the first without a name."""
+    starts = {m.group(1): m for m in _ENTRY.finditer(text)}
+    if not starts:
+        raise Unsupported("the PTX has no .entry")
+    name = name if name is not None else next(iter(starts))
+    if name not in starts:
+        raise Unsupported(f"the PTX has no entry {name!r}; it has {', '.join(starts)}")
+    start = starts[name].start()
+    target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
+    entry = Entry(name, target.group(1) if target else "")
+    for found in re.finditer(r"^(?:\.extern )?\.shared [^;]*;", text, re.MULTILINE):
+        _shared(Tokens(found.group()), entry)
+    listed = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.MULTILINE)
+    files = {int(number): PurePath(path).name for number, path in listed}
+    end = _end_of(text, start)
+    _Reader(Tokens(text[start:end], 1 + text.count("\n", 0, start)), entry, files).read()
+    return entry
+
+
+def _end_of(text: str, start: int) -> int:
+    """Where the body of the entry at ``start`` closes."""
+    depth, position = 0, text.index("{", start)
+    for found in re.compile(r"//[^\n]*|[{}]").finditer(text, position):
+        depth += {"{": 1, "}": -1}.get(found.group(), 0)
+        if depth == 0:
+            return found.end()
+    raise Unsupported("the PTX ends inside an entry")
+
+
+def _shared(tokens: Tokens, entry: Entry) -> None:
+    """``.extern .shared .align 16 .b8 name[];`` or ``.shared .align 8 .b8 name[64];``"""
+    align, type_, external = 1, "b8", False
+    while (word := tokens.next()).startswith("."):
+        if word == ".extern":
+            external = True
+        elif word == ".align":
+            align = int(tokens.next())
+        elif word != ".shared":
+            type_ = word[1:]
+    count = 1
+    if tokens.peek() == "[":
+        tokens.next()
+        count = 0 if tokens.peek() == "]" else int(tokens.next())
+    if external or count == 0:
+        entry.dynamic = word
+        return
+    used = max((v.offset + v.size for v in entry.shared), default=0)
+    align = max(align, SIZES[type_])
+    entry.shared.append(Variable(word, SIZES[type_] * count, align, -(-used // align) * align))
+
+
+class _Reader:
+    """Reads the parameters and the body of one entry."""
+
+    def __init__(self, tokens: Tokens, entry: Entry, files: dict[int, str]):
+        self.tokens, self.entry, self.files = tokens, entry, files
+        self.scopes: list[dict[str, str]] = []  # names of an inner scope, to unique ones
+        self.opened = 0
+        self.file, self.source = "", 0
+
+    def read(self) -> None:
+        tokens = self.tokens
+        tokens.expect(".entry")
+        tokens.next()
+        if tokens.peek() == "(":
+            self._parameters()
+        while tokens.peek() != "{":
+            self._directive(tokens.next())
+        tokens.next()
+        self._open()
+        while self.scopes:
+            self._statement()
+        for instruction in self.entry.code:
+            for operand in instruction.operands:
+                if instruction.root == "bra" and operand.name not in self.entry.labels:
+                    raise Unsupported(f"no label {operand.name!r}", instruction)
+
+    def _parameters(self) -> None:
+        tokens, offset = self.tokens, 0
+        tokens.expect("(")
+        while tokens.peek() != ")":
+            tokens.expect(".param")
+            align, type_ = 1, "b8"
+            while (word := tokens.next()).startswith("."):
+                if word == ".align":
+                    align = int(tokens.next())
+                elif word[1:] in SIZES:
+                    type_ = word[1:]
+            size = SIZES[type_]
+            align = max(align, size) if tokens.peek() != "[" else align
+            if tokens.peek() == "[":
+                tokens.next()
+                size *= int(tokens.next())
+                tokens.expect("]")
+            offset = -(-offset // align) * align
+            self.entry.parameters.append(Variable(word, size, align, offset))
+            offset += size
+            if tokens.peek() == ",":
+                tokens.next()
+        tokens.next()
+
+    def _directive(self, word: str) -> None:
+        tokens = self.tokens
+        if word == ".reqntid":
+            sizes = self._numbers()
+            self.entry.threads = sizes[0] * (sizes[1:2] or [1])[0] * (sizes[2:3] or [1])[0]
+        elif word in _IGNORED:
+            if word == ".pragma":
+                tokens.next()
+                tokens.expect(";")
+            else:
+                self._numbers()
+        else:
+            raise Unsupported(f"PTX line {tokens.line}: directive {word!r} is not known")
+
+    def _numbers(self) -> list[int]:
+        found = [int(self.tokens.next())]
+        while self.tokens.peek() == ",":
+            self.tokens.next()
+            found.append(int(self.tokens.next()))
+        return found
+
+    def _open(self) -> None:
+        self.scopes.append({})
+        self.opened += 1
+
+    def _statement(self) -> None:
+        tokens = self.tokens
+        word = tokens.peek()
+        if word == "{":
+            tokens.next()
+            self._open()
+        elif word == "}":
+            tokens.next()
+            self.scopes.pop()
+        elif word == ".reg":
+            self._registers()
+        elif word == ".loc":
+            self._location()
+        elif word == ".shared":
+            self._local_shared()
+        elif word.startswith("."):
+            self._directive(tokens.next())
+        elif tokens.peek(1) == ":":
+            self.entry.labels[self._declare(tokens.next())] = len(self.entry.code)
+            tokens.next()
+        elif word == ";":
+            tokens.next()
+        else:
+            self._instruction()
+
+    def _local_shared(self) -> None:
+        start = self.tokens.at
+        while self.tokens.next() != ";":
+            pass
+        words = [text for _, text, _ in self.tokens.items[start : self.tokens.at]]
+        _shared(Tokens(" ".join(words)), self.entry)
+
+    def _location(self) -> None:
+        tokens = self.tokens
+        tokens.next()
+        self.file = self.files.get(int(tokens.next()), "")
+        self.source = int(tokens.next())
+        tokens.next()
+        while tokens.peek() == ",":  # , function_name $name, inlined_at file line column
+            tokens.next()
+            word = tokens.next()
+            for _ in range({"function_name": 1, "inlined_at": 3}[word]):
+                tokens.next()
+            if tokens.peek() == "+":
+                tokens.next(), tokens.next()
+
+    def _declare(self, name: str) -> str:
+        """The unique name of what is declared in the innermost scope."""
+        unique = name if len(self.scopes) == 1 else f"{name}@{self.opened}"
+        self.scopes[-1][name] = unique
+        return unique
+
+    def _registers(self) -> None:
+        tokens = self.tokens
+        tokens.next()
+        type_ = tokens.next()[1:]
+        if type_ not in SIZES:
+            raise Unsupported(f"PTX line {tokens.line}: registers of type {type_!r} are not known")
+        while True:
+            name = tokens.next()
+            if tokens.peek() == "<":
+                tokens.next()
+                for n in range(int(tokens.next())):
+                    self.entry.registers[self._declare(f"{name}{n}")] = type_
+                tokens.expect(">")
+            else:
+                self.entry.registers[self._declare(name)] = type_
+            if tokens.next() == ";":
+                return
+
+    def _resolve(self, name: str) -> str:
+        for scope in reversed(self.scopes):
+            if name in scope:
+                return scope[name]
+        return name
+
+    def _instruction(self) -> None:
+        tokens = self.tokens
+        start, line = tokens.at, tokens.line
+        guard, negated = None, False
+        if tokens.peek() == "@":
+            tokens.next()
+            if tokens.peek() == "!":
+                tokens.next()
+                negated = True
+            guard = Register(self._resolve(tokens.next()))
+        root, *modifiers = tokens.next().split(".")
+        operands = []
+        while tokens.peek() != ";":
+            operands.append(self._operand())
+            if tokens.peek() == ",":
+                tokens.next()
+        tokens.next()
+        text = " ".join(item[1] for item in tokens.items[start : tokens.at - 1])
+        place = Place(line, self.file, self.source)
+        self.entry.code.append(
+            Instruction(root, tuple(modifiers), tuple(operands), place, text, guard, negated)
+        )
+
+    def _operand(self) -> Operand:
+        tokens = self.tokens
+        if tokens.peek() == "{":
+            return Vector(self._listed("{", "}"))
+        if tokens.peek() == "[":
+            return self._address()
+        first = self._atom()
+        if tokens.peek() == "|":
+            tokens.next()
+            return Pair(first, self._atom())
+        return first
+
+    def _listed(self, opening: str, closing: str) -> tuple[Operand, ...]:
+        tokens, found = self.tokens, []
+        tokens.expect(opening)
+        while tokens.peek() != closing:
+            found.append(self._atom())
+            if tokens.peek() == ",":
+                tokens.next()
+        tokens.next()
+        return tuple(found)
+
+    def _address(self) -> Address:
+        tokens = self.tokens
+        tokens.expect("[")
+        base, offset, coordinates = self._atom(), 0, ()
+        if tokens.peek() == "+":
+            tokens.next()
+            offset = int(tokens.next(), 0)
+        elif tokens.peek() not in ("]", ","):  # [base-4]: the minus is the number's
+            offset = int(tokens.next(), 0)
+        if tokens.peek() == ",":
+            tokens.next()
+            coordinates = self._listed("{", "}")
+        tokens.expect("]")
+        return Address(base, offset, coordinates)
+
+    def _atom(self) -> Operand:
+        tokens = self.tokens
+        kind, word, line = tokens.items[tokens.at]
+        tokens.next()
+        if word in ("!", "-"):
+            raise Unsupported(f"PTX line {line}: operand {word}{tokens.peek()} is not known")
+        if kind == "number":
+            return Immediate(_number(word))
+        if word == "_":
+            return Sink()
+        if _SPECIAL.match(word):
+            return Special(word)
+        name = self._resolve(word)
+        return Register(name) if name in self.entry.registers else Symbol(name)
+
+
+def _number(text: str) -> int | float:
+    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
+    if digits[:2].lower() == "0f":
+        return sign * struct.unpack(">f", bytes.fromhex(digits[2:]))[0]
+    if digits[:2].lower() == "0d":
+        return sign * struct.unpack(">d", bytes.fromhex(digits[2:]))[0]
+    if "." in digits:
+        return sign * float(digits)
+    return sign * int(digits.rstrip("U"), 0)
