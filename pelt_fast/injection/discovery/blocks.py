@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from transformers.pytorch_utils import Conv1D
 
 from pelt_fast.layouts.layout import FFNLayout
@@ -22,7 +24,8 @@ from .trace import Call
 # what a block's code may call itself
 _SPELLED = tuple((None, f) for f in (F.silu, F.gelu, F.relu, functools.partial(
     F.gelu, approximate="tanh"), lambda x: F.relu(x).square()))  # fmt: skip
-_NO_ACTIVATION = (nn.Identity, nn.Dropout, nn.Linear, nn.Embedding, Conv1D, nn.LayerNorm)
+# a call of a dropout draws, one of a batch norm counts; the bases are those of all their kinds
+_NO_ACTIVATION = (nn.Identity, _DropoutNd, nn.Linear, nn.Embedding, Conv1D, nn.LayerNorm, _NormBase)
 
 
 @dataclass(eq=False)
@@ -141,7 +144,9 @@ def _held_by(module: nn.Module, path: str) -> Iterator[tuple[str, Callable]]:
 def _may_activate(name: str, value) -> bool:
     if isinstance(value, nn.Module):
         return not isinstance(value, _NO_ACTIVATION) and not list(value.children())
-    return callable(value) and not isinstance(value, type) and not name.startswith("_")
+    # a forward of the module's own stands for the module
+    own = name == "forward" or name.startswith("_")
+    return callable(value) and not isinstance(value, type) and not own
 
 
 def layout_of(

@@ -7,7 +7,9 @@ from torch import nn
 from pelt_fast.layouts.layout import AttentionLayout, FFNLayout, Layout, StackLayout
 from pelt_fast.layouts.lookup import base_of, find
 
+from ..checks import check_not_sharded
 from ..synthetic_batch import why_no_run
+from ..unchanged import unchanged
 from .attentions import Found, attentions, below
 from .blocks import blocks, layout_of
 from .graph import Graph
@@ -20,22 +22,30 @@ _EXPERTS = ("expert", "moe", "router", "mixture")
 def discover(model: nn.Module) -> Layout:
     """The layout of ``model``. ValueError where the model cannot be run here, or has no attention
     that was found."""
+    check_not_sharded(model)
     base = base_of(model)
-    why = why_no_run(base)
+    why, stacks = why_no_run(base), ()
     if why is None:
-        try:
-            ran = trace(base)
-        except Exception as error:  # a model may raise anything on an unsuitable input
-            why = f"the base does not run on a few tokens ({type(error).__name__}: {error})"
-    stacks = () if why is not None else tuple(_stacks(base, ran))
+        why, stacks = _found(base)
     if not stacks:
-        why = why or "no attention of its forward is one that transformers' interface computes"
+        why = why or "no attention was found in a list of layers of its forward"
         raise ValueError(
             f"no table row for architecture {model.config.model_type!r}, and its layout was not"
             f" found: {why}. Give one, inject(..., layout=Layout(...)): pelt-fast explain prints a"
             " draft"
-        ) from None
+        )
     return Layout(model.config.model_type, stacks)
+
+
+def _found(base: nn.Module) -> tuple[str | None, tuple[StackLayout, ...]]:
+    """Why the base cannot be run, or None, and its stacks. The search for activations calls modules
+    of the model after its forward."""
+    with unchanged(base, training=False):
+        try:
+            ran = trace(base)
+        except Exception as error:  # a model may raise anything on an unsuitable input
+            return f"the base does not run on a few tokens ({type(error).__name__}: {error})", ()
+        return None, tuple(_stacks(base, ran))
 
 
 def _stacks(base: nn.Module, ran: Trace) -> Iterator[StackLayout]:

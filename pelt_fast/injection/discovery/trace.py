@@ -19,7 +19,6 @@ from pelt_fast.modules.projection_view import is_linear
 
 from .. import attention_interface as interface
 from ..synthetic_batch import synthetic_batch
-from ..unchanged import unchanged
 from .computed import Computed, Tell, seen_by
 
 _CHOICE = "_attn_implementation_internal"
@@ -91,11 +90,10 @@ _now = PerThread()  # the trace that runs in this thread
 
 
 def trace(base: nn.Module) -> Trace:
-    """Run ``base`` once, in evaluation mode, with autograd. The model is left as it was. Raises
-    what the model raises."""
+    """Run ``base`` once, with autograd. Called in a block of ``unchanged``. Raises what the model
+    raises."""
     batch, found = synthetic_batch(base), Trace()
     with contextlib.ExitStack() as guards:
-        guards.enter_context(unchanged(base, training=False))
         guards.enter_context(_with_gradients(base))
         guards.enter_context(_spied(base))
         guards.enter_context(torch.compiler.set_stance("force_eager"))
