@@ -19,7 +19,6 @@ from pelt_fast.layouts import layout as layouts
 from pelt_fast.layouts.lookup import base_of, stacks_of
 from pelt_fast.layouts.table import _LIKE_BERT, ROWS
 from pelt_fast.layouts.written import DISCOVERED, written
-from pelt_fast.modules.projection_view import shape_of, view_of
 from tests.models.judge import assert_untouched, state
 from tests.models.test_slots import BIOGPT, biogpt
 from tests.small import MODELS, MORE, VOCABULARY, inputs, llama, randomise
@@ -252,21 +251,6 @@ def test_a_norm_inside_a_block_is_seen():
     for layer in model.transformer.h:
         layer.mlp.act = nn.Sequential(nn.GELU(), nn.LayerNorm(128))
     assert discover(model).stacks[0].ffn is None
-
-
-@pytest.mark.parametrize("name, rows", [
-    ("q=0-2", [0, 1]), ("k=2-4%6", [2, 3, 8, 9]), ("v=4-6%6", [4, 5, 10, 11]), ("1/3", [4, 5, 6, 7]),
-])  # fmt: skip
-def test_the_rows_of_a_part(name, rows):
-    owner = nn.Linear(3, 12)
-    part = view_of(owner, name, None)
-    assert shape_of(part) == (len(rows), 3)
-    assert torch.equal(part.weight, owner.weight[rows]) and torch.equal(part.bias, owner.bias[rows])
-    value = torch.randn(len(rows), 3)
-    before = part.write("weight", value)
-    assert torch.equal(owner.weight[rows], value)
-    part.write("weight", before)
-    assert torch.equal(part.weight, before)
 
 
 @pytest.mark.parametrize("kind", _LIKE_BERT)
