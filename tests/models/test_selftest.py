@@ -236,6 +236,15 @@ def test_an_init_that_is_not_zero_survives_the_test():
     assert up and all(0.01 < p.std() < 0.03 for p in up)
 
 
+def test_it_runs_the_base_six_times():
+    """In each mode: before the method is there, once more, and with it. The norms that the layout
+    names are read in one of these."""
+    model, runs = llama(), []
+    model.model.embed_tokens.register_forward_hook(lambda *_: runs.append(1))
+    pelt_fast.inject(model, "scaled_parallel_adapter", layout=LLAMA)
+    assert len(runs) == 6
+
+
 def test_what_cannot_run_says_so_and_goes_on(caplog):
     with torch.device("meta"):
         model = llama()
