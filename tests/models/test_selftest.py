@@ -18,9 +18,9 @@ from transformers import (
 
 import pelt_fast
 from pelt_fast import AttentionLayout, FFNLayout, Layout, StackLayout
-from pelt_fast.layouts.lookup import base_of, find, missing_paths
+from pelt_fast.layouts.lookup import base_of, find, missing_paths, stacks_of
 from pelt_fast.layouts.table import ROWS, rows_of
-from pelt_fast.layouts.unnamed import unnamed_in_block
+from pelt_fast.layouts.unnamed import unnamed_in_block, unnamed_in_layer
 from tests.models.test_slots import BIOGPT, biogpt
 from tests.small import MODELS, MORE, bert, llama
 
@@ -122,6 +122,15 @@ def test_the_message_says_what_no_slot_names():
         ValueError, match=r"no layout names: .*activation_dropout.*Name what belongs"
     ):
         pelt_fast.inject(model, "scaled_parallel_adapter", layout=lost)
+
+
+def test_the_norm_behind_a_block_is_named():
+    model = bert()
+    (stack,) = stacks_of(model)
+    layer = find(base_of(model), stack.layers)[0]
+    unnamed = unnamed_in_layer(layer, stack)
+    assert stack.ffn.norm_after == "output.LayerNorm" and "output.LayerNorm" not in unnamed
+    assert "attention.output.LayerNorm" in unnamed
 
 
 def test_a_norm_that_does_not_stand_in_front_of_the_block_is_refused():
