@@ -16,6 +16,7 @@ from pelt_fast.injection.discovery import blocks
 from pelt_fast.injection.discovery.discover import discover
 from pelt_fast.injection.synthetic_batch import synthetic_batch
 from pelt_fast.layouts import layout as layouts
+from pelt_fast.layouts.discovery import draft
 from pelt_fast.layouts.lookup import base_of, stacks_of
 from pelt_fast.layouts.table import _LIKE_BERT, ROWS
 from pelt_fast.layouts.written import DISCOVERED, written
@@ -239,6 +240,15 @@ def test_layers_that_differ_are_several_stacks_of_one_list():
     assert {site.name.split(".")[1] for site in model._pelt.sites} == {"1"}
     with pytest.raises(ValueError, match="has 2 layers, from 0: there is no layer 2"):
         pelt_fast.inject(family("bamba").made(), "lora", layers=[2])
+
+
+def test_experts_by_the_name_of_their_class_are_no_block_and_none_of_a_draft():
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("LlamaExperts", (type(layer.mlp),), {})
+    (stack,) = discover(model).stacks
+    assert stack.ffn is None and stack.no_ffn.startswith("mlp: experts that a router chooses")
+    assert f"ffn=None, no_ffn={stack.no_ffn!r}" in draft(model)
 
 
 def test_a_norm_inside_a_block_is_seen():

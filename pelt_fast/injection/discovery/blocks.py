@@ -5,7 +5,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.pytorch_utils import Conv1D
 
+from pelt_fast.layouts.discovery import spelled_out
 from pelt_fast.layouts.layout import FFNLayout
 from pelt_fast.layouts.lookup import find
 
@@ -72,7 +72,7 @@ def _block(
     """The block whose last projection is ``out``, or None."""
     if not 1 <= len(before) <= 2 or any(call not in inside for call in before):
         return None
-    if len(before) == 2 and not _same_input(*before):
+    if len(before) == 2 and not _same_values(*(call.input for call in before)):
         return None
     read = out.input.detach()
     for path, activation in (*_activations(base, layer, before[0].path), *_SPELLED):
@@ -113,10 +113,6 @@ def _is(activation: Callable, gate: Tensor | None, u: Tensor, read: Tensor) -> b
     except Exception:  # anything callable is tried: it may take other arguments
         return False
     return isinstance(made, Tensor) and torch.equal(made, read)
-
-
-def _same_input(one: Call, two: Call) -> bool:
-    return one.input.shape == two.input.shape and torch.equal(one.input, two.input)
 
 
 def _activations(base: nn.Module, layer: str, path: str) -> Iterator[tuple[str, Callable]]:
@@ -165,7 +161,7 @@ def layout_of(
                      gate)  # fmt: skip
     own = find(base, layer)
     if entry is None and isinstance(getattr(own, "dropout", None), float):
-        made = replace(made, **_numbers(own, attentions))
+        made = replace(made, **spelled_out(own, attentions))
     else:
         made = replace(made, **_dropouts(layer, block, calls, entry))
     return replace(made, **_norms(layer, block, calls, entry))
@@ -186,9 +182,8 @@ def _container(base: nn.Module, layer: str, block: Block, calls: list[Call]) -> 
 
 
 def _reads_and_returns(call: Call, block: Block) -> bool:
-    pairs = (call.input, block.into.input), (call.output, block.out.output)
-    return all(one is not None and one.shape == two.shape and torch.equal(one, two)
-               for one, two in pairs)  # fmt: skip
+    reads = _same_values(call.input, block.into.input)
+    return reads and _same_values(call.output, block.out.output)
 
 
 def _dropouts(layer: str, block: Block, calls: list[Call], entry: str | None) -> dict[str, str]:
@@ -203,15 +198,6 @@ def _dropouts(layer: str, block: Block, calls: list[Call], entry: str | None) ->
             named["activation_dropout"] = below(call.path, layer)
         elif end < call.began < last and _same_values(call.input, block.out.output):
             named["output_dropout"] = below(call.path, layer)
-    return named
-
-
-def _numbers(own: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
-    """The dropouts of a layer that spells its block out and holds probabilities, by their names;
-    the self-test is the judge."""
-    named: dict[str, Any] = {"output_dropout": "dropout", "output_dropout_also": attentions}
-    if isinstance(getattr(own, "activation_dropout", None), float):
-        named["activation_dropout"] = "activation_dropout"
     return named
 
 

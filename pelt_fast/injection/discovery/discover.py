@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from pelt_fast.layouts.discovery import experts_in, why_no_block
 from pelt_fast.layouts.layout import AttentionLayout, FFNLayout, Layout, StackLayout
 from pelt_fast.layouts.lookup import base_of, find
 
@@ -15,8 +16,6 @@ from .blocks import blocks, layout_of
 from .graph import Graph
 from .lists import Lists
 from .trace import Trace, trace
-
-_EXPERTS = ("expert", "moe", "router", "mixture")
 
 
 def discover(model: nn.Module) -> Layout:
@@ -93,11 +92,9 @@ def _ffn(
     base: nn.Module, layer: str, own: list[Found], ran: Trace, graph: Graph
 ) -> tuple[FFNLayout | None, str]:
     """The block of a layer, and "" or why there is none."""
-    experts = [name for name, _ in find(base, layer).named_modules()
-               if any(part in name.rpartition(".")[2].lower() for part in _EXPERTS)]  # fmt: skip
+    experts = experts_in(find(base, layer))
     if experts:
-        why = f"{', '.join(experts[:2])}: experts that a router chooses"
-        return None, f"{why}; put the method on the attention"
+        return None, why_no_block(experts[:2])
     taken = {call.path for found in own for call, _ in found.projections.values()}
     made = blocks(base, layer, graph, taken)
     if len(made) != 1:
