@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pelt_fast
 from pelt_fast import Modification, PeltConfig
+from pelt_fast.modules.base_parameters import BaseParameters
+from pelt_fast.modules.switch import _EAGER
 from tests.models.test_parity import small_method
 from tests.small import MODELS, bert, gpt2, inputs, llama, randomise, t5
 from tests.threads import in_a_thread, together
@@ -109,6 +111,27 @@ def test_an_exception_ends_the_block():
     assert set(tables) == {dict}
     with pelt_fast.disabled(model):
         assert torch.equal(run(model, batch), base[0])
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_a_block_that_cannot_begin_leaves_nothing(fails_at, monkeypatch):
+    model, batch, _ = trained("bert", "bitfit")
+    own, tables = run(model, batch), [module._parameters for module in model.modules()]
+    put, calls = BaseParameters.put, []
+
+    def failing(parameters):
+        calls.append(parameters)
+        if len(calls) == fails_at:
+            raise MemoryError("no memory")
+        put(parameters)
+
+    monkeypatch.setattr(BaseParameters, "put", failing)
+    with pytest.raises(MemoryError, match="no memory"), pelt_fast.disabled(model):
+        pass
+    assert all(module._parameters is table for module, table in zip(model.modules(), tables))
+    assert not model._pelt.switch.any_block
+    assert _EAGER.stance is None and not _EAGER.blocks
+    assert torch.equal(run(model, batch), own)
 
 
 @pytest.mark.parametrize("method", ["bitfit", "mam", "lora", "prompt"])
