@@ -29,11 +29,12 @@ class _MethodTrainer(MethodCheckpoints):
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         _refuse_output_layer(model)
-        dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+        before = {parameter: parameter.data for parameter in model.parameters()
+                  if parameter.requires_grad}  # fmt: skip
         super().__init__(model, *args, **kwargs)
-        for parameter, dtype in dtypes.items():
-            if parameter.requires_grad and parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+        for parameter, data in before.items():
+            if parameter.dtype != data.dtype:  # the digits that bf16 lost are in the old data
+                parameter.data = data.to(parameter.device)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: ``pelt_fast.push_to_hub`` writes a method's card."""
