@@ -162,11 +162,31 @@ def test_generate_with_an_encoder_decoder(bases, tmp_path, capsys):
     (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     (["--temperature", "-1"], "--temperature must not be negative"),
     (["--model", "nowhere"], "nowhere"),
+    (["--plain", "--prompt", ""], "--prompt: '' has no tokens to go on from"),
 ])  # fmt: skip
 def test_generate_refuses(arguments, told, bases, tmp_path, capsys):
     _, folder = saved("causal", "lora", bases, tmp_path / "method")
-    assert cli.main(["generate", folder, *arguments, "--prompt", "a"]) == 2
+    assert cli.main(["generate", folder, "--prompt", "a", *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_generate_ends_where_the_model_or_the_tokenizer_does(bases, tmp_path, capsys):
+    """An answer ends at the tokenizer's end token too, where the model knows of another one."""
+    model, folder = saved("causal", "lora", bases, tmp_path / "method")
+    own = chat.tokenizer()
+    ids = own("abc", return_tensors="pt", return_token_type_ids=False)
+    free = model.generate(**ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    said = free[0, 3:].tolist()
+    own.eos_token = own.convert_ids_to_tokens(said[2])
+    own.save_pretrained(bases["causal"])
+    try:
+        arguments = ["generate", folder, "--plain", "--max-new-tokens", "5", "--prompt", "abc"]
+        assert cli.main(arguments) == 0
+    finally:
+        chat.tokenizer().save_pretrained(bases["causal"])
+    first = said.index(said[2])
+    found = capsys.readouterr().out.strip("\n")
+    assert found == own.decode(said[:first], skip_special_tokens=True).strip("\n")
 
 
 def test_a_classifier_does_not_generate(bases, tmp_path, capsys):
