@@ -8,6 +8,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the rows, and where the recipe goes."""
     parser.add_argument("--model", required=True, metavar="PATH", help="a folder or a hub name")
     rows = "your own files: train, perhaps validation and test (.jsonl, .csv, .tsv; .gz)"
+    rows += "; for a causal language model also one file"
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help=rows)
     parser.add_argument("--method", metavar="NAME", help="a preset (default: the task's)")
     parser.add_argument("--output", type=Path, default=Path("recipe.yaml"), metavar="FILE",

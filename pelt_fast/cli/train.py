@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", metavar="NAME",
                         help="a task's recipe; with --data alone: classification")  # fmt: skip
     local = "your own files: train, validation, test (.jsonl, .csv, .tsv, parallel text; .gz)"
+    local += "; of the task instruct also one file"
     parser.add_argument("--data", type=Path, metavar="FOLDER", help=local)
     parser.add_argument("--model", metavar="PATH", help="a local folder or a hub name")
     parser.add_argument("--method", metavar="NAME", help="a preset (see pelt-fast methods)")
