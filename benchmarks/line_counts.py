@@ -1,17 +1,14 @@
 """docs/line-counts.md: how many lines ten jobs take in pelt_fast, PEFT and adapters.
 
-python -m benchmarks.line_counts           writes the table from the blocks of the page
-python -m benchmarks.line_counts --check   exit 1 when the table is not that of the blocks
+``benchmarks.report`` writes the table from the blocks of the page.
 """
 
-import argparse
 import re
 
 from benchmarks.common import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "line-counts.md"
 LIBRARIES = ("pelt_fast", "PEFT", "adapters")
-BEGIN, END = "<!-- line counts -->", "<!-- /line counts -->"
 
 _JOB = re.compile(r"^## \d+\. (?P<title>.+)$", re.MULTILINE)
 _HIDDEN = re.compile(r"^<!-- setup\n.*?^-->\n", re.DOTALL | re.MULTILINE)
@@ -42,24 +39,3 @@ def table(text: str) -> str:
         cells = (str(lines.get(library, "-")) for library in LIBRARIES)
         rows.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-def render(text: str) -> str:
-    """The page with its table written again."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(text)}\n{END}{rest.partition(END)[2]}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    text = PAGE.read_text()
-    if options.check:
-        return int(render(text) != text)
-    PAGE.write_text(render(text))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,5 @@
-"""Write tables and figures of README.md and docs/ from the newest committed result files.
+"""Write tables and figures of README.md and docs/ from the newest committed result files, and the
+table of line counts from its page.
 
 python -m benchmarks.report            rewrites the text between the markers, draws the figures
 python -m benchmarks.report --check    exit 1 when a page differs from the results
@@ -11,7 +12,18 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import decode, demo, figures, layer, model, predict, profile, targets, traffic
+from benchmarks import (
+    decode,
+    demo,
+    figures,
+    layer,
+    line_counts,
+    model,
+    predict,
+    profile,
+    targets,
+    traffic,
+)
 from benchmarks.common import REPOSITORY, merged, newest, not_superseded, parts, table
 from benchmarks.gpu import report as gpu_report
 from pelt_fast import PeltConfig, inject
@@ -23,6 +35,7 @@ README = REPOSITORY / "README.md"
 PAGES = (
     README,
     *(DOCS / f"{name}.md" for name in ("quickstart", "methods", "traffic", "performance", "gpu")),
+    line_counts.PAGE,
 )
 HEADLINE = "model-bart-768"
 SHOWN = ("mam", "lora_qv_ffn", "scaled_parallel_adapter", "houlsby", "prefix", "prompt", "bitfit")
@@ -161,6 +174,10 @@ def _gpu_models() -> str:
     return "\n\n".join(_measured(*found) for found in gpu_report.models_by_file())
 
 
+def _line_counts() -> str:
+    return line_counts.table(line_counts.PAGE.read_text())
+
+
 def _where(config: PeltConfig) -> str:
     """The architectures of the parity suite that a method is refused on, and why."""
     reasons: dict[str, list[str]] = {}
@@ -180,6 +197,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "targets": _targets, "layers": _layers, "models": _models, "equal": _equal,
     "profile": _profile, "predicted": _predicted, "commands": _commands,
     "gpu-proof": gpu_report.proof, "gpu-layers": _gpu_layers, "gpu-models": _gpu_models,
+    "line counts": _line_counts,
 }  # fmt: skip
 
 

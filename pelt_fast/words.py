@@ -68,7 +68,7 @@ def changed(config: PeltConfig, words: dict[str, Any]) -> PeltConfig:
         raise ValueError("scale and alpha say the same of a LoRA: give one of them")
     found: list[Modification] = []
     for m in config.modifications:
-        found += _each_target(_changed(m, words), m.form, words, first=not _has(found, m.form))
+        found += _each_target(_changed(m, words), words, first=not _has(found, m.form))
     return dataclasses.replace(config, modifications=tuple(found))
 
 
@@ -110,11 +110,9 @@ def _scale_and_patterns(m: Modification, words: dict[str, Any]) -> dict[str, Any
     return changes
 
 
-def _each_target(
-    m: Modification, form: str, words: dict[str, Any], first: bool
-) -> list[Modification]:
+def _each_target(m: Modification, words: dict[str, Any], first: bool) -> list[Modification]:
     """A LoRA's modification for each of the targets that were given, once."""
-    if form != "low_rank" or "targets" not in words:
+    if m.form != "low_rank" or "targets" not in words:
         return [m]
     if not first:
         return []

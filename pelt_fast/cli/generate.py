@@ -60,6 +60,8 @@ def _answer(model, tokenizer, prompt: str, options: argparse.Namespace) -> None:
     """Print an answer, token by token."""
     from transformers import TextStreamer
 
+    from pelt_fast.tasks.instruct.generations import ends
+
     sampling = dict(do_sample=True, temperature=options.temperature)
     causal = not model.config.is_encoder_decoder
     ids = _encoded(tokenizer, prompt, options.plain, causal).to(model.device)
@@ -68,6 +70,7 @@ def _answer(model, tokenizer, prompt: str, options: argparse.Namespace) -> None:
         **ids, max_new_tokens=options.max_new_tokens, num_beams=1,
         **(sampling if options.temperature else dict(do_sample=False)),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        eos_token_id=ends(model, tokenizer),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )  # fmt: skip
 
@@ -81,7 +84,10 @@ def _encoded(tokenizer, prompt: str, plain: bool, causal: bool):
             return_tensors="pt",
         )  # fmt: skip
     found = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if causal and found["input_ids"][0, -1] == tokenizer.eos_token_id:
-        for name, ids in found.items():
-            found[name] = ids[:, :-1]
+    ids = found["input_ids"][0].tolist()
+    if causal and ids and ids[-1] == tokenizer.eos_token_id:
+        for name, value in found.items():
+            found[name] = value[:, :-1]
+    if not found["input_ids"].numel():
+        raise ValueError(f"--prompt: {prompt!r} has no tokens to go on from")
     return found

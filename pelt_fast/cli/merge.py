@@ -33,7 +33,6 @@ def run(options: argparse.Namespace) -> int:
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, options.output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -43,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _refuse_unlinear(folder: Path) -> None:
     """ValueError for a method with a form that no weight can hold."""
-    from pelt_fast.tasks.saved import method_of
+    from pelt_fast.formats.checkpoint import read_config
 
-    config = method_of(folder)
+    config, _ = read_config(folder)
     never = sorted({m.form for m in config.modifications if m.form in ("prefix", "prompt")})
     if never:
         raise ValueError(

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", metavar="NAME",
                         help="a task's recipe; with --data alone: classification")  # fmt: skip
     local = "your own files: train, validation, test (.jsonl, .csv, .tsv, parallel text; .gz)"
+    local += "; of the task instruct also one file"
     parser.add_argument("--data", type=Path, metavar="FOLDER", help=local)
     parser.add_argument("--model", metavar="PATH", help="a local folder or a hub name")
     parser.add_argument("--method", metavar="NAME", help="a preset (see pelt-fast methods)")
@@ -101,24 +102,12 @@ def _told(name: str, value: float) -> str:
 
 
 def _dry_run(recipe: Recipe, device: str) -> int:
-    import torch
-    from transformers import AutoConfig
-
-    import pelt_fast
     from pelt_fast.tasks.estimate import DEVICES, estimate
-    from pelt_fast.tasks.kinds import auto_class, check_kind
-    from pelt_fast.tasks.pretrained import from_pretrained
+    from pelt_fast.tasks.fitting import without_memory
 
     if device not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}; got {device!r}")
-    task = task_of(recipe.task)
-    options = {} if task.generates else dict(num_labels=len(task.classes))
-    config = from_pretrained(AutoConfig, recipe.model, **options, **recipe.model_config)
-    check_kind(config, task, recipe.model)
-    with torch.device("meta"):
-        model = auto_class(task).from_config(config)
-    pelt_fast.inject(model, recipe.config())
-    found = estimate(model, recipe)
+    found = estimate(without_memory(recipe), recipe)
     steps = recipe.steps or None
     time = found.seconds(device)
     whole = f", {steps:,} steps {steps * time / 3600:.1f} h" if steps else ""

@@ -126,9 +126,10 @@ def _class_and_labels(model: nn.Module) -> dict:
     classes = type(model).__mro__
     own = (kind for kind in classes if kind.__module__.startswith("transformers."))
     name = next(own, classes[0]).__name__
-    if "Classification" not in name:
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if "Classification" not in name or not labels:
         return {"class": name}
-    return {"class": name, "labels": list(model.config.id2label.values())}
+    return {"class": name, "labels": list(labels.values())}
 
 
 def read_config(folder: str | os.PathLike) -> tuple[PeltConfig, dict]:

@@ -30,8 +30,8 @@ class Factors:
 
     def on(self, linear: nn.Module) -> "Factors":
         """The factors of a projection that is a part of the layer's matrix."""
-        rows = linear.rows if isinstance(linear, ProjectionView) else None
-        return self if rows is None else Factors(self.a, self.b[rows], self.scale)
+        rows = linear.which if isinstance(linear, ProjectionView) else None
+        return self if rows is None else Factors(self.a, rows.of(self.b), self.scale)
 
     def brought_to(self, rank: int, scale: float) -> "Factors":
         """The same update, padded with zeros to ``rank``, at another scale."""

@@ -114,7 +114,7 @@ def _layers(model: nn.Module, sites: list[LoRALinear]) -> dict[str, Factors]:
 def _joined(sites: list[LoRALinear]) -> Factors:
     """The A's under each other, the B's on a block diagonal."""
     linear = sites[0].frozen.module
-    if not isinstance(linear, ProjectionView) or linear.rows is None:
+    if not isinstance(linear, ProjectionView) or linear.which is None:
         return Factors(sites[0].lora_a, sites[0].lora_b, sites[0].scale)
     a = torch.cat([site.lora_a for site in sites])
     b, first = a.new_zeros(shape_of(ProjectionView(linear.owner, "", None))[0], a.shape[0]), 0

@@ -42,7 +42,7 @@ def _build_lora(model, modification, stacks, injection) -> None:
         linear = target.linear
         if LORA in host_of(linear)._modules:
             continue  # tied q and k: another modification put one on this layer
-        shares_matrix = isinstance(linear, ProjectionView) and linear.rows is not None
+        shares_matrix = isinstance(linear, ProjectionView) and linear.which is not None
         linear = _joined_view(linear, injection) if shares_matrix else linear
         dtype = trained_dtype(injection.config, weight_of(linear))
         site = LoRALinear(linear, target.size, target.scale, modification.dropout,

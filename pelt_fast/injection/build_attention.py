@@ -60,10 +60,16 @@ def _add_bank(
     bank = PrefixBank(len(served), heads, head_dim, width, modification,
                       device_of(key), trained_dtype(injection.config, weight_of(key)))  # fmt: skip
     changes.add(owner, _free_name(owner, _bank_name(layout.kind, modification)), bank)
-    changes.hook(owner.register_forward_pre_hook(attention.still_wrapped))
+    _check_in_each_forward(owner, injection)
     changes.hook(owner.register_forward_pre_hook(bank.before_stack))
     changes.hook(owner.register_forward_hook(bank.runs.end))
     return bank
+
+
+def _check_in_each_forward(owner: nn.Module, injection: Injection) -> None:
+    """Check the choice of the attention, once in a forward: stacks may have one owner."""
+    if attention.still_wrapped not in owner._forward_pre_hooks.values():
+        injection.changes.hook(owner.register_forward_pre_hook(attention.still_wrapped))
 
 
 def _bank_name(kind: str, modification: Modification) -> str:
@@ -109,9 +115,7 @@ def build_query_heads(model, modification, stacks, injection) -> None:
         injection.changes.set(module, attention.SLICE, QuerySlice(site))
         _add_attention_site(target, layout, site, injection, op="heads", form="bottleneck")
         attention.wrap(module, injection)
-        if target.order == 0:
-            owner = find(base, target.stack.owner)
-            injection.changes.hook(owner.register_forward_pre_hook(attention.still_wrapped))
+        _check_in_each_forward(find(base, target.stack.owner), injection)
 
 
 def build_attention_adapters(model, modification, stacks, injection) -> None:

@@ -12,12 +12,7 @@ from . import attention_interface as attention
 from .dimensions import head_dim_of, reads_residual
 from .ffn_block import check_block
 from .lora_targets import check_loras
-from .targets import (
-    attention_layouts,
-    attentions,
-    everything_asked,
-    ffn_layouts,
-)
+from .targets import attention_layouts, everything_asked, ffn_layouts
 from .trained_names import bias_names
 
 
@@ -73,8 +68,9 @@ def _check_modification(
     """What one modification needs of the modules it is on."""
     base = base_of(model)
     if modification.form == "prefix" or modification.reads == "query":
-        for _, module in attentions(base, modification, stacks):
-            attention.check(module)
+        for target, layout in attention_layouts(base, modification, stacks):
+            attention.check(find(target.layer, layout.module))
+            head_dim_of(target.layer, layout)
     if modification.placement == "around_norm":
         _check_norms(base, modification, stacks)
     if modification.form == "bottleneck" and modification.target == "heads":
@@ -101,8 +97,8 @@ def _check_heads(base: nn.Module, modification: Modification, stacks: list[Stack
         return
     for target, layout in attention_layouts(base, modification, stacks):
         inputs, out = (shape_of(find(target.layer, path))[1] for path in (layout.q, layout.out))
+        dim = head_dim_of(target.layer, layout)
         if inputs != out:
-            dim = head_dim_of(target.layer, layout)
             raise ValueError(
                 f"{target.name}.{layout.module}: a bottleneck for each head reads a slice of the"
                 f" input, which is {inputs} wide; {out // dim} heads of {dim} make {out}."

@@ -7,7 +7,6 @@ from pelt_fast.layouts.layout import Layout, StackLayout
 from pelt_fast.layouts.lookup import NoRow, stacks_of
 from pelt_fast.layouts.parts import Parts, parts_of
 
-from .checks import check_not_sharded
 from .discovery.discover import discover
 from .record import Injection
 
@@ -22,10 +21,9 @@ def described(model: nn.Module, layout: Layout | None, injection: Injection) -> 
     try:
         stacks = stacks_of(model, layout, parts)
     except NoRow:
-        check_not_sharded(model)
         layout, injection.discovered = discover(model), True
         stacks = stacks_of(model, layout, parts)
-        _refuse_unknown(model, stacks, parts)
+    _refuse_unknown(model, stacks, parts)
     injection.layout = layout
     return stacks
 
@@ -39,7 +37,8 @@ def stacks_found(model: nn.Module) -> list[StackLayout]:
 
 
 def _refuse_unknown(model: nn.Module, stacks: list[StackLayout], parts: Parts) -> None:
-    """ValueError for a part that the method uses and that was not found."""
+    """ValueError for a part that the method uses and that discovery did not find. A caller's layout
+    may be a discovered one."""
     for stack in stacks:
         for attention in stack.attentions:
             for part, why in attention.unknown:
@@ -47,9 +46,9 @@ def _refuse_unknown(model: nn.Module, stacks: list[StackLayout], parts: Parts) -
                     module = attention.module or "the attention"
                     which = "" if stack.only is None else f" ({_listed(stack.only)})"
                     raise ValueError(
-                        f"{type(model).__name__} has no row in the table. Of {module} in"
-                        f" its {stack.layers}{which} this method needs {_NEEDED[part]}: {why}."
-                        " Choose a method that needs none, or give a layout= that names it"
+                        f"{type(model).__name__}: of {module} in its {stack.layers}{which} this"
+                        f" method needs {_NEEDED[part]}: {why}. Choose a method that needs none,"
+                        " or give a layout= that names it"
                     )
 
 

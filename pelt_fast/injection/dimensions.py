@@ -12,11 +12,18 @@ _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")  # names f
 
 
 def head_dim_of(layer: nn.Module, layout: AttentionLayout) -> int:
-    """D of an attention of a layer."""
+    """D of an attention of a layer. ValueError where nothing tells it."""
     if layout.heads is not None:
         return layout.heads[1]
     module = find(layer, layout.module)
-    return next(getattr(module, name) for name in _HEAD_DIM if getattr(module, name, None))
+    for name in _HEAD_DIM:
+        if getattr(module, name, None):
+            return getattr(module, name)
+    raise ValueError(
+        f"{layout.module or 'a layer'} ({type(module).__name__}) does not tell the size of a head:"
+        f" it has none of {', '.join(_HEAD_DIM)}. Give layout= an AttentionLayout with"
+        " heads=(number of key heads, size of one)"
+    )
 
 
 def key_heads_of(layer: nn.Module, layout: AttentionLayout) -> int:

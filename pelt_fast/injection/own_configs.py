@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from .record import Injection
 
-_CHOICE = "_attn_implementation_internal"
+CHOICE = "_attn_implementation_internal"  # where a config holds the choice of the attention
 
 
 class OwnConfig:
@@ -24,7 +24,7 @@ class OwnConfig:
     def write_back(self) -> None:
         """Write the changes on the copy, except the attention, to the shared config."""
         for name, value in vars(self.copied).items():
-            if name == _CHOICE or _holds_configs(value):
+            if name == CHOICE or _holds_configs(value):
                 continue
             if name not in self.first or self.first[name] != value:
                 setattr(self.shared, name, value)
@@ -45,7 +45,8 @@ def own_configs(model: nn.Module, injection: Injection) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig):
                 copied = copy.deepcopy(value, memo)
-                pairs.setdefault(id(value), OwnConfig(value, copied))
+                if id(value) not in pairs:
+                    pairs[id(value)] = OwnConfig(value, copied)
                 injection.changes.set(module, name, copied, watched=False)
     injection.configs = list(pairs.values())
 

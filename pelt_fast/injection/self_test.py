@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pelt_fast.layouts.layout import StackLayout
+from pelt_fast.layouts.layout import FFNLayout, StackLayout
 from pelt_fast.layouts.lookup import base_of, find, layers_of
 from pelt_fast.layouts.unnamed import unnamed_dropouts, unnamed_in_layer
 from pelt_fast.modules.projection_view import host_of
@@ -47,8 +47,10 @@ class SelfTest:
         try:
             self.batch = synthetic_batch(self.base)
             self.before = {training: self._run(training) for training in (False, True)}
-            self.wrong_norms = self._find_wrong_norms()
-            again = {training: self._run(training) for training in (False, True)}
+            with self._norms_read() as tensors:
+                again = {False: self._run(False)}
+            self.wrong_norms = self._wrong_norms(tensors)
+            again[True] = self._run(True)
         except Exception as error:  # a model may raise any error on an unsuitable input
             self.why_not = f"the base does not run on it ({type(error).__name__}: {error})"
             return
@@ -102,12 +104,15 @@ class SelfTest:
             f" {listed}. Name what belongs to the block, or put the method elsewhere"
         )
 
-    def _find_wrong_norms(self) -> list[str]:
-        """The blocks whose input is not the output of the norm that the layout names: an adapter
-        that reads the stream before that norm would read the wrong tensor."""
+    def _with_norm(self) -> list[tuple[str, nn.Module, FFNLayout]]:
+        """The compared layers whose layout names the norm of their block."""
+        return [(name, layer, stack.ffn) for name, (stack, layer) in self.layers.items()
+                if stack.ffn is not None and stack.ffn.norm is not None]  # fmt: skip
+
+    @contextlib.contextmanager
+    def _norms_read(self) -> Iterator[dict[str, Tensor]]:
+        """In this block what the norms give, and what their blocks read, is kept by name."""
         tensors: dict[str, Tensor] = {}
-        with_norm = [(name, layer, stack.ffn) for name, (stack, layer) in self.layers.items()
-                     if stack.ffn is not None and stack.ffn.norm is not None]  # fmt: skip
 
         def keep(key: str, output: bool):
             def hook(module, args, kwargs, *outputs):
@@ -116,17 +121,21 @@ class SelfTest:
             return hook
 
         with contextlib.ExitStack() as guards:
-            for name, layer, layout in with_norm:
+            for name, layer, layout in self._with_norm():
                 norm, entry = find(layer, layout.norm), host_of(find(layer, layout.entry))
                 for handle in (
                     norm.register_forward_hook(keep(f"{name} out", True), with_kwargs=True),
                     entry.register_forward_pre_hook(keep(f"{name} in", False), with_kwargs=True),
                 ):
                     guards.callback(handle.remove)
-            self._run(False)
+            yield tensors
+
+    def _wrong_norms(self, tensors: dict[str, Tensor]) -> list[str]:
+        """The blocks whose input is not the output of the norm that the layout names: an adapter
+        that reads the stream before that norm would read the wrong tensor."""
         return [
             f"{name}.{layout.entry} does not read what {layout.norm} gives"
-            for name, _, layout in with_norm
+            for name, _, layout in self._with_norm()
             if not _same(tensors.get(f"{name} out"), tensors.get(f"{name} in"))
         ]
 

@@ -3,13 +3,19 @@
 Needs the extra ``instruct``.
 """
 
+import copy
+import logging
+
 from torch import nn
 from trl import DPOTrainer, SFTTrainer
 
 from pelt_fast.layouts.names import unwrapped
 from pelt_fast.modules.projection_view import LORA
 
+from .packed_rows import why_not_packed
 from .trainer import MethodCheckpoints
+
+logger = logging.getLogger("pelt_fast")
 
 
 def _refuse_output_layer(model: nn.Module) -> None:
@@ -29,11 +35,12 @@ class _MethodTrainer(MethodCheckpoints):
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         _refuse_output_layer(model)
-        dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+        before = {parameter: parameter.data for parameter in model.parameters()
+                  if parameter.requires_grad}  # fmt: skip
         super().__init__(model, *args, **kwargs)
-        for parameter, dtype in dtypes.items():
-            if parameter.requires_grad and parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+        for parameter, data in before.items():
+            if parameter.dtype != data.dtype:  # the digits that bf16 lost are in the old data
+                parameter.data = data.to(parameter.device)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None: ``pelt_fast.push_to_hub`` writes a method's card."""
@@ -43,7 +50,8 @@ class PeltSFTTrainer(_MethodTrainer, SFTTrainer):
     """TRL's ``SFTTrainer``, with checkpoints that hold the method alone.
 
     It takes what SFTTrainer takes. ``packing=True`` needs no padding: each sequence of a row sees
-    itself and the method alone.
+    itself and the method alone. That is tried on the model first. Where it does not hold the rows
+    are padded, which is said.
 
     Args:
         model: an injected model.
@@ -52,6 +60,24 @@ class PeltSFTTrainer(_MethodTrainer, SFTTrainer):
         pelt_fast.inject(model, "lora")
         PeltSFTTrainer(model, SFTConfig("runs/sft"), train_dataset=rows).train()
     """
+
+    def __init__(self, model: nn.Module, args=None, *more, **kwargs):
+        super().__init__(model, self._packed_or_padded(model, args), *more, **kwargs)
+
+    def _packed_or_padded(self, model: nn.Module, args):
+        """The settings, without packing where the model's sequences would see each other."""
+        packed = getattr(args, "packing", False) and args.packing_strategy.startswith("bfd")
+        reason = why_not_packed(model) if packed or getattr(args, "padding_free", False) else None
+        if reason is None:
+            return args
+        if args.process_index == 0:
+            self._tell(f"{reason}: the rows are padded, not packed")
+        args = copy.copy(args)
+        args.packing = args.eval_packing = args.padding_free = False
+        return args
+
+    def _tell(self, line: str) -> None:
+        logger.warning(line)
 
 
 class PeltDPOTrainer(_MethodTrainer, DPOTrainer):

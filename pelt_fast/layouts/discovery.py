@@ -116,12 +116,11 @@ def _attention(layer: nn.Module, query: str, kind: str) -> str:
 def _block(layers: nn.ModuleList, config) -> str:
     """The line of the feed-forward block, and comments on parts that a layout cannot name."""
     layer = layers[0]
-    experts = sorted({path for each in layers for path in _experts(each)})
+    experts = sorted({path for each in layers for path in experts_in(each)})
     if experts:
-        why = f"{', '.join(experts[:3])}: experts that a router chooses"
         return (
             _comment("a shared expert, or the experts of one layer, are not its block")
-            + f"        ffn=None, no_ffn={why + '; put the method on the attention'!r},\n"
+            + f"        ffn=None, no_ffn={why_no_block(experts[:3])!r},\n"
         )
     blocks = {path.rpartition(".")[0] for path in _paths(layer, "in_proj")}
     if len(blocks) > 1:
@@ -132,7 +131,12 @@ def _block(layers: nn.ModuleList, config) -> str:
     return _ffn(layers, config)
 
 
-def _experts(layer: nn.Module) -> list[str]:
+def why_no_block(experts: list[str]) -> str:
+    """Why a layer with these experts has no block."""
+    return f"{', '.join(experts)}: experts that a router chooses; put the method on the attention"
+
+
+def experts_in(layer: nn.Module) -> list[str]:
     """Paths of the modules that make a layer a mixture of experts."""
     return [
         path for path, module in layer.named_modules()
@@ -170,7 +174,8 @@ def _dropouts(layer: nn.Module, layout: FFNLayout) -> tuple[dict, str]:
     if UNKNOWN in (layout.entry, layout.in_proj, layout.out_proj):
         return {}, ""
     if not layout.is_container:
-        return _spelled_out(layer), ""
+        attentions = dict.fromkeys(path.rpartition(".")[0] for path in _queries(layer))
+        return spelled_out(layer, tuple(attentions)), ""
     dropouts = _by_order(layer, layout)
     named = FFNLayout(layout.entry, layout.in_proj, layout.out_proj, layout.activation, "",
                       layout.gate_proj, **dropouts)  # fmt: skip
@@ -182,15 +187,15 @@ def _dropouts(layer: nn.Module, layout: FFNLayout) -> tuple[dict, str]:
     )
 
 
-def _spelled_out(layer: nn.Module) -> dict:
-    """By the names of the layer's float attributes; inject's self-test checks them."""
-    dropouts = {}
+def spelled_out(layer: nn.Module, attentions: tuple[str, ...]) -> dict:
+    """The dropouts of a layer that spells its block out and holds probabilities, by their names;
+    inject's self-test checks them. ``attentions`` are the paths of its attention modules."""
+    dropouts: dict = {}
     if isinstance(getattr(layer, "activation_dropout", None), float):
         dropouts["activation_dropout"] = "activation_dropout"
     if isinstance(getattr(layer, "dropout", None), float):
         dropouts["output_dropout"] = "dropout"
-        modules = dict.fromkeys(path.rpartition(".")[0] for path in _queries(layer))
-        dropouts["output_dropout_also"] = tuple(modules)
+        dropouts["output_dropout_also"] = attentions
     return dropouts
 
 

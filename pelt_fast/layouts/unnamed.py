@@ -54,7 +54,11 @@ def _dropouts(layer: nn.Module) -> Iterator[str]:
 
 def _named_in(stack: StackLayout) -> set[str]:
     named = {path for attention in stack.attentions for path in _attention_paths(attention)}
-    return named if stack.ffn is None else named | set(_paths(stack.ffn))
+    if stack.ffn is None:
+        return named
+    # beside the block, so no part of it: _paths has none of it
+    after = {stack.ffn.norm_after} if stack.ffn.norm_after else set()
+    return named | set(_paths(stack.ffn)) | after
 
 
 def _held(block: nn.Module, path: str) -> Iterator[str]:

@@ -12,7 +12,8 @@ from pelt_fast.ops.common import dispatch
 from .frozen_module import FrozenModule
 from .hooked import at_hand, is_away
 from .late import in_force
-from .projection_view import LORA, ProjectionView, shape_of
+from .projection_view import LORA, ProjectionView
+from .rows import Rows
 
 
 class JoinedProjection(nn.Module):
@@ -35,7 +36,7 @@ class JoinedProjection(nn.Module):
         return self.frozen.why_not_read()
 
     def forward(self, x: Tensor) -> Tensor:
-        sites = [(part.rows, part._modules[LORA]) for part in self.children()
+        sites = [(part.which, part._modules[LORA]) for part in self.children()
                  if LORA in part._modules and not part._modules[LORA].is_folded()]  # fmt: skip
         if not sites or sites[0][1].switch.is_off():
             return self.frozen.bare(x)
@@ -63,21 +64,18 @@ class JoinedProjection(nn.Module):
         lora_b, first = 0, 0
         for (rows, site), rank in zip(sites, ranks):
             columns = (first, sum(ranks) - first - rank)
-            lora_b = lora_b + F.pad(self._in_rows(rows, site), (*columns, 0, 0))
+            lora_b = lora_b + F.pad(_in_rows(rows, site), (*columns, 0, 0))
             first += rank
         return lora_b
-
-    def _in_rows(self, rows: slice | Tensor, site) -> Tensor:
-        """One scaled second factor (N, R), zero outside its part's rows."""
-        outputs, _ = shape_of(self.owner)
-        if isinstance(rows, Tensor):
-            wide = site.lora_b.new_zeros(outputs, site.lora_b.shape[1])
-            return wide.index_copy(0, rows.to(wide.device), site.scale * site.lora_b)
-        return F.pad(site.scale * site.lora_b, (0, 0, rows.start, outputs - rows.stop))
 
     def _beside(self, x: Tensor, sites: list) -> Tensor:
         """Add each part's update, of its own dropped input, to the output of the projection."""
         layer = self.frozen.bare
         for rows, site in sites:
-            layer = partial(site.beside, layer, lora_b=self._in_rows(rows, site))
+            layer = partial(site.beside, layer, lora_b=_in_rows(rows, site))
         return layer(x)
+
+
+def _in_rows(rows: Rows, site) -> Tensor:
+    """One scaled second factor (N, R), zero outside its part's rows."""
+    return rows.among_zeros(site.scale * site.lora_b)

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from pelt_fast.ops.common.dispatch import DTYPES
 
 from .hooked import brought_to, is_away
+from .rows import Rows, rows_named
 
 LORA = "pelt_lora"  # the name under which a linear registers its LoRA site as a child
 JOINED = "pelt_fused"  # the name of the child that runs instead of a fused projection
@@ -20,25 +21,33 @@ _FEATURES = ("in_features", "out_features")
 class ProjectionView(nn.Module):
     """Some rows of the weight (N, K) of ``owner``, an nn.Linear or Conv1D, as a linear layer.
 
-    ``rows`` is a slice, or the indices of rows that are apart; None means all rows. The view owns
-    no tensor: its weight and bias are read from the owner's, also after the owner is moved.
+    ``rows`` is a slice, or rows that are apart; None means all rows. The view owns no tensor: its
+    weight and bias are read from the owner's, also after the owner is moved.
     """
 
-    def __init__(self, owner: nn.Module, name: str, rows: slice | Tensor | None):
+    def __init__(self, owner: nn.Module, name: str, rows: slice | Rows | None):
         super().__init__()
         self.__dict__["owner"] = owner  # hidden: the owner registers the part
-        self.name, self.rows = name, rows
+        if isinstance(rows, slice):
+            outputs, _ = shape_of(owner)
+            rows = Rows(rows.start, rows.stop, outputs, outputs)
+        self.name, self.which = name, rows
+
+    @property
+    def rows(self) -> slice | Tensor | None:
+        """Its rows as an index: a slice, or the indices of rows that are apart; None means all."""
+        return None if self.which is None else self.which.index
 
     @property
     def weight(self) -> Tensor:
         weight = self.owner.weight
         weight = weight.t() if isinstance(self.owner, Conv1D) else weight
-        return weight if self.rows is None else weight[self.rows]
+        return weight if self.which is None else self.which.of(weight)
 
     @property
     def bias(self) -> Tensor | None:
         bias = self.owner.bias
-        return bias if bias is None or self.rows is None else bias[self.rows]
+        return bias if bias is None or self.which is None else self.which.of(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -49,7 +58,7 @@ class ProjectionView(nn.Module):
         before = getattr(self, name).detach().clone()
         held = getattr(self.owner, name).data
         held = held.t() if name == "weight" and isinstance(self.owner, Conv1D) else held
-        held[slice(None) if self.rows is None else self.rows] = value.to(held.dtype)
+        held[slice(None) if self.which is None else self.which.index] = value.to(held.dtype)
         return before
 
 
@@ -70,7 +79,7 @@ def view_of(owner: nn.Module, name: str, config) -> ProjectionView:
         return ProjectionView(owner, name, None)
     outputs, _ = shape_of(owner)
     if numbers:
-        return ProjectionView(owner, name, _numbered_rows(numbers, outputs))
+        return ProjectionView(owner, name, rows_named(numbers, outputs))
     if name in ("q", "k", "v"):
         queries = config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or queries
@@ -78,32 +87,13 @@ def view_of(owner: nn.Module, name: str, config) -> ProjectionView:
         starts = dict(q=0, k=queries, v=queries + keys)
         stops = dict(q=queries, k=queries + keys, v=queries + 2 * keys)
         return ProjectionView(owner, name, slice(starts[name] * heads, stops[name] * heads))
-    return ProjectionView(owner, name, _numbered_rows(name, outputs))
-
-
-def _numbered_rows(name: str, outputs: int) -> slice | Tensor:
-    """The rows that "i/n", "a-b" or "a-b%p" names."""
-    if "/" in name:
-        index, count = map(int, name.split("/"))
-        size = outputs // count
-        return slice(index * size, (index + 1) * size)
-    numbers, _, period = name.partition("%")
-    first, last = map(int, numbers.split("-"))
-    if not period:
-        return slice(first, last)
-    starts = torch.arange(0, outputs, int(period))
-    return (starts[:, None] + torch.arange(first, last)).flatten()
-
-
-def count_of(rows: slice | Tensor) -> int:
-    """How many rows there are."""
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    return ProjectionView(owner, name, rows_named(name, outputs))
 
 
 def host_of(linear: nn.Module) -> nn.Module:
     """The module that the model calls, and that holds the sites on ``linear``: the owner if
     ``linear`` is all of it, else ``linear``."""
-    return linear.owner if isinstance(linear, ProjectionView) and linear.rows is None else linear
+    return linear.owner if isinstance(linear, ProjectionView) and linear.which is None else linear
 
 
 def parameter_of(linear: nn.Module) -> nn.Parameter | None:
@@ -118,8 +108,7 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     """(N, K) of a linear layer, however its weight is stored."""
     if isinstance(linear, ProjectionView):
         outputs, inputs = shape_of(linear.owner)
-        rows = linear.rows
-        return outputs if rows is None else count_of(rows), inputs
+        return outputs if linear.which is None else linear.which.count, inputs
     if isinstance(linear, Conv1D):
         return linear.nf, linear.nx
     return linear.out_features, linear.in_features

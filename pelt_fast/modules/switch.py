@@ -83,13 +83,23 @@ class Switch:
 
     def _begin(self, find_instead: Callable[[], list[BaseParameters]] | None) -> None:
         _EAGER.begin()
-        with self._lock:
-            if not self._blocks:
-                self.instead = self.instead if find_instead is None else find_instead()
-                self.any_block = True
-                for parameters in self.instead:
-                    parameters.put()
-            self._blocks += 1
+        try:
+            with self._lock:
+                if not self._blocks:
+                    self._put(self.instead if find_instead is None else find_instead())
+                self._blocks += 1
+        except BaseException:
+            _EAGER.end()
+            raise
+
+    def _put(self, instead: list[BaseParameters]) -> None:
+        """Put all of ``instead``; none of it where one fails."""
+        with contextlib.ExitStack() as undo:
+            for parameters in instead:
+                parameters.put()
+                undo.callback(parameters.give_back)
+            undo.pop_all()
+        self.instead, self.any_block = instead, True
 
     def _end(self) -> None:
         with self._lock:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from .recipe import Recipe
+from .registry import LOWER_IS_BETTER
+from .say import say
 
 
 def settings(recipe: Recipe, output: Path, quiet: bool, keep: bool) -> dict:
@@ -19,8 +21,7 @@ def settings(recipe: Recipe, output: Path, quiet: bool, keep: bool) -> dict:
     """
     gpu, precision = torch.cuda.is_available(), precision_here(recipe)
     if precision != recipe.precision and not quiet:
-        print(f"precision {recipe.precision} is not for this CPU: training in fp32",
-              file=sys.stderr)  # fmt: skip
+        say(f"precision {recipe.precision} is not for this CPU: training in fp32")
     return dict(
         output_dir=str(output), max_steps=recipe.steps or -1,
         num_train_epochs=recipe.epochs or 1.0, learning_rate=recipe.learning_rate,
@@ -54,7 +55,7 @@ def _saving(recipe: Recipe, keep: bool) -> dict:
         eval_strategy=when, save_strategy=when, eval_steps=recipe.evaluate_every or None,
         save_steps=recipe.evaluate_every or 500, save_total_limit=2, load_best_model_at_end=True,
         metric_for_best_model=f"eval_{recipe.select_by}",
-        greater_is_better=recipe.select_by != "loss",
+        greater_is_better=recipe.select_by not in LOWER_IS_BETTER,
     )  # fmt: skip
 
 

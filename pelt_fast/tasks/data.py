@@ -1,4 +1,5 @@
-"""Rows of a task, read with ``datasets``: from the hub by name, or from a folder.
+"""Rows of a task, read with ``datasets``: from the hub by name, or from a folder; those of a causal
+task also from one file.
 
 A folder holds ``train`` and ``validation`` (or ``dev``), perhaps ``test``, as .jsonl, .json, .csv
 or .tsv, or a translation's splits as parallel text (``train.en``, ``train.ro``); all plain or .gz.
@@ -59,8 +60,8 @@ def load(task: Task, folder: str | Path | dict[str, list] | None = None) -> Data
     if classes and folder is not None:
         classes = _classes(task, splits["train"])
     splits = {name: _canonical(task, rows, classes, name) for name, rows in splits.items()}
-    if task.causal and splits.keys() == {"train"}:
-        splits = dict(instruct_rows.held_out(splits["train"]))
+    if task.causal and "train" in splits and "validation" not in splits:
+        splits |= instruct_rows.held_out(splits["train"])
     finals = {}
     for name, choices in task.finals.items():
         found = next((split for split in choices if split in splits), None)
@@ -73,8 +74,11 @@ def load(task: Task, folder: str | Path | dict[str, list] | None = None) -> Data
 
 
 def _from_folder(task: Task, folder: Path) -> dict:
+    if folder.is_file() and task.causal and _suffix(folder) in _READERS:
+        return {"train": _read(task, [folder])}
     if not folder.is_dir():
-        raise FileNotFoundError(f"--data: {folder} is not a folder")
+        kinds = f", nor a file of {', '.join(_READERS)}" if task.causal else ""
+        raise FileNotFoundError(f"--data: {folder} is not a folder{kinds}")
     found = {split: _find(task, folder, stems) for split, stems in _SPLITS.items()}
     found = {split: paths for split, paths in found.items() if paths}
     if "train" not in found or (len(found) < 2 and not task.causal):
@@ -116,6 +120,11 @@ def _find(task: Task, folder: Path, stems: Sequence[str]) -> list[Path]:
     return []
 
 
+def _suffix(path: Path) -> str:
+    """The ending that says how a file is read."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
 def _read(task: Task, paths: list[Path]):
     datasets = _datasets()
     if len(paths) == 2:
@@ -128,7 +137,7 @@ def _read(task: Task, paths: list[Path]):
         named = [s.rename_column("text", n) for s, n in zip(sides, ("source", "target"))]
         return datasets.concatenate_datasets(named, axis=1)
     (path,) = paths
-    kind, options = _READERS[path.name.removesuffix(".gz")[len(path.name.split(".")[0]) :]]
+    kind, options = _READERS[_suffix(path)]
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:  # readers raise many kinds of errors for a damaged file

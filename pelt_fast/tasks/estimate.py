@@ -82,7 +82,8 @@ def _activations(model: nn.Module, recipe: Recipe, tokens: int, width: int) -> i
     kept = tokens * widths * config.hidden_size * width
     task = task_of(recipe.task)
     if task.causal:
-        rows = recipe.eval_batch_size * width + 2 * 4  # of one row two copies in fp32
+        whole = width + 4 * (width == 2)  # accelerate keeps 16-bit logits and makes fp32 ones
+        rows = recipe.eval_batch_size * whole + 2 * 4  # of one row two copies in fp32
         return max(kept, rows * recipe.max_length * config.vocab_size)
     return kept + 2 * (tokens * config.vocab_size * 4 if task.generates else 0)
 

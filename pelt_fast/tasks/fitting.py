@@ -28,11 +28,12 @@ class Fit:
     device: str
 
 
-def fitted(recipe: Recipe) -> Fit:
+def fitted(recipe: Recipe, config=None) -> Fit:
     """The recipe with the first of the settings that fit here: the whole batch, a smaller one with
-    more accumulation, checkpointing, and on a GPU nf4 weights. ValueError when none does."""
+    more accumulation, checkpointing, and on a GPU nf4 weights. ``config`` is the model's; None
+    loads it. ValueError when none does."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    free, model = free_memory(torch.device(kind)), _model(recipe)
+    free, model = free_memory(torch.device(kind)), without_memory(recipe, config)
     needed = 0
     for candidate in _candidates(recipe, kind):
         needed = estimate(model, candidate, kind).bytes
@@ -44,12 +45,14 @@ def fitted(recipe: Recipe) -> Fit:
     )
 
 
-def _model(recipe: Recipe):
-    """The model with its method, without memory, in the dtype that its weights have."""
-    config = load_config(recipe)
+def without_memory(recipe: Recipe, config=None):
+    """The model with its method, on the meta device, in the dtype that its weights have."""
+    config, task = config or load_config(recipe), task_of(recipe.task)
+    if task.classes:
+        config.num_labels = len(task.classes)
     dtype = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
-        model = auto_class(task_of(recipe.task)).from_config(config, dtype=dtype)
+        model = auto_class(task).from_config(config, dtype=dtype)
     return pelt_fast.inject(model, recipe.config())
 
 

@@ -14,16 +14,27 @@ from .say import say
 
 
 def check_here(recipe: Recipe) -> None:
-    """What needs neither model nor rows. Raises ValueError for a recipe without a model,
-    RuntimeError where a library that the recipe needs is not installed."""
+    """What needs neither model nor rows. Raises ValueError for a recipe without a model or with a
+    setting that its task does not have, RuntimeError where a library that it needs is missing."""
     if not recipe.model:
         raise ValueError("model is missing: a recipe names one, or --model a folder or hub name")
-    if task_of(recipe.task).causal and importlib.util.find_spec("trl") is None:
+    task = task_of(recipe.task)
+    if task.causal and importlib.util.find_spec("trl") is None:
         raise RuntimeError(
             f"task {recipe.task} needs the extra: pip install 'pelt_fast[instruct]' (no trl)"
         )
-    if recipe.quantize and not task_of(recipe.task).causal:
+    if recipe.quantize and not task.causal:
         raise ValueError(f"quantize is for causal language models, not for task {recipe.task}")
+    if recipe.batch_tokens and task.causal:
+        raise ValueError(
+            f"batch_tokens={recipe.batch_tokens} is not for task {recipe.task}: give batch_size, in"
+            " rows of max_length tokens"
+        )
+    if recipe.select_by not in task.selects:
+        raise ValueError(
+            f"select_by of task {recipe.task} must be one of {', '.join(task.selects)};"
+            f" got {recipe.select_by!r}"
+        )
     quantisation(recipe)
 
 
@@ -37,13 +48,13 @@ def load_config(recipe: Recipe):
     return config
 
 
-def load_tokenizer(recipe: Recipe):
-    """The tokenizer of a recipe's model, able to pad. Raises OSError when it cannot be loaded,
-    ValueError when it cannot pad, or the model is of another kind or has too few positions."""
+def load_tokenizer(recipe: Recipe, config=None):
+    """The tokenizer of a recipe's model, able to pad. ``config`` is the model's; None loads it.
+    Raises OSError when it cannot be loaded, ValueError when it cannot pad, or the model is of
+    another kind or has too few positions."""
     from transformers import AutoTokenizer
 
-    check_here(recipe)
-    config, task = load_config(recipe), task_of(recipe.task)
+    config, task = config or load_config(recipe), task_of(recipe.task)
     tokenizer = from_pretrained(AutoTokenizer, recipe.model)
     if tokenizer.pad_token is None:
         _give_padding(tokenizer, task, recipe.model)
@@ -64,8 +75,9 @@ def _give_padding(tokenizer, task: Task, model: str) -> None:
 
 
 def load_model(recipe: Recipe, classes: tuple[str, ...] = ()):
-    """Model and tokenizer of a recipe. Raises what :func:`load_tokenizer` raises, and OSError when
-    the model cannot be loaded."""
+    """Model and tokenizer of a recipe. Raises what :func:`check_here` and :func:`load_tokenizer`
+    raise, and OSError when the model cannot be loaded."""
+    check_here(recipe)
     tokenizer = load_tokenizer(recipe)
     return load_weights(recipe, tokenizer, classes), tokenizer
 
@@ -85,14 +97,19 @@ def load_weights(recipe: Recipe, tokenizer, classes: tuple[str, ...] = ()) -> nn
     return model
 
 
+def positions_of(config, tokenizer) -> int | None:
+    """The tokens that a model has positions for; None without a limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or config.model_type not in ("roberta", "xlm-roberta"):
+        return positions
+    padding = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+    return positions - padding - 1  # they begin after the padding index
+
+
 def _check_length(config, tokenizer, recipe: Recipe) -> None:
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = positions_of(config, tokenizer)
     if positions is None:
         return
-    if config.model_type in ("roberta", "xlm-roberta"):
-        padding = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
-        positions -= padding + 1  # its positions begin after the padding index
     for name in ("max_length", "max_target")[: 1 + task_of(recipe.task).translates]:
         if getattr(recipe, name) > positions:
             raise ValueError(

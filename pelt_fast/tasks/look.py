@@ -8,9 +8,10 @@ from .data import load
 from .instruct.rows import form_of
 from .instruct.tokens import tokenised as instruct_tokens
 from .kinds import OTHER, fitting_task, kind_of
-from .loading import load_config, load_tokenizer
+from .loading import check_here, load_config, load_tokenizer, positions_of
+from .pretrained import from_pretrained
 from .recipe import Recipe
-from .registry import Task, task_of
+from .registry import task_of
 from .tokens import tokenised
 
 SAMPLE = 2_000  # rows whose lengths are counted
@@ -24,14 +25,14 @@ LONGEST, PACKED = 4_096, 1_024  # tokens: what a row gets at most, and a packed 
 class Look:
     """``recipe``: the task's, with the lengths that the rows need; ``form``: the columns;
     ``rows`` of train and validation; ``lengths``: sorted tokens of the rows that were counted,
-    ``targets`` of a seq2seq task's targets; ``positions`` of the model, None without a limit."""
+    ``targets`` of a seq2seq task's targets; ``config`` of the model."""
 
     recipe: Recipe
     form: str
     rows: tuple[int, int]
     lengths: list[int]
     targets: list[int]
-    positions: int | None
+    config: object
 
     def share(self, part: float) -> int:
         """The length that this part of the rows does not exceed."""
@@ -44,10 +45,12 @@ def look(model: str, folder: Path, method: str | None = None) -> Look:
     Raises OSError when the model cannot be loaded, ValueError when no task fits it, and what
     ``data.load`` raises when the rows do not fit the task.
     """
-    task, start = _start(model, folder, method)
+    start = _start(model, folder, method)
+    check_here(start)
+    config, task = load_config(start), task_of(start.task)
     data = load(task, folder)
-    tokenizer, config = load_tokenizer(start), load_config(start)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tokenizer = load_tokenizer(start, config)
+    positions = positions_of(config, tokenizer)
     sample = data.train.select(range(min(SAMPLE, len(data.train))))
     if task.causal:
         lengths = sorted(instruct_tokens(sample, tokenizer, WHOLE, model, "train")["length"])
@@ -60,19 +63,20 @@ def look(model: str, folder: Path, method: str | None = None) -> Look:
     found = start.replace(**_lengths(start, lengths, targets, positions))
     rows = len(data.train), len(data.validation)
     found = found.replace(accumulation=_accumulation(found, lengths, rows[0]))
-    return Look(found, form, rows, lengths, targets, positions)
+    return Look(found, form, rows, lengths, targets, config)
 
 
-def _start(model: str, folder: Path, method: str | None) -> tuple[Task, Recipe]:
-    """The task that fits a model, and its recipe with the shortest lengths."""
-    start = recipes.load("classification").replace(model=model, max_length=1)
-    kind = kind_of(load_config(start))
+def _start(model: str, folder: Path, method: str | None) -> Recipe:
+    """The recipe of the task that fits a model, with the shortest lengths."""
+    from transformers import AutoConfig
+
+    kind = kind_of(from_pretrained(AutoConfig, model))
     if kind == OTHER:
         raise ValueError(f"{model} is a {kind}: no task of pelt-fast train fits it")
     name = fitting_task(kind)
     found = recipes.load(f"{name}-{method}" if method else name)
     changes = dict(name=folder.name, model=model, data=str(folder), max_length=1, max_target=1)
-    return task_of(name), found.replace(**changes)
+    return found.replace(**changes)
 
 
 def _lengths(start: Recipe, lengths: list[int], targets: list[int], positions: int | None) -> dict:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+LOWER_IS_BETTER = ("loss", "perplexity")
 # the names that a column may have in a user's file, the canonical one first
 COLUMNS = {
     "text": ("text", "sentence", "premise", "sentence1"),
@@ -44,6 +45,14 @@ class Task:
         if self.causal:
             return ("loss", "perplexity", "token_accuracy")
         return ("bleu", "loss") if self.languages else ("rouge1", "rouge2", "rougeL")
+
+    @property
+    def selects(self) -> tuple[str, ...]:
+        """What a checkpoint can be selected by: the scores of an evaluation."""
+        if self.classes:
+            return ("accuracy", "loss")
+        more = ("bleu_normalised",) if self.languages else ()
+        return tuple(dict.fromkeys((*self.metrics, *more, "loss")))
 
 
 TASKS = {

@@ -5,7 +5,6 @@ from pathlib import Path
 from torch import nn
 
 import pelt_fast
-from pelt_fast.config import PeltConfig
 from pelt_fast.formats.checkpoint import read_config
 
 from .kinds import CAUSAL, SEQ2SEQ, kind_of
@@ -35,11 +34,6 @@ def load_saved(folder: Path, path: str | None = None) -> tuple[nn.Module, str]:
                        ignore_mismatched_sizes=True)  # fmt: skip
     model = from_pretrained(_class_of(base.get("class"), path), path, **options)
     return pelt_fast.load(model, folder).eval(), path
-
-
-def method_of(folder: Path) -> PeltConfig:
-    """The config of a saved method; raises as ``load_saved`` does for the folder."""
-    return read_config(folder)[0]
 
 
 def _class_of(name: str | None, path: str):

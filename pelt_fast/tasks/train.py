@@ -56,7 +56,8 @@ def fit(
         raise RuntimeError(
             f"training needs the extra: pip install 'pelt_fast[{extra}]' ({error})"
         ) from None
-    trainer.args.eval_on_start = causal and keep and not resume  # the base, beside what is trained
+    # the model before training (under LoRA, the base) beside what it becomes
+    trainer.args.eval_on_start = causal and keep and not resume
     if not torch.cuda.is_available():
         keep_freed_memory()
     meter = Meter()

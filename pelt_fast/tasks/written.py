@@ -17,7 +17,7 @@ COMMENTS = {
     "accumulation": "batches of a step",
     "eval_batch_size": "rows of an evaluation's batch",
     "precision": "bf16, fp16 or fp32",
-    "gradient_checkpointing": "true: less memory, about a third more time",
+    "gradient_checkpointing": "true: less memory, more time",
     "quantize": "nf4 or int8: a base of 4 or 8 bits (bitsandbytes)",
     "packing": "fill each row of a batch with whole rows",
     "max_generated": "tokens of a generation that an evaluation writes",

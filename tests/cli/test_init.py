@@ -51,6 +51,16 @@ def test_other_models_get_their_tasks(task, fits, method, models, tmp_path):  # 
     assert recipe.max_length <= 128 and recipe.max_length % 64 == 0
 
 
+def test_a_row_beyond_the_positions_of_a_roberta_is_cut_and_the_recipe_trains(models, tmp_path):  # noqa: F811
+    rows = [{"text": "good film " * 200, "label": i % 2} for i in range(4)]
+    data = chat.write(tmp_path / "data", rows)
+    path = written(tmp_path, models["sst2"], data, "--method", "lora")
+    positions = 130 - 2  # they begin behind the padding index, 1
+    assert recipes.load(path).max_length == positions
+    arguments = ["train", "--recipe", path, "--steps", "1", "--output", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+
+
 def test_comments_say_what_was_seen(tmp_path):
     model = chat.model_folder(tmp_path / "model")
     rows = [{"text": "a" * n} for n in (9, 19, 29, 39)]
@@ -63,7 +73,7 @@ def test_comments_say_what_was_seen(tmp_path):
 
 def test_less_memory_gives_smaller_batches_then_checkpointing(models, tmp_path, monkeypatch):  # noqa: F811
     whole = recipes.load(written(tmp_path, models["sst2"], SAMPLES / "sst2"))
-    candidates, model = list(fitting._candidates(whole, "cpu")), fitting._model(whole)
+    candidates, model = list(fitting._candidates(whole, "cpu")), fitting.without_memory(whole)
     needs = [estimate(model, candidate, "cpu").bytes for candidate in candidates]
     assert any(candidate.gradient_checkpointing for candidate in candidates)
     for candidate, needed in zip(candidates, needs):

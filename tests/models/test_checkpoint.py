@@ -51,6 +51,20 @@ def test_only_the_method_and_the_head_are_written(method, tmp_path):
     assert numbers == count.kept + count.head
 
 
+def test_a_users_classification_without_a_config_is_saved(tmp_path):
+    class FlowerClassification(torch.nn.Sequential):
+        pass
+
+    def flowers():
+        torch.manual_seed(0)
+        return FlowerClassification(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+
+    model = randomise(pelt_fast.inject(flowers(), pelt_fast.lora(2, targets=["0"])))
+    pelt_fast.save(model, tmp_path)
+    twin, x = pelt_fast.load(flowers(), tmp_path), torch.randn(2, 4)
+    assert torch.equal(twin.eval()(x), model.eval()(x))
+
+
 def test_a_folded_prefix_is_what_the_mlp_gave(tmp_path):
     model = pelt_fast.inject(MODELS["bart"](), small_method("prefix"))
     bank = model.model.encoder.pelt_encoder_prefix

@@ -12,13 +12,14 @@ from transformers import FalconConfig, FalconForCausalLM
 import pelt_fast
 from benchmarks.architectures import cells, formula, tiny
 from pelt_fast import Layout, StackLayout
+from pelt_fast.injection.discovery import blocks
 from pelt_fast.injection.discovery.discover import discover
 from pelt_fast.injection.synthetic_batch import synthetic_batch
 from pelt_fast.layouts import layout as layouts
+from pelt_fast.layouts.discovery import draft
 from pelt_fast.layouts.lookup import base_of, stacks_of
 from pelt_fast.layouts.table import _LIKE_BERT, ROWS
 from pelt_fast.layouts.written import DISCOVERED, written
-from pelt_fast.modules.projection_view import shape_of, view_of
 from tests.models.judge import assert_untouched, state
 from tests.models.test_slots import BIOGPT, biogpt
 from tests.small import MODELS, MORE, VOCABULARY, inputs, llama, randomise
@@ -89,6 +90,51 @@ def test_explain_says_that_it_was_discovered_and_prints_a_layout_that_works():
     named = pelt_fast.inject(family("distilbert").made(), "lora", layout=again)
     assert [s.name for s in named._pelt.sites] == [s.name for s in model._pelt.sites]
     assert pelt_fast.explain(pelt_fast.inject(llama(), "lora")).layout == ""
+
+
+def test_a_discovered_layout_that_is_passed_back_has_its_refusals():
+    """The queries are made of a low-rank projection of the input: an adapter would read the wrong
+    tensor."""
+    model = tiny.model("axk1", FAMILIES["axk1"][1], q_lora_rank=32)
+    layout, before = discover(model), state(model)
+    for given in (None, layout):
+        with pytest.raises(ValueError, match="needs an input that its queries are made of") as told:
+            pelt_fast.inject(model, "parallel_adapter_attn", layout=given)
+        assert "no row" not in str(told.value)
+        assert_untouched(model, before)
+
+
+class Counting(nn.Module):
+    """An activation whose calls can be seen afterwards: it draws, and counts in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x + torch.rand(()) if self.training else x
+
+
+def test_the_search_for_activations_leaves_buffers_and_random_states():
+    """It calls the model's own modules, in evaluation mode."""
+    model = tiny.model("dinov2", FAMILIES["dinov2"][1], drop_path_rate=0.5)
+    base = base_of(model)
+    for layer in base.encoder.layer:
+        layer.mlp._modules = {"first": Counting(), **layer.mlp._modules}  # tried first
+    model.train()
+    before, drawn = state(model), torch.get_rng_state()
+    assert discover(model).stacks[0].ffn is not None
+    assert torch.equal(torch.get_rng_state(), drawn) and model.training
+    assert_untouched(model, before)
+
+
+def test_a_dropout_a_batch_norm_and_a_forward_are_no_activations():
+    forward = nn.GELU().forward
+    for module in (nn.Dropout1d(), nn.AlphaDropout(), nn.BatchNorm1d(4), nn.InstanceNorm1d(4)):
+        assert not blocks._may_activate("act", module)
+    assert not blocks._may_activate("forward", forward)
+    assert blocks._may_activate("act", forward) and blocks._may_activate("act", nn.GELU())
 
 
 def test_the_measure_sees_a_weight_that_eject_left_changed(monkeypatch):
@@ -196,6 +242,15 @@ def test_layers_that_differ_are_several_stacks_of_one_list():
         pelt_fast.inject(family("bamba").made(), "lora", layers=[2])
 
 
+def test_experts_by_the_name_of_their_class_are_no_block_and_none_of_a_draft():
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("LlamaExperts", (type(layer.mlp),), {})
+    (stack,) = discover(model).stacks
+    assert stack.ffn is None and stack.no_ffn.startswith("mlp: experts that a router chooses")
+    assert f"ffn=None, no_ffn={stack.no_ffn!r}" in draft(model)
+
+
 def test_a_norm_inside_a_block_is_seen():
     """What a formula of names alone would take for a block."""
     torch.manual_seed(0)
@@ -206,21 +261,6 @@ def test_a_norm_inside_a_block_is_seen():
     for layer in model.transformer.h:
         layer.mlp.act = nn.Sequential(nn.GELU(), nn.LayerNorm(128))
     assert discover(model).stacks[0].ffn is None
-
-
-@pytest.mark.parametrize("name, rows", [
-    ("q=0-2", [0, 1]), ("k=2-4%6", [2, 3, 8, 9]), ("v=4-6%6", [4, 5, 10, 11]), ("1/3", [4, 5, 6, 7]),
-])  # fmt: skip
-def test_the_rows_of_a_part(name, rows):
-    owner = nn.Linear(3, 12)
-    part = view_of(owner, name, None)
-    assert shape_of(part) == (len(rows), 3)
-    assert torch.equal(part.weight, owner.weight[rows]) and torch.equal(part.bias, owner.bias[rows])
-    value = torch.randn(len(rows), 3)
-    before = part.write("weight", value)
-    assert torch.equal(owner.weight[rows], value)
-    part.write("weight", before)
-    assert torch.equal(part.weight, before)
 
 
 @pytest.mark.parametrize("kind", _LIKE_BERT)

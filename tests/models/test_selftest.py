@@ -18,9 +18,9 @@ from transformers import (
 
 import pelt_fast
 from pelt_fast import AttentionLayout, FFNLayout, Layout, StackLayout
-from pelt_fast.layouts.lookup import base_of, find, missing_paths
+from pelt_fast.layouts.lookup import base_of, find, missing_paths, stacks_of
 from pelt_fast.layouts.table import ROWS, rows_of
-from pelt_fast.layouts.unnamed import unnamed_in_block
+from pelt_fast.layouts.unnamed import unnamed_in_block, unnamed_in_layer
 from tests.models.test_slots import BIOGPT, biogpt
 from tests.small import MODELS, MORE, bert, llama
 
@@ -122,6 +122,15 @@ def test_the_message_says_what_no_slot_names():
         ValueError, match=r"no layout names: .*activation_dropout.*Name what belongs"
     ):
         pelt_fast.inject(model, "scaled_parallel_adapter", layout=lost)
+
+
+def test_the_norm_behind_a_block_is_named():
+    model = bert()
+    (stack,) = stacks_of(model)
+    layer = find(base_of(model), stack.layers)[0]
+    unnamed = unnamed_in_layer(layer, stack)
+    assert stack.ffn.norm_after == "output.LayerNorm" and "output.LayerNorm" not in unnamed
+    assert "attention.output.LayerNorm" in unnamed
 
 
 def test_a_norm_that_does_not_stand_in_front_of_the_block_is_refused():
@@ -234,6 +243,15 @@ def test_an_init_that_is_not_zero_survives_the_test():
     model = pelt_fast.inject(llama(), config, layout=LLAMA)
     up = [p for n, p in model.named_parameters() if n.endswith("up_weight")]
     assert up and all(0.01 < p.std() < 0.03 for p in up)
+
+
+def test_it_runs_the_base_six_times():
+    """In each mode: before the method is there, once more, and with it. The norms that the layout
+    names are read in one of these."""
+    model, runs = llama(), []
+    model.model.embed_tokens.register_forward_hook(lambda *_: runs.append(1))
+    pelt_fast.inject(model, "scaled_parallel_adapter", layout=LLAMA)
+    assert len(runs) == 6
 
 
 def test_what_cannot_run_says_so_and_goes_on(caplog):

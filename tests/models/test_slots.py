@@ -1,5 +1,7 @@
 """Rows of the user's own, and the draft of one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,9 @@ from transformers import BioGptConfig, BioGptForCausalLM
 
 import pelt_fast
 from pelt_fast import AttentionLayout, FFNLayout, Layout, StackLayout
+from pelt_fast.injection.attention_interface import still_wrapped
 from pelt_fast.layouts.discovery import draft
+from tests.models.judge import assert_untouched, state
 from tests.models.test_parity import assert_fused_equals_reference
 from tests.small import PAD, VOCABULARY, bert, inputs, llama, randomise
 
@@ -48,6 +52,31 @@ def test_a_row_that_is_none_or_anothers_is_refused():
     wrong = Layout("biogpt", (StackLayout("decoder", "", "blocks", (), None),))
     with pytest.raises(ValueError, match="looked for blocks in BioGptModel"):
         pelt_fast.inject(biogpt(), "lora", layout=wrong)
+
+
+@pytest.mark.parametrize("method", [
+    "prefix", pelt_fast.multi_head_adapter(4, reads="input"), "multi_head_parallel_adapter",
+])  # fmt: skip
+def test_an_attention_that_tells_no_size_of_a_head_is_named(method):
+    model = biogpt()
+    for layer in model.biogpt.layers:
+        del layer.self_attn.head_dim
+    before = state(model)
+    with pytest.raises(ValueError, match=r"self_attn \(BioGptAttention\) .* heads=\(number of key"):
+        pelt_fast.inject(model, method, layout=BIOGPT)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("method", ["prefix", "multi_head_parallel_adapter"])
+def test_stacks_of_one_owner_check_the_choice_of_the_attention_once(method):
+    (whole,) = BIOGPT.stacks
+    halves = Layout("biogpt", tuple(replace(whole, only=(layer,)) for layer in (0, 1)))
+    model = pelt_fast.inject(biogpt(), method, layout=halves)
+    hooks = list(model.biogpt._forward_pre_hooks.values())
+    assert hooks.count(still_wrapped) == 1
+    model.config._attn_implementation = "eager"
+    with pytest.raises(RuntimeError, match="its attention is 'eager' now"):
+        model(**inputs(model))
 
 
 def test_the_draft_of_a_known_layout_is_its_row_but_for_what_names_cannot_tell():

@@ -10,7 +10,7 @@ import pelt_fast
 from pelt_fast.injection.count import is_method
 from tests.models.test_parity import small_method
 from tests.models.test_trl import rows, tokenizer
-from tests.small import MODELS
+from tests.small import MODELS, randomise
 
 trl = pytest.importorskip("trl")
 from pelt_fast.integrations.trl import PeltDPOTrainer, PeltSFTTrainer
@@ -80,3 +80,22 @@ def test_a_lora_that_trl_would_go_past_is_refused(kind, settings, data, tmp_path
     arguments = settings(output_dir=str(tmp_path), **SETTINGS)
     with pytest.raises(ValueError, match="a LoRA on it would not train"):
         kind(model, args=arguments, train_dataset=data(), processing_class=tokenizer())
+
+
+@pytest.mark.parametrize("kind, settings, data", [
+    (PeltSFTTrainer, trl.SFTConfig, rows), (PeltDPOTrainer, trl.DPOConfig, pairs),
+])  # fmt: skip
+def test_what_trains_beside_a_quantised_base_keeps_its_digits(kind, settings, data, tmp_path):
+    """TRL casts what trains to bf16 where the model says that it is loaded in 4 bits."""
+    torch.manual_seed(0)
+    model = randomise(pelt_fast.inject(MODELS["llama"](), small_method("lora")))
+    model.is_loaded_in_4bit = True
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in before.values())
+    more = {} if kind is PeltSFTTrainer else dict(ref_model=pelt_fast.reference_model(model))
+    arguments = settings(output_dir=str(tmp_path), **SETTINGS)
+    kind(model, args=arguments, train_dataset=data(), processing_class=tokenizer(), **more)
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == before.keys()
+    for name, value in before.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name

@@ -43,4 +43,11 @@ def test_an_evaluation_may_need_more_than_training():
     few = recipe(batch_size=1, gradient_checkpointing=True, max_length=32)
     most = few.replace(eval_batch_size=512)
     more = estimate(model(), most).bytes - estimate(model(), few).bytes
-    assert more > 500 * 32 * 61  # rows x tokens x vocabulary, in bytes twice that
+    assert more > 500 * 32 * 61  # rows x tokens x vocabulary, in bytes more than twice that
+
+
+@pytest.mark.parametrize("precision, width", [("fp32", 4), ("bf16", 2 + 4)])
+def test_an_evaluation_in_16_bits_has_its_logits_in_both_widths(precision, width):
+    few = recipe(batch_size=1, gradient_checkpointing=True, max_length=32, precision=precision)
+    found = [estimate(model(), few.replace(eval_batch_size=n), "cuda").bytes for n in (512, 1024)]
+    assert found[1] - found[0] == 512 * 32 * model().config.vocab_size * width

@@ -149,6 +149,24 @@ def test_on_the_command_line_with_words_for_the_method(model, tmp_path, capsys):
     assert {m["size"] for m in saved["config"]["modifications"]} == {16}
 
 
+def test_a_test_split_selects_nothing_and_a_perplexity_is_best_where_it_is_least(model, tmp_path):
+    """Without a validation split the checkpoint is selected on train rows that are held out."""
+    data = chat.write(tmp_path / "data", chat.ROWS["completion"], ("train", "test"), repeat=5)
+    recipe = short(model, evaluate_every=2, learning_rate=0.3, select_by="perplexity")
+    row = trained(recipe, data, tmp_path / "out")
+    assert row["rows"] == 19
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    logged = [line["eval_perplexity"] for line in state["log_history"] if "eval_perplexity" in line]
+    assert state["best_metric"] == min(logged[1:]) < max(logged[1:])
+    assert row["metrics"]["perplexity"] not in logged
+
+
+def test_one_file_is_the_train_rows(model, tmp_path, capsys):
+    data = chat.write(tmp_path / "data", chat.ROWS["text"], repeat=5) / "train.jsonl"
+    assert trained(short(model, steps=1, evaluate_every=1), data, tmp_path / "out")["rows"] == 19
+    assert "1 of 20 train rows are held out" in capsys.readouterr().err
+
+
 def test_cut_rows_are_said_and_those_without_an_answer_left_out(model, tmp_path, capsys):
     rows = [*chat.ROWS["completion"], {"prompt": "x" * 200, "completion": "y"}]
     rows.append({"prompt": "short: ", "completion": "y" * 200})

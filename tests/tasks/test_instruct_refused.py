@@ -116,6 +116,17 @@ def test_another_model_for_the_causal_task(task, told, models, tmp_path, capsys)
     assert "task instruct trains a causal language model" in line and told in line
 
 
+@pytest.mark.parametrize("line, told", [
+    ("select_by: perplexty", "must be one of loss, perplexity, token_accuracy; got 'perplexty'"),
+    ("batch_tokens: 512", "batch_tokens=512 is not for task instruct: give batch_size"),
+])  # fmt: skip
+def test_a_setting_that_the_task_does_not_have(line, told, causal, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: instruct\n{line}\n")
+    arguments = ["--recipe", str(path), "--model", causal["chat"], "--data", "nowhere"]
+    assert told in refused(capsys, tmp_path, arguments)
+
+
 def test_a_dry_run_of_another_kind_of_model(causal, tmp_path, capsys):
     arguments = ["--recipe", "xsum", "--model", causal["chat"], "--dry-run"]
     assert "--task instruct fits it" in refused(capsys, tmp_path, arguments)

@@ -94,7 +94,21 @@ def test_what_cannot_be_learned_is_refused(rows, template, message):
 ])  # fmt: skip
 def test_a_row_that_is_wrong_is_named(row, message):
     with pytest.raises(ValueError, match=message):
-        canonical(Dataset.from_list([row]), "train")
+        learned([row], chat.tokenizer())
+
+
+def test_the_columns_of_the_form_are_kept_alone():
+    rows = Dataset.from_list([{"id": 7, "text": "a"}])
+    assert canonical(rows, "train").column_names == ["text"]
+
+
+def test_a_held_out_row_that_is_wrong_is_one_of_the_files_train():
+    rows = Dataset.from_list([{"text": str(i)} for i in range(40)])
+    place = held_out(rows)["validation"][0]["number"]
+    wrong = [{"text": "" if i + 1 == place else str(i)} for i in range(40)]
+    part = held_out(Dataset.from_list(wrong))["validation"]
+    with pytest.raises(ValueError, match=f"row {place} of train has an empty text"):
+        tokenised(part, chat.tokenizer(), 99, "MODEL", "validation")
 
 
 def test_the_richest_form_of_the_columns_is_taken():

@@ -5,13 +5,15 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from transformers.pytorch_utils import Conv1D
 
+from pelt_fast.layouts.discovery import spelled_out
 from pelt_fast.layouts.layout import FFNLayout
 from pelt_fast.layouts.lookup import find
 
@@ -22,7 +24,8 @@ from .trace import Call
 # what a block's code may call itself
 _SPELLED = tuple((None, f) for f in (F.silu, F.gelu, F.relu, functools.partial(
     F.gelu, approximate="tanh"), lambda x: F.relu(x).square()))  # fmt: skip
-_NO_ACTIVATION = (nn.Identity, nn.Dropout, nn.Linear, nn.Embedding, Conv1D, nn.LayerNorm)
+# a call of a dropout draws, one of a batch norm counts; the bases are those of all their kinds
+_NO_ACTIVATION = (nn.Identity, _DropoutNd, nn.Linear, nn.Embedding, Conv1D, nn.LayerNorm, _NormBase)
 
 
 @dataclass(eq=False)
@@ -69,7 +72,7 @@ def _block(
     """The block whose last projection is ``out``, or None."""
     if not 1 <= len(before) <= 2 or any(call not in inside for call in before):
         return None
-    if len(before) == 2 and not _same_input(*before):
+    if len(before) == 2 and not _same_values(*(call.input for call in before)):
         return None
     read = out.input.detach()
     for path, activation in (*_activations(base, layer, before[0].path), *_SPELLED):
@@ -112,10 +115,6 @@ def _is(activation: Callable, gate: Tensor | None, u: Tensor, read: Tensor) -> b
     return isinstance(made, Tensor) and torch.equal(made, read)
 
 
-def _same_input(one: Call, two: Call) -> bool:
-    return one.input.shape == two.input.shape and torch.equal(one.input, two.input)
-
-
 def _activations(base: nn.Module, layer: str, path: str) -> Iterator[tuple[str, Callable]]:
     """What may be the activation: the callables that the owners of a projection hold, the nearest
     owner first."""
@@ -141,7 +140,9 @@ def _held_by(module: nn.Module, path: str) -> Iterator[tuple[str, Callable]]:
 def _may_activate(name: str, value) -> bool:
     if isinstance(value, nn.Module):
         return not isinstance(value, _NO_ACTIVATION) and not list(value.children())
-    return callable(value) and not isinstance(value, type) and not name.startswith("_")
+    # a forward of the module's own stands for the module
+    own = name == "forward" or name.startswith("_")
+    return callable(value) and not isinstance(value, type) and not own
 
 
 def layout_of(
@@ -160,7 +161,7 @@ def layout_of(
                      gate)  # fmt: skip
     own = find(base, layer)
     if entry is None and isinstance(getattr(own, "dropout", None), float):
-        made = replace(made, **_numbers(own, attentions))
+        made = replace(made, **spelled_out(own, attentions))
     else:
         made = replace(made, **_dropouts(layer, block, calls, entry))
     return replace(made, **_norms(layer, block, calls, entry))
@@ -181,9 +182,8 @@ def _container(base: nn.Module, layer: str, block: Block, calls: list[Call]) -> 
 
 
 def _reads_and_returns(call: Call, block: Block) -> bool:
-    pairs = (call.input, block.into.input), (call.output, block.out.output)
-    return all(one is not None and one.shape == two.shape and torch.equal(one, two)
-               for one, two in pairs)  # fmt: skip
+    reads = _same_values(call.input, block.into.input)
+    return reads and _same_values(call.output, block.out.output)
 
 
 def _dropouts(layer: str, block: Block, calls: list[Call], entry: str | None) -> dict[str, str]:
@@ -198,15 +198,6 @@ def _dropouts(layer: str, block: Block, calls: list[Call], entry: str | None) ->
             named["activation_dropout"] = below(call.path, layer)
         elif end < call.began < last and _same_values(call.input, block.out.output):
             named["output_dropout"] = below(call.path, layer)
-    return named
-
-
-def _numbers(own: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
-    """The dropouts of a layer that spells its block out and holds probabilities, by their names;
-    the self-test is the judge."""
-    named: dict[str, Any] = {"output_dropout": "dropout", "output_dropout_also": attentions}
-    if isinstance(getattr(own, "activation_dropout", None), float):
-        named["activation_dropout"] = "activation_dropout"
     return named
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .walk import back
+
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.einsum)
 _ADDED = (torch.baddbmm, Tensor.baddbmm)
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
@@ -66,17 +68,7 @@ class Computed(TorchFunctionMode):
 
 def _nearest(tensor: Tensor, stations: dict) -> list:
     """The stations that are met first on every way back from a tensor."""
-    seen, waiting, found = set(), [tensor.grad_fn], []
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in stations:
-            found.append(stations[node])
-        else:
-            waiting += [before for before, _ in node.next_functions]
-    return found
+    return [stations[node] for node in back(tensor.grad_fn, stations) if node in stations]
 
 
 def seen_by(mask: Tensor) -> Tensor:

@@ -4,38 +4,47 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from pelt_fast.layouts.discovery import experts_in, why_no_block
 from pelt_fast.layouts.layout import AttentionLayout, FFNLayout, Layout, StackLayout
 from pelt_fast.layouts.lookup import base_of, find
 
+from ..checks import check_not_sharded
 from ..synthetic_batch import why_no_run
+from ..unchanged import unchanged
 from .attentions import Found, attentions, below
 from .blocks import blocks, layout_of
 from .graph import Graph
 from .lists import Lists
 from .trace import Trace, trace
 
-_EXPERTS = ("expert", "moe", "router", "mixture")
-
 
 def discover(model: nn.Module) -> Layout:
     """The layout of ``model``. ValueError where the model cannot be run here, or has no attention
     that was found."""
+    check_not_sharded(model)
     base = base_of(model)
-    why = why_no_run(base)
+    why, stacks = why_no_run(base), ()
     if why is None:
-        try:
-            ran = trace(base)
-        except Exception as error:  # a model may raise anything on an unsuitable input
-            why = f"the base does not run on a few tokens ({type(error).__name__}: {error})"
-    stacks = () if why is not None else tuple(_stacks(base, ran))
+        why, stacks = _found(base)
     if not stacks:
-        why = why or "no attention of its forward is one that transformers' interface computes"
+        why = why or "no attention was found in a list of layers of its forward"
         raise ValueError(
             f"no table row for architecture {model.config.model_type!r}, and its layout was not"
             f" found: {why}. Give one, inject(..., layout=Layout(...)): pelt-fast explain prints a"
             " draft"
-        ) from None
+        )
     return Layout(model.config.model_type, stacks)
+
+
+def _found(base: nn.Module) -> tuple[str | None, tuple[StackLayout, ...]]:
+    """Why the base cannot be run, or None, and its stacks. The search for activations calls modules
+    of the model after its forward."""
+    with unchanged(base, training=False):
+        try:
+            ran = trace(base)
+        except Exception as error:  # a model may raise anything on an unsuitable input
+            return f"the base does not run on a few tokens ({type(error).__name__}: {error})", ()
+        return None, tuple(_stacks(base, ran))
 
 
 def _stacks(base: nn.Module, ran: Trace) -> Iterator[StackLayout]:
@@ -83,11 +92,9 @@ def _ffn(
     base: nn.Module, layer: str, own: list[Found], ran: Trace, graph: Graph
 ) -> tuple[FFNLayout | None, str]:
     """The block of a layer, and "" or why there is none."""
-    experts = [name for name, _ in find(base, layer).named_modules()
-               if any(part in name.rpartition(".")[2].lower() for part in _EXPERTS)]  # fmt: skip
+    experts = experts_in(find(base, layer))
     if experts:
-        why = f"{', '.join(experts[:2])}: experts that a router chooses"
-        return None, f"{why}; put the method on the attention"
+        return None, why_no_block(experts[:2])
     taken = {call.path for found in own for call, _ in found.projections.values()}
     made = blocks(base, layer, graph, taken)
     if len(made) != 1:

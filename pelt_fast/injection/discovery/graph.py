@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .trace import Call, Trace
+from .walk import back
 
 
 class Graph:
@@ -18,27 +19,14 @@ class Graph:
     def nearest(self, tensor: Tensor) -> list[Call]:
         """The first linear layers that are met on every way back from a tensor."""
         found: list[Call] = []
-        for node in _back(tensor.grad_fn, self._by_node):
+        for node in back(tensor.grad_fn, self._by_node):
             found += self._by_node.get(node, [])[-1:]
         return sorted(found, key=lambda call: call.ended)
 
     def comes_from(self, tensor: Tensor, node: object) -> bool:
         """Whether a tensor comes from ``node`` with no linear layer between."""
         stations = {**self._by_node, node: []}
-        return any(met is node for met in _back(tensor.grad_fn, stations))
-
-
-def _back(start, stations: dict):
-    """The nodes that can be reached from ``start``; a station is the end of its way."""
-    seen, waiting = set(), [start]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if node not in stations:
-            waiting += [before for before, _ in node.next_functions]
+        return any(met is node for met in back(tensor.grad_fn, stations))
 
 
 def used_rows(tensor: Tensor, linear: Call) -> str:

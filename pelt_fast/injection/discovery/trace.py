@@ -18,11 +18,10 @@ from pelt_fast.modules.per_thread import PerThread
 from pelt_fast.modules.projection_view import is_linear
 
 from .. import attention_interface as interface
+from ..own_configs import CHOICE
 from ..synthetic_batch import synthetic_batch
-from ..unchanged import unchanged
 from .computed import Computed, Tell, seen_by
 
-_CHOICE = "_attn_implementation_internal"
 _NAME = "pelt_fast_spied_{}"
 
 
@@ -91,11 +90,10 @@ _now = PerThread()  # the trace that runs in this thread
 
 
 def trace(base: nn.Module) -> Trace:
-    """Run ``base`` once, in evaluation mode, with autograd. The model is left as it was. Raises
-    what the model raises."""
+    """Run ``base`` once, with autograd. Called in a block of ``unchanged``. Raises what the model
+    raises."""
     batch, found = synthetic_batch(base), Trace()
     with contextlib.ExitStack() as guards:
-        guards.enter_context(unchanged(base, training=False))
         guards.enter_context(_with_gradients(base))
         guards.enter_context(_spied(base))
         guards.enter_context(torch.compiler.set_stance("force_eager"))
@@ -170,14 +168,14 @@ def _spied(base: nn.Module) -> Iterator[None]:
     """In this block the attention function writes down what it is given."""
     configs = {id(c): c for m in base.modules() for c in vars(m).values()
                if isinstance(c, PreTrainedConfig)}  # fmt: skip
-    before = [(c, getattr(c, _CHOICE, None)) for c in configs.values()]
+    before = [(c, getattr(c, CHOICE, None)) for c in configs.values()]
     for config, choice in before:
-        setattr(config, _CHOICE, _NAME.format("eager" if choice in (None, "eager") else "sdpa"))
+        setattr(config, CHOICE, _NAME.format("eager" if choice in (None, "eager") else "sdpa"))
     try:
         yield
     finally:
         for config, choice in before:
-            setattr(config, _CHOICE, choice)
+            setattr(config, CHOICE, choice)
 
 
 def _spy(function):

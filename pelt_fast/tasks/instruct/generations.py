@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..loading import positions_of
 from ..meter import append_line
 from .tokens import IGNORED
 
@@ -18,7 +19,8 @@ def prompts(rows, count: int = ROWS) -> list[tuple[list[int], list[int]]]:
     for row in rows.select(range(min(count, len(rows)))):
         ids, labels = row["input_ids"], row["labels"]
         first = next(i for i, label in enumerate(labels) if label != IGNORED)
-        first = first or max(1, min(BEGINNING, len(ids) // 2))
+        if first < 2:  # a plain text, perhaps behind the token that begins every text
+            first = max(1, min(BEGINNING, len(ids) // 2))
         last = next((i for i in range(first, len(ids)) if labels[i] == IGNORED), len(ids))
         found.append((ids[:first], ids[first:last]))
     return found
@@ -26,8 +28,13 @@ def prompts(rows, count: int = ROWS) -> list[tuple[list[int], list[int]]]:
 
 @torch.no_grad()
 def answer(model, tokenizer, ids: list[int], max_new_tokens: int) -> str:
-    """What the model says after a prompt, greedily."""
+    """What the model says after a prompt, greedily. A prompt that leaves too few positions for the
+    answer loses its beginning."""
     device = next(model.parameters()).device
+    positions = positions_of(model.config, tokenizer)
+    if positions is not None:
+        max_new_tokens = min(max_new_tokens, positions - 1)
+        ids = ids[-(positions - max_new_tokens) :]
     given = torch.tensor([ids], device=device)
     out = model.generate(
         input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=max_new_tokens,

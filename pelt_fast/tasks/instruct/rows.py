@@ -9,6 +9,7 @@ from ..say import say
 
 FORMS = {"messages": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)}
 ASSISTANT = "assistant"
+NUMBER = "number"  # of a row in the file of the train rows, where it was held out or shuffled
 SHARE, MOST = 0.05, 500  # of the train rows that are held out where there is no other split
 
 
@@ -23,18 +24,11 @@ def form_of(columns: list[str], split: str = "train") -> str:
 
 
 def canonical(rows, split: str):
-    """The rows with the columns of their form alone, each looked at. Raises ValueError for rows of
-    no form, and for the first row that cannot be learned."""
-    form = form_of(rows.column_names, split)
-    rows = rows.select_columns(list(FORMS[form]))
-    for number, row in enumerate(rows, 1):
-        problem = _problem(row, form)
-        if problem:
-            raise ValueError(f"--data: row {number} of {split} {problem}")
-    return rows
+    """The rows with the columns of their form alone; ValueError for rows of no form."""
+    return rows.select_columns(list(FORMS[form_of(rows.column_names, split)]))
 
 
-def _problem(row: dict, form: str) -> str | None:
+def problem_of(row: dict, form: str) -> str | None:
     """What is wrong with a row, or None."""
     if form == "messages":
         return _of_messages(row["messages"], "messages") or _without_answer(row["messages"])
@@ -89,10 +83,12 @@ def prompts_and_answers(row: dict) -> tuple[list[dict], int]:
 
 
 def held_out(train) -> dict:
-    """A train and a validation split of rows that came without a validation split."""
+    """A train and a validation split of rows that came without a validation split. Each row keeps
+    its number in the file."""
     if len(train) < 2:
         raise ValueError("--data: train has one row, and there is no validation split")
     count = min(MOST, max(1, round(SHARE * len(train))))
     say(f"there is no validation split: {count:,} of {len(train):,} train rows are held out")
-    parts = train.train_test_split(test_size=count, seed=0)
+    numbered = train.add_column(NUMBER, range(1, len(train) + 1))
+    parts = numbered.train_test_split(test_size=count, seed=0)
     return {"train": parts["train"], "validation": parts["test"]}

@@ -13,8 +13,9 @@ from .tokens import IGNORED
 def token_sums(logits: Tensor, labels: Tensor) -> Tensor:
     """For each row the sum of the losses, the number of right tokens, and of tokens, (B, 3).
 
-    logits (B, T, V), labels (B, T): position t predicts label t + 1. A row at a time, so that fp32
-    logits of one row alone are made.
+    logits (B, T, V), labels (B, T): position t predicts label t + 1. Of one row at a
+    time the learned logits are made fp32. Under 16-bit autocast accelerate has made fp32 logits of
+    all rows before.
     """
     return torch.stack([_of_row(row[:-1], wanted[1:]) for row, wanted in zip(logits, labels)])
 

@@ -4,7 +4,7 @@ from ..recipe import Recipe
 from ..say import say
 from ..tokens import LENGTH
 from .chat import Refused, check_template, conversation
-from .rows import form_of, prompts_and_answers
+from .rows import NUMBER, form_of, problem_of, prompts_and_answers
 
 IGNORED = -100
 WHOLE = "whole"  # tokens of a row before it is cut
@@ -25,8 +25,9 @@ def tokenised(rows, tokenizer, max_length: int, model: str, split: str):
     """Each row as input_ids, labels (IGNORED where nothing is learned) and its length.
 
     A row longer than ``max_length`` loses its end, which is said; one that has nothing left to
-    learn is left out. Raises ValueError for messages without a chat template, a row that the
-    template refuses, a tokenizer without offsets, and when nothing is left.
+    learn is left out. Raises ValueError for messages without a chat template, the first row that
+    cannot be learned or that the template refuses, a tokenizer without offsets, and when nothing is
+    left.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {model} is slow: it cannot tell where a token stands")
@@ -35,10 +36,13 @@ def tokenised(rows, tokenizer, max_length: int, model: str, split: str):
         check_template(tokenizer, model)
 
     def encode(row: dict, number: int) -> dict:
+        where = f"row {row[NUMBER]} of train" if NUMBER in row else f"row {number + 1} of {split}"
+        problem = problem_of(row, form)
+        if problem:
+            raise ValueError(f"--data: {where} {problem}")
         try:
             ids, labels, skipped = _encoded(row, tokenizer)
         except Refused as error:
-            where = f"row {number + 1} of {split}"
             raise ValueError(f"--data: the chat template refuses {where}: {error}") from None
         labels = labels[:max_length]
         cut = {"input_ids": ids[:max_length], "labels": labels, LENGTH: len(labels)}

@@ -23,7 +23,11 @@ def trainer(model, tokenizer, recipe: Recipe, train, validation, output: Path, q
     from pelt_fast.integrations.trl import PeltSFTTrainer
 
     class Run(PeltSFTTrainer):
-        """Trained on packed rows; evaluated on rows as they are, padded, with exact scores."""
+        """Trained on packed rows where the model keeps them apart; evaluated on rows as they are,
+        padded, with exact scores."""
+
+        def _tell(self, line):
+            say(line)
 
         def create_optimizer(self, model=None):
             if self.optimizer is None:
@@ -66,17 +70,9 @@ def _arguments(recipe: Recipe, output: Path, quiet: bool, keep: bool):
 
     given = settings(recipe, output, quiet, keep)
     return SFTConfig(
-        **given, max_length=recipe.max_length, packing=_packs(recipe), eval_packing=False,
+        **given, max_length=recipe.max_length, packing=recipe.packing, eval_packing=False,
         completion_only_loss=False,
     )  # fmt: skip
-
-
-def _packs(recipe: Recipe) -> bool:
-    """Whether rows are packed. A prompt stands in front of one sequence, so its rows are padded."""
-    prompted = any(m.form == "prompt" for m in recipe.config().modifications)
-    if recipe.packing and prompted:
-        say("prompt tuning takes one sequence a row: the rows are padded, not packed")
-    return recipe.packing and not prompted
 
 
 @contextmanager
