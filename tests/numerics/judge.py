@@ -1,13 +1,18 @@
 """Inputs and the budget of the kernel tests."""
 
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILED = DEVICE.type == "cuda"
-# the interpreter computes bf16 wrongly (docs/facts.md)
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if COMPILED else [])
+# the interpreter computes bf16 wrongly (docs/facts.md); a GPU, and tests/ptx, run compiled kernels
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 BAND = 4
+watched: Callable[[float], object] = float  # called with each error over its budget
 SEED = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321)
 
 
@@ -38,4 +43,5 @@ def check(
     error = (actual.double() - oracle).abs().max().item() / size
     torchs = max(known, (same_dtype.double() - oracle).abs().max().item() / size)
     budget = 2 * torchs + BAND * torch.finfo(low).eps
+    watched(error / budget)
     assert error <= budget, f"error {error:.2e} of {budget:.2e} (torch {torchs:.2e})"

@@ -1,10 +1,10 @@
-"""Integers, bits, predicates and selection: PTX ISA 9.7.1, 9.7.5, 9.7.8."""
+"""Integers, logic, shifts, selection and comparison: PTX ISA 9.7.1, 9.7.6, 9.7.8."""
 
 import numpy as np
 
 from .decode import opcode
 from .machine import Step
-from .program import SIZES, Pair, Sink
+from .program import SIZES, Immediate, Pair, Sink
 from .registers import DTYPES
 
 _INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
@@ -57,11 +57,26 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def integer(machine, instruction):
-    """add, sub, min, max, neg, abs, div, rem of integers; None for other types."""
-    if len(instruction.modifiers) != 1 or instruction.type not in _INTEGERS:
+@opcode("add", "sub", "min", "max", "neg", "abs", "div", "rem")
+def build_integer(machine, instruction):
+    """``op.type d, a[, b]`` of integers; ``add.sat.s32`` and ``sub.sat.s32`` clamp"""
+    root, type_ = instruction.root, instruction.type
+    wanted = 2 if root in ("neg", "abs") else 3
+    if type_ not in _INTEGERS or len(instruction.operands) != wanted:
         return None
-    return elementwise(machine, instruction, _PLAIN[instruction.root], instruction.type)
+    if wanted == 2 and type_[0] != "s":
+        return None
+    if instruction.modifiers == ("sat", "s32") and root in ("add", "sub"):
+        return elementwise(machine, instruction, _clamped(_PLAIN[root]), type_)
+    if len(instruction.modifiers) != 1:
+        return None
+    return elementwise(machine, instruction, _PLAIN[root], type_)
+
+
+def _clamped(function):
+    """A function of s32 whose result is clamped."""
+    low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    return lambda a, b: np.clip(function(a.astype(np.int64), b), low, high).astype(np.int32)
 
 
 def _product_part(type_: str, part: str):
@@ -81,13 +96,15 @@ def _high_64(a, b):
     return np.array([n & (2**64 - 1) for n in bits], np.uint64).view(a.dtype)
 
 
-def integer_product(machine, instruction):
-    """mul and mad of integers: lo, hi, wide; None for other types."""
+@opcode("mul", "mad")
+def build_product(machine, instruction):
+    """``mul.mode.type d, a, b`` and ``mad.mode.type d, a, b, c`` of integers: lo, hi, wide"""
     modifiers = instruction.modifiers
     if (
         len(modifiers) != 2
         or modifiers[0] not in ("lo", "hi", "wide")
         or modifiers[1] not in _INTEGERS
+        or len(instruction.operands) != {"mul": 3, "mad": 4}[instruction.root]
     ):
         return None
     part, type_ = modifiers
@@ -117,18 +134,6 @@ def integer_product(machine, instruction):
     return Step(run)
 
 
-@opcode("rem")
-def build_remainder(machine, instruction):
-    """``rem.type d, a, b``"""
-    return integer(machine, instruction)
-
-
-@opcode("mad")
-def build_multiply_add(machine, instruction):
-    """``mad.mode.type d, a, b, c`` of integers"""
-    return integer_product(machine, instruction)
-
-
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
@@ -144,118 +149,47 @@ def build_logic(machine, instruction):
     return elementwise(machine, instruction, function, instruction.type)
 
 
+def _shifted(shift, bits: int, signed: bool):
+    """A function that shifts by a u32, of which more than the type has bits is all of them."""
+
+    def run(a, n):
+        limited = np.minimum(n, np.uint32(bits - 1)).astype(a.dtype)
+        found = shift(a, limited)
+        return found if signed else np.where(n >= bits, a.dtype.type(0), found)
+
+    return run
+
+
+def _shifted_by(shift, bits: int, signed: bool, n: int):
+    """The same by a number that is known."""
+    n &= 0xFFFFFFFF
+    if n >= bits and not signed:
+        return np.zeros_like
+    count = min(n, bits - 1)
+    return lambda a: shift(a, a.dtype.type(count))
+
+
 @opcode("shl", "shr")
 def build_shift(machine, instruction):
     """``shl.type d, a, n``: n is a u32, and is limited to the size of the type"""
     type_ = instruction.type
-    if len(instruction.modifiers) != 1 or type_ not in (*_INTEGERS, *_BITS[1:]):
+    kinds = _BITS[1:] if instruction.root == "shl" else (*_INTEGERS, *_BITS[1:])
+    if len(instruction.modifiers) != 1 or type_ not in kinds:
         return None
-    registers, bits = machine.registers, 8 * SIZES[type_]
+    registers, how = machine.registers, (8 * SIZES[type_], type_[0] == "s")
     d, a, n = instruction.operands
-    result, a, n = (
-        registers.result(d, type_),
-        registers.source(a, type_),
-        registers.source(n, "u32"),
-    )
+    result, a = registers.result(d, type_), registers.source(a, type_)
     shift = np.left_shift if instruction.root == "shl" else np.right_shift
-    signed = type_[0] == "s"
-    dtype = result.dtype
+    if isinstance(n, Immediate):
+        known = _shifted_by(shift, *how, n.value)
 
-    def run(threads):
-        count = n[threads]
-        limited = np.minimum(count, bits - 1).astype(dtype)
-        found = shift(a[threads], limited)
-        if not signed:
-            found = np.where(count >= bits, dtype.type(0), found)
-        result[threads] = found
+        def run(threads):
+            result[threads] = known(a[threads])
+    else:
+        function, n = _shifted(shift, *how), registers.source(n, "u32")
 
-    return Step(run)
-
-
-@opcode("bfe")
-def build_extract(machine, instruction):
-    """``bfe.type d, a, position, length``: a field of bits, extended by its sign for signed types"""
-    type_ = instruction.type
-    if instruction.modifiers != (type_,) or type_ not in ("u32", "s32", "u64", "s64"):
-        return None
-    registers, bits = machine.registers, 8 * SIZES[type_]
-    d, a, position, length = instruction.operands
-    result, a = registers.result(d, type_), registers.source(a, f"u{bits}")
-    position, length = registers.source(position, "u32"), registers.source(length, "u32")
-    one = np.uint64(1)
-
-    def run(threads):
-        value, at = a[threads].astype(np.uint64), (position[threads] & 0xFF).astype(np.uint64)
-        count = (length[threads] & 0xFF).astype(np.uint64)
-        if type_[0] == "s":
-            value = a[threads].view(f"i{bits // 8}").astype(np.int64).view(np.uint64)
-            top = np.minimum(at + count - np.uint64(1), np.uint64(bits - 1))
-            sign = np.where(count == 0, np.uint64(0), value >> top & one)
-        else:
-            sign = np.zeros_like(value)
-        wide = np.minimum(at, np.uint64(63))
-        field = np.where(at >= bits, np.uint64(0), value >> wide)
-        available = np.where(at >= bits, 0, bits - np.minimum(at, np.uint64(bits)).astype(np.int64))
-        kept = np.minimum(count.astype(np.int64), available)
-        mask = np.where(
-            kept >= 64, ~np.uint64(0), (one << np.minimum(kept, 63).astype(np.uint64)) - one
-        )
-        field &= mask
-        field |= np.where(sign > 0, ~mask, np.uint64(0))
-        result[threads] = field.astype(f"u{bits // 8}").view(result.dtype)
-
-    return Step(run)
-
-
-@opcode("bfi")
-def build_insert(machine, instruction):
-    """``bfi.type d, a, b, position, length``: the low bits of a replace a field of b"""
-    type_ = instruction.type
-    if instruction.modifiers != (type_,) or type_ not in ("b32", "b64"):
-        return None
-    registers, bits = machine.registers, 8 * SIZES[type_]
-    d, *sources = instruction.operands
-    result = registers.result(d, type_)
-    a, b = (registers.source(o, type_) for o in sources[:2])
-    position, length = (registers.source(o, "u32") for o in sources[2:])
-
-    def run(threads):
-        at = (position[threads] & 0xFF).astype(np.uint64)
-        count = np.minimum(length[threads] & 0xFF, bits).astype(np.uint64)
-        one = np.uint64(1)
-        mask = np.where(count >= 64, ~np.uint64(0), (one << np.minimum(count, 63)) - one)
-        shift = np.minimum(at, np.uint64(63))
-        mask = np.where(at >= bits, np.uint64(0), mask << shift)
-        put = np.where(at >= bits, np.uint64(0), a[threads].astype(np.uint64) << shift)
-        result[threads] = ((put & mask) | (b[threads].astype(np.uint64) & ~mask)).astype(
-            result.dtype
-        )
-
-    return Step(run)
-
-
-@opcode("prmt")
-def build_permute(machine, instruction):
-    """``prmt.b32 d, a, b, selector``: four bytes chosen of eight; bit 3 of a choice is its sign"""
-    if instruction.modifiers != ("b32",):
-        return None
-    registers = machine.registers
-    d, *sources = instruction.operands
-    result = registers.result(d, "b32")
-    a, b, selector = (registers.source(o, "b32") for o in sources)
-
-    def run(threads):
-        both = b[threads].astype(np.uint64) << np.uint64(32) | a[threads]
-        choice = selector[threads]
-        found = np.zeros(len(both), np.uint32)
-        for n in range(4):
-            nibble = choice >> np.uint32(4 * n) & np.uint32(15)
-            byte = (both >> (nibble & 7).astype(np.uint64) * np.uint64(8)).astype(
-                np.uint32
-            ) & np.uint32(255)
-            sign = np.where(byte & 0x80, np.uint32(0xFF), np.uint32(0))
-            found |= np.where(nibble & 8, sign, byte) << np.uint32(8 * n)
-        result[threads] = found
+        def run(threads):
+            result[threads] = function(a[threads], n[threads])
 
     return Step(run)
 
@@ -304,19 +238,21 @@ def comparison(name: str, is_float: bool):
     return None
 
 
-_JOINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+JOINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 @opcode("setp")
 def build_compare(machine, instruction):
     """``setp.comparison[.and|or|xor][.ftz].type p[|q], a, b[, c]``"""
+    if len(instruction.modifiers) not in (2, 3):
+        return None
     name, *between, type_ = instruction.modifiers
-    if type_ in ("bf16", "f16", "bf16x2", "f16x2") or "ftz" in between:
-        from .floats import compare_floats
-
-        return compare_floats(machine, instruction)
-    function = comparison(name, type_ in ("f32", "f64"))
-    if function is None or type_ not in DTYPES or type_ == "pred" or len(between) > 1:
+    if type_ not in (*_INTEGERS, *_BITS[1:], "f32", "f64"):
+        return None
+    if type_[0] == "b" and name not in ("eq", "ne"):
+        return None
+    function = comparison(name, type_[0] == "f")
+    if function is None:
         return None
     return compare(machine, instruction, function, type_, between[0] if between else None)
 
@@ -330,14 +266,15 @@ def compare(machine, instruction, function, type_, join=None):
         None if isinstance(o, Sink) else registers.result(o, "pred") for o in (first, second)
     ]
     a, b = registers.source(a, type_), registers.source(b, type_)
-    if (join is None) != (not more) or (join is not None and join not in _JOINED):
+    if (join is None) != (not more) or (join is not None and join not in JOINED):
         return None
     c = registers.source(more[0], "pred") if more else None
 
     def run(threads):
         found = function(a[threads], b[threads])
+        joined = None if c is None else c[threads].copy()  # c may be one of the results
         for result, value in zip(results, (found, ~found)):
             if result is not None:
-                result[threads] = value if c is None else _JOINED[join](value, c[threads])
+                result[threads] = value if joined is None else JOINED[join](value, joined)
 
     return Step(run)

@@ -38,6 +38,19 @@ class Counts:
         else:
             self.stored += len(places) * size
 
+    def bulk(self, starts: np.ndarray, size: int, load: bool) -> None:
+        """A bulk copy moves ``size`` bytes from each of some addresses of global memory."""
+        if not self.on or not size:
+            return
+        first, last = starts // SECTOR, (starts + size - 1) // SECTOR
+        each = first[:, None] + np.arange(int((last - first).max()) + 1)
+        self.sectors += len(np.unique(each[each <= last[:, None]]))
+        self.least += -(-len(starts) * size // SECTOR)
+        if load:
+            self.loaded += len(starts) * size
+        else:
+            self.stored += len(starts) * size
+
     def shared_access(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
         """Threads of warps access ``size`` bytes each, at most 128 bytes of them in one pass."""
         if not self.on or len(addresses) == 0:

@@ -1,5 +1,6 @@
 """From an instruction to a step: each family of opcodes has a file and enters its builders here."""
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -10,43 +11,52 @@ from .machine import CONTROL, TOGETHER, Machine, Step
 from .program import Instruction
 from .registers import Active, active
 
-FAMILIES = ("arithmetic", "floats", "conversions", "moves", "control", "warps", "barriers",
-            "copies", "matrices", "bulk", "tensor_maps", "wgmma")  # fmt: skip
-BUILDERS: dict[str, Callable] = {}
+FAMILIES = ("arithmetic", "bits", "floats", "halves", "comparing", "conversions", "atomics", "moves",
+            "control", "warps", "barriers", "clusters", "copies", "matrices", "mbarriers", "bulk",
+            "tensor_maps", "wgmma")  # fmt: skip
+BUILDERS: dict[str, list[Callable]] = {}
 
 
 def opcode(*roots: str):
     """Enter a builder for opcodes. It gets the machine and the instruction and returns a Step, or
-    None for modifiers that it does not know."""
+    None for modifiers that it does not know. Families may share a root (``cp.async`` and
+    ``cp.async.bulk``): the first builder that knows the modifiers is taken."""
 
     def enter(builder):
         for root in roots:
-            if root in BUILDERS:
-                raise ValueError(f"{root} has two builders")
-            BUILDERS[root] = builder
+            others = BUILDERS.setdefault(root, [])
+            if any(other.__module__ == builder.__module__ for other in others):
+                raise ValueError(f"{root} has two builders in {builder.__module__}")
+            others.append(builder)
         return builder
 
     return enter
 
 
+@functools.cache
 def load_families() -> None:
-    """Import every family, which enters its builders."""
+    """Import every family, which enters its builders; one may have been imported before."""
     for family in FAMILIES:
         importlib.import_module(f"{__package__}.{family}")
 
 
 def decode(machine: Machine, instruction: Instruction) -> Step:
     """The step of an instruction, under its guard."""
-    if not BUILDERS:
-        load_families()
-    builder = BUILDERS.get(instruction.root)
+    load_families()
     try:
-        step = None if builder is None else builder(machine, instruction)
+        built = (build(machine, instruction) for build in BUILDERS.get(instruction.root, ()))
+        step = next((step for step in built if step is not None), None)
     except MachineError as error:
         if error.instruction is None:
             raise type(error)(str(error), instruction) from None
         raise
-    except (TypeError, AttributeError, KeyError, IndexError) as error:  # operands of another kind
+    except (
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        ValueError,
+    ) as error:  # operands of another kind
         raise Unsupported(f"operands are not understood: {error}", instruction) from error
     if step is None:
         raise Unsupported(f"opcode {instruction.opcode} is not known", instruction)
@@ -60,12 +70,15 @@ def _guarded(machine: Machine, instruction: Instruction, step: Step) -> Step:
 
     def run(threads: Active) -> None:
         chosen = guard[threads] != instruction.negated
-        if chosen.all():
+        count = np.count_nonzero(chosen)
+        if count == len(chosen):
             return step.run(threads)
+        if not count and not step.kind & CONTROL:
+            return None
         mine = numbers[threads]
         if step.kind & CONTROL:
             machine.go_on(mine[~chosen])
-        if chosen.any():
+        if count:
             some = mine[chosen]
             if step.kind & TOGETHER and len(machine._whole_warps(some)) != len(some):
                 raise MachineError("a guard parts the threads of a warp that must be together")

@@ -1,5 +1,7 @@
 """Run a launch: groups of blocks one after another, in each mode that is asked for."""
 
+import time
+
 from .counts import Counts
 from .errors import Unsupported
 from .machine import Launch, Machine, Mode
@@ -27,21 +29,42 @@ def check(launch: Launch) -> None:
         raise Unsupported(f"{launch.grid[0]} blocks are no whole clusters of {launch.cluster}")
 
 
+_KEPT = 8  # machines: registers of some megabytes each
+_machines: dict[tuple, Machine] = {}
+
+
+def machine_for(launch: Launch, blocks: int, mode: Mode) -> Machine:
+    """A machine for ``blocks`` blocks: one that has decoded the same entry, if there is one."""
+    key = (id(launch.entry), launch.grid, launch.threads, launch.dynamic, launch.cluster, blocks, mode)
+    machine = _machines.pop(key, None)
+    if machine is None or len(machine.parameters) != len(launch.parameters) + 16:
+        machine = Machine(launch, blocks, mode)
+    else:
+        machine.take(launch)
+    _machines[key] = machine  # the newest is the last
+    while len(_machines) > _KEPT:
+        _machines.pop(next(iter(_machines)))
+    return machine
+
+
 def run(launch: Launch, mode: Mode = Mode(), counted: bool = False) -> Counts:
     """Execute all blocks; what the launch did."""
     check(launch)
-    counts = Counts(counted)
+    counts, started = Counts(counted), time.perf_counter()
     clusters = max(1, THREADS // (launch.threads * launch.cluster))
     size = min(clusters * launch.cluster, launch.blocks)
     size = max(launch.cluster, size // launch.cluster * launch.cluster)
-    machines: dict[int, Machine] = {}
-    first = 0
-    while first < launch.blocks:
-        now = min(size, launch.blocks - first)
-        if now not in machines:
-            machines[now] = Machine(launch, now, mode)
-            machines[now].counts = counts
-        machines[now].run(first)
-        first += now
-    counts.instructions = sum(m.hits for m in machines.values())
+    used: dict[int, Machine] = {}
+    for first in range(0, launch.blocks, size):
+        blocks = min(size, launch.blocks - first)
+        if blocks not in used:
+            used[blocks] = machine_for(launch, blocks, mode)
+            used[blocks].counts = counts
+        try:
+            used[blocks].run(first)
+        except BaseException:
+            _machines.clear()  # it stopped in the middle of something
+            raise
+    counts.seconds = time.perf_counter() - started
+    counts.instructions = sum(machine.hits for machine in used.values())
     return counts

@@ -19,10 +19,8 @@ def address_of(machine, operand: Address):
         size = SIZES[machine.entry.registers[base.name]]
         array = machine.registers.view(base.name, "s64" if size == 8 else "u32")
         return lambda threads: array[threads].astype(np.int64) + offset
-    if isinstance(base, Immediate):
-        start = base.value
-    else:
-        start = symbol_address(machine, base.name)
+    known = isinstance(base, Immediate)
+    start = base.value if known else symbol_address(machine, base.name)
     constant = np.full(machine.threads, start + offset, np.int64)
     return lambda threads: constant[threads]
 
@@ -106,6 +104,20 @@ def _pack(machine, d, items, type_):
     return Step(run)
 
 
+@opcode("createpolicy")
+def build_policy(machine, instruction):
+    """``createpolicy.fractional.L2::evict_first.b64 d, fraction``: only hints to caches use it"""
+    kind, *_ = instruction.modifiers
+    if kind != "fractional" or instruction.type != "b64":
+        return None
+    result = machine.registers.result(instruction.operands[0], "b64")
+
+    def run(threads):
+        result[threads] = 0
+
+    return Step(run)
+
+
 @opcode("cvta")
 def build_generic(machine, instruction):
     """``cvta[.to].space.u64 d, a``: global and parameter addresses are their own generic ones"""
@@ -123,6 +135,12 @@ def build_generic(machine, instruction):
         result[threads] = source[threads]
 
     return Step(run)
+
+
+def _without_hint(instruction) -> tuple:
+    """The operands of a load or store without its cache policy, which changes no value."""
+    hinted = "L2::cache_hint" in instruction.modifiers
+    return instruction.operands[:-1] if hinted else instruction.operands
 
 
 def _form(instruction):
@@ -144,7 +162,7 @@ def build_load(machine, instruction):
     if form is None:
         return None
     space, count, type_ = form
-    d, a = instruction.operands
+    d, a = _without_hint(instruction)
     items = d.items if isinstance(d, Vector) else (d,)
     if len(items) != count:
         return None
@@ -207,7 +225,7 @@ def build_store(machine, instruction):
     if form is None:
         return None
     space, count, type_ = form
-    a, b = instruction.operands
+    a, b = _without_hint(instruction)
     items = b.items if isinstance(b, Vector) else (b,)
     if len(items) != count:
         return None

@@ -1,8 +1,7 @@
 """PTX text to a ``program.Entry``. What is not known is an error that names the line."""
 
-import bisect
 import re
-import struct
+from dataclasses import replace
 from pathlib import PurePath
 
 from .errors import Unsupported
@@ -22,58 +21,14 @@ from .program import (
     Variable,
     Vector,
 )  # fmt: skip
+from .tokens import Tokens, number
 
-_TOKEN = re.compile(
-    r"(?P<skip>\s+|//[^\n]*|/\*.*?\*/)"
-    r"|(?P<number>-?(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|\d+\.\d+|\d+U?))"
-    r"|(?P<word>[%$]?[A-Za-z_.$][\w.$]*(?:::\w+)*(?:\.\w+(?:::\w+)*)*|%\w+)"
-    r"|(?P<string>\"[^\"]*\")"
-    r"|(?P<mark>[{}\[\](),;:@!|<>=+-])",
-    re.DOTALL,
-)
 _SPECIAL = re.compile(
     r"%(?:n?tid|n?ctaid|clusterid|nclusterid|cluster_n?ctaid)\.[xyz]$"
     r"|%(?:laneid|warpid|cluster_n?ctarank|is_explicit_cluster|lanemask_\w+)$"
 )
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _IGNORED = {".pragma", ".maxntid", ".minnctapersm", ".maxnreg"}
-
-
-class Tokens:
-    """The tokens of a text, one after another, with the line each is on."""
-
-    def __init__(self, text: str, first_line: int = 1):
-        self.items: list[tuple[str, str, int]] = []
-        ends = [m.start() for m in re.finditer("\n", text)]
-        position = 0
-        while position < len(text):
-            found = _TOKEN.match(text, position)
-            line = first_line + bisect.bisect_left(ends, position)
-            if found is None:
-                raise Unsupported(
-                    f"PTX line {line}: cannot read {text[position : position + 20]!r}"
-                )
-            if found.lastgroup != "skip":
-                self.items.append((found.lastgroup, found.group(), line))
-            position = found.end()
-        self.at = 0
-
-    def peek(self, ahead: int = 0) -> str:
-        at = self.at + ahead
-        return self.items[at][1] if at < len(self.items) else ""
-
-    def next(self) -> str:
-        self.at += 1
-        return self.items[self.at - 1][1]
-
-    @property
-    def line(self) -> int:
-        return self.items[min(self.at, len(self.items) - 1)][2]
-
-    def expect(self, wanted: str) -> None:
-        line, found = self.line, self.next()
-        if found != wanted:
-            raise Unsupported(f"PTX line {line}: expected {wanted!r}, found {found!r}")
 
 
 def entries(text: str) -> list[str]:
@@ -139,7 +94,8 @@ class _Reader:
     def __init__(self, tokens: Tokens, entry: Entry, files: dict[int, str]):
         self.tokens, self.entry, self.files = tokens, entry, files
         self.scopes: list[dict[str, str]] = []  # names of an inner scope, to unique ones
-        self.opened = 0
+        self.starts: list[int] = []  # the pc at which each scope opened
+        self.declared = 0
         self.file, self.source = "", 0
 
     def read(self) -> None:
@@ -164,10 +120,12 @@ class _Reader:
         tokens.expect("(")
         while tokens.peek() != ")":
             tokens.expect(".param")
-            align, type_ = 1, "b8"
+            align, type_, pointer = 1, "b8", False
             while (word := tokens.next()).startswith("."):
+                pointer = pointer or word == ".ptr"
                 if word == ".align":
-                    align = int(tokens.next())
+                    given = int(tokens.next())
+                    align = align if pointer else given  # after .ptr: of what it points to
                 elif word[1:] in SIZES:
                     type_ = word[1:]
             size = SIZES[type_]
@@ -206,7 +164,16 @@ class _Reader:
 
     def _open(self) -> None:
         self.scopes.append({})
-        self.opened += 1
+        self.starts.append(len(self.entry.code))
+
+    def _close(self) -> None:
+        """End a scope. Jumps in it to a label that came after them now get the label's unique name."""
+        scope, start = self.scopes.pop(), self.starts.pop()
+        code = self.entry.code
+        for n in range(start, len(code) if self.scopes else start):
+            name = code[n].operands[0].name if code[n].root == "bra" else ""
+            if scope.get(name, name) != name:
+                code[n] = replace(code[n], operands=(Symbol(scope[name]),))
 
     def _statement(self) -> None:
         tokens = self.tokens
@@ -216,7 +183,7 @@ class _Reader:
             self._open()
         elif word == "}":
             tokens.next()
-            self.scopes.pop()
+            self._close()
         elif word == ".reg":
             self._registers()
         elif word == ".loc":
@@ -256,7 +223,8 @@ class _Reader:
 
     def _declare(self, name: str) -> str:
         """The unique name of what is declared in the innermost scope."""
-        unique = name if len(self.scopes) == 1 else f"{name}@{self.opened}"
+        self.declared += 1
+        unique = name if len(self.scopes) == 1 else f"{name}@{self.declared}"
         self.scopes[-1][name] = unique
         return unique
 
@@ -296,11 +264,12 @@ class _Reader:
             guard = Register(self._resolve(tokens.next()))
         root, *modifiers = tokens.next().split(".")
         operands = []
-        while tokens.peek() != ";":
+        if tokens.peek() == ";":
+            tokens.next()
+        else:
             operands.append(self._operand())
-            if tokens.peek() == ",":
-                tokens.next()
-        tokens.next()
+            while tokens.separate(";"):
+                operands.append(self._operand())
         text = " ".join(item[1] for item in tokens.items[start : tokens.at - 1])
         place = Place(line, self.file, self.source)
         self.entry.code.append(
@@ -322,27 +291,32 @@ class _Reader:
     def _listed(self, opening: str, closing: str) -> tuple[Operand, ...]:
         tokens, found = self.tokens, []
         tokens.expect(opening)
-        while tokens.peek() != closing:
+        found.append(self._atom())
+        while tokens.separate(closing):
             found.append(self._atom())
-            if tokens.peek() == ",":
-                tokens.next()
-        tokens.next()
         return tuple(found)
 
     def _address(self) -> Address:
         tokens = self.tokens
         tokens.expect("[")
         base, offset, coordinates = self._atom(), 0, ()
-        if tokens.peek() == "+":
-            tokens.next()
-            offset = int(tokens.next(), 0)
-        elif tokens.peek() not in ("]", ","):  # [base-4]: the minus is the number's
-            offset = int(tokens.next(), 0)
+        if tokens.peek() not in ("]", ","):  # [base+4], [base+-4], [base-4]
+            if tokens.peek() == "+":
+                tokens.next()
+            offset = self._offset()
         if tokens.peek() == ",":
             tokens.next()
             coordinates = self._listed("{", "}")
         tokens.expect("]")
         return Address(base, offset, coordinates)
+
+    def _offset(self) -> int:
+        kind, word, line = self.tokens.items[self.tokens.at]
+        found = number(word) if kind == "number" else None
+        if not isinstance(found, int):
+            raise Unsupported(f"PTX line {line}: expected ']' or a whole number, found {word!r}")
+        self.tokens.next()
+        return found
 
     def _atom(self) -> Operand:
         tokens = self.tokens
@@ -351,21 +325,10 @@ class _Reader:
         if word in ("!", "-"):
             raise Unsupported(f"PTX line {line}: operand {word}{tokens.peek()} is not known")
         if kind == "number":
-            return Immediate(_number(word))
+            return Immediate(number(word))
         if word == "_":
             return Sink()
         if _SPECIAL.match(word):
             return Special(word)
         name = self._resolve(word)
         return Register(name) if name in self.entry.registers else Symbol(name)
-
-
-def _number(text: str) -> int | float:
-    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
-    if digits[:2].lower() == "0f":
-        return sign * struct.unpack(">f", bytes.fromhex(digits[2:]))[0]
-    if digits[:2].lower() == "0d":
-        return sign * struct.unpack(">d", bytes.fromhex(digits[2:]))[0]
-    if "." in digits:
-        return sign * float(digits)
-    return sign * int(digits.rstrip("U"), 0)

@@ -32,12 +32,20 @@ class Registers:
     def __init__(self, entry: Entry, threads: int):
         self.entry, self.threads = entry, threads
         self._arrays: dict[str, np.ndarray] = {}
+        self._rows: dict[str, int] = {}  # of each register in the block of its size
+        counts = dict.fromkeys((1, 2, 4, 8), 0)
+        for name, declared in entry.registers.items():
+            size = SIZES[declared]
+            if size in counts:
+                self._rows[name], counts[size] = counts[size], counts[size] + 1
+        self.blocks = {n: np.zeros((count, threads), f"u{n}") for n, count in counts.items()}
         self._constants: dict[tuple, np.ndarray] = {}
 
     def view(self, name: str, type_: str) -> np.ndarray:
         declared = self.entry.registers[name]
         if name not in self._arrays:
-            self._arrays[name] = np.zeros(self.threads, DTYPES[declared])
+            row = self.blocks[SIZES[declared]][self._rows[name]]
+            self._arrays[name] = row.view(DTYPES[declared])
         array = self._arrays[name]
         if declared == "pred" or type_ == "pred":
             if declared != type_:
@@ -48,9 +56,22 @@ class Registers:
             raise TypeError(f"register {name} is {declared}: too small for {type_}")
         return array.view(DTYPES[type_])[:: size // wanted]
 
+    def rows(self, names: tuple[str, ...], size: int) -> slice | np.ndarray:
+        """Where registers of ``size`` bytes are in ``blocks[size]``, (registers, threads): a range
+        where they were declared one after another, in this order or the other."""
+        if any(SIZES[self.entry.registers[name]] != size for name in names):
+            raise TypeError(f"registers of {size} bytes are wanted")
+        rows = np.array([self._rows[name] for name in names])
+        steps = set(np.diff(rows).tolist())
+        if steps == {1}:
+            return slice(int(rows[0]), int(rows[-1]) + 1)
+        if steps == {-1} and rows[-1] > 0:
+            return slice(int(rows[0]), int(rows[-1]) - 1, -1)
+        return rows
+
     def constant(self, value: int | float, type_: str) -> np.ndarray:
         """An immediate, the same in all threads."""
-        key = (value, type(value), type_)
+        key = (repr(value), type_)  # -0.0 is not 0.0
         if key not in self._constants:
             self._constants[key] = np.full(self.threads, _bits(value, type_), DTYPES[type_])
         return self._constants[key]

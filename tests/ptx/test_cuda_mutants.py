@@ -1,0 +1,14 @@
+"""Broken copies of csrc/cuda are caught, by what is meant to catch each."""
+
+import pytest
+
+from .cuda_host import MISSING, NVCC
+from .cuda_mutants import MUTANTS, shown_by
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_broken_copy_is_caught(mutant, tmp_path):
+    found = shown_by(mutant.case, mutant.compile(tmp_path))
+    assert found.startswith(mutant.by), found or "nothing was found"
