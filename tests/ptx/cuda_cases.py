@@ -23,6 +23,10 @@ def _apart(*shape: int, dtype: torch.dtype) -> Tensor:
     return wide[:, : shape[1]]
 
 
+def _said(*words) -> str:
+    return "-".join(str(word).removeprefix("torch.") for word in words if word)
+
+
 @dataclass(frozen=True)
 class Backward:
     """rank_backward of dy (M, N), h (M, R), b (N, R)."""
@@ -34,6 +38,10 @@ class Backward:
     target: str = "sm_80"
     processors: int = 1
     need_bias: bool = True
+
+    def __str__(self) -> str:
+        shape, bias = f"{self.M}x{self.N}", "bias" * self.need_bias
+        return _said("backward", shape, f"r{self.R}", self.dtype, self.target, bias)
 
     def run(self, mode: Mode, code: Compiled | None = None) -> list[Tensor]:
         """The results in a mode; the inputs are always the same."""
@@ -72,6 +80,11 @@ class Tail:
     masked: bool = True
     need_bias: bool = True
     processors: int = 2
+
+    def __str__(self) -> str:
+        words = "turned" * self.transposed, "mask" * self.masked, "bias" * self.need_bias
+        shape = f"{self.M}x{self.K}x{self.N}"
+        return _said("tail", shape, f"r{self.R}", self.dtype, f"cluster{self.cluster}", *words)
 
     def run(self, mode: Mode, code: Compiled | None = None) -> list[Tensor]:
         """The result in a mode; what lies between its rows was not written."""
