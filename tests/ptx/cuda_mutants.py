@@ -227,6 +227,11 @@ MUTANTS = [
     # its host side
     Mutant("the last step of K is left out", TAIL, GEMM,
            "(g.depth + kStep - 1) / kStep", "g.depth / kStep", "budget"),
+    Mutant("shared memory is not asked for", TAIL, GEMM,
+           "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)",
+           "cudaSuccess", "LaunchError"),
+    Mutant("no whole clusters", Tail(200, 328, 264, 24, processors=3), GEMM,
+           "processors / Cluster * Cluster", "processors", "LaunchError"),
     Mutant("a tile of columns less", TAIL, GEMM,
            "(g.width + kTileN - 1) / kTileN)}", "g.width / kTileN)}", "budget"),
     Mutant("boxes of w for another cluster", TAIL, GEMM,
