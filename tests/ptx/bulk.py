@@ -13,7 +13,7 @@ import numpy as np
 from .asynchronous import Work
 from .boxes import Box, Run, scattered
 from .decode import opcode
-from .errors import BadAccess, BadBarrier, MachineError
+from .errors import BadAccess, BadBarrier, MachineError, Unsupported
 from .machine import Step
 from .mbarriers import SIZE, barrier_at, check_alive
 from .moves import address_of
@@ -67,7 +67,7 @@ def _region_of(machine, operand, size, rank: int) -> Callable:
     address = address_of(machine, operand)
     if rank:
         if len(operand.coordinates) != rank:
-            raise TypeError(f"{len(operand.coordinates)} coordinates of {rank} dimensions")
+            raise Unsupported(f"{len(operand.coordinates)} coordinates of {rank} dimensions")
         places = [machine.registers.source(item, "s32") for item in operand.coordinates]
 
         def region(thread: slice):

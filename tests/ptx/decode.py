@@ -15,6 +15,11 @@ FAMILIES = ("arithmetic", "bits", "floats", "halves", "comparing", "conversions"
             "control", "warps", "barriers", "clusters", "copies", "matrices", "mbarriers", "bulk",
             "tensor_maps", "wgmma")  # fmt: skip
 BUILDERS: dict[str, list[Callable]] = {}
+_NEEDED = {  # the least target of opcodes that begin so
+    "sm_90": ("barrier.cluster.", "cp.async.bulk.", "elect.", "fence.proxy.", "getctarank.",
+              "griddepcontrol.", "mapa.", "mbarrier.try_wait.", "stmatrix."),
+    "sm_90a": ("setmaxnreg.", "tensormap.", "wgmma."),
+}  # fmt: skip
 
 
 def opcode(*roots: str):
@@ -43,6 +48,10 @@ def load_families() -> None:
 def decode(machine: Machine, instruction: Instruction) -> Step:
     """The step of an instruction, under its guard."""
     load_families()
+    target = machine.entry.target
+    for least, prefixes in _NEEDED.items():
+        if target < least and instruction.opcode.startswith(prefixes):
+            raise Unsupported(f"{instruction.root} needs {least}, this is {target}", instruction)
     try:
         built = (build(machine, instruction) for build in BUILDERS.get(instruction.root, ()))
         step = next((step for step in built if step is not None), None)
@@ -50,14 +59,9 @@ def decode(machine: Machine, instruction: Instruction) -> Step:
         if error.instruction is None:
             raise type(error)(str(error), instruction) from None
         raise
-    except (
-        TypeError,
-        AttributeError,
-        KeyError,
-        IndexError,
-        ValueError,
-    ) as error:  # operands of another kind
-        raise Unsupported(f"operands are not understood: {error}", instruction) from error
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        said = "its modifiers and operands are of no form that is known"
+        raise Unsupported(said, instruction) from error
     if step is None:
         raise Unsupported(f"opcode {instruction.opcode} is not known", instruction)
     return step if instruction.guard is None else _guarded(machine, instruction, step)

@@ -40,6 +40,9 @@ class Mode:
     seed: int = 0
 
 
+EARLY, LATE = Mode(), Mode(late=True)
+
+
 @dataclass
 class Launch:
     """What is launched: ``parameters`` is the parameter memory."""
@@ -67,10 +70,12 @@ class Launch:
 class Machine:
     """``blocks`` blocks of a launch (whole clusters) that run together."""
 
-    def __init__(self, launch: Launch, blocks: int, mode: Mode, limit: int = 50_000_000):
+    limit = 50_000_000  # of instructions of warps, for a program that does not end
+
+    def __init__(self, launch: Launch, blocks: int, mode: Mode):
         from .decode import decode
 
-        self.launch, self.entry, self.mode, self.limit = launch, launch.entry, mode, limit
+        self.launch, self.entry, self.mode = launch, launch.entry, mode
         self.blocks, self.block_threads = blocks, launch.threads
         self.threads = blocks * launch.threads
         self.warps = self.threads // WARP

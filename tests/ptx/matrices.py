@@ -57,7 +57,7 @@ def _matrices(machine, instruction, operand_of_registers: int):
     registers = instruction.operands[operand_of_registers]
     items = registers.items if isinstance(registers, Vector) else (registers,)
     if len(items) != count:
-        raise TypeError(f"{len(items)} registers for {count} matrices")
+        raise Unsupported(f"{len(items)} registers for {count} matrices")
     rows = _rows(machine, instruction.operands[1 - operand_of_registers], count)
     return items, count, transposed, rows
 
@@ -112,8 +112,6 @@ def build_store_matrix(machine, instruction):
     form = _matrices(machine, instruction, 1)
     if form is None:
         return None
-    if machine.entry.target == "sm_80":
-        raise Unsupported("stmatrix needs sm_90")
     items, count, transposed, rows = form
     sources = [machine.registers.source(item, "b32") for item in items]
     shared = machine.shared
@@ -186,7 +184,7 @@ def build_multiply(machine, instruction):
     d, *sources = [operand.items for operand in instruction.operands]
     c_count = 4 if type_ == "f32" else 2
     if [len(d)] + [len(items) for items in sources] != [c_count, a_count, b_count, c_count]:
-        raise TypeError("a fragment has another number of registers")
+        raise Unsupported("a fragment has another number of registers")
     kind = "f32" if type_ == "f32" else "b32"
     results = [machine.registers.result(item, kind) for item in d]
     a, b, c = (

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .decode import opcode
+from .errors import BadAccess, Unsupported
 from .machine import Step
 from .program import SIZES, Address, Immediate, Register, Special, Symbol, Vector
 from .registers import DTYPES
@@ -37,7 +38,7 @@ def parameter_offset(machine, name: str) -> int:
     for parameter in machine.entry.parameters:
         if parameter.name == name:
             return parameter.offset
-    raise KeyError(f"no variable and no parameter {name}")
+    raise Unsupported(f"{name} is no parameter")
 
 
 @opcode("mov")
@@ -185,6 +186,11 @@ def build_load(machine, instruction):
 def _parameter(machine, a: Address, results, type_):
     start = parameter_offset(machine, a.base.name) + a.offset
     size = SIZES[type_]
+    end = start + size * len(results)
+    if start < 0 or end > machine.entry.parameter_bytes or start % (size * len(results)):
+        raise BadAccess(
+            f"bytes {start} to {end} of {machine.entry.parameter_bytes} bytes of parameters"
+        )
     memory = machine.parameters
 
     def run(threads):

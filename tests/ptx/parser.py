@@ -4,9 +4,9 @@ import re
 from dataclasses import replace
 from pathlib import PurePath
 
+from .declarations import check_names, known_type, read_parameters, read_shared
 from .errors import Unsupported
 from .program import (
-    SIZES,
     Address,
     Entry,
     Immediate,
@@ -18,7 +18,6 @@ from .program import (
     Sink,
     Special,
     Symbol,
-    Variable,
     Vector,
 )  # fmt: skip
 from .tokens import Tokens, number
@@ -28,7 +27,9 @@ _SPECIAL = re.compile(
     r"|%(?:laneid|warpid|cluster_n?ctarank|is_explicit_cluster|lanemask_\w+)$"
 )
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
-_IGNORED = {".pragma", ".maxntid", ".minnctapersm", ".maxnreg"}
+_IGNORED = {".pragma", ".maxntid", ".minnctapersm"}
+_LOCATED = {"function_name": 1, "inlined_at": 3}  # words of a .loc, and the words after each
+_MOST_REGISTERS = 1 << 17  # of an entry: there is an array for each
 
 
 def entries(text: str) -> list[str]:
@@ -48,7 +49,9 @@ def parse(text: str, name: str | None = None) -> Entry:
     target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
     entry = Entry(name, target.group(1) if target else "")
     for found in re.finditer(r"^(?:\.extern )?\.shared [^;]*;", text, re.MULTILINE):
-        _shared(Tokens(found.group()), entry)
+        before = text[: found.start()]
+        if before.count("{") == before.count("}"):  # not in an entry, which reads its own
+            read_shared(Tokens(found.group(), 1 + before.count("\n")), entry)
     listed = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.MULTILINE)
     files = {int(number): PurePath(path).name for number, path in listed}
     end = _end_of(text, start)
@@ -58,34 +61,12 @@ def parse(text: str, name: str | None = None) -> Entry:
 
 def _end_of(text: str, start: int) -> int:
     """Where the body of the entry at ``start`` closes."""
-    depth, position = 0, text.index("{", start)
-    for found in re.compile(r"//[^\n]*|[{}]").finditer(text, position):
+    depth = 0
+    for found in re.compile(r"//[^\n]*|[{}]").finditer(text, start):
         depth += {"{": 1, "}": -1}.get(found.group(), 0)
-        if depth == 0:
+        if depth == 0 and found.group() == "}":
             return found.end()
     raise Unsupported("the PTX ends inside an entry")
-
-
-def _shared(tokens: Tokens, entry: Entry) -> None:
-    """``.extern .shared .align 16 .b8 name[];`` or ``.shared .align 8 .b8 name[64];``"""
-    align, type_, external = 1, "b8", False
-    while (word := tokens.next()).startswith("."):
-        if word == ".extern":
-            external = True
-        elif word == ".align":
-            align = int(tokens.next())
-        elif word != ".shared":
-            type_ = word[1:]
-    count = 1
-    if tokens.peek() == "[":
-        tokens.next()
-        count = 0 if tokens.peek() == "]" else int(tokens.next())
-    if external or count == 0:
-        entry.dynamic = word
-        return
-    used = max((v.offset + v.size for v in entry.shared), default=0)
-    align = max(align, SIZES[type_])
-    entry.shared.append(Variable(word, SIZES[type_] * count, align, -(-used // align) * align))
 
 
 class _Reader:
@@ -103,49 +84,21 @@ class _Reader:
         tokens.expect(".entry")
         tokens.next()
         if tokens.peek() == "(":
-            self._parameters()
+            read_parameters(tokens, self.entry)
         while tokens.peek() != "{":
             self._directive(tokens.next())
         tokens.next()
         self._open()
         while self.scopes:
             self._statement()
-        for instruction in self.entry.code:
-            for operand in instruction.operands:
-                if instruction.root == "bra" and operand.name not in self.entry.labels:
-                    raise Unsupported(f"no label {operand.name!r}", instruction)
-
-    def _parameters(self) -> None:
-        tokens, offset = self.tokens, 0
-        tokens.expect("(")
-        while tokens.peek() != ")":
-            tokens.expect(".param")
-            align, type_, pointer = 1, "b8", False
-            while (word := tokens.next()).startswith("."):
-                pointer = pointer or word == ".ptr"
-                if word == ".align":
-                    given = int(tokens.next())
-                    align = align if pointer else given  # after .ptr: of what it points to
-                elif word[1:] in SIZES:
-                    type_ = word[1:]
-            size = SIZES[type_]
-            align = max(align, size) if tokens.peek() != "[" else align
-            if tokens.peek() == "[":
-                tokens.next()
-                size *= int(tokens.next())
-                tokens.expect("]")
-            offset = -(-offset // align) * align
-            self.entry.parameters.append(Variable(word, size, align, offset))
-            offset += size
-            if tokens.peek() == ",":
-                tokens.next()
-        tokens.next()
+        check_names(self.entry)
 
     def _directive(self, word: str) -> None:
         tokens = self.tokens
         if word == ".reqntid":
-            sizes = self._numbers()
-            self.entry.threads = sizes[0] * (sizes[1:2] or [1])[0] * (sizes[2:3] or [1])[0]
+            self.entry.block = (*self._numbers(), 1, 1)[:3]
+        elif word == ".maxnreg":
+            self.entry.most_registers = self._numbers()[0]
         elif word in _IGNORED:
             if word == ".pragma":
                 tokens.next()
@@ -156,10 +109,10 @@ class _Reader:
             raise Unsupported(f"PTX line {tokens.line}: directive {word!r} is not known")
 
     def _numbers(self) -> list[int]:
-        found = [int(self.tokens.next())]
+        found = [self.tokens.whole()]
         while self.tokens.peek() == ",":
             self.tokens.next()
-            found.append(int(self.tokens.next()))
+            found.append(self.tokens.whole())
         return found
 
     def _open(self) -> None:
@@ -189,7 +142,7 @@ class _Reader:
         elif word == ".loc":
             self._location()
         elif word == ".shared":
-            self._local_shared()
+            read_shared(tokens, self.entry)
         elif word.startswith("."):
             self._directive(tokens.next())
         elif tokens.peek(1) == ":":
@@ -200,29 +153,26 @@ class _Reader:
         else:
             self._instruction()
 
-    def _local_shared(self) -> None:
-        start = self.tokens.at
-        while self.tokens.next() != ";":
-            pass
-        words = [text for _, text, _ in self.tokens.items[start : self.tokens.at]]
-        _shared(Tokens(" ".join(words)), self.entry)
-
     def _location(self) -> None:
         tokens = self.tokens
         tokens.next()
-        self.file = self.files.get(int(tokens.next()), "")
-        self.source = int(tokens.next())
-        tokens.next()
+        self.file = self.files.get(tokens.whole(), "")
+        self.source = tokens.whole()
+        tokens.whole()
         while tokens.peek() == ",":  # , function_name $name, inlined_at file line column
             tokens.next()
-            word = tokens.next()
-            for _ in range({"function_name": 1, "inlined_at": 3}[word]):
+            line, word = tokens.line, tokens.next()
+            if word not in _LOCATED:
+                raise Unsupported(f"PTX line {line}: {word!r} of a .loc is not known")
+            for _ in range(_LOCATED[word]):
                 tokens.next()
             if tokens.peek() == "+":
                 tokens.next(), tokens.next()
 
     def _declare(self, name: str) -> str:
         """The unique name of what is declared in the innermost scope."""
+        if name in self.scopes[-1]:
+            raise Unsupported(f"PTX line {self.tokens.line}: {name!r} is declared twice")
         self.declared += 1
         unique = name if len(self.scopes) == 1 else f"{name}@{self.declared}"
         self.scopes[-1][name] = unique
@@ -231,20 +181,26 @@ class _Reader:
     def _registers(self) -> None:
         tokens = self.tokens
         tokens.next()
-        type_ = tokens.next()[1:]
-        if type_ not in SIZES:
-            raise Unsupported(f"PTX line {tokens.line}: registers of type {type_!r} are not known")
+        type_ = known_type(tokens.next(), tokens)
         while True:
             name = tokens.next()
             if tokens.peek() == "<":
                 tokens.next()
-                for n in range(int(tokens.next())):
-                    self.entry.registers[self._declare(f"{name}{n}")] = type_
+                names = [f"{name}{n}" for n in range(self._register_count())]
                 tokens.expect(">")
             else:
-                self.entry.registers[self._declare(name)] = type_
+                names = [name]
+            self.entry.registers.update(dict.fromkeys(map(self._declare, names), type_))
             if tokens.next() == ";":
                 return
+
+    def _register_count(self) -> int:
+        count = self.tokens.whole()
+        if len(self.entry.registers) + count > _MOST_REGISTERS:
+            raise Unsupported(
+                f"PTX line {self.tokens.line}: more than {_MOST_REGISTERS} registers are declared"
+            )
+        return count
 
     def _resolve(self, name: str) -> str:
         for scope in reversed(self.scopes):

@@ -123,7 +123,8 @@ class Entry:
     dynamic: str | None = None
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    threads: int | None = None
+    block: tuple[int, int, int] | None = None  # of .reqntid
+    most_registers: int = 0  # of .maxnreg
 
     @property
     def parameter_bytes(self) -> int:

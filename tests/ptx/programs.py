@@ -6,7 +6,7 @@ import numpy as np
 
 from .global_memory import Allocation, GlobalMemory
 from .launch import run
-from .machine import Launch, Mode
+from .machine import EARLY, Launch, Mode
 from .parser import parse
 
 _HEAD = """.version 8.7
@@ -23,7 +23,7 @@ ret;
 
 def execute(
     body: str, *arrays: np.ndarray, threads: int = 32, blocks: int = 1, shared: int = 0,
-    cluster: int = 1, target: str = "sm_90a", mode: Mode = Mode(), unwritten: tuple[int, ...] = (),
+    cluster: int = 1, target: str = "sm_90a", mode: Mode = EARLY, unwritten: tuple[int, ...] = (),
     counted: bool = False,
 ):  # fmt: skip
     """Run ``body``, whose ``.reg`` lines come first, on arrays, which it changes in place.

@@ -71,7 +71,7 @@ def entry():
 
 def test_names_and_target(entry):
     assert entries(TEXT) == ["first", "second"] and entry.name == "first"
-    assert entry.target == "sm_80" and entry.threads == 256
+    assert entry.target == "sm_80" and entry.block == (128, 2, 1) and entry.most_registers == 64
     assert parse(TEXT, "second").code[0].opcode == "ret"
 
 
@@ -88,6 +88,12 @@ def test_shared_variables(entry):
         ("flags", 0, 12),
         ("clock", 16, 8),
     ]
+
+
+def test_a_shared_variable_of_an_entry_is_its_own():
+    text = ".shared .b8 of_all[8];\n.entry k() {\n.shared .b8 own[16];\nret; }\n.entry other() { ret; }"
+    found = [[v.name for v in parse(text, name).shared] for name in ("k", "other")]
+    assert found == [["of_all", "own"], ["of_all"]]
 
 
 def test_registers_of_a_scope_are_its_own(entry):
@@ -162,7 +168,7 @@ def body(lines):
     ("mov.b32 %r1, 12ab;", "line 6"),
     ("mov.b32 %r1, 08;", "octal"),
     (".local .b8 depot[16];", "line 6: directive '.local'"),
-    (".reg .f8 %q;", "line 6: registers of type 'f8'"),
+    (".reg .f8 %q;", "line 6: type '.f8' is not known"),
     ("mov.b32 %r1, `2`;", "line 6: cannot read"),
     ("mov.b32 {%r1 %r2}, %r3;", "line 6: expected ','"),
     ("ld.shared.b32 %r1, [%r2;", "line 6: expected ']'"),

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from .decode import opcode
-from .errors import Race, Unsupported
+from .errors import Race
 from .machine import CONTROL, TOGETHER, Step
 from .program import Register, Vector
 from .registers import active
@@ -33,8 +33,6 @@ def build_wgmma(machine, instruction):
     what, *rest = instruction.modifiers
     if rest[:2] != ["sync", "aligned"]:
         return None
-    if machine.entry.target != "sm_90a":
-        raise Unsupported(f"wgmma needs target sm_90a, this is {machine.entry.target}")
     if what == "mma_async":
         multiply = Multiply.of(machine, instruction, rest[2:])
         return None if multiply is None else _together(machine, partial(_multiply, multiply))
