@@ -8,9 +8,9 @@ from csrc import nvcc
 
 from .cuda_cases import LATE, Backward, Tail, differs
 from .cuda_host import Compiled, compiled
-from .cuda_launch import EARLY, LaunchError
+from .cuda_launch import LaunchError
 from .errors import MachineError
-from .machine import Mode
+from .machine import EARLY, Mode
 
 ORDERS = (EARLY, LATE, Mode(shuffled=True, seed=1), Mode(late=True, shuffled=True, seed=2))
 BACKWARD = Backward(150, 520, 16, processors=1)

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from .errors import BadBarrier, Deadlock, MachineError, Race, Unsupported
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 
-EARLY = Mode()
-MODES = [EARLY, Mode(late=True), Mode(shuffled=True, seed=1), Mode(shuffled=True, seed=2)]
+MODES = [EARLY, LATE, Mode(shuffled=True, seed=1), Mode(shuffled=True, seed=2)]
 HEAD = """
 .reg .pred %p<8>;
 .reg .b32 %r<24>;

@@ -17,11 +17,10 @@ from .bulk_programs import (
     wait,
 )  # fmt: skip
 from .errors import BadAccess
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 
-EARLY = Mode()
-MODES = (EARLY, Mode(late=True), Mode(late=True, shuffled=True, seed=2))
+MODES = (EARLY, LATE, Mode(late=True, shuffled=True, seed=2))
 
 # PTX ISA, "swizzling modes": which unit of 16 bytes stands where in each line of 128 bytes
 LINES = {

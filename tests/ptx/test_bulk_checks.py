@@ -17,7 +17,7 @@ from .bulk_programs import (
     wait,
 )  # fmt: skip
 from .errors import BadAccess, BadBarrier, Race, Unsupported
-from .machine import Mode
+from .machine import LATE, Mode
 from .programs import execute
 
 
@@ -143,12 +143,12 @@ END:
 )  # a ring of one stage: warp 0 loads it twice, warp 1 reads it and says that it is free
 
 
-@pytest.mark.parametrize("mode", [EARLY, Mode(late=True), Mode(shuffled=True)])
+@pytest.mark.parametrize("mode", [EARLY, LATE, Mode(shuffled=True)])
 def test_a_stage_may_be_loaded_again_when_its_readers_said_so(mode):
     execute(AGAIN, counting((512,)), aligned(16), threads=64, shared=BARRIER + 64, mode=mode)
 
 
-@pytest.mark.parametrize("mode", [EARLY, Mode(late=True), Mode(shuffled=True)])
+@pytest.mark.parametrize("mode", [EARLY, LATE, Mode(shuffled=True)])
 @pytest.mark.parametrize("change", [
     ("FREE: mbarrier.try_wait.parity.shared.b64 %p7, [%r2+8], 0;",
      "FREE: mbarrier.try_wait.parity.shared.b64 %p7, [%r2], 0;"),  # its own load, not the readers

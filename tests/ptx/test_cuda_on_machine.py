@@ -5,7 +5,7 @@ import torch
 
 from .cuda_cases import LATE, SHUFFLED, Backward, Tail, differs
 from .cuda_host import MISSING, NVCC
-from .cuda_launch import EARLY
+from .machine import EARLY
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)
 BF16, F16 = torch.bfloat16, torch.float16

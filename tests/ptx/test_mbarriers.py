@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from .errors import BadAccess, BadBarrier, Deadlock, Race, Unsupported
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 
-EARLY = Mode()
-MODES = (EARLY, Mode(late=True), Mode(shuffled=True, seed=3))
+MODES = (EARLY, LATE, Mode(shuffled=True, seed=3))
 HEAD = """
 .reg .b16 %h<8>; .reg .b32 %r<20>; .reg .b64 %rd<20>; .reg .pred %p<8>;
 mov.b32 %r0, memory;

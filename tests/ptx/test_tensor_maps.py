@@ -9,12 +9,11 @@ from .bulk_programs import HEAD, aligned, counting, map_of, to_global, wait
 from .errors import BadAccess, BadBarrier, MachineError, Unsupported
 from .global_memory import Allocation, GlobalMemory
 from .launch import run
-from .machine import Launch, Mode
+from .machine import EARLY, Launch, Mode
 from .parser import parse
 from .programs import execute
 from .tensor_maps import TensorMap
 
-EARLY = Mode()
 GOOD = TensorMap(
     address=0x7000, element=10, sizes=(100, 50), strides=(208,), box=(64, 32),
     element_strides=(1, 1), swizzle=3,

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from .errors import Race
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 from .watch import COPY, Watch
 
-EARLY = Mode()
-MODES = [EARLY, Mode(late=True), *(Mode(shuffled=True, seed=n) for n in range(3))]
+MODES = [EARLY, LATE, *(Mode(shuffled=True, seed=n) for n in range(3))]
 HEAD = """
 .reg .pred %p<8>;
 .reg .b16 %h<4>;

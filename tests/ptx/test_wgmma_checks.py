@@ -5,11 +5,10 @@ import pytest
 
 from . import wgmma_programs as programs
 from .errors import BadAccess, Deadlock, Race
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 from .wgmma_programs import COMMIT, FENCE, FILLED, MEMORY, STORE, WAIT, names
 
-EARLY, LATE = Mode(), Mode(late=True)
 BOTH = pytest.mark.parametrize("mode", [EARLY, LATE], ids=["early", "late"])
 ALL = pytest.mark.parametrize("mode", [EARLY, LATE, Mode(True, True, 5)], ids=str)
 A, B = (programs.descriptor(at, 0, 128, 256) for at in (MEMORY, MEMORY + 2048))

@@ -19,13 +19,12 @@ from triton.runtime import jit
 from .errors import Unsupported
 from .global_memory import Allocation, GlobalMemory
 from .launch import run
-from .machine import Launch, Mode
+from .machine import EARLY, Launch, Mode
 from .parser import parse
 from .program import Entry
 from .unwritten import flags
 
 TARGETS = {"sm80": GPUTarget("cuda", 80, 32), "sm90": GPUTarget("cuda", 90, 32)}
-EARLY = Mode()
 _PACKED = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "?", "u8": "B",
            "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}  # fmt: skip
 _entries: dict[str, Entry] = {}
