@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from .decode import opcode
-from .machine import Step
+from .decode import Step, opcode
 from .program import SIZES, Immediate, Pair, Sink
 from .registers import DTYPES
 

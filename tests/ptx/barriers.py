@@ -6,12 +6,10 @@ at it; ``bar.arrive`` gives its knowledge and takes none. The barrier of a clust
 
 import numpy as np
 
-from .decode import opcode
+from .decode import CONTROL, TOGETHER, Step, opcode
 from .errors import BadBarrier
-from .machine import CONTROL, TOGETHER, Step
 from .program import Address, Immediate
 from .registers import WARP
-from .warps import warp_barrier
 
 _NAMES = 16
 _SCOPES = ("cta", "cluster", "gpu", "sys")
@@ -131,11 +129,11 @@ class Barrier:
 def barrier(machine, name: int) -> Barrier:
     """The barrier of a number."""
     key = ("bar", name)
-    if key not in machine.barriers:
+    if key not in machine.states:
         if not 0 <= name < _NAMES:
             raise BadBarrier(f"barrier {name}: there are {_NAMES} in a block, from 0")
-        machine.barriers[key] = Barrier(machine, name)
-    return machine.barriers[key]
+        machine.states[key] = Barrier(machine, name)
+    return machine.states[key]
 
 
 def _counted(machine, count: int) -> int:
@@ -162,10 +160,9 @@ def _parties(machine, name, count):
         return parties
     names = machine.registers.source(name, "u32")
     counts = None if count is None else machine.registers.source(count, "u32")
-    numbers = np.arange(machine.threads)
 
     def parties(threads):
-        mine = numbers[threads]
+        mine = machine.numbers[threads]
         key = names[threads].astype(np.int64) << 32
         key |= machine.block_threads if counts is None else counts[threads]
         parts = [(k, mine[key == k]) for k in np.unique(key).tolist()]
@@ -180,14 +177,8 @@ def _parties(machine, name, count):
 @opcode("bar", "barrier")
 def build_barrier(machine, instruction):
     """``bar.sync a[, b]``, ``bar.arrive a, b``, ``bar.red.op``, with ``.cta``; ``barrier`` is the
-    same, ``.aligned`` or not; ``bar.warp.sync``; ``barrier.cluster``: clusters.py"""
+    same, ``.aligned`` or not"""
     root, modifiers = instruction.root, instruction.modifiers
-    if root == "bar" and modifiers == ("warp", "sync"):
-        return warp_barrier(machine, instruction)
-    if root == "barrier" and modifiers[:1] == ("cluster",):
-        from .clusters import build_cluster_barrier
-
-        return build_cluster_barrier(machine, instruction)
     rest = [m for m in modifiers[modifiers[:1] == ("cta",) :] if m != "aligned" or root == "bar"]
     if rest[:1] == ["red"]:
         return _reduction(machine, instruction, rest[1:])
@@ -218,12 +209,11 @@ def _reduction(machine, instruction, rest):
         return None
     result, p = machine.registers.result(d, rest[-1]), machine.registers.source(p, "pred")
     parties = _parties(machine, name, count[0] if count else None)
-    numbers = np.arange(machine.threads)
 
     def run(threads) -> None:
         for name, count, part, warps in parties(threads):
             held = barrier(machine, name)
-            mine = numbers[part]
+            mine = machine.numbers[part]
             for block in np.unique(machine.block_of[mine]).tolist():
                 here = mine[machine.block_of[mine] == block]
                 held.reductions.append((block, here, p[here], function, result))
@@ -262,7 +252,7 @@ def _ordering(machine):
 
     def run(threads) -> None:
         for warp in machine.warps_of(threads).tolist():
-            machine.barriers["released", warp] = machine.watch.release(warp)
+            machine.states["released", warp] = machine.watch.release(warp)
 
     return Step(run)
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from .asynchronous import Work
 from .boxes import Box, Run, scattered
-from .decode import opcode
+from .decode import Step, opcode
 from .errors import BadAccess, BadBarrier, MachineError, Unsupported
-from .machine import Step
 from .mbarriers import SIZE, barrier_at, check_alive
 from .moves import address_of
 from .program import Immediate
@@ -84,8 +83,7 @@ def _region_of(machine, operand, size, rank: int) -> Callable:
 
 def _threads(machine):
     """A function from active threads to each of them as a range: few start bulk copies."""
-    numbers = np.arange(machine.threads)
-    return lambda threads: [slice(n, n + 1) for n in numbers[threads].tolist()]
+    return lambda threads: [slice(n, n + 1) for n in machine.numbers[threads].tolist()]
 
 
 def _attributed(instruction, do: Callable[[], None]) -> Callable[[], None]:
@@ -175,7 +173,7 @@ def _start_load(machine, instruction, warp: int, region, targets) -> None:
 
 
 def _check_ordinary(machine, span: slice) -> None:
-    if machine.shared.barriers and (machine.shared.written[span] == OPAQUE).any():
+    if machine.shared.mbarriers and (machine.shared.written[span] == OPAQUE).any():
         raise BadBarrier("a bulk copy of the bytes of an mbarrier")
 
 

@@ -3,10 +3,9 @@
 import numpy as np
 
 from .arithmetic import JOINED, compare, comparison
-from .decode import opcode
+from .decode import Step, opcode
 from .floats import flush
 from .halves import HALVES, decoded
-from .machine import Step
 from .program import Pair, Sink
 from .rounding import rounded_bits
 

@@ -3,23 +3,32 @@
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from .errors import MachineError, Unsupported
-from .machine import CONTROL, TOGETHER, Machine, Step
 from .program import Instruction
 from .registers import Active, active
 
 FAMILIES = ("arithmetic", "bits", "floats", "halves", "comparing", "conversions", "atomics", "moves",
             "control", "warps", "barriers", "clusters", "copies", "matrices", "mbarriers", "bulk",
             "tensor_maps", "wgmma")  # fmt: skip
+PLAIN, CONTROL, TOGETHER = 0, 1, 2  # kinds of step, added: TOGETHER needs whole warps
 BUILDERS: dict[str, list[Callable]] = {}
 _NEEDED = {  # the least target of opcodes that begin so
     "sm_90": ("barrier.cluster.", "cp.async.bulk.", "elect.", "fence.proxy.", "getctarank.",
               "griddepcontrol.", "mapa.", "mbarrier.try_wait.", "stmatrix."),
     "sm_90a": ("setmaxnreg.", "tensormap.", "wgmma."),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decoded instruction. ``run(threads)``; of kind CONTROL it says itself where they go."""
+
+    run: Callable[[Active], None]
+    kind: int = PLAIN
 
 
 def opcode(*roots: str):
@@ -45,7 +54,7 @@ def load_families() -> None:
         importlib.import_module(f"{__package__}.{family}")
 
 
-def decode(machine: Machine, instruction: Instruction) -> Step:
+def decode(machine, instruction: Instruction) -> Step:
     """The step of an instruction, under its guard."""
     load_families()
     target = machine.entry.target
@@ -67,10 +76,9 @@ def decode(machine: Machine, instruction: Instruction) -> Step:
     return step if instruction.guard is None else _guarded(machine, instruction, step)
 
 
-def _guarded(machine: Machine, instruction: Instruction, step: Step) -> Step:
+def _guarded(machine, instruction: Instruction, step: Step) -> Step:
     """The step for the threads whose guard is true. A jump's others go on."""
     guard = machine.registers.view(instruction.guard.name, "pred")
-    numbers = np.arange(machine.threads)
 
     def run(threads: Active) -> None:
         chosen = guard[threads] != instruction.negated
@@ -79,12 +87,12 @@ def _guarded(machine: Machine, instruction: Instruction, step: Step) -> Step:
             return step.run(threads)
         if not count and not step.kind & CONTROL:
             return None
-        mine = numbers[threads]
+        mine = machine.numbers[threads]
         if step.kind & CONTROL:
             machine.go_on(mine[~chosen])
         if count:
             some = mine[chosen]
-            if step.kind & TOGETHER and len(machine._whole_warps(some)) != len(some):
+            if step.kind & TOGETHER and len(machine.whole_warps(some)) != len(some):
                 raise MachineError("a guard parts the threads of a warp that must be together")
             step.run(active(some))
 

@@ -10,24 +10,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .asynchronous import Asynchronous
+from .decode import CONTROL, PLAIN, TOGETHER, decode
 from .errors import Deadlock, MachineError
 from .global_memory import GlobalMemory
 from .program import Entry
 from .registers import WARP, Active, Registers, active
 from .shared_memory import RESERVED, SharedMemory
+from .specials import fill
 from .watch import Watch
 
-PLAIN, CONTROL, TOGETHER = 0, 1, 2  # kinds of step, added: TOGETHER needs whole warps
 _NEVER = np.iinfo(np.int32).max
 _REDRAWN = 1 / 64  # how often the order of shuffled warps is drawn again
-
-
-@dataclass(frozen=True)
-class Step:
-    """One decoded instruction. ``run(threads)``; of kind CONTROL it says itself where they go."""
-
-    run: Callable[[Active], None]
-    kind: int = PLAIN
 
 
 @dataclass(frozen=True)
@@ -73,8 +66,6 @@ class Machine:
     limit = 50_000_000  # of instructions of warps, for a program that does not end
 
     def __init__(self, launch: Launch, blocks: int, mode: Mode):
-        from .decode import decode
-
         self.launch, self.entry, self.mode = launch, launch.entry, mode
         self.blocks, self.block_threads = blocks, launch.threads
         self.threads = blocks * launch.threads
@@ -93,7 +84,7 @@ class Machine:
         self.memory = GlobalMemory()
         self.parameters = np.zeros(len(launch.parameters) + 16, np.uint8)
         self.asynchronous = Asynchronous(self)
-        self.barriers: dict = {}
+        self.states: dict = {}  # what a family of opcodes keeps, by its own keys
         self.mbarriers: dict = {}  # by the index of their first byte in shared memory
         self.pc = np.zeros(self.threads, np.int32)
         self.ready = np.ones(self.threads, bool)
@@ -145,12 +136,10 @@ class Machine:
         self.asynchronous.finish()
 
     def _begin(self, first: int) -> None:
-        from .specials import fill
-
         fill(self, first)
         self.watch.reset()
         self.shared.reset()
-        self.barriers.clear()
+        self.states.clear()
         self.mbarriers.clear()
         self.waiting.clear()
         self.asynchronous.reset()
@@ -175,7 +164,7 @@ class Machine:
             if len(here) < len(pcs):
                 above = int(pcs.min(where=pcs > place, initial=_NEVER))
             if self.together[place]:
-                here = self._whole_warps(here)
+                here = self.whole_warps(here)
             if len(here):
                 return place, active(here), above
             place = above
@@ -201,7 +190,7 @@ class Machine:
         warp = self.random.random(each)
         return np.lexsort((warp, np.repeat(block, each // self.launch.cluster)))
 
-    def _whole_warps(self, threads: np.ndarray) -> np.ndarray:
+    def whole_warps(self, threads: np.ndarray) -> np.ndarray:
         """Those of ``threads`` whose warp is there wholly, but for threads that have ended."""
         if len(threads) == self.threads:
             return threads
@@ -227,7 +216,7 @@ class Machine:
             if self.together[pc]:
                 if whole is None:
                     numbers = self.numbers[threads]
-                    whole = len(self._whole_warps(numbers)) == len(numbers)
+                    whole = len(self.whole_warps(numbers)) == len(numbers)
                 if not whole:
                     break
             self._count(pc, pc + 1, warps)

@@ -7,9 +7,8 @@ its registers without a table of indices.
 
 import numpy as np
 
-from .decode import opcode
+from .decode import TOGETHER, Step, opcode
 from .errors import MachineError, Unsupported
-from .machine import TOGETHER, Step
 from .moves import address_of
 from .program import Vector
 from .registers import WARP
@@ -18,7 +17,7 @@ _COUNTS = {"x1": 1, "x2": 2, "x4": 4}
 _HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
-def warps_of(threads) -> int:
+def count_warps(threads) -> int:
     """How many whole warps ``threads`` are. MachineError where a lane has ended or is elsewhere."""
     if isinstance(threads, slice):
         whole = threads.start % WARP == 0 and threads.stop % WARP == 0
@@ -68,7 +67,7 @@ def _rows(machine, operand, count: int):
     shared = machine.shared
 
     def rows(threads):
-        warps = warps_of(threads)
+        warps = count_warps(threads)
         where, agents, blocks = (
             each.reshape(warps, WARP)[:, used].ravel()
             for each in (address(threads), machine.warp_of[threads], machine.block_of[threads])
@@ -195,7 +194,7 @@ def build_multiply(machine, instruction):
     add, store = (_add_single, _store_single) if type_ == "f32" else (_add_half, _store_half)
 
     def run(threads):
-        warps = warps_of(threads)
+        warps = count_warps(threads)
         left = decoded(_fragment_a(a, threads, warps)).reshape(warps, 16, -1)
         right = decoded(_fragment_b(b, threads, warps)).reshape(warps, 8, -1)
         found = np.matmul(left, right.transpose(0, 2, 1))

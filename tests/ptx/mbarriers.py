@@ -7,9 +7,8 @@ an arrival gives is the number of the phase.
 
 import numpy as np
 
-from .decode import opcode
+from .decode import CONTROL, Step, opcode
 from .errors import BadBarrier
-from .machine import CONTROL, Step
 from .moves import address_of
 from .program import Immediate, Sink
 from .shared_memory import OPAQUE, RESERVED
@@ -192,7 +191,7 @@ def _init(machine, index: int, expected: int, warp: int) -> None:
         raise BadBarrier(f"an mbarrier cannot expect {expected} arrivals")
     machine.watch.write(index + _EACH[None], np.array([warp]))
     machine.shared.written[index : index + SIZE] = OPAQUE
-    machine.shared.barriers += 1
+    machine.shared.mbarriers += 1
     machine.mbarriers[index] = Mbarrier(machine, index, expected)
 
 
@@ -210,7 +209,7 @@ def _build_inval(machine, instruction, operation, words):
                 raise BadBarrier(f"{barrier} is made invalid while threads wait for it")
             machine.watch.write(at + _EACH[None], np.array([warp]))
             machine.shared.written[at : at + SIZE] = 0
-            machine.shared.barriers -= 1
+            machine.shared.mbarriers -= 1
             del machine.mbarriers[int(at)]
 
     return Step(run)
@@ -231,10 +230,9 @@ def _build_arrive(machine, instruction, operation, words):
     number = _numbers(machine, rest[0] if rest else Immediate(1))
     result = None if isinstance(state, Sink) else machine.registers.result(state, "b64")
     relaxed = "relaxed" in words
-    numbers = np.arange(machine.threads)
 
     def run(threads):
-        who, index, values = numbers[threads], locate(threads), number(threads)
+        who, index, values = machine.numbers[threads], locate(threads), number(threads)
         counts, sizes = (np.ones_like(values), values) if expects else (values, None)
         for barrier, here, _ in _meetings(machine, index, who):
             if remote:
@@ -272,10 +270,9 @@ def _build_count(machine, instruction, operation, words):
     a, count = instruction.operands
     locate = _locator(machine, a, space == "shared::cluster")
     sizes = _numbers(machine, count)
-    numbers = np.arange(machine.threads)
 
     def run(threads):
-        who, values = numbers[threads], sizes(threads)
+        who, values = machine.numbers[threads], sizes(threads)
         for barrier, here, _ in _meetings(machine, locate(threads), who):
             total = int(values[here].sum())
             barrier.expect(total) if operation == "expect_tx" else barrier.complete(total)
@@ -296,10 +293,9 @@ def _build_wait(machine, instruction, operation, words):
     tokens = machine.registers.source(token, "u32" if parity else "u64")
     ended = _parity_ended if parity else _state_ended
     relaxed, watch = "relaxed" in words, machine.watch
-    numbers = np.arange(machine.threads)
 
     def run(threads):
-        who = numbers[threads]
+        who = machine.numbers[threads]
         for barrier, here, warps in _meetings(machine, locate(threads), who):
             mine = who[here]
             yes = ended(barrier, tokens[mine])

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from .decode import opcode
+from .decode import Step, opcode
 from .errors import BadAccess, Unsupported
-from .machine import Step
 from .program import SIZES, Address, Immediate, Register, Special, Symbol, Vector
 from .registers import DTYPES
 from .specials import special

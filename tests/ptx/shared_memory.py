@@ -27,13 +27,13 @@ class SharedMemory:
         self.written = np.zeros(blocks * self.stride, np.uint8)
         self._views = {n: self.bytes.view(kind) for n, kind in CARRIED.items()}
         self._flags = {n: self.written.view(kind) for n, kind in CARRIED.items()}
-        self.barriers = 0  # how many mbarriers there are
+        self.mbarriers = 0  # how many there are
 
     def reset(self) -> None:
         """As before the first instruction of new blocks."""
         self.bytes.fill(0xFF)
         self.written.fill(0)
-        self.barriers = 0
+        self.mbarriers = 0
 
     def index(
         self, addresses: np.ndarray, blocks: np.ndarray, size: int, align: int = 0
@@ -108,7 +108,7 @@ class SharedMemory:
         else:
             size, at = width, (index // width)[:, None] + np.arange(values.shape[1])
         flags = self._flags[size]
-        if self.barriers and (flags[at].view(np.uint8) & OPAQUE).any():
+        if self.mbarriers and (flags[at].view(np.uint8) & OPAQUE).any():
             raise BadBarrier("writes to the bytes of an mbarrier")
         self._views[size][at] = values
         flags[at] = _WRITTEN[size]

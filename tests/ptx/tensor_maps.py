@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decode import opcode
+from .decode import TOGETHER, Step, opcode
 from .errors import BadAccess, Unsupported
-from .machine import TOGETHER, Step
 from .moves import PARAMETERS, address_of
 from .program import Immediate
 
@@ -196,7 +195,7 @@ def _replace_step(machine, a, space: str, change):
         shared.store(index, 4, change(data, threads), warps)
 
     def in_global(threads):
-        numbers = np.arange(machine.threads)[threads]
+        numbers = machine.numbers[threads]
         for thread, where in zip(numbers, address(threads).tolist()):
             data = memory_of(machine, where)[None].view(np.uint32).copy()
             memory_of(machine, where, True)[:] = change(data, np.array([thread])).view(np.uint8)[0]

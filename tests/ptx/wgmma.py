@@ -15,9 +15,8 @@ from functools import partial
 
 import numpy as np
 
-from .decode import opcode
+from .decode import CONTROL, TOGETHER, Step, opcode
 from .errors import Race
-from .machine import CONTROL, TOGETHER, Step
 from .program import Register, Vector
 from .registers import active
 from .watch import PRODUCT
@@ -52,7 +51,7 @@ def build_wgmma(machine, instruction):
 
 def _together(machine, act) -> Step:
     """A step for whole warpgroups: ``act`` gets the first threads (n,) of each."""
-    numbers = np.arange(machine.threads)
+    numbers = machine.numbers
     leaders = numbers - numbers % machine.block_threads % GROUP
 
     def run(threads):
@@ -73,7 +72,7 @@ def _together(machine, act) -> Step:
 def _arrived(machine, mine: np.ndarray, leaders: np.ndarray) -> np.ndarray:
     """Warps wait for the rest of their warpgroup; the threads of those that are complete now."""
     key = ("wgmma waits", int(machine.pc[mine[0]]))
-    here = machine.barriers.setdefault(key, np.zeros(machine.threads, bool))
+    here = machine.states.setdefault(key, np.zeros(machine.threads, bool))
     here[mine] = True
     machine.wait(mine, "the rest of its warpgroup")
     waiting = np.flatnonzero(here)
@@ -95,9 +94,9 @@ class State:
 
 def _state(machine, leader: int) -> State:
     key = ("wgmma", leader)
-    if key not in machine.barriers:
-        machine.barriers[key] = State()
-    return machine.barriers[key]
+    if key not in machine.states:
+        machine.states[key] = State()
+    return machine.states[key]
 
 
 def _runs(leaders: np.ndarray) -> list[np.ndarray]:
