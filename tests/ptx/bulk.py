@@ -12,15 +12,14 @@ import numpy as np
 
 from .asynchronous import Work
 from .boxes import Box, Run, scattered
+from .clocks import BULK_STORE
 from .decode import Step, opcode
 from .errors import BadAccess, BadBarrier, MachineError, Unsupported
 from .mbarriers import SIZE, barrier_at, check_alive
 from .moves import address_of
 from .program import Immediate
 from .shared_memory import OPAQUE
-from .spans import write_span_later
 from .tensor_maps import map_at
-from .watch import BULK_STORE
 
 _LOADS = (
     ("shared::cluster", "global", "mbarrier::complete_tx::bytes"),
@@ -156,7 +155,7 @@ def _start_load(machine, instruction, warp: int, region, targets) -> None:
         _check_ordinary(machine, span)
         agent = watch.barrier_agent(at)
         number = watch.start(agent)
-        write_span_later(watch, span, agent, number, known)
+        watch.write_later(span, agent, number, known)
         parts.append((span, at, agent, number))
 
     def do() -> None:
@@ -249,7 +248,7 @@ def _start_store(machine, instruction, thread: int, region, span: slice) -> None
     number = watch.start(agent)
     each = np.arange(span.start, span.stop)
     machine.shared.check_written(each)
-    watch.read_later(each, agent, number, watch.knowledge(warp), fence=True)
+    watch.read_later(each, agent, number, watch.knowledge(warp))
     store = Store(machine, instruction, thread, region, span, number)
     machine.asynchronous.start(store, ("bulk", thread))
 

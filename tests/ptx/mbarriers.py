@@ -7,12 +7,12 @@ an arrival gives is the number of the phase.
 
 import numpy as np
 
+from .clocks import Knowledge
 from .decode import CONTROL, Step, opcode
 from .errors import BadBarrier
 from .moves import address_of
 from .program import Immediate, Sink
 from .shared_memory import OPAQUE, RESERVED
-from .watch import Knowledge
 
 SIZE = 8
 LIMIT = (1 << 20) - 1  # of arrivals and of bytes

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from .clocks import COPY
 from .errors import Race
 from .machine import EARLY, LATE, Mode
 from .programs import execute
-from .watch import COPY, Watch
+from .watch import Watch
 
 MODES = [EARLY, LATE, *(Mode(shuffled=True, seed=n) for n in range(3))]
 HEAD = """
@@ -217,7 +218,7 @@ def test_work_reads_behind_a_fence():
     w.write_at(bytes_of(0), 16, bytes_of(0))
     w.meet(bytes_of(0, 1), slice(0, 128))
     for read in (
-        lambda: w.read_later(at, agent, 1, w.knowledge(1), True),
+        lambda: w.read_later(at, agent, 1, w.knowledge(1)),
         lambda: w.read_units_later(bytes_of(0), agent, 1, w.knowledge(1)),
     ):
         with pytest.raises(Race, match=r"without fence.proxy.async between"):
@@ -234,7 +235,7 @@ def test_work_reads_behind_a_fence():
 
 def test_work_that_writes_waits_for_readers():
     w = watch()
-    at, agent = np.arange(64), w.barrier_agent(120)
+    at, agent = slice(0, 64), w.barrier_agent(120)
     w.read_at(bytes_of(8), 8, bytes_of(1))
     with pytest.raises(Race, match=r"a bulk load writes byte 8 .* which warp 1 read"):
         w.write_later(at, agent, 1, w.knowledge(0))

@@ -15,11 +15,11 @@ from functools import partial
 
 import numpy as np
 
+from .clocks import PRODUCT
 from .decode import CONTROL, TOGETHER, Step, opcode
 from .errors import Race
 from .program import Register, Vector
 from .registers import active
-from .watch import PRODUCT
 from .wgmma_products import GROUP, WARPS, Issue, Multiply, Product, watched
 
 _CHANGED = "was written while a wgmma that nobody waited for uses it"

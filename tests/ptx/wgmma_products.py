@@ -12,9 +12,9 @@ import re
 import numpy as np
 
 from .asynchronous import Work
+from .clocks import PRODUCT, Knowledge
 from .errors import Race, Unsupported
 from .program import Immediate, Vector
-from .watch import PRODUCT, Knowledge
 from .wgmma_tiles import Shape, Tiles
 
 GROUP, WARPS, ROWS = 128, 4, 64  # threads, warps and rows of a warpgroup
