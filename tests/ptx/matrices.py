@@ -146,7 +146,7 @@ def from_tf32(words: np.ndarray) -> np.ndarray:
     return (words & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
 
 
-_INPUTS = {"f16": from_half, "bf16": from_bfloat, "tf32": from_tf32}
+DECODED = {"f16": from_half, "bf16": from_bfloat, "tf32": from_tf32}
 # (shape, type of A and B): registers of A and of B
 _SHAPES = {
     ("m16n8k16", "f16"): (4, 2), ("m16n8k16", "bf16"): (4, 2),
@@ -190,7 +190,7 @@ def build_multiply(machine, instruction):
         [machine.registers.source(item, of) for item in items]
         for items, of in zip(sources, ("b32", "b32", kind))
     )
-    decoded = _INPUTS[input_type]
+    decoded = DECODED[input_type]
     add, store = (_add_single, _store_single) if type_ == "f32" else (_add_half, _store_half)
 
     def run(threads):
