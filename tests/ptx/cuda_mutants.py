@@ -6,11 +6,11 @@ from pathlib import Path
 
 from csrc import nvcc
 
-from .cuda_cases import LATE, Backward, Tail, differs
+from .cuda_cases import Backward, Tail, differs
 from .cuda_host import Compiled, compiled
 from .cuda_launch import LaunchError
 from .errors import MachineError
-from .machine import EARLY, Mode
+from .machine import EARLY, LATE, Mode
 
 ORDERS = (EARLY, LATE, Mode(shuffled=True, seed=1), Mode(late=True, shuffled=True, seed=2))
 BACKWARD = Backward(150, 520, 16, processors=1)

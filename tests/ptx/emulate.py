@@ -45,20 +45,21 @@ def rows(records: list[dict]) -> list[tuple]:
                 sums[name] += launch[name]
     return [
         (*key, sums["launches"], f"{worst[key]:.2f}", f"{sums['instructions']:,}",
-         _ratio(sums["sectors"], sums["least"]), _ratio(sums["wavefronts"], sums["free"]),
+         ratio(sums["sectors"], sums["least"]), ratio(sums["wavefronts"], sums["free"]),
          f"{sums['seconds']:.1f}")
         for key, sums in sorted(found.items())
     ]  # fmt: skip
 
 
-def _ratio(count: int, least: int) -> str:
+def ratio(count: int, least: int) -> str:
+    """A count over the least that it could be."""
     return f"{count / least:.2f}" if least else "-"
 
 
-def table(lines: list[tuple]) -> str:
+def table(head: tuple[str, ...], lines: list[tuple]) -> str:
     """As Markdown."""
-    cells = [HEAD, *[tuple(map(str, line)) for line in lines]]
-    widths = [max(len(row[n]) for row in cells) for n in range(len(HEAD))]
+    cells = [head, *[tuple(map(str, line)) for line in lines]]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
     shown = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
     return "\n".join([shown[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *shown[1:]])
 
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 failed |= run_tests(target, order, Path(folder), chosen)
                 records += read(Path(folder))
-    print(table(rows(records)))
+    print(table(HEAD, rows(records)))
     return int(failed != 0)
 
 
