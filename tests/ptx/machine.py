@@ -137,6 +137,7 @@ class Machine:
 
     def _begin(self, first: int) -> None:
         fill(self, first)
+        self.registers.reset()
         self.watch.reset()
         self.shared.reset()
         self.states.clear()

@@ -42,6 +42,11 @@ class Registers:
         self.blocks = {n: np.zeros((count, threads), f"u{n}") for n, count in counts.items()}
         self._constants: dict[tuple, np.ndarray] = {}
 
+    def reset(self) -> None:
+        """As before the first instruction: what nobody wrote has all bits set, so that it shows."""
+        for size, block in self.blocks.items():
+            block.fill(1 if size == 1 else np.iinfo(block.dtype).max)
+
     def view(self, name: str, type_: str) -> np.ndarray:
         declared = self.entry.registers[name]
         if name not in self._arrays:

@@ -99,6 +99,13 @@ def test_blocks_of_several_groups_and_a_rest():
     assert (found == np.arange(1, 6)[:, None]).all()
 
 
+def test_a_register_that_nobody_wrote_is_no_number():
+    """Nor what a block before it left there."""
+    found = result("and.b32 %r5, %r2, 1; setp.eq.u32 %p1, %r5, 0; @%p1 mov.u32 %r6, 5; mov.u32 %r10, %r6;",
+                   512, 6)  # fmt: skip
+    assert (found[::2] == 5).all() and (found[1::2] == 2**32 - 1).all()
+
+
 def test_instructions_are_counted_by_warps():
     found = np.zeros(64, np.uint32)
     body = "shr.u32 %r5, %r1, 5; setp.eq.u32 %p1, %r5, 1; @%p1 bra END; mov.u32 %r10, 1; END:"
