@@ -30,11 +30,11 @@ def read_shared(tokens: Tokens, entry: Entry) -> None:
         tokens.expect("]")
     tokens.expect(";")
     if external or count == 0:
-        entry.dynamic = word
+        entry.dynamic, entry.dynamic_align = word, max(align, 16)
         return
-    used = max((v.offset + v.size for v in entry.shared), default=0)
     align = max(align, SIZES[type_])
-    entry.shared.append(Variable(word, SIZES[type_] * count, align, -(-used // align) * align))
+    offset = -(-entry.static_bytes // align) * align
+    entry.shared.append(Variable(word, SIZES[type_] * count, align, offset))
 
 
 def read_parameters(tokens: Tokens, entry: Entry) -> None:

@@ -56,8 +56,9 @@ class Launch:
 
     @property
     def shared_bytes(self) -> int:
-        static = max((v.offset + v.size for v in self.entry.shared), default=0)
-        return static + self.dynamic
+        if not self.dynamic:
+            return self.entry.static_bytes
+        return self.entry.dynamic_offset + self.dynamic
 
 
 class Machine:
@@ -307,8 +308,7 @@ class Machine:
     def symbol(self, name: str) -> int | None:
         """The address of a variable in shared memory."""
         if name == self.entry.dynamic:
-            used = max((v.offset + v.size for v in self.entry.shared), default=0)
-            return RESERVED + -(-used // 16) * 16
+            return RESERVED + self.entry.dynamic_offset
         return next((RESERVED + v.offset for v in self.entry.shared if v.name == name), None)
 
     def _states(self) -> str:

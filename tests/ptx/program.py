@@ -120,11 +120,22 @@ class Entry:
     parameters: list[Variable] = field(default_factory=list)
     registers: dict[str, str] = field(default_factory=dict)
     shared: list[Variable] = field(default_factory=list)
-    dynamic: str | None = None
+    dynamic: str | None = None  # the name of the shared memory whose size a launch says
+    dynamic_align: int = 16
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     block: tuple[int, int, int] | None = None  # of .reqntid
     most_registers: int = 0  # of .maxnreg
+
+    @property
+    def static_bytes(self) -> int:
+        """The shared memory of the variables."""
+        return max((v.offset + v.size for v in self.shared), default=0)
+
+    @property
+    def dynamic_offset(self) -> int:
+        """Where the dynamic shared memory begins, after the variables."""
+        return -(-self.static_bytes // self.dynamic_align) * self.dynamic_align
 
     @property
     def parameter_bytes(self) -> int:

@@ -96,6 +96,12 @@ def test_a_shared_variable_of_an_entry_is_its_own():
     assert found == [["of_all", "own"], ["of_all"]]
 
 
+def test_the_dynamic_memory_lies_at_its_alignment(entry):
+    assert (entry.dynamic, entry.dynamic_offset) == ("global_smem", 32)  # after 24 bytes
+    text = ".extern .shared .align 128 .b8 all[];\n.shared .b8 one[1];\n.entry k() { ret; }"
+    assert parse(text).dynamic_offset == 128
+
+
 def test_registers_of_a_scope_are_its_own(entry):
     assert entry.registers["%r4"] == "b32" and entry.registers["extra"] == "b32"
     compare = next(i for i in entry.code if i.root == "setp")

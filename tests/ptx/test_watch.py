@@ -57,8 +57,8 @@ def test_two_warps_race_but_for_a_barrier(pair, mode):
 
 
 def test_a_race_names_its_line():
-    with pytest.raises(Race, match=r"PTX line \d+: st . shared . u32|PTX line \d+: .*shared"):
-        run(f"{FILL} st.shared.u32 [%r6], %r1; ld.shared.u32 %r10, [%r6];")
+    with pytest.raises(Race, match=r"PTX line 21: ld.shared.u32 %r10"):
+        run(f"{FILL} @%p1 st.shared.u32 [%r6], %r1;\nld.shared.u32 %r10, [%r6];")
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

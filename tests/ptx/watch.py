@@ -20,12 +20,11 @@ from .flags import (
     READS,
     SOME_READ,
     SOME_WRITE,
+    UNIT,
     WRITES,
     WROTE,
 )  # fmt: skip
 from .journal import Journal, rows_of
-
-UNIT = 16  # bytes
 
 
 class Watch(Clocks):
