@@ -49,6 +49,8 @@ def test_blocks_that_end_before_a_store_has_read_are_caught():
 
 
 @pytest.mark.parametrize("change, error, said", [
+    ((f"add.u32 %r2, %r0, {BARRIER};", "add.u32 %r2, %r0, 512;"), BadBarrier,
+     "a bulk copy of the bytes of an mbarrier"),
     (("WAIT:", "bra.uni NEXT;\nWAIT:"), Race, "which a bulk load wrote, with no barrier"),
     (("], 2048;", "], 2032;"), BadBarrier, "16 bytes more than were expected"),
     (("[%r0], [%rd0", "[%r0+64], [%rd0"), BadAccess, "no multiple of 128"),
@@ -166,3 +168,43 @@ def test_a_load_by_a_barrier_whose_init_another_warp_may_not_have_made():
     program = load_program(2048, (0, 0)).replace("bar.sync 0;", "setp.eq.u32 %p0, %r1, 32;", 1)
     with pytest.raises((Race, BadBarrier)):
         loaded(program, map_of(counting((16, 64)), (64, 16)), counting((1,)), 2048, threads=64)
+
+
+LOAD_BY_ANOTHER = (
+    HEAD
+    + f"""
+setp.eq.u32 %p1, %r1, 32;
+add.u32 %r2, %r0, {BARRIER};
+@%p0 mbarrier.init.shared::cta.b64 [%r2], 1;
+{{meet}}
+@%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r0], [%rd0], 1024, [%r2];
+@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r2], 1024;
+bar.sync 0;
+{wait("%r2")}
+"""
+)
+
+
+def test_a_load_that_another_warp_starts_knows_of_the_init():
+    given = counting((512,)), aligned(16)
+    execute(LOAD_BY_ANOTHER.format(meet="bar.sync 0;"), *given, threads=64, shared=BARRIER + 64)
+    with pytest.raises(Race, match=r"(?s)cp\.async\.bulk.*warp 1 uses byte .* which warp 0 wrote"):
+        execute(LOAD_BY_ANOTHER.format(meet=""), *given, threads=64, shared=BARRIER + 64)
+
+
+def test_a_store_of_bytes_that_nobody_wrote():
+    program = HEAD + "@%p0 cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r0], 16;"
+    with pytest.raises(BadAccess, match="which nobody wrote"):
+        execute(program, aligned(16), aligned(16), shared=64)
+
+
+def test_a_store_of_another_blocks_memory():
+    program = (
+        HEAD
+        + """
+    mapa.shared::cluster.u32 %r2, %r0, 1;
+    @%p0 cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r2], 16;
+    """
+    )
+    with pytest.raises(BadAccess, match="of its own block only"):
+        execute(program, aligned(16), aligned(16), shared=64, blocks=2, cluster=2)

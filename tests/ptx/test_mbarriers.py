@@ -263,6 +263,15 @@ def test_a_remote_arrival_at_a_block_that_has_ended_is_caught():
         run("bra.uni START;\nEND: ret;\nSTART:\n" + body, blocks=2, cluster=2)
 
 
+def test_a_barrier_is_not_made_invalid_while_threads_wait():
+    body = init(1) + "@!%p1 bra WAIT;\nmov.u32 %r9, 0;\nW: add.u32 %r9, %r9, 1;\n"
+    body += (
+        "setp.lt.u32 %p5, %r9, 50;\n@%p5 bra W;\n@%p0 mbarrier.inval.shared.b64 [%r0];\nbra END;\n"
+    )
+    with pytest.raises(BadBarrier, match="is made invalid while threads wait for it"):
+        run("bra.uni START;\nWAIT:" + wait(0) + "END: ret;\nSTART:\n" + body)
+
+
 def test_a_local_form_refuses_the_address_of_another_block():
     body = REMOTE.replace(".release.cluster.shared::cluster", ".shared::cta")
     with pytest.raises(BadBarrier, match=r"needs \.shared::cluster"):

@@ -233,6 +233,24 @@ def test_work_reads_behind_a_fence():
     w.write_at(bytes_of(4), 4, bytes_of(0))
 
 
+def test_the_fence_of_a_warp_says_nothing_to_others():
+    w = watch()
+    w.write_at(bytes_of(0), 16, bytes_of(0))
+    w.meet(bytes_of(0, 1), slice(0, 128))
+    w.fence(bytes_of(0))  # after they met: warp 1 does not know
+    with pytest.raises(Race, match=r"without fence.proxy.async between"):
+        w.read_units_later(bytes_of(0), w.agent(1, 2), 1, w.knowledge(1))
+
+
+def test_copies_of_one_block_are_not_known_where_another_meets():
+    w = watch()
+    w.copy(bytes_of(128), 16, bytes_of(2), bytes_of(1))
+    w.learn_copies(bytes_of(2), bytes_of(1))
+    w.meet(bytes_of(0, 1), slice(0, 128))
+    with pytest.raises(Race, match=r"which cp.async of warp 2 wrote"):
+        w.read_at(bytes_of(128), 4, bytes_of(3))
+
+
 def test_work_that_writes_waits_for_readers():
     w = watch()
     at, agent = slice(0, 64), w.barrier_agent(120)
