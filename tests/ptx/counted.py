@@ -87,7 +87,9 @@ def table(found: list[Row]) -> str:
          f"{row.moved / row.promised:.2f}")
         for row in worst.values()
     ]  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in (HEAD, ("---",) * len(HEAD), *lines))
+    return "\n".join(
+        "| " + " | ".join(line) + " |" for line in (HEAD, ("---",) * len(HEAD), *lines)
+    )
 
 
 def _waste(row: Row) -> float:

@@ -35,7 +35,15 @@ _machines: dict[tuple, Machine] = {}
 
 def machine_for(launch: Launch, blocks: int, mode: Mode) -> Machine:
     """A machine for ``blocks`` blocks: one that has decoded the same entry, if there is one."""
-    key = (id(launch.entry), launch.grid, launch.threads, launch.dynamic, launch.cluster, blocks, mode)
+    key = (
+        id(launch.entry),
+        launch.grid,
+        launch.threads,
+        launch.dynamic,
+        launch.cluster,
+        blocks,
+        mode,
+    )
     machine = _machines.pop(key, None)
     if machine is None or len(machine.parameters) != len(launch.parameters) + 16:
         machine = Machine(launch, blocks, mode)
