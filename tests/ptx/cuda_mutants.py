@@ -138,6 +138,8 @@ MUTANTS = [
            "                                   lane / 16 * 8", "budget"),
     Mutant("b is not turned", BACKWARD, BACK,
            "load4_transposed(right,", "load4(right,", "budget"),
+    Mutant("sums are read where they were not written", BACKWARD, BACK,
+           "S::kStep * Rank + place_of<Rank>(i)", "S::kStep * Rank + i", "budget"),
     Mutant("the sums of one warp are left out", BACKWARD, BACK,
            "for (int w = 0; w < kWarps; ++w)", "for (int w = 1; w < kWarps; ++w)", "budget"),
     # its host side

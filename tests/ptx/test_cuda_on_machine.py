@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from . import cuda_launch
 from .cuda_cases import LATE, SHUFFLED, Backward, Tail, differs
 from .cuda_host import MISSING, NVCC
 from .cuda_launch import EARLY
@@ -38,6 +39,14 @@ def test_the_kernel_matches_fp64_and_does_not_depend_on_the_order(case):
     case.check(early)
     assert not differs(early, case.run(LATE)), "asynchronous work that was not waited for"
     assert not differs(early, case.run(SHUFFLED)), "the order of warps"
+
+
+@pytest.mark.parametrize("R", [16, 32, 64])
+def test_rank_backward_has_no_conflicts_of_banks(R, monkeypatch):
+    found = []
+    monkeypatch.setattr(cuda_launch, "watched", lambda _, counts: found.append(counts))
+    Backward(64, 512, R).run(EARLY)
+    assert found[0].wavefronts <= 1.1 * found[0].free, (found[0].wavefronts, found[0].free)
 
 
 def test_results_do_not_depend_on_the_processors():
