@@ -192,6 +192,8 @@ MUTANTS = [
            "Transposed ? kStep * 128 : 16", "16", "BadAccess"),
     Mutant("a step along N for one along K", TURNED, GEMM,
            "k * (Transposed ? 2048 : 32)", "k * 32", "BadAccess"),
+    Mutant("the tail is left out", TAIL, GEMM,
+           "static_cast<int>((g.rank + kStep - 1) / kStep)", "0", "budget"),
     Mutant("half of the tail is left out", TAIL, GEMM, "kStep / 32>(c", "kStep / 64>(c", "budget"),
     Mutant("registers are not fenced before products", TAIL, GEMM,
            "begin_products();\n#pragma", "#pragma", "Race"),

@@ -41,6 +41,12 @@ def test_the_kernel_matches_fp64_and_does_not_depend_on_the_order(case):
     assert not differs(early, case.run(SHUFFLED)), "the order of warps"
 
 
+@pytest.mark.parametrize("case", TAIL, ids=str)
+def test_a_tail_that_is_left_out_would_be_seen(case):
+    with pytest.raises(AssertionError, match="torch"):
+        case.check(case.without_tail())
+
+
 @pytest.mark.parametrize("R", [16, 32, 64])
 def test_rank_backward_has_no_conflicts_of_banks(R, monkeypatch):
     found = []
