@@ -39,9 +39,21 @@ def check(
     of a kernel of torch's own that is the larger one."""
     assert actual.shape == oracle.shape, (actual.shape, oracle.shape)
     assert torch.isfinite(actual).all(), "not finite: an element was not written, or overflowed"
-    size = max(oracle.abs().max().item(), 1e-30)
-    error = (actual.double() - oracle).abs().max().item() / size
-    torchs = max(known, (same_dtype.double() - oracle).abs().max().item() / size)
-    budget = 2 * torchs + BAND * torch.finfo(low).eps
+    error, torchs = _error(actual, oracle), max(known, _error(same_dtype, oracle))
+    budget = _budget(torchs, low)
     watched(error / budget)
     assert error <= budget, f"error {error:.2e} of {budget:.2e} (torch {torchs:.2e})"
+
+
+def check_shows(broken: Tensor, same_dtype: Tensor, oracle: Tensor, low: torch.dtype) -> None:
+    """The inputs show a fault: ``broken``, what a kernel with it gives, is out of the budget."""
+    error, budget = _error(broken, oracle), _budget(_error(same_dtype, oracle), low)
+    assert error > budget, f"error {error:.2e} is within {budget:.2e}: nobody would see it"
+
+
+def _error(found: Tensor, oracle: Tensor) -> float:
+    return (found.double() - oracle).abs().max().item() / max(oracle.abs().max().item(), 1e-30)
+
+
+def _budget(torchs: float, low: torch.dtype) -> float:
+    return 2 * torchs + BAND * torch.finfo(low).eps

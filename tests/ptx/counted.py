@@ -28,7 +28,7 @@ TARGETS = ("sm80", "sm90")
 
 @dataclass
 class Row:
-    """The counts of one kernel in one case. ``moved`` are the bytes of the case's requests, and
+    """The counts of one kernel in one case. ``moved`` are the bytes of all requests of the case, and
     ``promised`` those of the Traffic line of the kernel's file."""
 
     target: str
@@ -67,12 +67,13 @@ def rows(target: str, dtype: torch.dtype, only: str = "") -> Iterator[Row]:
             launched.clear()
             if only in name:
                 case.ours()
+            moved = sum(counts.loaded + counts.stored for _, counts in launched)
             for launch, counts in launched:
                 warps = launch.blocks * launch.threads // 32
                 yield Row(
                     target, str(dtype).removeprefix("torch."), name, launch.entry.name,
                     int(counts.instructions.sum()), warps, counts.sectors, counts.least,
-                    counts.wavefronts, counts.free, counts.loaded + counts.stored, case.bytes,
+                    counts.wavefronts, counts.free, moved, case.bytes,
                 )  # fmt: skip
 
 
@@ -112,7 +113,8 @@ def page() -> None:
         "`python -m tests.ptx.counted`, the PTX machine of tests/ptx. The worst launch of each kernel and"
         " dtype: instructions a warp; 32-byte sectors of a warp's requests against the least that hold"
         " their bytes; passes of shared memory against those without bank conflicts; bytes of all"
-        " requests against the kernel's Traffic line (above 1 are bytes that the L2 cache gives).", "",
+        " requests of the case against the Traffic line of the kernel's file (what is above 1 is read again,"
+        " from the L2 cache, or is the workspace of a split).", "",
     ]  # fmt: skip
     for target in TARGETS:
         found = [row for dtype in ("bfloat16", "float32") for row in collect(target, dtype)]

@@ -80,9 +80,11 @@ class Tail:
     masked: bool = True
     need_bias: bool = True
     processors: int = 2
+    skew: int = 0  # bytes from an aligned address to the mask
 
     def __str__(self) -> str:
-        words = "turned" * self.transposed, "mask" * self.masked, "bias" * self.need_bias
+        words = ("turned" * self.transposed, "mask" * self.masked, "bias" * self.need_bias,
+                 f"skew{self.skew}" * bool(self.skew))  # fmt: skip
         shape = f"{self.M}x{self.K}x{self.N}"
         return _said("tail", shape, f"r{self.R}", self.dtype, f"cluster{self.cluster}", *words)
 
@@ -95,6 +97,11 @@ class Tail:
         between = out.as_strided((self.M, GAP), (self.N + GAP, 1), self.N)
         assert (between.contiguous().view(torch.uint8) == 0xFF).all(), "writes between the rows"
         return [out.contiguous()]
+
+    def without_tail(self) -> list[Tensor]:
+        """What a kernel gives that leaves the tail out."""
+        a, w, s, *rest = self._inputs()
+        return [self._expression(a, w, torch.zeros_like(s), *rest)]
 
     def check(self, found: list[Tensor]) -> None:
         """The result is within the budget of fp64."""
@@ -111,7 +118,8 @@ class Tail:
         # products of one size, or the larger one's budget would hide the other
         w = dense(*turn(K, N), dtype=dtype, scale=K**-0.5)
         u, bias = dense(*turn(R, N), dtype=dtype, scale=R**-0.5), dense(N, dtype=dtype)
-        return a, w, s, u, bias, torch.randint(256, (M, N // 8), dtype=torch.uint8)
+        bits = torch.randint(256, (self.skew + M * N // 8,), dtype=torch.uint8)[self.skew :]
+        return a, w, s, u, bias, bits.view(M, N // 8)
 
     def _expression(self, a, w, s, u, bias, bits) -> Tensor:
         w, u = (w, u) if self.transposed else (w.t(), u.t())

@@ -18,6 +18,7 @@ PARTS = Backward(150, 264, 16, processors=2)
 TAIL = Tail(200, 328, 264, 24)
 ALONE = Tail(200, 328, 264, 24, cluster=1)
 TURNED = Tail(200, 328, 264, 24, transposed=True)
+WHOLE = Tail(256, 328, 512, 24)  # blocks that end about together: either may be the first
 
 # A mutant is compiled for its own case alone.
 _ONLY = {
@@ -138,6 +139,8 @@ MUTANTS = [
            "                                   lane / 16 * 8", "budget"),
     Mutant("b is not turned", BACKWARD, BACK,
            "load4_transposed(right,", "load4(right,", "budget"),
+    Mutant("sums are read where they were not written", BACKWARD, BACK,
+           "S::kStep * Rank + place_of<Rank>(i)", "S::kStep * Rank + i", "budget"),
     Mutant("the sums of one warp are left out", BACKWARD, BACK,
            "for (int w = 0; w < kWarps; ++w)", "for (int w = 1; w < kWarps; ++w)", "budget"),
     # its host side
@@ -190,6 +193,8 @@ MUTANTS = [
            "Transposed ? kStep * 128 : 16", "16", "BadAccess"),
     Mutant("a step along N for one along K", TURNED, GEMM,
            "k * (Transposed ? 2048 : 32)", "k * 32", "BadAccess"),
+    Mutant("the tail is left out", TAIL, GEMM,
+           "static_cast<int>((g.rank + kStep - 1) / kStep)", "0", "budget"),
     Mutant("half of the tail is left out", TAIL, GEMM, "kStep / 32>(c", "kStep / 64>(c", "budget"),
     Mutant("registers are not fenced before products", TAIL, GEMM,
            "begin_products();\n#pragma", "#pragma", "Race"),
@@ -212,15 +217,20 @@ MUTANTS = [
            "wait_stores_read();\n    meet(1 + group, 128);", "wait_stores_read();", "Race"),
     Mutant("the warpgroups meet under one name", TAIL, GEMM, "meet(1 + group, 128)",
            "meet(1, 128)", "BadBarrier"),
-    Mutant("bits of the next element", TAIL, GEMM, "thread % 4 * 2;", "thread % 4 * 2 + 1;",
-           "budget"),
+    Mutant("bits of the next element", TAIL, GEMM, ">> 2 * lane", ">> (2 * lane + 1)", "budget"),
+    Mutant("bits of another thread's columns", TAIL, GEMM, "j / 8, 4)", "j / 8 ^ 1, 4)", "budget"),
+    Mutant("bits beyond the width are read", TAIL, GEMM, "? width - column : 0", "? 8 : 0",
+           "BadAccess"),
+    Mutant("bits are read at once from anywhere", TAIL, GEMM,
+           "reinterpret_cast<int64_t>(g.bits)) % 8 == 0", "reinterpret_cast<int64_t>(g.bits)) >= 0",
+           "BadAccess"),
     Mutant("two numbers of a fragment are swapped", TAIL, GEMM,
            "pair(sum[0] + left, sum[1] + right, bias)", "pair(sum[1] + left, sum[0] + right, bias)",
            "budget"),
     Mutant("both boxes go to the same columns", TAIL, GEMM,
            "first + 128 * half + kBox, y", "first + 128 * half, y", "budget"),
     Mutant("ends before its stores have read", ALONE, GEMM, "wait_stores();", ";", "BadBarrier"),
-    Mutant("a block ends before others arrive at it", TAIL, GEMM,
+    Mutant("a block ends before others arrive at it", WHOLE, GEMM,
            "__syncwarp();\n    meet_cluster();", "__syncwarp();", "BadBarrier"),
     Mutant("blocks of a cluster take the same rows", TAIL, GEMM,
            "* Cluster + rank, within", "* Cluster, within", "budget"),

@@ -6,6 +6,7 @@
 import argparse
 import collections
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from .plugin import ORDERS
 
+TESTS = ["tests/numerics", "tests/ptx/model_step.py", "tests/ptx/cuda_grid.py"]
 HEAD = ("kernel", "target", "dtype", "launches", "error / budget", "instructions", "sectors / least",
         "wavefronts / least", "seconds")  # fmt: skip
 
@@ -23,6 +25,13 @@ def run_tests(target: str, order: str, report: Path, arguments: list[str]) -> in
                "--machine", target, "--order", order, "--report", str(report), *arguments]  # fmt: skip
     print(f"{target}, {order}:", flush=True)
     return subprocess.run(command).returncode
+
+
+def run_mutants() -> int:
+    """Whether each broken copy of csrc/cuda is caught."""
+    print("broken copies of csrc/cuda:", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "tests/ptx/test_cuda_mutants.py"]
+    return subprocess.run(command, env={**os.environ, "PELT_FAST_MUTANTS": "all"}).returncode
 
 
 def read(report: Path) -> list[dict]:
@@ -70,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=["sm80", "sm90"], choices=["sm80", "sm90"])
     parser.add_argument("--orders", nargs="+", default=["early"], choices=list(ORDERS))
     parser.add_argument("-k", dest="expression", default=None, help="pytest's -k")
-    parser.add_argument("tests", nargs="*", default=["tests/numerics"])
+    parser.add_argument("tests", nargs="*", default=TESTS)
     given = parser.parse_args(arguments)
     chosen = [*given.tests, *(["-k", given.expression] if given.expression else [])]
     failed, records = 0, []
@@ -79,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 failed |= run_tests(target, order, Path(folder), chosen)
                 records += read(Path(folder))
+    if given.tests == TESTS and not given.expression:
+        failed |= run_mutants()
     print(table(HEAD, rows(records)))
     return int(failed != 0)
 

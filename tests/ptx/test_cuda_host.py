@@ -40,8 +40,7 @@ def rank_backward(host: Host, M: int, N: int, R: int, processors: int = 8, **cha
     workspace = changed.pop("workspace", 7 * PLACE)
     g = RankBackward(**{**fields, **changed})
     host.library.rank_backward_workspace.restype = ctypes.c_int64
-    sized = processors and g.rows and g.width  # it divides by what comes of them
-    size = host.library.rank_backward_workspace(ctypes.byref(g), processors) if sized else 0
+    size = host.library.rank_backward_workspace(ctypes.byref(g), processors)
     arguments = ctypes.byref(g), ctypes.c_void_p(workspace), processors
     error, launches = host.call("rank_backward", *arguments, memory=GlobalMemory())
     return error, launches, size
@@ -70,6 +69,13 @@ def test_rank_backward_has_the_tiles_and_the_shared_memory_of_its_budget(
     assert (first.threads, first.cluster, first.dynamic) == (256, 1, shared)
     assert f"backwardI13__nv_bfloat16Li{block}E" in first.entry.name
     assert first.entry.target == target and first.grid[0] == ceil(1032, columns)
+
+
+@pytest.mark.parametrize("empty", [dict(rows=0), dict(width=0), dict(processors=0)], ids=str)
+def test_rank_backward_of_nothing_needs_no_workspace(backward, empty):
+    """The size is asked for before anything is refused; it is no division by zero."""
+    _, launches, size = rank_backward(backward, 1000, 1032, 16, **empty)
+    assert size == 0 and not launches
 
 
 @pytest.mark.parametrize("M, processors", [(1, 8), (33, 8), (1000, 8), (1000, 1), (5000, 132)])

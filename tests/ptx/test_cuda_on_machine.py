@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from . import cuda_launch
 from .cuda_cases import SHUFFLED, Backward, Tail, differs
 from .cuda_host import MISSING, NVCC
 from .machine import EARLY, LATE
@@ -29,6 +30,8 @@ TAIL = [  # one tile; less than one; edges of tiles and several tiles a block; t
     Tail(300, 72, 264, 24, F16, cluster=1, masked=False, need_bias=False),
     Tail(130, 1000, 264, 136, F16),
     Tail(130, 1000, 264, 136, transposed=True),
+    Tail(130, 72, 320, 24),  # the mask eight bytes at once: a whole tile of columns, a part of one
+    Tail(130, 72, 320, 24, F16, cluster=1, skew=3),
 ]
 
 
@@ -38,6 +41,29 @@ def test_the_kernel_matches_fp64_and_does_not_depend_on_the_order(case):
     case.check(early)
     assert not differs(early, case.run(LATE)), "asynchronous work that was not waited for"
     assert not differs(early, case.run(SHUFFLED)), "the order of warps"
+
+
+@pytest.mark.parametrize("case", TAIL, ids=str)
+def test_a_tail_that_is_left_out_would_be_seen(case):
+    with pytest.raises(AssertionError, match="torch"):
+        case.check(case.without_tail())
+
+
+@pytest.mark.parametrize("R", [16, 32, 64])
+def test_rank_backward_has_no_conflicts_of_banks(R, monkeypatch):
+    found = []
+    monkeypatch.setattr(cuda_launch, "watched", lambda _, counts: found.append(counts))
+    Backward(64, 512, R).run(EARLY)
+    assert found[0].wavefronts <= 1.1 * found[0].free, (found[0].wavefronts, found[0].free)
+
+
+def test_a_mask_of_whole_words_is_read_once(monkeypatch):
+    found = []
+    monkeypatch.setattr(cuda_launch, "watched", lambda _, counts: found.append(counts))
+    for masked in (True, False):
+        Tail(256, 64, 512, 16, masked=masked).run(EARLY)
+    with_mask, without = (counts.sectors for counts in found)
+    assert with_mask - without == 256 * 512 // 8 // 32
 
 
 def test_results_do_not_depend_on_the_processors():

@@ -4,6 +4,7 @@
 are called as on a GPU, with CPU tensors. It never falls back to the interpreter.
 """
 
+import collections
 import contextlib
 import struct
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from .unwritten import flags
 TARGETS = {"sm80": GPUTarget("cuda", 80, 32), "sm90": GPUTarget("cuda", 90, 32)}
 _PACKED = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "?", "u8": "B",
            "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}  # fmt: skip
+executed: collections.Counter[str] = collections.Counter()  # launches by the kernel's name
 _entries: dict[str, Entry] = {}
 
 
@@ -130,10 +132,11 @@ def on_the_machine(
     def launch(kernel, *args, grid, warmup, **kwargs):
         compiled, given = compiled_for(kernel, target, args, kwargs)
         grid = grid({name: value for name, _, value in given}) if callable(grid) else grid
-        launched = launch_of(compiled, given, (*grid, 1, 1)[:3], edit)
-        counts = run(launched, mode, counted=watch is not None)
+        made = launch_of(compiled, given, (*grid, 1, 1)[:3], edit)
+        counts = run(made, mode, counted=watch is not None)
+        executed[made.entry.name] += 1
         if watch is not None:
-            watch(launched, counts)
+            watch(made, counts)
 
     kept, jit.JITFunction.run = jit.JITFunction.run, launch
     try:
