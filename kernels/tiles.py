@@ -91,6 +91,12 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         ),
     },
     "rank_down_bwd_norm": {
+        "sm90": (  # one stage: with more, Triton overwrites operands of wgmma in flight (facts.md)
+            Row(HALF, 128, Tile(64, block_k=128, block_r=64, num_warps=4, num_stages=1),
+                "as rank_down_bwd; unmeasured"),
+            Row(HALF, MAX_RANK, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=1),
+                "as elsewhere; unmeasured"),
+        ),
         "gfx942": (
             Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
                 "16 bytes a lane of 256; unmeasured"),

@@ -37,7 +37,7 @@ FAMILY = {
 }
 
 # table: the dims of a block, blocks -> (warps, stages). Left out is what on sm90 spills, does not
-# fit or has a race of asynchronous copies (tests/codegen reads the machine code)
+# fit or has a race of asynchronous work (tests/codegen reads machine code, tests/ptx executes PTX)
 THREE = ((4, 2), (4, 4), (8, 3))
 TWO = ((4, 2), (8, 2))
 WIDE = ((8, 2), (8, 3))
@@ -73,8 +73,8 @@ GRIDS = {
         (64, 128): ((4, 2), (4, 3), (8, 2)),
     }),
     "rank_down_bwd_norm": ("mk", {
-        (64, 64): ((4, 2), (4, 4)), (64, 128): ((4, 2), (8, 3)), (64, 256): WIDE,
-        (128, 64): THREE, (128, 128): ((8, 3),),
+        (64, 64): ((4, 1),), (64, 128): ((4, 1), (8, 1)), (64, 256): ((8, 1),),
+        (128, 64): ((4, 1), (8, 1)), (128, 128): ((8, 1),),
     }),
     "adapter": ("mnk", {
         (16, 128, 128): ADAPTER, (32, 128, 64): ((4, 2), *WIDE), (32, 128, 128): WIDE,

@@ -10,6 +10,7 @@
 //          shared memory. The bias is one more column of db, of ones.
 // Budget   R=16: 512 columns, 32 rows; R=32: 256, 32; R=64: 256, 16. Shared memory, bytes:
 //          3 (kStep (2 kColumns + 16) + kStep (2 R + 16)) + kColumns (2 R + 16) + 32 kStep R.
+//          R=32 leaves room for two blocks a multiprocessor on sm_90, in registers too.
 
 #include "mma.cuh"
 #include "rank_backward.h"
@@ -23,10 +24,19 @@ template <int Rank>
 struct Sizes {
   static constexpr int kColumns = Rank == 16 ? 512 : 256;
   static constexpr int kStep = Rank == 64 ? 16 : 32;
+  static constexpr int kBlocks = Rank == 32 ? 2 : 1;  // of a multiprocessor
   static constexpr int kDy = kStep * (kColumns + kGap), kH = kStep * (Rank + kGap);  // elements
   static constexpr int kB = kColumns * (Rank + kGap), kSums = kWarps * kStep * Rank;
   static constexpr int kBytes = 2 * (kStages * (kDy + kH) + kB) + 4 * kSums;
 };
+
+// Where element i of a warp's (kStep, Rank) sums lies. Eights of columns change places by the row:
+// without conflicts of banks a warp writes tiles of 8 x 8 and reads rows.
+template <int Rank>
+__device__ __forceinline__ int place_of(int i) {
+  constexpr int kRows = Rank < 32 ? 32 / Rank : 1;  // rows in 32 banks
+  return i ^ (i / Rank / kRows % (Rank < 32 ? Rank / 8 : 4) * 8);
+}
 
 struct Parts {
   float *dh, *db, *bias;  // (N / kColumns, M, R), (parts, N, R), (parts, N)
@@ -54,7 +64,8 @@ __device__ __forceinline__ void fetch(const RankBackward& g, T* dy, T* h, int64_
 }
 
 template <typename T, int Rank>
-__global__ void __launch_bounds__(kThreads, 1) backward(const RankBackward g, const Parts parts) {
+__global__ void __launch_bounds__(kThreads, Sizes<Rank>::kBlocks)
+    backward(const RankBackward g, const Parts parts) {
   using S = Sizes<Rank>;
   constexpr int kOwn = S::kColumns / kWarps;          // columns of a warp
   constexpr int kTall = kOwn / 16, kWide = Rank / 8;  // tiles of db
@@ -69,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(const RankBackward g, co
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * S::kColumns;
   const int64_t first = blockIdx.y * parts.rows, end = min(first + parts.rows, g.rows);
-  const int own = warp * kOwn;
+  const int own = warp * kOwn, corner = place_of<Rank>(lane / 4 * Rank + lane % 4 * 2);
 
   const T* from_b = static_cast<const T*>(g.b);
   for (int i = threadIdx.x; i < S::kColumns * (Rank / 8); i += kThreads) {
@@ -132,11 +143,12 @@ __global__ void __launch_bounds__(kThreads, 1) backward(const RankBackward g, co
           multiply<T>(dh[2 * j + 1], left, right[2], right[3]);
         }
       }
-      float* place = sums + (warp * S::kStep + 16 * k + lane / 4) * Rank + lane % 4 * 2;
+      float* rows = sums + (warp * S::kStep + 16 * k) * Rank;
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
-        *reinterpret_cast<float2*>(place + 8 * j) = make_float2(dh[j][0], dh[j][1]);
-        *reinterpret_cast<float2*>(place + 8 * Rank + 8 * j) = make_float2(dh[j][2], dh[j][3]);
+        float* place = rows + (corner ^ (8 * j));
+        *reinterpret_cast<float2*>(place) = make_float2(dh[j][0], dh[j][1]);
+        *reinterpret_cast<float2*>(place + 8 * Rank) = make_float2(dh[j][2], dh[j][3]);
       }
     }
     __syncthreads();
@@ -146,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(const RankBackward g, co
       if (r >= end || c >= g.rank) continue;
       float total = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w * S::kStep * Rank + i];
+      for (int w = 0; w < kWarps; ++w) total += sums[w * S::kStep * Rank + place_of<Rank>(i)];
       parts.dh[(blockIdx.x * g.rows + r) * g.rank + c] = total;
     }
     stage = (stage + 1) % kStages;
@@ -230,6 +242,7 @@ cudaError_t by_rank(const RankBackward& g, float* workspace, const Grid& grid,
 }  // namespace
 
 int64_t rank_backward_workspace(const RankBackward& g, int processors) {
+  if (g.rows <= 0 || g.width <= 0 || processors <= 0) return 0;  // rank_backward refuses these
   const Grid grid = grid_of(g, processors);
   const int64_t bias = g.d_bias == nullptr ? 0 : g.width;
   return 4 * (grid.columns * g.rows * g.rank + grid.parts * (g.width * g.rank + bias));

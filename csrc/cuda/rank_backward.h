@@ -19,7 +19,8 @@ struct RankBackward {
   bool is_bf16;
 };
 
-// Bytes of workspace on a device of `processors` multiprocessors.
+// Bytes of workspace on a device of `processors` multiprocessors; 0 where rank_backward refuses the
+// sizes for being empty.
 int64_t rank_backward_workspace(const RankBackward& g, int processors);
 
 // cudaErrorInvalidValue for what is not as said above; nothing is launched then.

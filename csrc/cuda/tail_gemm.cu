@@ -118,23 +118,38 @@ __device__ __forceinline__ void multiply_step(float (&c)[128], const Stages& rin
   commit_products();
 }
 
-// The accumulators times the mask of this thread's two rows.
+// Eight bytes of the mask, of which `inside` are there: at once where all rows are so aligned.
+__device__ __forceinline__ uint64_t load_bits(const uint8_t* from, int64_t inside, bool at_once) {
+  if (at_once) return inside > 0 ? *reinterpret_cast<const uint64_t*>(from) : 0;
+  uint64_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < inside) bits |= static_cast<uint64_t>(from[i]) << 8 * i;
+  return bits;
+}
+
+// The accumulators times the mask of this thread's two rows. Of the 32 bytes of a row each of the
+// four threads that share it loads eight.
 __device__ __forceinline__ void mask(float (&c)[128], const Problem& g, Tile tile, int group) {
-  const int thread = threadIdx.x % 128, lane = thread % 4 * 2;
-  const int64_t column = static_cast<int64_t>(tile.n) * kTileN;
+  const int thread = threadIdx.x % 128, lane = thread % 4;
+  const int64_t width = g.width / 8, column = static_cast<int64_t>(tile.n) * kTileN / 8 + 8 * lane;
   const int64_t row = tile.m * kTileM + group * kHalf + thread / 32 * 16 + thread % 32 / 4;
+  const bool at_once = (width | reinterpret_cast<int64_t>(g.bits)) % 8 == 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t r = row + 8 * half;
-    const uint8_t* bits = g.bits + r * (g.width / 8) + column / 8;
+    const int64_t r = row + 8 * half, inside = r < g.rows ? width - column : 0;
+    const uint64_t own = load_bits(g.bits + r * width + column, inside, at_once);
+    const uint32_t words[2] = {static_cast<uint32_t>(own), static_cast<uint32_t>(own >> 32)};
 #pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      const bool inside = r < g.rows && column + 8 * j < g.width;
-      const uint32_t byte = inside ? bits[j] >> lane : 0;
-      float& first = c[4 * j + 2 * half];
-      float& second = c[4 * j + 2 * half + 1];
-      first = byte & 1 ? first * g.keep_scale : 0.0f;
-      second = byte & 2 ? second * g.keep_scale : 0.0f;
+    for (int j = 0; j < 32; j += 4) {  // a word has the bits of four eights of columns
+      const uint32_t bits = __shfl_sync(~0u, words[j / 4 % 2], j / 8, 4) >> 2 * lane;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& first = c[4 * (j + i) + 2 * half];
+        float& second = c[4 * (j + i) + 2 * half + 1];
+        first = bits >> 8 * i & 1 ? first * g.keep_scale : 0.0f;
+        second = bits >> 8 * i & 2 ? second * g.keep_scale : 0.0f;
+      }
     }
   }
 }

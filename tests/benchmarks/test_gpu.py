@@ -183,6 +183,7 @@ def test_peers_run_in_bf16(tmp_path, tiny_shapes):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real parts run there")
 def test_decoding_runs_in_bf16(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "BATCHES", (1,))
+    monkeypatch.setattr(decode, "STEPS", 2)
     monkeypatch.setattr(decode, "METHODS", {"lora": dict()})
     measure = decode.measure
     monkeypatch.setattr(decode, "measure", lambda repeats, *rest: measure(1, *rest))

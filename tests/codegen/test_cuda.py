@@ -46,6 +46,8 @@ def test_rank_backward(architecture, tmp_path):
     to = tmp_path / "rank_backward.o"
     kernels, code = compiled("rank_backward", to, (architecture,), "backwardI")
     assert len(kernels) == 6  # ranks x dtypes
+    twice = [int(usage[-1]) for usage in kernels if "Li32E" in usage[0]]
+    assert len(twice) == 2 and max(twice) <= 128  # two blocks of 256 threads a multiprocessor
     assert "HMMA.16816.F32.BF16" in code and "LDSM.16.MT88.4" in code and "LDGSTS.E" in code
 
 

@@ -38,6 +38,7 @@ HELD = [
     ("llava", "scaled_parallel_adapter"),  # the language model of a model that sees
     ("clip", "pfeiffer"),  # images
     ("falcon", "houlsby"),  # an attention that its module computes itself
+    ("timesformer", "lora"),  # two self-attentions in a layer
     ("olmoe", "lora"),  # experts: no block, and LoRA does not ask for one
 ]
 # method, and the words that its refusal has
@@ -319,6 +320,17 @@ def test_the_stages_of_a_model_are_lists_of_their_own():
         f"encoder.layer.{stage}.transformer.layer" for stage in (2, 3, 4)
     ]
     assert all(stack.ffn is not None and len(stack.attentions) == 1 for stack in stacks)
+
+
+def test_a_layer_may_have_two_attentions_of_one_kind():
+    (stack,) = discover(family("timesformer").made()).stacks
+    assert (stack.layers, stack.only) == ("encoder.layer", None)
+    modules = [attention.module for attention in stack.attentions]
+    assert modules == ["temporal_attention.attention", "attention.attention"]
+    # fsmt's cross-attention is not told from its self-attention
+    assert [s.layers for s in discover(family("fsmt").made()).stacks] == [
+        "encoder.layers", "decoder.layers",
+    ]  # fmt: skip
 
 
 def test_a_buffer_that_a_forward_replaces_comes_back():

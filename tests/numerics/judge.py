@@ -1,13 +1,18 @@
 """Inputs and the budget of the kernel tests."""
 
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILED = DEVICE.type == "cuda"
-# the interpreter computes bf16 wrongly (docs/facts.md)
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if COMPILED else [])
+# the interpreter computes bf16 wrongly (docs/facts.md); a GPU, and tests/ptx, run compiled kernels
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 BAND = 4
+watched: Callable[[float], object] = float  # called with each error over its budget
 SEED = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321)
 
 
@@ -34,8 +39,21 @@ def check(
     of a kernel of torch's own that is the larger one."""
     assert actual.shape == oracle.shape, (actual.shape, oracle.shape)
     assert torch.isfinite(actual).all(), "not finite: an element was not written, or overflowed"
-    size = max(oracle.abs().max().item(), 1e-30)
-    error = (actual.double() - oracle).abs().max().item() / size
-    torchs = max(known, (same_dtype.double() - oracle).abs().max().item() / size)
-    budget = 2 * torchs + BAND * torch.finfo(low).eps
+    error, torchs = _error(actual, oracle), max(known, _error(same_dtype, oracle))
+    budget = _budget(torchs, low)
+    watched(error / budget)
     assert error <= budget, f"error {error:.2e} of {budget:.2e} (torch {torchs:.2e})"
+
+
+def check_shows(broken: Tensor, same_dtype: Tensor, oracle: Tensor, low: torch.dtype) -> None:
+    """The inputs show a fault: ``broken``, what a kernel with it gives, is out of the budget."""
+    error, budget = _error(broken, oracle), _budget(_error(same_dtype, oracle), low)
+    assert error > budget, f"error {error:.2e} is within {budget:.2e}: nobody would see it"
+
+
+def _error(found: Tensor, oracle: Tensor) -> float:
+    return (found.double() - oracle).abs().max().item() / max(oracle.abs().max().item(), 1e-30)
+
+
+def _budget(torchs: float, low: torch.dtype) -> float:
+    return 2 * torchs + BAND * torch.finfo(low).eps

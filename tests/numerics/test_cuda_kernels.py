@@ -11,7 +11,7 @@ from pelt_fast.ops.common import native_cuda
 from pelt_fast.ops.common.dropout import dropout
 from pelt_fast.ops.lora import gpu as cuda
 
-from .judge import check, dense, seed
+from .judge import check, check_shows, dense, seed
 
 pytestmark = pytest.mark.skipif(
     native_cuda.why_missing() is not None, reason=str(native_cuda.why_missing())
@@ -34,7 +34,8 @@ def test_tail_gemm_matches_fp64_oracle(shape, dtype, p, transposed):
     needs_hopper()
     M, K, N, R = shape
     x, s, bias = dense(M, K, dtype=dtype), dense(M, R, dtype=dtype), dense(N)
-    w = dense(K, N, dtype=dtype) if transposed else dense(N, K, dtype=dtype)
+    # products of one size, or the larger one's budget would hide the other
+    w = dense(*((K, N) if transposed else (N, K)), dtype=dtype, scale=K**-0.5)
     u = dense(R, N, scale=R**-0.5) if transposed else dense(N, R, scale=R**-0.5)
     row = seed() if p else None
 
@@ -45,7 +46,10 @@ def test_tail_gemm_matches_fp64_oracle(shape, dtype, p, transposed):
     mask = dict(dropout_p=p, bits=mask_bits(row, p, M, N) if p else None)
     y = cuda.cuda_tail_gemm(x, w, s, u, scale=0.5, bias=bias, transposed=transposed, **mask)
     inputs = (x, w, s, u.to(dtype), bias.to(dtype))
-    check(y, expression(*inputs), expression(*(t.double() for t in inputs)), dtype)
+    same, exact = expression(*inputs), expression(*(t.double() for t in inputs))
+    check(y, same, exact, dtype)
+    no_tail = expression(x, w, torch.zeros_like(s), *inputs[3:])
+    check_shows(no_tail, same, exact, dtype)
     assert torch.equal(
         y, cuda.cuda_tail_gemm(x, w, s, u, scale=0.5, bias=bias, transposed=transposed, **mask)
     )

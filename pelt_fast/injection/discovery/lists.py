@@ -42,13 +42,15 @@ class Lists:
 
 
 def _list_of(each: Found, found: list[Found]) -> tuple[str | None, int]:
-    """The outermost list in whose layers there is one self-attention at most, and one cross."""
-    steps = each.path.split(".")
+    """The outermost list in whose layers there is one self-attention at most, and one cross; the
+    innermost where a layer itself has several (TimeSformer's, in time and in space)."""
+    steps, innermost = each.path.split("."), (None, 0)
     for at, step in enumerate(steps):
         if step.isdigit():
+            innermost = ".".join(steps[:at]), int(step)
             layer = ".".join(steps[: at + 1])
             inside = [other for other in found if f"{other.path}.".startswith(f"{layer}.")]
             crosses = [other.is_cross for other in inside]
             if crosses.count(True) <= 1 and crosses.count(False) <= 1:
-                return ".".join(steps[:at]), int(step)
-    return None, 0
+                return innermost
+    return innermost

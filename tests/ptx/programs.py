@@ -1,0 +1,41 @@
+"""Small PTX programs for the tests: text in, arrays out."""
+
+import struct
+
+import numpy as np
+
+from .global_memory import Allocation, GlobalMemory
+from .launch import run
+from .machine import EARLY, Launch, Mode
+from .parser import parse
+
+_HEAD = """.version 8.7
+.target {target}
+.address_size 64
+.extern .shared .align 1024 .b8 memory[];
+.visible .entry program({parameters})
+{{
+{body}
+ret;
+}}
+"""
+
+
+def execute(
+    body: str, *arrays: np.ndarray, threads: int = 32, blocks: int = 1, shared: int = 0,
+    cluster: int = 1, target: str = "sm_90a", mode: Mode = EARLY, unwritten: tuple[int, ...] = (),
+    counted: bool = False,
+):  # fmt: skip
+    """Run ``body``, whose ``.reg`` lines come first, on arrays, which it changes in place.
+
+    Parameter ``pN`` is the address of array N; ``memory`` is ``shared`` bytes of shared memory.
+    ``unwritten``: the arrays that nobody wrote. Returns the counts of the launch.
+    """
+    parameters = ", ".join(f".param .u64 p{n}" for n in range(len(arrays)))
+    entry = parse(_HEAD.format(target=target, parameters=parameters, body=body))
+    memory = GlobalMemory()
+    for n, array in enumerate(arrays):
+        memory.add(Allocation(array.ctypes.data, array.nbytes, n not in unwritten, f"p{n}"))
+    data = struct.pack(f"{len(arrays)}Q", *(array.ctypes.data for array in arrays))
+    launch = Launch(entry, (blocks, 1, 1), threads, data, shared, cluster, memory)
+    return run(launch, mode, counted)
