@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "0"
-
 import torch
 
 from .emulate import ratio, table
@@ -135,6 +133,7 @@ def main() -> None:
     if options.target is None:
         page()
         return
+    os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is imported
     for row in rows(options.target, getattr(torch, options.dtype), options.only):
         print(json.dumps(asdict(row)), flush=True)
 

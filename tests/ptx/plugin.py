@@ -9,8 +9,6 @@ import json
 import os
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "0"  # before tests/conftest.py, which only sets what is not set
-
 import pytest
 
 ORDERS = {"early": {}, "late": {"late": True}, "shuffled": {"shuffled": True, "seed": 1}}
@@ -30,6 +28,8 @@ FEW = (  # parts of the names of tests
 
 
 def pytest_addoption(parser):
+    # only where this is a plugin, and before tests/conftest.py, which sets what is not set
+    os.environ["TRITON_INTERPRET"] = "0"
     group = parser.getgroup("machine")
     group.addoption("--machine", default="sm90", help="sm80 or sm90")
     group.addoption("--order", default="early", choices=list(ORDERS))
