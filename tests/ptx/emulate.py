@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .plugin import ORDERS
 
-TESTS = ["tests/numerics", "tests/ptx/model_step.py", "tests/ptx/cuda_grid.py"]
+TESTS = ["tests/numerics", "tests/ptx/model_step.py", "tests/ptx/known_races.py",
+         "tests/ptx/cuda_grid.py"]  # fmt: skip
 HEAD = ("kernel", "target", "dtype", "launches", "error / budget", "instructions", "sectors / least",
         "wavefronts / least", "seconds")  # fmt: skip
 

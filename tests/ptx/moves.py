@@ -200,26 +200,41 @@ def _parameter(machine, a: Address, results, type_):
     return Step(run)
 
 
-def reader(machine, space: str, a: Address, width: int, count: int):
-    """A function from threads to (threads, count) unsigned elements, or None for another space."""
+def _places(machine, space: str, a: Address, size: int, load: bool):
+    """The memory of a space, and a function from threads to their places in it and who they are
+    there; None for another space."""
     address = address_of(machine, a)
     if space == "global":
-        load = machine.memory.load
 
-        def read(threads):
+        def find(threads):
             where = address(threads)
-            machine.counts.global_access(where, width * count, machine.warp_of[threads], True)
-            return load(where, width, count)
-    elif space in ("shared", "shared::cta", "shared::cluster"):
-        shared, size = machine.shared, width * count
+            machine.counts.global_access(where, size, machine.warp_of[threads], load)
+            return where, ()
 
-        def read(threads):
-            where, warps = address(threads), machine.warp_of[threads]
-            machine.counts.shared_access(where, size, warps)
-            index = shared.index(where, machine.block_of[threads], size)
-            return shared.load(index, width, count, warps)
-    else:
+        return machine.memory, find
+    if space not in ("shared", "shared::cta", "shared::cluster"):
         return None
+    shared = machine.shared
+
+    def find_shared(threads):
+        where, warps = address(threads), machine.warp_of[threads]
+        machine.counts.shared_access(where, size, warps)
+        return shared.index(where, machine.block_of[threads], size), (warps,)
+
+    return shared, find_shared
+
+
+def reader(machine, space: str, a: Address, width: int, count: int):
+    """A function from threads to (threads, count) unsigned elements, or None for another space."""
+    found = _places(machine, space, a, width * count, True)
+    if found is None:
+        return None
+    memory, find = found
+
+    def read(threads):
+        places, agents = find(threads)
+        return memory.load(places, width, count, *agents)
+
     return read
 
 
@@ -252,22 +267,13 @@ def build_store(machine, instruction):
 
 def writer(machine, space: str, a: Address, width: int, count: int):
     """A function that writes (threads, count) unsigned elements, or None for another space."""
-    address = address_of(machine, a)
-    if space == "global":
-        store = machine.memory.store
-
-        def write(threads, values):
-            where = address(threads)
-            machine.counts.global_access(where, width * count, machine.warp_of[threads], False)
-            store(where, width, values)
-    elif space in ("shared", "shared::cta", "shared::cluster"):
-        shared, size = machine.shared, width * count
-
-        def write(threads, values):
-            where, warps = address(threads), machine.warp_of[threads]
-            machine.counts.shared_access(where, size, warps)
-            index = shared.index(where, machine.block_of[threads], size)
-            shared.store(index, width, values, warps)
-    else:
+    found = _places(machine, space, a, width * count, False)
+    if found is None:
         return None
+    memory, find = found
+
+    def write(threads, values):
+        places, agents = find(threads)
+        memory.store(places, width, values, *agents)
+
     return write

@@ -2,7 +2,8 @@
 
 ``pytest -p tests.ptx.plugin --machine sm90 --order late tests/numerics``. With ``--report FOLDER``
 what each test launched is written there, for ``python -m tests.ptx.emulate``. ``--few`` takes a few
-tests of each kernel, each in one of the orders in turn: what ``test_kernels.py`` runs.
+tests of each kernel, each in one of the orders in turn, and counts nothing: what
+``test_kernels.py`` runs.
 """
 
 import json
@@ -24,6 +25,7 @@ FEW = (  # parts of the names of tests
     "bwd_matches_fp64_oracle[torch.float16-2x4x2x37x5x32-softmax-add-0.3", "[ffn gated p=0.1-torch.bfloat16",
     "[ffn plain p=0.1-torch.float16", "0.0-(40, 64, 136, 16)-True-torch.bfloat16",
     "-0.3-(40, 64, 136, 16)-False-torch.bfloat16", "test_the_loss_and_the_gradients",
+    "test_two_stages",
 )  # fmt: skip
 
 
@@ -84,7 +86,8 @@ def on_machine(request, monkeypatch):
     report = request.config.getoption("--report")
     watch = record.launched if report else None
     monkeypatch.setattr(cuda_launch, "watched", watch)
-    with Unwritten(), on_the_machine(target, Mode(**ORDERS[order]), watch):
+    counted = not request.config.getoption("--few")
+    with Unwritten(), on_the_machine(target, Mode(**ORDERS[order]), watch, counted):
         yield
     if report and record.launches:
         line = dict(test=request.node.nodeid, target=target, order=order, worst=record.worst,

@@ -20,6 +20,21 @@ ret;
 }}
 """
 
+# registers, and %rd1: where each thread of the grid has a word of array p0; %r1 to %r3 are %tid,
+# %ctaid and %ntid
+WORD_OF_THREAD = """
+.reg .pred %p<8>;
+.reg .b32 %r<24>;
+.reg .b64 %rd<8>;
+ld.param.u64 %rd1, [p0];
+mov.u32 %r1, %tid.x;
+mov.u32 %r2, %ctaid.x;
+mov.u32 %r3, %ntid.x;
+mad.lo.u32 %r4, %r2, %r3, %r1;
+mul.wide.u32 %rd3, %r4, 4;
+add.s64 %rd1, %rd1, %rd3;
+"""
+
 
 def execute(
     body: str, *arrays: np.ndarray, threads: int = 32, blocks: int = 1, shared: int = 0,

@@ -6,22 +6,14 @@ import pytest
 from .errors import Deadlock, MachineError, Unsupported
 from .machine import EARLY, LATE, Machine, Mode
 from .parser import parse
-from .programs import execute
+from .programs import WORD_OF_THREAD, execute
 
 MODES = [EARLY, LATE, *(Mode(shuffled=True, seed=n) for n in range(3))]
-HEAD = """
-.reg .pred %p<8>;
-.reg .b32 %r<24>;
-.reg .b64 %rd<8>;
-ld.param.u64 %rd1, [p0];
-mov.u32 %r1, %tid.x;
-mov.u32 %r2, %ctaid.x;
-mov.u32 %r3, %ntid.x;
-mad.lo.u32 %r4, %r2, %r3, %r1;
-mul.wide.u32 %rd3, %r4, 4;
-add.s64 %rd1, %rd1, %rd3;
-mov.u32 %r10, 0;
+HEAD = (
+    WORD_OF_THREAD
+    + """mov.u32 %r10, 0;
 """
+)
 STORE = "\nst.global.u32 [%rd1], %r10;\n"
 
 

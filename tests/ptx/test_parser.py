@@ -55,7 +55,7 @@ $L__BB0_2:
 	cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%r2, {%r3, 7}], [%r4];
 	ret;
 }
-	.file	1 "/tmp/kernel.py"
+	.file	1 "/source/kernel.py"
 	.file	2 "/usr/lib/standard.py"
 .visible .entry second()
 {

@@ -116,6 +116,7 @@ def on_the_machine(
     target: str,
     mode: Mode = EARLY,
     watch: Callable | None = None,
+    counted: bool = True,
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[None]:
     """Inside, ``kernel[grid](...)`` of a ``triton.jit`` kernel runs on the machine.
@@ -123,7 +124,8 @@ def on_the_machine(
     Args:
         target: "sm80" or "sm90".
         mode: how asynchronous work and warps are ordered.
-        watch: called with each Launch and its Counts.
+        watch: called with each Launch and its Counts, whose numbers are zeros without ``counted``.
+        counted: count what each launch does, where it is watched.
         edit: changes the PTX before it is parsed; a test breaks a kernel with it.
     """
     if target not in TARGETS:
@@ -133,7 +135,7 @@ def on_the_machine(
         compiled, given = compiled_for(kernel, target, args, kwargs)
         grid = grid({name: value for name, _, value in given}) if callable(grid) else grid
         made = launch_of(compiled, given, (*grid, 1, 1)[:3], edit)
-        counts = run(made, mode, counted=watch is not None)
+        counts = run(made, mode, counted and watch is not None)
         executed[made.entry.name] += 1
         if watch is not None:
             watch(made, counts)
