@@ -11,14 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from .emulate import ratio, table
+from .pages import put
 
-PAGE = Path(__file__).parents[2] / "docs" / "codegen.md"
-BEGIN, END = "<!-- counted -->", "<!-- /counted -->"
 HEAD = ("kernel", "dtype", "launch", "instructions a warp", "sectors / least", "wavefronts / least",
         "bytes / Traffic")  # fmt: skip
 TARGETS = ("sm80", "sm90")
@@ -105,9 +103,9 @@ def collect(target: str, dtype: str) -> list[Row]:
 
 
 def page() -> None:
-    """Write the tables into docs/codegen.md, before its first other table."""
+    """Write the tables into docs/codegen.md."""
     parts = [
-        BEGIN, "## What execution counts", "",
+        "## What execution counts", "",
         "`python -m tests.ptx.counted`, the PTX machine of tests/ptx. The worst launch of each kernel and"
         " dtype: instructions a warp; 32-byte sectors of a warp's requests against the least that hold"
         " their bytes; passes of shared memory against those without bank conflicts; bytes of all"
@@ -117,11 +115,7 @@ def page() -> None:
     for target in TARGETS:
         found = [row for dtype in ("bfloat16", "float32") for row in collect(target, dtype)]
         parts += [f"### {target}, executed", "", worst(found), ""]
-    text, section = PAGE.read_text(), "\n".join([*parts, END])
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2] if rest else ""
-    PAGE.write_text(before.rstrip() + "\n\n" + section + (after or "\n"))
-    print(f"wrote {PAGE}")
+    put("counted", parts)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 
+from .counts import Counts
 from .global_memory import Allocation, GlobalMemory
 from .launch import run
 from .machine import EARLY, Launch, Mode
@@ -36,15 +37,14 @@ add.s64 %rd1, %rd1, %rd3;
 """
 
 
-def execute(
+def program(
     body: str, *arrays: np.ndarray, threads: int = 32, blocks: int = 1, shared: int = 0,
-    cluster: int = 1, target: str = "sm_90a", mode: Mode = EARLY, unwritten: tuple[int, ...] = (),
-    counted: bool = False,
-):  # fmt: skip
-    """Run ``body``, whose ``.reg`` lines come first, on arrays, which it changes in place.
+    cluster: int = 1, target: str = "sm_90a", unwritten: tuple[int, ...] = (),
+) -> Launch:  # fmt: skip
+    """A launch of ``body``, whose ``.reg`` lines come first, on arrays, which it changes in place.
 
     Parameter ``pN`` is the address of array N; ``memory`` is ``shared`` bytes of shared memory.
-    ``unwritten``: the arrays that nobody wrote. Returns the counts of the launch.
+    ``unwritten``: the arrays that nobody wrote.
     """
     parameters = ", ".join(f".param .u64 p{n}" for n in range(len(arrays)))
     entry = parse(_HEAD.format(target=target, parameters=parameters, body=body))
@@ -52,5 +52,11 @@ def execute(
     for n, array in enumerate(arrays):
         memory.add(Allocation(array.ctypes.data, array.nbytes, n not in unwritten, f"p{n}"))
     data = struct.pack(f"{len(arrays)}Q", *(array.ctypes.data for array in arrays))
-    launch = Launch(entry, (blocks, 1, 1), threads, data, shared, cluster, memory)
-    return run(launch, mode, counted)
+    return Launch(entry, (blocks, 1, 1), threads, data, shared, cluster, memory)
+
+
+def execute(
+    body: str, *arrays: np.ndarray, mode: Mode = EARLY, counted: bool = False, **sizes
+) -> Counts:
+    """Run such a launch; its counts. ``sizes``: what ``program`` takes."""
+    return run(program(body, *arrays, **sizes), mode, counted)
