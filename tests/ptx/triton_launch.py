@@ -17,6 +17,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as compile_kernel
 from triton.runtime import jit
 
+from .counts import Counts
 from .errors import Unsupported
 from .global_memory import Allocation, GlobalMemory
 from .launch import run
@@ -118,6 +119,7 @@ def on_the_machine(
     watch: Callable | None = None,
     counted: bool = True,
     edit: Callable[[str], str] | None = None,
+    execute: Callable[[Launch, Mode, bool], Counts] = run,
 ) -> Iterator[None]:
     """Inside, ``kernel[grid](...)`` of a ``triton.jit`` kernel runs on the machine.
 
@@ -127,6 +129,7 @@ def on_the_machine(
         watch: called with each Launch and its Counts, whose numbers are zeros without ``counted``.
         counted: count what each launch does, where it is watched.
         edit: changes the PTX before it is parsed; a test breaks a kernel with it.
+        execute: executes a launch, all of it if it is not given.
     """
     if target not in TARGETS:
         raise Unsupported(f"target {target!r} is not known; known are {', '.join(TARGETS)}")
@@ -135,7 +138,7 @@ def on_the_machine(
         compiled, given = compiled_for(kernel, target, args, kwargs)
         grid = grid({name: value for name, _, value in given}) if callable(grid) else grid
         made = launch_of(compiled, given, (*grid, 1, 1)[:3], edit)
-        counts = run(made, mode, counted and watch is not None)
+        counts = execute(made, mode, counted and watch is not None)
         executed[made.entry.name] += 1
         if watch is not None:
             watch(made, counts)
