@@ -6,7 +6,7 @@ from bytes in flight and registers. Rows marked *counted* were executed on a CPU
 tests.ptx.tiles`` (docs/codegen.md), which writes there: the clocks of their work at the peaks of a
 GPU over those of the least bytes and flops, the resource that needs them, and the share of them in
 which instructions issue. ``make gpu PART=tune`` measures candidates and writes the fastest rows to
-``tuned.py``, which is read first.
+``tuned.py``, which is read first. Products in fp32 are exact: they run on the FMA units.
 """
 
 from dataclasses import dataclass
@@ -52,34 +52,51 @@ class Row:
 # fmt: off
 TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
     "rank_down": {
+        "sm80": (
+            Row(HALF, 32, Tile(128, block_k=64, block_r=32, num_warps=8, num_stages=4),
+                "128 rows an operand; 48 KiB of x in flight; counted: "
+                "sm80 1.06 floors (dram), 91 % issue"),
+            Row(HALF, 128, Tile(128, block_k=64, block_r=128, num_warps=8, num_stages=2),
+                "128 rows share what they read of a; counted: "
+                "sm80 1.99 floors (shared), 55 % issue"),
+            Row(SINGLE, 32, Tile(16, block_k=64, block_r=32, num_warps=4, num_stages=2),
+                "fp32 on the FMA units: many programs; counted: "
+                "sm80 9.12 floors (shared), 16 % issue"),
+        ),
         "sm90": (
             Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=4),
                 "48 KiB of x in flight a program, two programs an SM; counted: "
                 "sm90 1.38 floors (issue), 100 % issue"),
+            Row(SINGLE, 32, Tile(64, block_k=64, block_r=32, num_warps=4, num_stages=2),
+                "fp32: 64 rows read fewer operands from shared memory; counted: "
+                "sm90 9.25 floors (shared), 23 % issue"),
+            Row(SINGLE, MAX_RANK, Tile(64, block_k=32, block_r=64, num_warps=4, num_stages=2),
+                "fp32: square tiles read fewer operands from shared memory; counted: "
+                "sm90 8.91 floors (shared), 20 % issue"),
         ),
         "any": (
             Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=2),
-                "fits 64 KiB; counted: "
-                "sm80 1.47 floors (issue), 100 % issue"),
+                "fits 64 KiB; unmeasured"),
             Row(HALF, 128, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=2),
-                "one read of x up to R = 128; counted: "
-                "sm80 3.18 floors (shared), 58 % issue; sm90 2.77 floors (shared), 56 % issue"),
+                "one read of x up to R = 128; counted: sm90 2.77 floors (shared), 56 % issue"),
             Row(HALF, MAX_RANK, Tile(128, block_k=32, block_r=128, num_warps=8, num_stages=2),
                 "a GEMM: square tiles, 32 deep or sm_80 spills; counted: "
                 "sm80 2.39 floors (shared), 62 % issue; sm90 4.15 floors (l2), 49 % issue"),
             Row(SINGLE, 32, Tile(32, block_k=64, block_r=32, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 11.62 floors (shared), 16 % issue; sm90 14.06 floors (shared), 16 % issue"),
+                "fp32: small tiles, no spills; unmeasured"),
             Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=64, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 7.87 floors (shared), 12 % issue; sm90 16.19 floors (shared), 12 % issue"),
+                "fp32: small tiles, no spills; counted: sm80 7.87 floors (shared), 12 % issue"),
         ),
     },
     "rank_down_bwd": {
+        "sm80": (
+            Row(SINGLE, MAX_RANK, Tile(32, block_k=64, block_r=32, num_warps=4, num_stages=2),
+                "64 rows a dot, which read fewer operands; no tf32 before sm_100; counted: "
+                "sm80 1.67 floors (shared), 48 % issue"),
+        ),
         "sm90": (
             Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=4),
-                "as rank_down: the same stream of x; counted: "
-                "sm90 1.06 floors (dram), 65 % issue"),
+                "as rank_down: the same stream of x; counted: sm90 1.06 floors (dram), 65 % issue"),
         ),
         "any": (
             Row(HALF, 128, Tile(64, block_k=128, block_r=64, num_warps=4, num_stages=2),
@@ -90,30 +107,48 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
                 "sm80 3.51 floors (shared), 30 % issue; sm90 2.04 floors (shared), 67 % issue"),
             Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
                 "below 64 rows a dot: from there sm_100 takes tf32 (docs/facts.md); counted: "
-                "sm80 2.26 floors (shared), 43 % issue; sm90 3.07 floors (shared), 43 % issue"),
+                "sm90 3.07 floors (shared), 43 % issue"),
         ),
     },
     "rank_down_norm": {  # a LayerNorm before: mean, deviation, weight and bias beside the tile
+        "sm80": (
+            Row(HALF, 64, Tile(128, block_k=64, block_r=64, num_warps=8, num_stages=3),
+                "128 rows share what they read of a, the weight and the bias; counted: "
+                "sm80 1.34 floors (shared), 82 % issue"),
+        ),
+        "sm90": (
+            Row(HALF, 64, Tile(128, block_k=64, block_r=64, num_warps=8, num_stages=3),
+                "128 rows share what they read of a, the weight and the bias; counted: "
+                "sm90 1.40 floors (shared), 65 % issue"),
+            Row(SINGLE, MAX_RANK, Tile(64, block_k=32, block_r=32, num_warps=4, num_stages=2),
+                "fp32: 64 rows read fewer operands from shared memory; counted: "
+                "sm90 11.36 floors (shared), 14 % issue"),
+        ),
         "any": (
             Row(HALF, 128, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=2),
                 "as rank_down; counted: "
-                "sm80 2.95 floors (shared), 81 % issue; sm90 2.78 floors (shared), 50 % issue"),
+                "sm80 3.54 floors (shared), 77 % issue; sm90 3.10 floors (shared), 51 % issue"),
             Row(HALF, MAX_RANK, Tile(128, block_k=32, block_r=128, num_warps=8, num_stages=2),
                 "as rank_down; counted: "
                 "sm80 2.40 floors (shared), 93 % issue; sm90 4.21 floors (l2), 32 % issue"),
             Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 7.85 floors (shared), 12 % issue; sm90 15.36 floors (shared), 12 % issue"),
+                "fp32: small tiles, no spills; counted: sm80 7.85 floors (shared), 12 % issue"),
         ),
     },
     "rank_down_bwd_norm": {
+        "sm80": (
+            Row(SINGLE, MAX_RANK, Tile(16, block_k=64, block_r=32, num_warps=4, num_stages=2),
+                "64 rows a dot, which read fewer operands; no tf32 before sm_100; counted: "
+                "sm80 1.48 floors (shared), 54 % issue"),
+        ),
         "sm90": (  # one stage: with more, Triton overwrites operands of wgmma in flight (facts.md)
             Row(HALF, 128, Tile(64, block_k=128, block_r=64, num_warps=4, num_stages=1),
-                "as rank_down_bwd; counted: "
-                "sm90 1.41 floors (l2), 64 % issue"),
+                "as rank_down_bwd; counted: sm90 1.41 floors (l2), 64 % issue"),
             Row(HALF, MAX_RANK, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=1),
-                "as elsewhere; counted: "
-                "sm90 3.48 floors (l2), 75 % issue"),
+                "as elsewhere; counted: sm90 3.48 floors (l2), 75 % issue"),
+            Row(SINGLE, MAX_RANK, Tile(16, block_k=64, block_r=32, num_warps=4, num_stages=2),
+                "64 rows a dot, which read fewer operands; no tf32 before sm_100; counted: "
+                "sm90 2.74 floors (shared), 54 % issue"),
         ),
         "gfx942": (
             Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
@@ -121,14 +156,12 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         ),
         "any": (
             Row(HALF, 128, Tile(64, block_k=128, block_r=64, num_warps=4, num_stages=2),
-                "as rank_down_bwd; counted: "
-                "sm80 1.16 floors (dram), 44 % issue"),
+                "as rank_down_bwd; counted: sm80 1.16 floors (dram), 44 % issue"),
             Row(HALF, MAX_RANK, Tile(64, block_k=64, block_r=128, num_warps=8, num_stages=2),
                 "half of rank_down_bwd's tile, or gfx942 spills; counted: "
                 "sm80 2.02 floors (shared), 50 % issue"),
             Row(SINGLE, MAX_RANK, Tile(16, block_k=32, block_r=32, num_warps=4, num_stages=2),
-                "half of rank_down_bwd's tile, no spills; counted: "
-                "sm80 2.06 floors (shared), 48 % issue; sm90 3.80 floors (shared), 48 % issue"),
+                "half of rank_down_bwd's tile, no spills; unmeasured"),
         ),
     },
     "rank_up": {
@@ -139,12 +172,18 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
             Row(HALF, MAX_RANK, Tile(128, 128, block_r=64, num_warps=8, num_stages=2),
                 "a GEMM: square tiles; counted: "
                 "sm80 1.55 floors (shared), 54 % issue; sm90 2.89 floors (l2), 49 % issue"),
-            Row(SINGLE, MAX_RANK, Tile(32, 64, block_r=16, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 3.36 floors (shared), 24 % issue; sm90 5.14 floors (shared), 24 % issue"),
+            Row(SINGLE, MAX_RANK, Tile(32, 32, block_r=16, num_warps=4, num_stages=2),
+                "fp32: small tiles, no spills; counted: "
+                "sm80 2.13 floors (shared), 45 % issue; sm90 3.20 floors (shared), 45 % issue"),
         ),
     },
     "prefix": {  # the class is the padded head dim
+        "sm90": (
+            Row(HALF, 64, Tile(64, 64, num_warps=4, num_stages=1),
+                "one warpgroup has 64 queries; counted: sm90 1.02 floors (dram), 87 % issue"),
+            Row(HALF, 256, Tile(64, 32, num_warps=8, num_stages=1),
+                "64 queries for wgmma; counted: sm90 1.01 floors (dram), 81 % issue"),
+        ),
         "gfx942": (
             Row(HALF, 128, Tile(32, 32, num_warps=4, num_stages=1),
                 "a wave is 64 lanes: four hold what eight warps do; unmeasured"),
@@ -152,23 +191,31 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         "any": (
             Row(HALF, 64, Tile(64, 64, num_warps=8, num_stages=1),
                 "a tile of scores and one of values in registers; counted: "
-                "sm80 1.24 floors (shared), 98 % issue; sm90 1.53 floors (issue), 100 % issue"),
+                "sm80 1.24 floors (shared), 98 % issue"),
             Row(HALF, 128, Tile(64, 32, num_warps=8, num_stages=1),
-                "as for 64, half the keys; counted: "
-                "sm80 1.07 floors (issue), 100 % issue; sm90 1.05 floors (issue), 100 % issue"),
-            Row(HALF, 256, Tile(16, 16, num_warps=8, num_stages=1),
+                "as for 64, half the keys; counted: sm80 1.07 floors (issue), 100 % issue"),
+            Row(HALF, 256, Tile(16, 32, num_warps=8, num_stages=1),
                 "256 columns a row: small tiles, no spills; counted: "
-                "sm80 2.09 floors (shared), 63 % issue; sm90 3.12 floors (shared), 62 % issue"),
+                "sm80 1.37 floors (shared), 87 % issue"),
             Row(SINGLE, 256, Tile(16, 16, num_warps=4, num_stages=1),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
+                "fp32: small tiles, no spills; counted: "
                 "sm80 6.34 floors (shared), 24 % issue; sm90 9.90 floors (shared), 24 % issue"),
         ),
     },
     "prefix_bwd": {  # the class is the padded head dim
+        "sm80": (
+            Row(HALF, 128, Tile(32, 32, num_warps=8, num_stages=1),
+                "as elsewhere; counted: sm80 1.00 floors (shared), 43 % issue"),
+            Row(HALF, 256, Tile(16, 32, num_warps=8, num_stages=1),
+                "a prefix of 32 in one block: dq in the same pass, no spills; counted: "
+                "sm80 0.88 floors (dram), 35 % issue"),
+            Row(SINGLE, 256, Tile(16, 32, num_warps=4, num_stages=1),
+                "fp32 on the FMA units: a prefix of 32 in one block; counted: "
+                "sm80 5.87 floors (shared), 16 % issue"),
+        ),
         "sm90": (
             Row(HALF, 64, Tile(64, 64, num_warps=8, num_stages=1),
-                "64 queries a step for wgmma; counted: "
-                "sm90 0.88 floors (dram), 46 % issue"),
+                "64 queries a step for wgmma; counted: sm90 0.88 floors (dram), 46 % issue"),
         ),
         "gfx942": (
             Row(HALF, 128, Tile(32, 32, num_warps=4, num_stages=1),
@@ -177,13 +224,12 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         "any": (
             Row(HALF, 128, Tile(32, 32, num_warps=8, num_stages=1),
                 "q, do, o, dq and two accumulators in registers, no spills; counted: "
-                "sm80 1.00 floors (shared), 43 % issue; sm90 1.01 floors (shared), 40 % issue"),
+                "sm90 1.01 floors (shared), 40 % issue"),
             Row(HALF, 256, Tile(16, 16, num_warps=8, num_stages=1),
                 "256 columns a row: small tiles, no spills; counted: "
-                "sm80 2.79 floors (shared), 32 % issue; sm90 4.12 floors (shared), 32 % issue"),
+                "sm90 4.12 floors (shared), 32 % issue"),
             Row(SINGLE, 256, Tile(16, 16, num_warps=4, num_stages=1),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 9.94 floors (shared), 14 % issue; sm90 19.12 floors (shared), 14 % issue"),
+                "fp32: small tiles, no spills; counted: sm90 19.12 floors (shared), 14 % issue"),
         ),
     },
     "adapter": {
@@ -192,19 +238,17 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
                 "many blocks of rows, x and base streamed; fits 64 KiB; counted: "
                 "sm80 1.41 floors (shared), 56 % issue"),
             Row(HALF, 128, Tile(32, 64, 64, num_warps=4, num_stages=2),
-                "as above, half as wide; counted: "
-                "sm80 2.43 floors (shared), 45 % issue"),
-            Row(SINGLE, 128, Tile(16, 32, 32, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 10.11 floors (shared), 9 % issue; sm90 19.77 floors (shared), 9 % issue"),
+                "as above, half as wide; counted: sm80 2.43 floors (shared), 45 % issue"),
+            Row(SINGLE, 128, Tile(16, 64, 32, num_warps=4, num_stages=2),
+                "fp32: small tiles, no spills; counted: "
+                "sm80 8.00 floors (shared), 11 % issue; sm90 15.65 floors (shared), 11 % issue"),
         ),
         "sm90": (
             Row(HALF, 64, Tile(64, 128, 128, num_warps=4, num_stages=3),
                 "64 rows for wgmma, 48 KiB of x in flight; counted: "
                 "sm90 1.38 floors (l2), 53 % issue"),
             Row(HALF, 128, Tile(64, 128, 64, num_warps=8, num_stages=3),
-                "64 rows for wgmma; counted: "
-                "sm90 2.09 floors (shared), 52 % issue"),
+                "64 rows for wgmma; counted: sm90 2.09 floors (shared), 52 % issue"),
         ),
     },
     "norm": {
@@ -212,14 +256,13 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
             Row(HALF, MAX_RANK, Tile(32, block_k=128, block_r=64, num_warps=4, num_stages=2),
                 "many blocks of rows; 32 KiB of x and dy in flight; counted: "
                 "sm80 1.33 floors (shared), 64 % issue"),
-            Row(SINGLE, MAX_RANK, Tile(16, block_k=64, block_r=32, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 1.83 floors (shared), 59 % issue; sm90 3.58 floors (shared), 59 % issue"),
+            Row(SINGLE, MAX_RANK, Tile(16, block_k=128, block_r=32, num_warps=4, num_stages=2),
+                "fp32: small tiles, no spills; counted: "
+                "sm80 1.43 floors (shared), 61 % issue; sm90 2.79 floors (shared), 61 % issue"),
         ),
         "sm90": (
             Row(HALF, MAX_RANK, Tile(64, block_k=128, block_r=64, num_warps=8, num_stages=2),
-                "64 rows for wgmma; counted: "
-                "sm90 1.79 floors (l2), 50 % issue"),
+                "64 rows for wgmma; counted: sm90 1.79 floors (l2), 50 % issue"),
         ),
     },
     "tail_gemm": {
@@ -227,13 +270,14 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
             Row(HALF, MAX_RANK, Tile(128, 128, 32, 32, num_warps=8, num_stages=2),
                 "fits 64 KiB; unmeasured"),
             Row(SINGLE, MAX_RANK, Tile(32, 64, 16, 16, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 7.87 floors (shared), 10 % issue; sm90 16.20 floors (shared), 10 % issue"),
+                "fp32: small tiles, no spills; counted: sm90 16.20 floors (shared), 10 % issue"),
         ),
         "sm80": (
             Row(HALF, MAX_RANK, Tile(128, 128, 32, 32, num_warps=8, num_stages=4),
-                "64 KiB in flight; counted: "
-                "sm80 1.02 floors (shared), 37 % issue"),
+                "64 KiB in flight; counted: sm80 1.02 floors (shared), 37 % issue"),
+            Row(SINGLE, MAX_RANK, Tile(64, 64, 16, 16, num_warps=4, num_stages=2),
+                "fp32 on the FMA units: square tiles, no spills; counted: "
+                "sm80 4.39 floors (shared), 16 % issue"),
         ),
         "sm90": (
             Row(HALF, MAX_RANK, Tile(128, 256, 64, 32, num_warps=8, num_stages=3),
@@ -246,13 +290,17 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         ),
     },
     "tail_gemm_masked": {  # the tail has its own accumulator
+        "sm80": (
+            Row(HALF, MAX_RANK, Tile(128, 128, 32, 32, num_warps=8, num_stages=4),
+                "as tail_gemm: square tiles, 64 KiB in flight; counted: "
+                "sm80 1.02 floors (shared), 42 % issue"),
+        ),
         "any": (
             Row(HALF, MAX_RANK, Tile(128, 64, 32, 32, num_warps=8, num_stages=2),
-                "fits 64 KiB, no spills; counted: "
-                "sm80 1.39 floors (shared), 32 % issue"),
-            Row(SINGLE, MAX_RANK, Tile(32, 64, 16, 16, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm80 1.46 floors (shared), 48 % issue; sm90 3.00 floors (shared), 48 % issue"),
+                "fits 64 KiB, no spills; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, 128, 16, 16, num_warps=4, num_stages=2),
+                "fp32: small tiles, no spills; counted: "
+                "sm80 1.00 floors (fp32), 66 % issue; sm90 1.72 floors (shared), 79 % issue"),
         ),
         "sm90": (
             Row(HALF, MAX_RANK, Tile(128, 128, 64, 32, num_warps=8, num_stages=3),
@@ -270,8 +318,7 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
                 "96 KiB in flight beside the tile stored; counted: "
                 "sm90 1.74 floors (l2), 20 % issue"),
             Row(SINGLE, MAX_RANK, Tile(32, 64, 32, 16, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
-                "sm90 2.27 floors (shared), 57 % issue"),
+                "fp32: small tiles, no spills; counted: sm90 2.27 floors (shared), 57 % issue"),
         ),
     },
     "widened_ffn": {
@@ -288,19 +335,18 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         # wide in n: the workspace of dt, 8 M R N / BLOCK_N bytes, shrinks with BLOCK_N
         "sm80": (
             Row(HALF, 16, Tile(64, 256, num_warps=8, num_stages=2),
-                "workspace 1/4 of dy at R = 16; counted: "
-                "sm80 2.87 floors (shared), 21 % issue"),
+                "workspace 1/4 of dy at R = 16; counted: sm80 2.87 floors (shared), 21 % issue"),
             Row(HALF, 64, Tile(32, 64, num_warps=4, num_stages=2),
                 "no spills with the mask and gelu in the loop; counted: "
                 "sm80 6.72 floors (shared), 24 % issue"),
         ),
         "sm90": (
-            Row(HALF, 16, Tile(64, 256, num_warps=8, num_stages=3),
+            Row(HALF, 16, Tile(64, 256, num_warps=4, num_stages=3),
                 "workspace 1/4 of dy at R = 16, 96 KiB of dy in flight; counted: "
-                "sm90 3.82 floors (shared), 23 % issue"),
-            Row(HALF, 64, Tile(64, 128, num_warps=8, num_stages=2),
+                "sm90 2.39 floors (shared), 29 % issue"),
+            Row(HALF, 64, Tile(128, 128, num_warps=8, num_stages=2),
                 "no spills with the mask and gelu in the loop; counted: "
-                "sm90 5.24 floors (shared), 24 % issue"),
+                "sm90 3.85 floors (shared), 29 % issue"),
         ),
         "sm100": (
             Row(HALF, 16, Tile(64, 256, num_warps=8, num_stages=2),
@@ -311,7 +357,7 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         "any": (
             Row(HALF, 64, Tile(64, 64, num_warps=4, num_stages=2), "fits 64 KiB; unmeasured"),
             Row(SINGLE, 64, Tile(16, 32, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; counted: "
+                "fp32: small tiles, no spills; counted: "
                 "sm80 4.08 floors (shared), 35 % issue; sm90 7.32 floors (shared), 36 % issue"),
         ),
     },

@@ -74,13 +74,22 @@ def test_the_floor_is_the_larger_of_bytes_and_flops():
     assert floor(0, 108 * 128 * 9, 32, A100) == pytest.approx(9)
 
 
+def filled(value: float, *shape: int) -> np.ndarray:
+    """An array that begins where a sector does."""
+    memory = np.zeros(int(np.prod(shape)) + 8, np.float32)
+    start = -(memory.ctypes.data // 4) % 8
+    found = memory[start : start + memory.size - 8].reshape(shape)
+    found[:] = value
+    return found
+
+
 def test_one_program_stands_for_all():
     body = """
     ld.param.u64 %rd4, [p1]; mul.wide.u32 %rd5, %r1, 4; add.s64 %rd4, %rd4, %rd5;
     .reg .f32 %f<3>; ld.global.f32 %f1, [%rd1]; ld.global.f32 %f2, [%rd4];
     mul.f32 %f1, %f1, %f2; ex2.approx.f32 %f1, %f1; st.global.f32 [%rd1], %f1;
     """
-    x, w = np.ones((64, 128), np.float32), np.full(128, 3, np.float32)
+    x, w = filled(1, 64, 128), filled(3, 128)
     launch = program(WORD_OF_THREAD + body, x, w, threads=128, blocks=64)
     found = sampled.work(launch, sampled.sample(launch), 20, 0)
     assert (x == np.where(np.arange(64) == 32, 8, 1)[:, None]).all()

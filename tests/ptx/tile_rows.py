@@ -33,7 +33,7 @@ class Place:
     @property
     def key(self) -> list:
         """What the row is found by in the file."""
-        return [self.table, self.target, self.arch, self.row.bits, self.row.limit]
+        return [self.table, self.target, self.row.bits, self.row.limit]
 
     @property
     def size(self) -> int:

@@ -41,7 +41,7 @@ def lines(found: dict[tuple, Counted]) -> list[tuple]:
     times, _ = measured()
     said = []
     for key, counted in found.items():
-        known = times.get(counted.case, {}) if key[1] == "sm90" and key[3] == 16 else {}
+        known = times.get(counted.case, {}) if key[1] == "sm90" and key[2] == 16 else {}
         both = [(tile, each, known[without_ranks(tile)]) for tile, each in counted.ordered()
                 if without_ranks(tile) in known]  # fmt: skip
         if len(both) < 3:

@@ -16,7 +16,7 @@ from .tile_rows import Place, places
 FILE = Path(__file__).parent / "counted_tiles.json"
 TILES = Path(__file__).parents[2] / "kernels" / "tiles.py"
 MARK = "; counted: "
-WIDTH = 80  # of the counts on a line of kernels/tiles.py
+WIDTH = 80  # of the words on a line of kernels/tiles.py
 CLEAR = 0.8  # of the row's own clocks: what another tile must come to
 
 
@@ -42,7 +42,7 @@ class Counted:
     @property
     def floor(self) -> float:
         """The clocks of the promise."""
-        return floor(self.bytes, self.flops, self.key[3], PEAKS[self.key[1]])
+        return floor(self.bytes, self.flops, self.key[2], PEAKS[self.key[1]])
 
     def ordered(self) -> list[tuple[Tile, Estimate]]:
         """The tiles that were counted: fewest clocks first, of equal ones the one with less to do
@@ -153,12 +153,13 @@ def page(found: dict[tuple, Counted], beside: list[str]) -> None:
 
 
 def into_tiles(found: dict[tuple, Counted]) -> None:
-    """Write the words into kernels/tiles.py, in the place of *unmeasured* or of earlier words."""
+    """Write the words into kernels/tiles.py, in the place of *unmeasured* or of earlier words; a
+    row that no target reaches any more is *unmeasured* again."""
     text, said = TILES.read_text(), reasons(found)
     lines = text.splitlines(keepends=True)
     for key, constant in reversed(list(strings(text))):
-        if key in said:
-            replaced(lines, constant, said[key])
+        if key in said or MARK in constant.value:
+            replaced(lines, constant, said.get(key, []))
     TILES.write_text("".join(lines))
 
 
@@ -180,9 +181,13 @@ def replaced(lines: list[str], constant: ast.Constant, said: list[str]) -> None:
     first, last = constant.lineno - 1, constant.end_lineno - 1
     before, after = lines[first][: constant.col_offset], lines[last][constant.end_col_offset :]
     reason = constant.value.partition(MARK)[0].removesuffix("; unmeasured")
-    whole = "; ".join(said)
-    counts = [whole] if len(whole) <= WIDTH else [*[f"{text}; " for text in said[:-1]], said[-1]]
-    each = [f"{reason}{MARK}", *counts]
+    counts = MARK + "; ".join(said) if said else "; unmeasured"
+    if len(reason + counts) <= WIDTH:
+        each = [reason + counts]
+    elif len(counts) - len(MARK) <= WIDTH:
+        each = [reason + MARK, counts.removeprefix(MARK)]
+    else:
+        each = [reason + MARK, *[f"{text}; " for text in said[:-1]], said[-1]]
     indent = " " * 16
     opening = before if before.isspace() else before.rstrip() + "\n" + indent
     lines[first : last + 1] = [opening + f"\n{indent}".join(f'"{part}"' for part in each) + after]

@@ -103,6 +103,7 @@ def count(place: Place, known: Counted | None) -> Counted:
             f" D={place.size}" if place.table.startswith("prefix") else ""
         )
         found = Counted(place.key, name, case.bytes, case.flops, [])
+        known = known if known and known.case == name else None
         others = [Tile(**entry["tile"]) for entry in known.entries] if known else []
         for tile in dict.fromkeys([*tiles(place), *others]):
             sampling.works.clear()
@@ -133,8 +134,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is imported
     torch.set_num_threads(1)
-    found = read()
-    chosen = [p for p in places() if p.table.startswith(options.only)
+    here = list(places())
+    found = {key: counted for key, counted in read().items() if list(key) in [p.key for p in here]}
+    chosen = [p for p in here if p.table.startswith(options.only)
               and options.target in (None, p.target)]  # fmt: skip
     for place in chosen:
         key, started = tuple(place.key), time.perf_counter()
