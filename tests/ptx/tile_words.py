@@ -96,8 +96,8 @@ def words(place: Place, counted: Counted) -> str | None:
         return None
     found = counted.estimate(entry)
     return (
-        f"{place.target} {found.clocks / counted.floor:.2f} floors ({found.bound}),"
-        f" {100 * found.issue:.0f} % issue"
+        f"{place.target} {found.clocks / counted.floor:.2f} by {found.bound},"
+        f" issue {100 * found.issue:.0f} %"
     )
 
 
