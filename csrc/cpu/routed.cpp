@@ -7,8 +7,8 @@
 // Maths    t = (mask_g * x) D_gᵀ + d_g;  out = base + s_g (h U_gᵀ + u_g), h = mask_g * f(t)
 //          out = base in rows of none; t is not written there, nor behind R_g.
 // Traffic  x read once; base read and out written once, whatever the number of methods. Besides, each
-//          D_g and U_g of a method that has rows is read once: (K + N) sum R_g elements; a thread
-//          that has rows of it transposes U_g. 2 M R (K + N) flops.
+//          D_g and U_g of a method that has rows is read once: (K + N) sum R_g elements. D_g is read
+//          as it lies; a thread that has rows of the method transposes U_g. 2 M R (K + N) flops.
 
 #include <torch/csrc/stable/library.h>
 
@@ -19,10 +19,12 @@
 namespace pelt_fast {
 namespace {
 
-constexpr Mask kWhole{};          // drops nothing
-constexpr int64_t kFewRows = 8;   // of a method: its factor is read as it lies, never transposed
-constexpr int kGroup = 4;         // of these rows that meet a factor at a time
-constexpr int64_t kDepth = 1024;  // of their columns: they stay in the first cache
+constexpr Mask kWhole{};         // drops nothing
+constexpr int64_t kFewRows = 8;  // of a method: U_g is read as it lies, never transposed
+constexpr int64_t kDepth = 1024;
+
+// Columns of x and D_g at a time: few enough that those of D_g stay in the second cache.
+inline int64_t depth_of(int64_t rank) { return rank > 64 ? kDepth / 2 : kDepth; }
 
 struct Down {
   Rows<void> x, t;
@@ -51,66 +53,47 @@ PELT_FAST_INLINE const float* wide_row(float* to, const Rows<void>& x, const Mas
   return to;
 }
 
-// s += drop(x) D_gᵀ for at most kFewRows rows: dot products of rows as they lie.
+// t = drop(x) D_gᵀ + start for a block: dot products of rows as they lie, so that nothing is packed.
 template <int W, typename T>
-PELT_FAST_INLINE void down_few(const Down& g, const Method& method, const Mask& mask, Tile& s,
-                               float* weight, const Block& block) {
+PELT_FAST_INLINE void down_one(const Down& g, int number, const float* start, const float* weight,
+                               const Block& block) {
+  alignas(64) Tile s;
   alignas(64) float wide[kGroup][kDepth];
-  const float* d = upright(weight, g.down, method.first * g.width, method.rank, g.width, g.width);
-  for (int64_t first = 0; first < g.width; first += kDepth) {
-    const int64_t count = std::min(kDepth, g.width - first);
+  const int64_t rank = g.plan->methods[number].rank, depth = depth_of(rank);
+  const Mask mask = g.masks->of(number);
+  for (int i = 0; i < block.rows; ++i) std::memcpy(s[i], start, rank * sizeof(float));
+  for (int64_t first = 0; first < g.width; first += depth) {
+    const int64_t count = std::min(depth, g.width - first);
     for (int i = 0; i < block.rows; i += kGroup) {
       const float* x[kGroup];
       const int rows = std::min(kGroup, block.rows - i);
       for (int a = 0; a < rows; ++a)
         x[a] = wide_row<T>(wide[a], g.x, mask, block, i + a, first, count);
-      dots<W>(s, i, rows, x, d + first, g.width, method.rank, count);
+      dots<W>(s, i, rows, x, weight + first, g.width, rank, count);
     }
   }
-}
-
-// A block of a method. `weight` gets D_g transposed, a tile of columns behind the other, each just
-// before its first product; `is_packed` says that it was.
-template <int W, typename T>
-PELT_FAST_INLINE void down_one(const Down& g, int number, const float* start, float* weight,
-                               bool is_packed, const Block& block) {
-  alignas(64) Tile s;
-  const Method& method = g.plan->methods[number];
-  const Mask mask = g.masks->of(number);
-  const int64_t pad = narrow(method.rank);
-  for (int64_t i = 0; i < block.products(); ++i) std::memcpy(s[i], start, pad * sizeof(float));
-  if (method.rows <= kFewRows) {
-    down_few<W, T>(g, method, mask, s, weight, block);
-  } else {
-    for (int64_t column = 0; column < g.width; column += kColumns) {
-      const int64_t from = method.first * g.width + column;
-      float* a = weight + column * pad;
-      if (!is_packed)
-        transpose_piece(a, {g.down, from, g.width, method.rank, block.columns(column)}, pad);
-      down_tile<W, T>(s, g.x, a, pad, mask, block, column);
-    }
-  }
-  store_narrow<T>(s, g.t, block, method.rank);
+  store_narrow<T>(s, g.t, block, rank);
 }
 
 // Tasks [first, last), a block each.
 template <int W>
 PELT_FAST_INLINE void routed_down(const Down& g, int64_t first, int64_t last) {
   const Plan& plan = *g.plan;
-  const Buffer weight = buffer(narrow(plan.most_rank) * g.width);
+  const Buffer scratch = buffer(g.down.dtype == ScalarType::Float ? 0 : plan.most_rank * g.width);
   alignas(64) float start[kMaxRank];
+  const float* weight = nullptr;
   int current = -1;
   for (int64_t i = first; i < last; ++i) {
     const Task& task = plan.tasks[i];
-    const bool is_packed = task.method == current;
-    if (!is_packed) {
-      const Method& method = plan.methods[task.method];
-      std::fill_n(start, narrow(method.rank), 0.0f);
+    if (task.method != current) {
+      const Method& method = plan.methods[current = task.method];
+      std::fill_n(start, method.rank, 0.0f);
       if (g.biases.data != nullptr) widen(start, g.biases, method.first, method.rank);
+      const int64_t from = method.first * g.width;
+      weight = upright(scratch.get(), g.down, from, method.rank, g.width, g.width);
     }
-    current = task.method;
-    PELT_FAST_BY_TYPE(g.dtype, down_one<W, T>(g, current, start, weight.get(), is_packed,
-                                              plan.blocks[task.first]))
+    const Block& block = plan.blocks[task.first];
+    PELT_FAST_BY_TYPE(g.dtype, down_one<W, T>(g, current, start, weight, block))
   }
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(routed_down, Down)

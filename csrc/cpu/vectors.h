@@ -55,46 +55,55 @@ PELT_FAST_INLINE typename VectorOf<W>::type sums_of(typename VectorOf<W>::type (
   return v[0];
 }
 
-// sums[i][r] += Σ x[i] d[r] over `count` numbers: MR rows of x by W / MR rows of d at a time. Rows
-// past the last are the last again, and their sums are not kept.
-template <int W, int MR>
+constexpr int kGroup = 3;  // rows of x in one call of dots: twelve sums of four dots keep both units busy
+
+// sums[row + i][r] += Σ x[i] d[r] over `count` numbers, for `rank` rows of d: MR rows of x by NR of d
+// at a time. Rows past the last are the last again, and their sums are not kept.
+template <int W, int MR, int NR>
 PELT_FAST_INLINE void dots_of(Tile& sums, int row, int rows, const float* const* x, const float* d,
                               int64_t stride, int64_t rank, int64_t count) {
   using Vector = typename VectorOf<W>::type;
-  constexpr int NR = W / MR;
+  constexpr int kWhole = (MR * NR + W - 1) / W * W;
+  const float *left[MR], *right[NR];
+  for (int a = 0; a < MR; ++a) left[a] = x[std::min(a, rows - 1)];
   for (int64_t r = 0; r < rank; r += NR) {
-    const float *left[MR], *right[NR];
-    for (int a = 0; a < MR; ++a) left[a] = x[std::min(a, rows - 1)];
     for (int b = 0; b < NR; ++b) right[b] = d + std::min<int64_t>(r + b, rank - 1) * stride;
-    Vector sum[W] = {};
+    Vector sum[kWhole] = {};
     int64_t k = 0;
     for (; k + W <= count; k += W) {
-      Vector v[NR];
-#pragma GCC unroll 16
-      for (int b = 0; b < NR; ++b) v[b] = *reinterpret_cast<const Vector*>(right[b] + k);
+      Vector u[MR];
 #pragma GCC unroll 4
-      for (int a = 0; a < MR; ++a) {
-        const Vector u = *reinterpret_cast<const Vector*>(left[a] + k);
+      for (int a = 0; a < MR; ++a) u[a] = *reinterpret_cast<const Vector*>(left[a] + k);
 #pragma GCC unroll 16
-        for (int b = 0; b < NR; ++b) sum[a * NR + b] += u * v[b];
+      for (int b = 0; b < NR; ++b) {
+        const Vector v = *reinterpret_cast<const Vector*>(right[b] + k);
+#pragma GCC unroll 4
+        for (int a = 0; a < MR; ++a) sum[b * MR + a] += v * u[a];
       }
     }
-    const Vector found = sums_of<W>(sum);
-    for (int a = 0; a < std::min(MR, rows); ++a)
-      for (int b = 0; b < NR && r + b < rank; ++b) {
-        float rest = found[a * NR + b];
+#pragma GCC unroll 4
+    for (int first = 0; first < kWhole; first += W) {
+      Vector some[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) some[i] = sum[first + i];
+      const Vector found = sums_of<W>(some);
+      for (int i = 0; i < W; ++i) {
+        const int a = (first + i) % MR, b = (first + i) / MR;
+        if (a >= rows || b >= NR || r + b >= rank) continue;
+        float rest = found[i];
         for (int64_t j = k; j < count; ++j) rest += left[a][j] * right[b][j];
         sums[row + a][r + b] += rest;
       }
+    }
   }
 }
 
-// The same for at most four rows of x.
+// The same for at most kGroup rows of x.
 template <int W>
 PELT_FAST_INLINE void dots(Tile& sums, int row, int rows, const float* const* x, const float* d,
                            int64_t stride, int64_t rank, int64_t count) {
-  if (rows > 1) return dots_of<W, 4>(sums, row, rows, x, d, stride, rank, count);
-  dots_of<W, 1>(sums, row, rows, x, d, stride, rank, count);
+  if (rows > 1) return dots_of<W, kGroup, 4>(sums, row, rows, x, d, stride, rank, count);
+  dots_of<W, 1, 8>(sums, row, rows, x, d, stride, rank, count);
 }
 
 }  // namespace pelt_fast
