@@ -204,8 +204,8 @@ PELT_FAST_INLINE void up_backward_block(Tile* dh, const Tile* h, const Rows<void
 // dx = base + drop(ds a), part += dsᵀ drop(x), each where it is not missing;  a (rank, wide), part
 // (pad, wide), pad a multiple of 8.
 template <int W, typename T>
-PELT_FAST_INLINE void down_backward_block(const Tile& ds, int64_t rank, int64_t pad,
-                                          const float* a, const Rows<void>& base, const Rows<void>& dx,
+PELT_FAST_INLINE void down_backward_block(const Tile& ds, int64_t rank, int64_t pad, const float* a,
+                                          const Rows<void>& base, const Rows<void>& dx,
                                           const Rows<void>& x, float* part, const Mask& mask,
                                           const Block& block) {
   alignas(64) Tile tile, factor;

@@ -139,8 +139,8 @@ PELT_FAST_INLINE void up_few(const Up& g, const Method& method, const Tile& h, c
   const int64_t wide = padded(method.rank, W);
   for (int64_t n = 0; n < g.width; n += W) {
     const int64_t count = std::min<int64_t>(W, g.width - n);
-    const float* u = upright(weight, g.up, method.first * g.width + n * method.rank, count,
-                             method.rank, wide);
+    const float* u =
+        upright(weight, g.up, method.first * g.width + n * method.rank, count, method.rank, wide);
     for (int i = 0; i < block.rows; ++i) {
       Vector sum[W] = {};
       for (int64_t r = 0; r < wide; r += W) {

@@ -20,7 +20,8 @@ std::vector<Segment> checked(const Tensor& segments, int64_t methods, int64_t ro
     PELT_FAST_CHECK(s.row >= 0 && s.rows >= 0 && s.rows <= rows - s.row && s.method >= -1 &&
                         s.method < methods && s.drawn >= 0,
                     "segments must lie in ", rows, " rows and be of a method from -1 to ",
-                    methods - 1, ", got (", s.row, ", ", s.rows, ", ", s.method, ", ", s.drawn, ")");
+                    methods - 1, ", got (", s.row, ", ", s.rows, ", ", s.method, ", ", s.drawn,
+                    ")");
     if (s.rows > 0) found.push_back(s);
   }
   std::sort(found.begin(), found.end(),
@@ -83,8 +84,8 @@ class Planner {
       }
     for (size_t rows; first < plan_.at.size(); first += rows) {
       rows = std::min<size_t>(kRows, plan_.at.size() - first);
-      plan_.blocks.push_back({0, width_, static_cast<int>(rows), false, 0,
-                              plan_.at.data() + first, plan_.drawn_at.data() + first});
+      plan_.blocks.push_back({0, width_, static_cast<int>(rows), false, 0, plan_.at.data() + first,
+                              plan_.drawn_at.data() + first});
     }
   }
 

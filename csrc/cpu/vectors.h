@@ -55,7 +55,8 @@ PELT_FAST_INLINE typename VectorOf<W>::type sums_of(typename VectorOf<W>::type (
   return v[0];
 }
 
-constexpr int kGroup = 3;  // rows of x in one call of dots: twelve sums of four dots keep both units busy
+constexpr int kGroup =
+    3;  // rows of x in one call of dots: twelve sums of four dots keep both units busy
 
 // sums[row + i][r] += Σ x[i] d[r] over `count` numbers, for `rank` rows of d: MR rows of x by NR of d
 // at a time. Rows past the last are the last again, and their sums are not kept.

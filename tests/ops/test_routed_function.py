@@ -140,6 +140,22 @@ def test_methods_may_lack_factors_and_biases():
     assert torch.equal(none, base)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomaly_detection_finds_nothing_in_what_is_not_written():
+    f, x = factors(dtype=torch.float32), torch.randn(3, K, requires_grad=True)
+    routes = torch.tensor([0, -1, 3])
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        with torch.autograd.detect_anomaly():
+            y = functional.routed_beside(
+                x, torch.zeros(3, N), routes, f.downs, f.ups, scales=SCALES
+            )
+            y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.isfinite(x.grad).all()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_draws_the_same_masks_again(reentrant):
     f, weight = factors(dtype=torch.float32), torch.randn(N, K)
@@ -225,7 +241,8 @@ BAD = [
      r"up_weights\[1\] must have shape \(12, 3\), got \(13, 3\)"),
     (dict(down_biases=[torch.randn(3), None]), ValueError, r"down_biases\[0\] must have shape \(2\)"),
     (dict(down_biases=[torch.randn(2).double(), None]), TypeError, r"down_biases\[0\] must be"),
-    (dict(scales=[1.0, float("nan")]), ValueError, "scale must be a finite number, got nan"),
+    (dict(scales=[1.0, float("nan")]), ValueError, r"scales\[1\] must be a finite number, got nan"),
+    (dict(scales=[torch.ones(()), 1.0]), ValueError, r"scales\[0\] must be a finite number, got tens"),
     (dict(activation="swish"), ValueError, "activation must be one of"),
     (dict(dropout_p=[0.1]), ValueError, "dropout_p must be a number or .* scales, 2, got 1"),
     (dict(input_dropout_p=1.0), ValueError, r"input_dropout_p must be in \[0, 1\), got 1.0"),

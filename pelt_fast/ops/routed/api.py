@@ -1,5 +1,6 @@
 """The public function of many methods in one batch: arguments are checked, then the ops run."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,8 +94,9 @@ def routed_beside(
     none = [None] * count
     given = _Given(down_weights, up_weights, down_biases or none, up_biases or none)
     ranks, outputs = _check_factors(x, count, given)
-    for scale in scales:
-        check.update_scale(scale, 1)
+    for i, scale in enumerate(scales):
+        if not isinstance(scale, (int, float)) or not abs(scale) < math.inf:
+            raise ValueError(f"scales[{i}] must be a finite number, got {scale!r}")
     check.choice("activation", activation, ACTIVATIONS)
     drops = [
         _dropout(name, p, x, count, training)

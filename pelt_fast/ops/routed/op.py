@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,7 +18,7 @@ from pelt_fast.ops.common.bundles import (
     unflatten,
 )
 from pelt_fast.ops.common.library import Op, OpFunction, fake_gradients, keep_needed, run
-from pelt_fast.ops.common.parts import widest
+from pelt_fast.ops.common.parts import parts_of, widest
 
 from . import cpu, reference
 
@@ -142,12 +143,23 @@ class RoutedUpFunction(OpFunction):
             dy.contiguous(), t, up_weights, segments, ranks, *transform, probabilities, seeds,
             needs, backend=backend,
         )  # fmt: skip
+        dt, *small = keep_needed(grads, needs)
+        if dt is not None and torch.is_anomaly_enabled():  # it looks for NaN in the whole of dT
+            dt = _only_written(dt, Segments(segments, ranks))
         nothing = (*NOTHING[Segments], *NOTHING[RoutedTransform], *NOTHING[RoutedDropout])
-        return dy if need_base else None, *keep_needed(grads, needs), *nothing
+        return dy if need_base else None, dt, *small, *nothing
 
     @staticmethod
     def infer(*args):
         return up_fwd(*args, backend=active.name)
+
+
+def _only_written(t: Tensor, where: Segments) -> Tensor:
+    """T or its gradient with zeros where nothing was written."""
+    found = torch.zeros_like(t)
+    for part in parts_of(where):
+        found[part.rows, : part.rank] = t[part.rows, : part.rank]
+    return found
 
 
 def _flat(x: Tensor) -> Tensor:
