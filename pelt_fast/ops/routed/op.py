@@ -144,7 +144,8 @@ class RoutedUpFunction(OpFunction):
             needs, backend=backend,
         )  # fmt: skip
         dt, *small = keep_needed(grads, needs)
-        if dt is not None and torch.is_anomaly_enabled():  # it looks for NaN in the whole of dT
+        watched = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
+        if dt is not None and watched:  # anomaly detection looks for NaN in the whole of dT
             dt = _only_written(dt, Segments(segments, ranks))
         nothing = (*NOTHING[Segments], *NOTHING[RoutedTransform], *NOTHING[RoutedDropout])
         return dy if need_base else None, dt, *small, *nothing
