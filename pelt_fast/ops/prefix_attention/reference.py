@@ -65,7 +65,7 @@ def _drop_factor(weights: Tensor, drop: Dropout, kind: int, mask: Mask) -> Tenso
     p, seed = drop
     if seed is None:
         return 1.0
-    _, heads, queries, keys = weights.shape
+    batch, heads, queries, keys = weights.shape
     width = keys if kind else mask.width
     size, rows = heads * queries * width, mask.rows
     runs = [(row, row + 1) for row in rows]
@@ -73,7 +73,7 @@ def _drop_factor(weights: Tensor, drop: Dropout, kind: int, mask: Mask) -> Tenso
         runs = [(rows.start, rows.stop)]
     parts = [keep_mask(first * size, last * size, p, seed[kind]) for first, last in runs]
     keep = parts[0] if len(parts) == 1 else torch.cat(parts)
-    keep = keep.view(-1, heads, queries, width)[..., :keys]
+    keep = keep.view(batch, heads, queries, width)[..., :keys]
     return keep.to(weights.dtype).mul_(keep_scale(p))
 
 
