@@ -6,9 +6,9 @@
 //          o = exp(lse - l) o + W v, lse = l;  added: W = softmax S or relu S, o = o + W v
 //          dW = do vᵀ;  dS = W (dW - δ), δ = Σ do o (gated) or Σ W dW; relu: dS = dW where S > 0
 //          dq += scale dS k;  dk = scale dSᵀ q;  dv = Wᵀ do, parts of rows added in their order
-// Spans    the keys and values of several methods lie behind each other in k and v, and `spans`
-//          (B, 2) has the first key and the number of keys of each batch row's prefix: 0 for none, of
-//          which nothing is read or written. Without spans all rows have all keys.
+// Spans    the keys and values of several methods lie behind each other in k and v; `spans` (B, 2)
+//          has the first key and the number of keys of each batch row's prefix. Nothing of a row
+//          without keys is read or written. Without spans all rows have all keys.
 // Traffic  forward q, o read, o written; backward q, do, o, dq read, dq written. Scores stay in
 //          cache, kRows queries at a time.
 
@@ -21,9 +21,9 @@ namespace {
 
 constexpr int64_t kParts = 8;  // of the rows of a head, at most
 
-// One head of one method's keys and values in fp32, padded with zeros, as the products read them. A
-// thread packs them when it comes to them: work goes by heads, so that they serve all of the method's
-// rows and stay in cache.
+// One head of one method's keys and values in fp32, padded with zeros, as the products read them.
+// A thread packs them when it comes to them: work goes by heads, so that they serve all rows of the
+// method and stay in cache.
 struct Packed {
   float *kt, *k, *v, *vt;  // (padded D, pad) and (pad, padded D); the keys times scale
   const Method* method = nullptr;
@@ -149,8 +149,8 @@ PELT_FAST_INLINE void backward_block(const Prefix& g, const Packed& p, int64_t b
   store<T>(other, dq, g.dq.row, dq, g.dq.row, rows, dim);
 }
 
-// A part of one method's blocks of rows, in their order, and its sums: dk, dv (pad, padded D). Which
-// blocks is of the shape alone, never of the threads or of the other methods.
+// A part of one method's blocks of rows, in their order, and its sums: dk, dv (pad, padded D).
+// Which blocks is of the shape alone, never of the threads or of the other methods.
 struct Part {
   const Method* method;
   int64_t first, last;
@@ -232,9 +232,8 @@ void prefix_merge_(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, double sc
   Prefix g = checked(q, lse, k, v, relu, gated, spans);
   g.scale = static_cast<float>(scale);
   g.o = heads_of("o", o, q, g.dtype);
-  if (g.queries <= kFewQueries && g.dim % kPad == 0 && k.stride(2) == 1 && v.stride(2) == 1) {
+  if (g.queries <= kFewQueries && g.dim % kPad == 0 && k.stride(2) == 1 && v.stride(2) == 1)
     return merge_few_queries(g);
-  }
   const auto rows = static_cast<int64_t>(g.routing.rows.size());
   run(merge_for_this_machine, g, rows * g.heads * g.blocks(), 4);
 }

@@ -111,17 +111,21 @@ inline Heads prefix_rows(const Tensor& p) {
   return {const_cast<void*>(p.const_data_ptr()), 0, p.stride(0), p.stride(1), p.stride(2)};
 }
 
-// (first key, keys) of each batch row's prefix, from `spans` (B, 2), without those of no keys; one
-// prefix of all keys for every row where `spans` is missing.
-inline std::vector<std::pair<int64_t, int64_t>> row_spans(const std::optional<Tensor>& spans,
-                                                          int64_t batch, int64_t keys) {
-  if (!spans.has_value()) return {static_cast<size_t>(batch), {0, keys}};
+using Span = std::pair<int64_t, int64_t>;  // the first key and the number of keys
+
+// The span of each batch row's prefix, from `spans` (B, 2); all keys where it is missing.
+inline std::vector<Span> row_spans(const std::optional<Tensor>& spans, int64_t batch,
+                                   int64_t keys) {
+  std::vector<Span> found;
+  if (!spans.has_value()) {
+    found.assign(batch, {0, keys});
+    return found;
+  }
   PELT_FAST_CHECK(spans->dim() == 2 && spans->size(0) == batch && spans->size(1) == 2 &&
                       spans->is_cpu() && spans->scalar_type() == ScalarType::Long &&
                       spans->is_contiguous(),
                   "spans must be contiguous int64 (", batch, ", 2) on the CPU, got ",
                   shape_of(*spans));
-  std::vector<std::pair<int64_t, int64_t>> found;
   const auto* span = static_cast<const int64_t*>(spans->const_data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = span[2 * b], length = span[2 * b + 1];
@@ -134,7 +138,7 @@ inline std::vector<std::pair<int64_t, int64_t>> row_spans(const std::optional<Te
 }
 
 // Rows of q with the same span have one method.
-inline Routing routed(const std::vector<std::pair<int64_t, int64_t>>& spans) {
+inline Routing routed(const std::vector<Span>& spans) {
   Routing routing{};
   auto sorted = spans;
   std::sort(sorted.begin(), sorted.end());
@@ -146,7 +150,7 @@ inline Routing routed(const std::vector<std::pair<int64_t, int64_t>>& spans) {
                     "spans must not overlap, got two around key ", first);
     const auto begin = static_cast<int64_t>(routing.rows.size());
     for (size_t b = 0; b < spans.size(); ++b)
-      if (spans[b] == std::pair{first, length}) routing.rows.push_back(static_cast<int64_t>(b));
+      if (spans[b] == Span{first, length}) routing.rows.push_back(static_cast<int64_t>(b));
     const auto end = static_cast<int64_t>(routing.rows.size());
     routing.of.resize(routing.rows.size(), routing.methods.size());
     routing.methods.push_back({first, length, padded(length), begin, end});

@@ -105,8 +105,8 @@ PELT_FAST_INLINE void few(const Prefix& g, int64_t first, int64_t last) {
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(few, Prefix)
 
-// Attention of a few queries over prefix and context, which no mask hides: a decoder's step. Rows of
-// no prefix are left as they are.
+// Attention of a few queries over prefix and context, which no mask hides: a decoder's step. Rows
+// of no prefix are left as they are.
 void prefix_few_queries_(Tensor o, Tensor lse, Tensor q, Tensor context_k, Tensor context_v,
                          Tensor k, Tensor v, double scale, std::optional<Tensor> spans) {
   Prefix g = checked(q, lse, k, v, false, true, spans);
@@ -130,7 +130,8 @@ void prefix_few_queries_(Tensor o, Tensor lse, Tensor q, Tensor context_k, Tenso
 
 void merge_few_queries(const Prefix& g) {
   const auto rows = static_cast<int64_t>(g.routing.rows.size());
-  const int64_t grain = std::max<int64_t>(1, 2048 / std::max<int64_t>(1, g.keys + g.routing.longest));
+  const int64_t keys = std::max<int64_t>(1, g.keys + g.routing.longest);
+  const int64_t grain = std::max<int64_t>(1, 2048 / keys);
   run(few_for_this_machine, g, rows * g.heads * g.queries, grain);
 }
 
