@@ -32,11 +32,9 @@ def load_context(lse_base, o_base, stride, offs_t, T, offs_d, D):
 
 
 @triton.jit
-def own_prefix(span_ptr, b, k_base, v_base, stride_kp, stride_vp):
-    """The keys and values of batch row b's own prefix, and its length."""
-    first = tl.load(span_ptr + 2 * b)
-    length = tl.load(span_ptr + 2 * b + 1).to(tl.int32)
-    return k_base + first * stride_kp, v_base + first * stride_vp, length
+def own_span(span_ptr, b):
+    """The first key of batch row b's own prefix, and its length."""
+    return tl.load(span_ptr + 2 * b), tl.load(span_ptr + 2 * b + 1).to(tl.int32)
 
 
 @launched
@@ -91,17 +89,22 @@ def prefix_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     scale = tl.cast(scale, tl.float32)
     kept = tl.cast(keep_scale, tl.float32)
+    length = P
+    if ROUTED:
+        own_first, length = own_span(span_ptr, b)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, T, offs_d, D)
     if HAS_CONTEXT:
         context_base = context_o_ptr + b * stride_cb + h * stride_ch
         own_base = context_lse_ptr + b * stride_lb + h * stride_lh
-        if not DROP:  # loaded early, beside the prefix's work; a mask leaves too few registers
+        # loaded early, beside the prefix's work, where that leaves enough registers
+        LATE: tl.constexpr = DROP or (ROUTED and q.dtype == tl.float32)
+        if not LATE:
             own, context = load_context(own_base, context_base, stride_ct, offs_t, T, offs_d, D)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh
-    length = P
     if ROUTED:
-        k_base, v_base, length = own_prefix(span_ptr, b, k_base, v_base, stride_kp, stride_vp)
+        k_base += own_first * stride_kp
+        v_base += own_first * stride_vp
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
@@ -126,7 +129,7 @@ def prefix_fwd_kernel(
         acc = dot(w.to(q.dtype), pv, acc)
     inside = (offs_t < T)[:, None] & (offs_d < D)[None, :]
     if HAS_CONTEXT:
-        if DROP:
+        if LATE:
             own, context = load_context(own_base, context_base, stride_ct, offs_t, T, offs_d, D)
         context = tl.where((own == float("-inf"))[:, None], 0.0, context.to(tl.float32))
     else:
@@ -145,7 +148,7 @@ def prefix_fwd_kernel(
         out = context + acc / total[:, None]
     else:
         out = context + acc
-    if ROUTED:
+    if ROUTED and FORM != "relu":
         out = tl.where(length > 0, out, context)
     place = o_ptr + b * stride_ob + h * stride_oh + offs_t.to(tl.int64)[:, None] * stride_ot
     tl.store(place + offs_d[None, :], out.to(o_ptr.dtype.element_ty), mask=inside)

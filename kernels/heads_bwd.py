@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pelt_fast.kernels.common import dot, load_rows
 from pelt_fast.kernels.config import cdiv, split
-from pelt_fast.kernels.heads import blocks_of, form_of, own_prefix
+from pelt_fast.kernels.heads import blocks_of, form_of, own_span
 from pelt_fast.kernels.heads_weights import softmax_rows, weight_gradients
 from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.reduce import reduce_pair, reduce_routed
@@ -81,14 +81,17 @@ def prefix_bwd_kernel_dq(
     offs_d = tl.arange(0, BLOCK_D)
     scale = tl.cast(scale, tl.float32)
     kept = tl.cast(keep_scale, tl.float32)
+    length = P
+    if ROUTED:
+        own_first, length = own_span(span_ptr, b)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, T, offs_d, D)
     do = load_rows(do_ptr + b * stride_gb + h * stride_gh, stride_gt, offs_t, T, offs_d, D)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh
-    length = P
     if ROUTED:
-        k_base, v_base, length = own_prefix(span_ptr, b, k_base, v_base, stride_kp, stride_vp)
-    rows = head * T + offs_t
+        k_base += own_first * stride_kp
+        v_base += own_first * stride_vp
+    rows = offs_t if ROUTED and not DROP else head * T + offs_t  # read for a mask alone
     lse = tl.zeros((BLOCK_T,), tl.float32)
     share = tl.zeros((BLOCK_T,), tl.float32)
     delta = tl.zeros((BLOCK_T,), tl.float32)
@@ -101,6 +104,8 @@ def prefix_bwd_kernel_dq(
             q, do, k_base, v_base, stride_kp, stride_vp, offs_d, rows, length, P, D, seed_ptr,
             scale, threshold, kept, DROP, ALIGNED, BLOCK_T, BLOCK_P,
         )  # fmt: skip
+        if ROUTED:  # made here, beside its use: kept during the pass above it would spill on sm_80
+            rows = head * T + offs_t
         plane = (tl.num_programs(0) // tiles).to(tl.int64) * T
         tl.store(row_lse_ptr + plane + rows, share, mask=offs_t < T)
     if FORM != "relu":
@@ -120,8 +125,6 @@ def prefix_bwd_kernel_dq(
         place = dq_ptr + b * stride_db + h * stride_dh + offs_t.to(tl.int64)[:, None] * stride_dt
         place += offs_d[None, :]
         inside = (offs_t < T)[:, None] & (offs_d < D)[None, :]
-        if ROUTED:
-            inside &= length > 0
         dq = tl.load(place, mask=inside, other=0.0).to(tl.float32) + acc * scale
         tl.store(place, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
@@ -181,6 +184,9 @@ def prefix_bwd_kernel(
     head = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     b, h = head // H, head % H
+    length = P
+    if ROUTED:
+        own_first, length = own_span(span_ptr, b)
     first = tl.program_id(1) * BLOCK_P
     offs_p = first + tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
@@ -188,9 +194,9 @@ def prefix_bwd_kernel(
     kept = tl.cast(keep_scale, tl.float32)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh
-    length = P
     if ROUTED:
-        k_base, v_base, length = own_prefix(span_ptr, b, k_base, v_base, stride_kp, stride_vp)
+        k_base += own_first * stride_kp
+        v_base += own_first * stride_vp
     low = q_ptr.dtype.element_ty
     pk = load_rows(k_base, stride_kp, offs_p, length, offs_d, D).to(low)  # [BLOCK_P, BLOCK_D]
     pv = load_rows(v_base, stride_vp, offs_p, length, offs_d, D).to(low)
