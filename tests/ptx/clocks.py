@@ -86,8 +86,9 @@ class Clocks:
         np.maximum.at(self.clocks, (warps, warps + COPY * self.warps), numbers)
 
     def fence(self, warps: np.ndarray) -> None:
-        """``fence.proxy.async``: what these warps know is fenced."""
+        """``fence.proxy.async``: what these warps know is fenced; what they do next is not."""
         self.fenced[warps] = np.maximum(self.fenced[warps], self.clocks[warps])
+        self.clocks[warps, warps] += 1
 
     def _name(self, agent: int) -> str:
         kinds = ("warp", "cp.async of warp", "wgmma of warp", "bulk store of warp")
