@@ -15,6 +15,7 @@ from .boxes import Box, Run, scattered
 from .clocks import BULK_STORE
 from .decode import Step, opcode
 from .errors import BadAccess, BadBarrier, MachineError, Unsupported
+from .fences import check_init
 from .mbarriers import SIZE, barrier_at, check_alive
 from .moves import address_of
 from .program import Immediate
@@ -149,8 +150,9 @@ def _start_load(machine, instruction, warp: int, region, targets) -> None:
     watch, known, parts = machine.watch, machine.watch.knowledge(warp), []
     for index, at in targets:
         check_alive(machine, at)
-        barrier_at(machine, at)
+        barrier = barrier_at(machine, at)
         watch._after_writes(at + np.arange(SIZE), np.full(SIZE, warp), "uses")
+        check_init(machine, barrier, warp)
         span = slice(index, index + region.size)
         _check_ordinary(machine, span)
         agent = watch.barrier_agent(at)

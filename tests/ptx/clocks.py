@@ -43,6 +43,7 @@ class Clocks:
         self.clocks = np.zeros((self.warps, self.agents), np.int32)
         self.clocks[np.arange(self.warps), np.arange(self.warps)] = 1
         self.fenced = np.zeros_like(self.clocks)
+        self.met = np.zeros(self.warps, np.int32)  # the clock of each warp at its last barrier
         self.started = np.zeros(self.agents, np.int32)
         self._barrier_agents: dict[int, int] = {}
 
@@ -71,6 +72,11 @@ class Clocks:
         known = self.knowledge(warp)
         self.clocks[warp, warp] += 1
         return known
+
+    def arrive(self, warp: int) -> Knowledge:
+        """``release`` at a barrier of the block or of the cluster."""
+        self.met[warp] = self.clocks[warp, warp]
+        return self.release(warp)
 
     def acquire(self, warp: int, known: Knowledge) -> None:
         """A warp learns."""
