@@ -20,7 +20,7 @@ from .mbarriers import SIZE, barrier_at, check_alive
 from .moves import address_of
 from .program import Immediate
 from .shared_memory import OPAQUE
-from .tensor_maps import map_at
+from .tensor_maps import check_acquired, map_at
 
 _LOADS = (
     ("shared::cluster", "global", "mbarrier::complete_tx::bytes"),
@@ -70,8 +70,9 @@ def _region_of(machine, operand, size, rank: int) -> Callable:
         places = [machine.registers.source(item, "s32") for item in operand.coordinates]
 
         def region(thread: slice):
-            found = map_at(machine, int(address(thread)[0]))
-            return Box(found, tuple(int(place[thread][0]) for place in places), rank)
+            at = int(address(thread)[0])
+            check_acquired(machine, at, int(machine.warp_of[thread][0]))
+            return Box(map_at(machine, at), tuple(int(place[thread][0]) for place in places), rank)
     else:
         sizes = machine.registers.source(size, "u32")
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from .decode import Step, opcode
 from .errors import Race
+from .moves import address_of
 from .program import Address, Immediate, Place
+from .tensor_maps import acquire_map
 
 _SCOPES = ("cta", "cluster", "gpu", "sys")
 _ORDERS = ("sc", "acq_rel", "acquire", "release")
@@ -128,4 +130,13 @@ def _map_fence(machine, instruction, kind):
     if kind[0] != "acquire":
         return None
     where, size = instruction.operands
-    return Step(_nothing) if isinstance(where, Address) and size == Immediate(128) else None
+    if not isinstance(where, Address) or size != Immediate(128):
+        return None
+    address = address_of(machine, where)
+
+    def run(threads) -> None:
+        warps = machine.warp_of[threads].tolist()
+        for at, warp in set(zip(address(threads).tolist(), warps)):
+            acquire_map(machine, at, warp)
+
+    return Step(run)
