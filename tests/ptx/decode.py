@@ -12,7 +12,7 @@ from .program import Instruction
 from .registers import Active, active
 
 FAMILIES = ("arithmetic", "bits", "floats", "halves", "comparing", "conversions", "atomics", "moves",
-            "control", "warps", "barriers", "fences", "clusters", "copies", "matrices", "mbarriers",
+            "control", "calls", "warps", "barriers", "fences", "clusters", "copies", "matrices", "mbarriers",
             "bulk", "tensor_maps", "wgmma")  # fmt: skip
 PLAIN, CONTROL, TOGETHER = 0, 1, 2  # kinds of step, added: TOGETHER needs whole warps
 BUILDERS: dict[str, list[Callable]] = {}
