@@ -59,7 +59,7 @@ def parse(text: str, name: str | None = None) -> Entry:
             read_shared(Tokens(found.group(), 1 + before.count("\n")), entry)
     listed = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.MULTILINE)
     files = {int(number): PurePath(path).name for number, path in listed}
-    found = definitions(text)
+    functions = definitions(text)
 
     def read(at: int, function: str = "") -> Part:
         tokens = Tokens(text[at : _end_of(text, at)], 1 + text.count("\n", 0, at))
@@ -67,7 +67,9 @@ def parse(text: str, name: str | None = None) -> Entry:
         check_names(entry, part)
         return part
 
-    link(entry, read(start), lambda name: read(found[name], name) if name in found else None)
+    link(
+        entry, read(start), lambda name: read(functions[name], name) if name in functions else None
+    )
     return entry
 
 

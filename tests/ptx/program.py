@@ -1,5 +1,6 @@
 """What a PTX text says, as data: entries, instructions, operands."""
 
+import functools
 from dataclasses import dataclass, field
 
 SIZES = {"pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2,
@@ -141,6 +142,11 @@ class Entry:
     start: int = 0
     functions: dict[str, Function] = field(default_factory=dict)
     passed: list[Variable] = field(default_factory=list)  # .param variables, a thread's own
+
+    @functools.cached_property
+    def uses_tensor_maps(self) -> bool:
+        """Whether it has copies by tensor maps."""
+        return any(i.root == "cp" and "tensor" in i.modifiers for i in self.code)
 
     @property
     def static_bytes(self) -> int:
