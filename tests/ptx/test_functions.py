@@ -151,14 +151,15 @@ def test_an_exit_in_a_function_ends_the_thread():
     assert (found == np.where(t * 10 > 100, 5, t * 10)).all()
 
 
-def test_a_warp_meets_in_a_function_that_all_its_threads_called():
-    """``shfl`` needs the whole warp: the threads were together at the call."""
-    functions = SUM.replace("LOOP:", "shfl.sync.bfly.b32 %r3, %r3, 1, 31, -1;\nLOOP:", 1)
-    found, _ = results(PARTED.split("activemask")[0].replace("7", "0") + call("sum", "%r10", "%r1", "0")
-                       + WRITE, functions.replace("sum", "other") + SUM + BOTH)  # fmt: skip
-    assert (found == np.arange(64)).all()
-    found, _ = results(call("other", "%r10", "%r1", "0") + WRITE, functions.replace("sum", "other"))
-    assert (found == np.arange(64) ^ 1).all()
+@pytest.mark.parametrize("before", ["", PARTED.split("activemask")[0]], ids=["at once", "parted"])
+@MODES
+def test_a_warp_is_whole_in_a_function_that_all_its_threads_call(before, mode):
+    """``shfl`` needs the whole warp, also after a part of it was in a function alone."""
+    other = SUM.replace("sum", "other").replace(
+        "LOOP:", "shfl.sync.bfly.b32 %r3, %r3, 1, 31, -1;\nLOOP:", 1
+    )
+    body = before + call("other", "%r10", "%r1", "0") + WRITE
+    assert (results(body, other + SUM + BOTH, mode)[0] == np.arange(64) ^ 1).all()
 
 
 STRUCTURE = """
