@@ -114,6 +114,10 @@ def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) 
 def _slice_of(module: nn.Module) -> PrefixSlice | QuerySlice | None:
     """The prefix of an attention module, if it acts now."""
     site = module.__dict__.get(SLICE)
+    if isinstance(site, RoutedSlice):
+        site = site.now()
+        if isinstance(site, RoutedSlice):
+            return site
     if site is None or not site.on:
         return None
     switch = site.switched.switch

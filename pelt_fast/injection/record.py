@@ -31,6 +31,7 @@ class Injection:
         self.layout: Layout | None = None  # where it is not a row of the table
         self.discovered = False  # whether that layout was found on the model itself
         self.sites: list[Site] = []
+        self.blocks: dict = {}  # the feed-forward blocks that sites run, by layer and entry
         self.head: list[str] = []  # names of the task head's parameters
         self.biases: list[str] = []  # names of the base's biases that the method trains
         self.trainable_before: dict[str, bool] = {}  # requires_grad, by parameter name

@@ -63,7 +63,7 @@ class Switch:
             return True
         if not self._depth.local.value:
             return False
-        run_again_in(self.turned_off)
+        run_again_in(self, self.turned_off)
         return True
 
     @contextlib.contextmanager

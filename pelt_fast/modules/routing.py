@@ -1,0 +1,174 @@
+"""Which method acts on each row of a batch: the routes of the forwards of one thread."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pelt_fast.ops.common.bundles import Segments
+from pelt_fast.ops.common.dropout import draw_seed, threshold
+from pelt_fast.ops.routed.segments import segments_of
+
+from .checkpointed import run_again_in
+from .per_thread import PerThread
+
+NONE = -1  # the id of the base alone
+
+
+class Routes:
+    """The method of each row of a batch.
+
+    A tensor whose leading dim is a multiple k B of the rows B has k neighbours for each row: beams,
+    returned sequences, or the tokens of a row.
+
+    Args:
+        methods: (B) int64, the id of each row's method, ``NONE`` for the base alone.
+        lengths: of a padding-free batch, the number of tokens of each of its B sequences.
+    """
+
+    def __init__(self, methods: Tensor, lengths: Tensor | None = None):
+        self.methods, self.lengths = methods, lengths
+        self.single = _single(methods)
+        self._tables: dict = {}
+        self._version = methods._version
+
+    def of(self, rows: int, device: torch.device) -> Tensor:
+        """The methods of the ``rows`` leading entries of a tensor, (rows) int64 on ``device``."""
+        return self._table(("of", rows, device), lambda: self._spread(rows).to(device))
+
+    def segments(self, rows: int, ranks: Sequence[int], device: torch.device) -> Segments:
+        """Where a matrix of ``rows`` rows runs which method, for methods of these ranks."""
+        key = ("segments", rows, tuple(ranks), device)
+        return self._table(key, lambda: self._segments(rows, ranks, device))
+
+    def rows(self, method: int, rows: int, device: torch.device) -> Tensor:
+        """The indices of the leading entries that are under a method."""
+        found = self._table(("rows", method, rows, device),
+                            lambda: (self._spread(rows) == method).nonzero()[:, 0])  # fmt: skip
+        return found.to(device)
+
+    def forget_tables(self) -> None:
+        """A forward begins: a graph that is recorded must make its tables itself."""
+        if self.methods.device.type != "cpu":
+            self._tables.clear()
+
+    def _table(self, key: tuple, make):
+        if self.methods._version != self._version:
+            self._tables.clear()
+            self._version, self.single = self.methods._version, _single(self.methods)
+        found = self._tables.get(key)
+        if found is None:
+            found = self._tables[key] = make()
+        return found
+
+    def _segments(self, rows: int, ranks: Sequence[int], device: torch.device) -> Segments:
+        if self.lengths is not None and rows != self.methods.numel():
+            return segments_of(self._spread(rows).to(device), rows, ranks)
+        self._check(rows)
+        return segments_of(self.methods.to(device), rows, ranks)
+
+    def _spread(self, rows: int) -> Tensor:
+        if self.lengths is not None and rows == int(self.lengths.sum()):
+            return self.methods.repeat_interleave(self.lengths.to(self.methods.device))
+        self._check(rows)
+        return self.methods.repeat_interleave(rows // max(self.methods.numel(), 1))
+
+    def _check(self, rows: int) -> None:
+        count = self.methods.numel()
+        if count and rows % count == 0:
+            return
+        tokens = "" if self.lengths is None else f" of {int(self.lengths.sum())} tokens"
+        raise ValueError(
+            f"routes name the methods of {count} rows{tokens}, and this forward has {rows}: give"
+            " one name for each row of the batch"
+        )
+
+
+def _single(methods: Tensor) -> int | None:
+    """The method of all rows, if there is one and the host knows it."""
+    if methods.device.type != "cpu" or not methods.numel():
+        return None
+    first = int(methods[0])
+    return first if bool((methods == first).all()) else None
+
+
+class Routing:
+    """The routes of one model. Its sites read them in each forward.
+
+    ``default`` holds where no block of routes is open: all rows under one method.
+    """
+
+    def __init__(self):
+        self.ids: dict[str, int] = {}
+        self.generators: dict[int, torch.Generator] = {}  # of methods with seeds of their own
+        self.default = Routes(torch.tensor([NONE]))
+        self._now = PerThread()
+
+    def id_of(self, name: str) -> int:
+        """The id of a method; a new name gets the next one."""
+        return self.ids.setdefault(name, max(self.ids.values(), default=NONE) + 1)
+
+    @property
+    def count(self) -> int:
+        """One more than the largest id."""
+        return max(self.ids.values(), default=NONE) + 1
+
+    def draw_seeds(self, probabilities: Sequence[float], device: torch.device) -> Tensor:
+        """A seed for each method (G, 2) int64. A method with a generator of its own draws from it,
+        where it drops something, as it does alone."""
+        seeds = draw_seed(device, len(probabilities))
+        for method, generator in self.generators.items():
+            if method < len(probabilities) and threshold(probabilities[method]):
+                own = torch.randint(0, 2**63 - 1, (1, 2), dtype=torch.int64, generator=generator)
+                seeds[method] = own.to(device)[0]
+        return seeds
+
+    def now(self) -> Routes:
+        """The routes in force in this thread. A checkpoint around this call runs again in backward
+        under the same ones."""
+        routes = self._now.get()
+        if routes is None:
+            return self.default
+        if not torch.compiler.is_compiling():
+            run_again_in(self, lambda: self.using(routes))
+        return routes
+
+    @contextlib.contextmanager
+    def using(self, routes: Routes | None) -> Iterator[None]:
+        """In this block the forwards of this thread run under ``routes``."""
+        before = self._now.get()
+        self._now.put(routes)
+        try:
+            yield
+        finally:
+            self._now.put(before)
+
+    def put(self, routes: Routes | None) -> None:
+        """Run this thread's forwards under ``routes`` from now on; None: the default."""
+        self._now.put(routes)
+
+    def get(self) -> Routes | None:
+        """What this thread put last."""
+        return self._now.get()
+
+    def begin(self, *_) -> None:
+        """Forward pre-hook of the model."""
+        self.now().forget_tables()
+
+
+class MethodSwitch:
+    """Whether one of several methods is off in this thread: the switch of all is off, or all rows
+    are under another method."""
+
+    any_block = True  # a site asks :meth:`is_off` in each forward
+
+    def __init__(self, switch, routing: Routing, method: int):
+        self.switch, self.routing, self.method = switch, routing, method
+
+    def is_off(self) -> bool:
+        """Whether the method acts on no row of this forward, as far as the host knows."""
+        if self.switch.any_block and self.switch.is_off():
+            return True
+        single = self.routing.now().single
+        return single is not None and single != self.method
