@@ -146,6 +146,12 @@ BROKEN = [
         {"pelt_fast/ops/lora/helpers.py": ""},
         "pelt_fast.ops.lora: helpers is a sixth file",
     ),
+    (
+        "an_op_goes_one_way",
+        {"pelt_fast/ops/routed/segments.py": "",
+         "pelt_fast/ops/routed/cpu.py": "from .segments import segments_of"},
+        "pelt_fast.ops.routed.cpu -> pelt_fast.ops.routed.segments: cpu imports ops/common alone",
+    ),
     ("an_op_is_five_files", {"pelt_fast/ops/low_rank.py": ""},
      "pelt_fast.ops.low_rank: ops holds folders alone"),
     ("files_are_short", {"csrc/cpu/rank.cpp": "\n" * 351},
