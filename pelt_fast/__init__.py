@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from pelt_fast.compose.merge import merge, unmerge
     from pelt_fast.compose.named_methods import active, inject_named, set_active
+    from pelt_fast.compose.route import route
     from pelt_fast.config import Modification, PeltConfig
     from pelt_fast.formats.adapterhub_reader import load_adapterhub
     from pelt_fast.formats.adapterhub_writer import export_adapterhub
@@ -59,6 +60,7 @@ _HOMES = {
     ),
     "compose.merge": ("merge", "unmerge"),
     "compose.named_methods": ("active", "inject_named", "set_active"),
+    "compose.route": ("route",),
     "config": ("Modification", "PeltConfig"),
     "formats.adapterhub_reader": ("load_adapterhub",),
     "formats.adapterhub_writer": ("export_adapterhub",),
@@ -121,6 +123,7 @@ __all__ = [
     "push_to_hub",
     "reference_model",
     "restore_peft",
+    "route",
     "save",
     "set_active",
     "unmerge",

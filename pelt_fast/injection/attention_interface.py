@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelt_fast import functional
 from pelt_fast.modules import PrefixSlice, QuerySlice
+from pelt_fast.modules.routed_slice import RoutedSlice
 from pelt_fast.ops.common.backends import backend
 from pelt_fast.ops.common.bundles import QKV, Form, Prefix, Scores
 from pelt_fast.ops.common.heads import context_scores, expand_heads
