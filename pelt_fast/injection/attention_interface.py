@@ -25,6 +25,7 @@ from pelt_fast.ops.prefix_attention.op import attention_with_prefix
 
 from .attention_keywords import KNOWN, check_given, check_known
 from .record import Injection
+from .routed_attention import attend_together
 
 SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
 WRAPPED = ("sdpa", "eager")
@@ -127,6 +128,9 @@ def _slice_of(module: nn.Module) -> PrefixSlice | QuerySlice | None:
 
 def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
     """Attention with the prefix (B, T, H, D), contiguous; q, k, v (B, H or Hkv, T or S, D)."""
+    if isinstance(site, RoutedSlice):
+        given = dict(mask=mask, causal=causal, dropout=dropout, scaling=scaling)
+        return attend_together(module, site, QKV(q, k, v), **given).transpose(1, 2)
     prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
     prefix_k, prefix_v = prefix_k.to(q.device), prefix_v.to(q.device)  # layers on many devices
     qkv, prefix = QKV(q, k, v), Prefix(prefix_k, prefix_v)

@@ -45,13 +45,12 @@ class RoutedSlice:
 
     def stacked(
         self, slices: dict[int, AttentionSlice], scaling: float, like: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """The keys and values of ``slices`` on the device of ``like``, and the length of each
-        method's, 0 for a method that has none here."""
-        keys, values, lengths = [], [], [0] * self.routing.count
-        for method, one in slices.items():
-            prefix_k, prefix_v = (t.to(like.device) for t in one(scaling))
-            keys.append(prefix_k)
-            values.append(prefix_v)
-            lengths[method] = prefix_k.shape[1]
-        return keys, values, lengths
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The keys and values of each method on the device of ``like``, of length 0 for a method
+        that has none among ``slices``."""
+        made = {
+            method: [t.to(like.device) for t in one(scaling)] for method, one in slices.items()
+        }
+        empty = [next(iter(made.values()))[0][:, :0]] * 2
+        each = [made.get(method, empty) for method in range(self.routing.count)]
+        return [keys for keys, _ in each], [values for _, values in each]
