@@ -4,7 +4,7 @@ from torch import nn
 
 from pelt_fast.config import PeltConfig
 from pelt_fast.layouts.layout import StackLayout
-from pelt_fast.layouts.names import parameters_of
+from pelt_fast.layouts.names import is_method, parameters_of
 from pelt_fast.modules.frozen_module import OWN
 from pelt_fast.modules.own_parameters import OwnParameters
 
@@ -20,6 +20,7 @@ def add_own_parameters(
     for modification in config.modifications:
         if modification.form == "bias":
             names += bias_names(model, modification, stacks)
+    names = [name for name in dict.fromkeys(names) if not is_method(name)]  # of other methods
     parameters = parameters_of(model)
     wanted = {parameters[name] for name in names}
     for module in list(model.modules()):
