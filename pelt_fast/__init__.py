@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pelt_fast.compose.merge import merge, unmerge
     from pelt_fast.compose.named_methods import active, inject_named, set_active
     from pelt_fast.compose.route import route
+    from pelt_fast.compose.together import add_method, drop_method
     from pelt_fast.config import Modification, PeltConfig
     from pelt_fast.formats.adapterhub_reader import load_adapterhub
     from pelt_fast.formats.adapterhub_writer import export_adapterhub
@@ -61,6 +62,7 @@ _HOMES = {
     "compose.merge": ("merge", "unmerge"),
     "compose.named_methods": ("active", "inject_named", "set_active"),
     "compose.route": ("route",),
+    "compose.together": ("add_method", "drop_method"),
     "config": ("Modification", "PeltConfig"),
     "formats.adapterhub_reader": ("load_adapterhub",),
     "formats.adapterhub_writer": ("export_adapterhub",),
@@ -98,10 +100,12 @@ __all__ = [
     "accelerate_peft",
     "active",
     "adapter",
+    "add_method",
     "backend",
     "bitfit",
     "count_parameters",
     "disabled",
+    "drop_method",
     "eject",
     "explain",
     "export_adapterhub",

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pelt_fast.injection.handles import carrier_of
-from pelt_fast.injection.inject_together import TogetherInjection
-from pelt_fast.injection.record import injection_of
 from pelt_fast.modules.routing import NONE, Routes, Routing
+
+from .together import together_of
 
 
 class RouteBlock:
@@ -68,13 +67,7 @@ def route(
 
 def routing_of(model: nn.Module) -> Routing:
     """The routing of a model whose methods are in it together; ValueError if there is none."""
-    injection = injection_of(carrier_of(model))
-    if not isinstance(injection, TogetherInjection):
-        raise ValueError(
-            f"this {type(carrier_of(model)).__name__} has one method at a time: route needs"
-            " inject_named(model, methods, together=True)"
-        )
-    return injection.routing
+    return together_of(model).routing
 
 
 def _routes(routing: Routing, methods, lengths) -> Routes:

@@ -14,7 +14,7 @@ from pelt_fast.modules.routing import Routing
 from pelt_fast.modules.switch import Switch
 
 from .attention_interface import SLICE
-from .undo_log import UndoLog
+from .undo_log import ChildChange, UndoLog
 
 
 class RoutedLog(UndoLog):
@@ -26,6 +26,7 @@ class RoutedLog(UndoLog):
         self.routing, self.switch = routing, switch
         self.method: str | None = None
         self.places: dict[nn.Module, Place] = {}
+        self.hooks: dict[str | None, list] = {}  # the handles of each method's hooks
 
     @property
     def _id(self) -> int:
@@ -65,6 +66,34 @@ class RoutedLog(UndoLog):
             known = self._methods(owner, name)
             super().add(owner, name, known)
         known.put(self.method, child.train(owner.training))
+
+    def hook(self, handle) -> None:
+        super().hook(handle)
+        self.hooks.setdefault(self.method, []).append(handle)
+
+    def drop(self, method: str) -> None:
+        """Take the changes of one method back; those of the others stay."""
+        number = self.routing.ids[method]
+        for handle in self.hooks.pop(method, []):
+            handle.remove()
+        for place in self.places.values():
+            place.drop(number)
+        for (owner, name), shared in self.children().items():
+            if isinstance(shared, Methods):
+                shared._modules.pop(method, None)
+                if not shared._modules:
+                    self._forget(owner, name)
+        for shared in self.attributes().values():
+            if isinstance(shared, RoutedSlice):
+                shared.drop(number)
+
+    def _forget(self, owner: nn.Module, name: str) -> None:
+        """Remove a child that no method has any more."""
+        owner._modules.pop(name)
+        self._changes = [
+            change for change in self._changes
+            if not (isinstance(change, ChildChange) and (change.owner, change.name) == (owner, name))
+        ]  # fmt: skip
 
     def child(self, owner: nn.Module, name: str) -> nn.Module | None:
         found = super().child(owner, name)

@@ -87,11 +87,13 @@ class Factors:
         biases = [torch.zeros_like(like) if bias is None else bias for bias in self.up_biases]
         return RoutedUp(torch.cat(self.up_weights), torch.stack(biases))
 
-    def dropout(self, routing: Routing, device: torch.device) -> RoutedDropout:
-        """The dropout of each method; the seeds are drawn here."""
+    def dropout(self, routing: Routing, device: torch.device, draws: int = 1) -> RoutedDropout:
+        """The dropout of each method; the seeds are drawn here. The op of a method alone draws
+        ``draws`` of them, and uses the first."""
         if all(threshold(p) == 0 for p in self.probabilities):
             return RoutedDropout([], None)
-        return RoutedDropout(self.probabilities, routing.draw_seeds(self.probabilities, device))
+        seeds = routing.draw_seeds(self.probabilities, device, draws)
+        return RoutedDropout(self.probabilities, seeds)
 
     def update(
         self,

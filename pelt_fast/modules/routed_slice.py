@@ -48,9 +48,7 @@ class RoutedSlice:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The keys and values of each method on the device of ``like``, of length 0 for a method
         that has none among ``slices``."""
-        made = {
-            method: [t.to(like.device) for t in one(scaling)] for method, one in slices.items()
-        }
+        made = {method: [t.to(like.device) for t in one(scaling)] for method, one in slices.items()}
         empty = [next(iter(made.values()))[0][:, :0]] * 2
         each = [made.get(method, empty) for method in range(self.routing.count)]
         return [keys for keys, _ in each], [values for _, values in each]

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from pelt_fast.ops.common import dispatch
 
 from .adapter import Bottleneck
+from .ffn import ParallelFFNAdapter
 from .late import in_force
 from .methods import NO_DROPOUT, Factors
 from .routing import Routes, Routing
 
+WIDENED_DRAWS = 3  # seeds that the widened block draws: its bottleneck's, and two of the block's
 Sites = dict[int, nn.Module]  # by the ids of their methods
 Layer = Callable[[Tensor], Tensor]
 
@@ -55,7 +57,8 @@ class RoutedUpdate:
         for method, site in sites.items():
             down, up = (site.down_weight, site.down_bias), (site.up_weight, site.up_bias)
             factors.add(method, down, up, site.scale, in_force(site.dropout))
-        drop = factors.dropout(self.routing, x.device)
+        parallel = any(isinstance(site, ParallelFFNAdapter) for site in sites.values())
+        drop = factors.dropout(self.routing, x.device, WIDENED_DRAWS if parallel else 1)
         x = x.to(base.dtype) if isinstance(base, Tensor) else x
         return factors.update(
             self.routes, x, base, activation, input_drop=NO_DROPOUT, hidden_drop=drop

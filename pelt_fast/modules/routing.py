@@ -106,22 +106,26 @@ class Routing:
         self._now = PerThread()
 
     def id_of(self, name: str) -> int:
-        """The id of a method; a new name gets the next one."""
-        return self.ids.setdefault(name, max(self.ids.values(), default=NONE) + 1)
+        """The id of a method; a new name gets the smallest free one."""
+        if name not in self.ids:
+            self.ids[name] = next(i for i in range(self.count + 1) if i not in self.ids.values())
+        return self.ids[name]
 
     @property
     def count(self) -> int:
         """One more than the largest id."""
         return max(self.ids.values(), default=NONE) + 1
 
-    def draw_seeds(self, probabilities: Sequence[float], device: torch.device) -> Tensor:
+    def draw_seeds(
+        self, probabilities: Sequence[float], device: torch.device, draws: int
+    ) -> Tensor:
         """A seed for each method (G, 2) int64. A method with a generator of its own draws from it,
-        where it drops something, as it does alone."""
+        where it drops something, ``draws`` seeds as it does alone."""
         seeds = draw_seed(device, len(probabilities))
         for method, generator in self.generators.items():
             if method < len(probabilities) and threshold(probabilities[method]):
-                own = torch.randint(0, 2**63 - 1, (1, 2), dtype=torch.int64, generator=generator)
-                seeds[method] = own.to(device)[0]
+                sizes = dict(size=(draws, 2), dtype=torch.int64, generator=generator)
+                seeds[method] = torch.randint(0, 2**63 - 1, **sizes).to(device)[0]
         return seeds
 
     def now(self) -> Routes:
