@@ -21,7 +21,6 @@ from .record import Injection
 from .routed_log import RoutedLog
 from .watch import watch
 
-
 _WATCH = ":watch"  # the name under which the hooks that watch the model are recorded
 
 
@@ -58,7 +57,8 @@ def inject_together(
     try:
         own_configs(model, injection)
         _freeze(model, injection)
-        injection.changes.hook(model.register_forward_pre_hook(injection.routing.begin))
+        begin = model.register_forward_pre_hook(injection.routing.begin, with_kwargs=True)
+        injection.changes.hook(begin)
         for name, config in methods.items():
             build_method(model, name, config, injection)
         settle(model, injection)

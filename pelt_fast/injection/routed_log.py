@@ -90,10 +90,7 @@ class RoutedLog(UndoLog):
     def _forget(self, owner: nn.Module, name: str) -> None:
         """Remove a child that no method has any more."""
         owner._modules.pop(name)
-        self._changes = [
-            change for change in self._changes
-            if not (isinstance(change, ChildChange) and (change.owner, change.name) == (owner, name))
-        ]  # fmt: skip
+        self._changes = [c for c in self._changes if not _is_child(c, owner, name)]
 
     def child(self, owner: nn.Module, name: str) -> nn.Module | None:
         found = super().child(owner, name)
@@ -110,3 +107,7 @@ class RoutedLog(UndoLog):
             whole = ProjectionView(owner, "", None)
             return RoutedLoRA(self.routing, self.switch, whole)
         return Methods(self.routing, self.switch)
+
+
+def _is_child(change, owner: nn.Module, name: str) -> bool:
+    return isinstance(change, ChildChange) and (change.owner, change.name) == (owner, name)

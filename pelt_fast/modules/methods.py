@@ -106,6 +106,8 @@ class Factors:
         hidden_drop: RoutedDropout,
     ) -> Tensor:
         """The updates of all methods around ``layer`` on x (..., K)."""
+        if x.dim() > 2 and routes.lengths is None:
+            routes.check(x.shape[0])
         where = routes.segments(x.numel() // x.shape[-1], self.ranks, x.device)
         transform = RoutedTransform(activation, self.scales)
         return routed_update(

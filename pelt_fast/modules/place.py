@@ -147,8 +147,9 @@ def _before_dropout(update: RoutedUpdate, sites: Sites, block: FFNBlock, x: Tens
 
 
 def _taken(sites: Sites) -> Tensor:
-    """The input that the sites' hooks kept; every hook kept the same one."""
-    return [site.kept_input.take() for site in sites.values()][0]
+    """The input that the sites' hooks kept. Every hook kept the same one, and none keeps it on."""
+    first, *_ = [site.kept_input.take() for site in sites.values()]
+    return first
 
 
 _KINDS: dict[type, Callable] = {

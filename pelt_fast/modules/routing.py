@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pelt_fast.ops.common.bundles import Segments
 from pelt_fast.ops.common.dropout import draw_seed, threshold
@@ -48,10 +48,13 @@ class Routes:
                             lambda: (self._spread(rows) == method).nonzero()[:, 0])  # fmt: skip
         return found.to(device)
 
-    def forget_tables(self) -> None:
-        """A forward begins: a graph that is recorded must make its tables itself."""
+    def begin(self, rows: int | None) -> None:
+        """A forward of a batch of ``rows`` rows begins; None: they are not known. A graph that is
+        recorded must make its tables itself."""
         if self.methods.device.type != "cpu":
             self._tables.clear()
+        if rows is not None and self.single is None and self.lengths is None:
+            self.check(rows)
 
     def _table(self, key: tuple, make):
         if self.methods._version != self._version:
@@ -65,16 +68,17 @@ class Routes:
     def _segments(self, rows: int, ranks: Sequence[int], device: torch.device) -> Segments:
         if self.lengths is not None and rows != self.methods.numel():
             return segments_of(self._spread(rows).to(device), rows, ranks)
-        self._check(rows)
+        self.check(rows)
         return segments_of(self.methods.to(device), rows, ranks)
 
     def _spread(self, rows: int) -> Tensor:
         if self.lengths is not None and rows == int(self.lengths.sum()):
             return self.methods.repeat_interleave(self.lengths.to(self.methods.device))
-        self._check(rows)
+        self.check(rows)
         return self.methods.repeat_interleave(rows // max(self.methods.numel(), 1))
 
-    def _check(self, rows: int) -> None:
+    def check(self, rows: int) -> None:
+        """ValueError unless a batch of ``rows`` rows has equally many for each route."""
         count = self.methods.numel()
         if count and rows % count == 0:
             return
@@ -156,9 +160,11 @@ class Routing:
         """What this thread put last."""
         return self._now.get()
 
-    def begin(self, *_) -> None:
-        """Forward pre-hook of the model."""
-        self.now().forget_tables()
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook (with keywords) of the model: the first tensor has the batch's rows."""
+        given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1)
+        first = next(given, None)
+        self.now().begin(None if first is None else first.shape[0])
 
 
 class MethodSwitch:
