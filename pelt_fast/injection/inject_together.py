@@ -27,6 +27,8 @@ _WATCH = ":watch"  # the name under which the hooks that watch the model are rec
 class TogetherInjection(Injection):
     """The record of several methods in one model."""
 
+    together = True
+
     def __init__(self, layout: Layout | None):
         super().__init__(PeltConfig("several methods"), pack=False)
         self.routing, self.given_layout = Routing(), layout

@@ -71,6 +71,8 @@ class Place:
         """The module with the sites of every method around it."""
         by_kind: dict[Callable, Sites] = {}
         for method, calls in sorted(self.calls.items()):
+            if not self.routing.may_act(method, update.routes):
+                continue
             for call in calls:
                 site = call.__self__
                 if not isinstance(site, (LoRALinear, JoinedProjection)):  # those are in the base

@@ -12,6 +12,7 @@ from pelt_fast.ops.routed.segments import segments_of
 
 from .checkpointed import run_again_in
 from .per_thread import PerThread
+from .switch import EAGER
 
 NONE = -1  # the id of the base alone
 
@@ -41,6 +42,13 @@ class Routes:
         """Where a matrix of ``rows`` rows runs which method, for methods of these ranks."""
         key = ("segments", rows, tuple(ranks), device)
         return self._table(key, lambda: self._segments(rows, ranks, device))
+
+    @property
+    def present(self) -> set[int] | None:
+        """The methods of the rows; None if the host does not know them."""
+        if self.methods.device.type != "cpu":
+            return None
+        return self._table(("present",), lambda: set(self.methods.tolist()))
 
     def rows(self, method: int, rows: int, device: torch.device) -> Tensor:
         """The indices of the leading entries that are under a method."""
@@ -135,26 +143,39 @@ class Routing:
     def now(self) -> Routes:
         """The routes in force in this thread. A checkpoint around this call runs again in backward
         under the same ones."""
+        if torch.compiler.is_exporting() and self._now.local.value is not None:
+            raise RuntimeError("torch.export under routes: route(model, None) first")
         routes = self._now.get()
         if routes is None:
             return self.default
-        if not torch.compiler.is_compiling():
-            run_again_in(self, lambda: self.using(routes))
+        run_again_in(self, lambda: self.using(routes))
         return routes
+
+    @staticmethod
+    def may_act(method: int, routes: Routes) -> bool:
+        """Whether a method has to be computed. In training every method is: one without rows has
+        gradients of zero, as the processes of DDP need them."""
+        return torch.is_grad_enabled() or routes.present is None or method in routes.present
 
     @contextlib.contextmanager
     def using(self, routes: Routes | None) -> Iterator[None]:
         """In this block the forwards of this thread run under ``routes``."""
         before = self._now.get()
-        self._now.put(routes)
+        self.put(routes)
         try:
             yield
         finally:
-            self._now.put(before)
+            self.put(before)
 
     def put(self, routes: Routes | None) -> None:
-        """Run this thread's forwards under ``routes`` from now on; None: the default."""
+        """Run this thread's forwards under ``routes`` from now on; None: the default. A graph that
+        was compiled before has the default's method in it, so that none runs under routes."""
+        before = self._now.get()
+        if before is None and routes is not None:
+            EAGER.begin()
         self._now.put(routes)
+        if before is not None and routes is None:
+            EAGER.end()
 
     def get(self) -> Routes | None:
         """What this thread put last."""
@@ -180,5 +201,7 @@ class MethodSwitch:
         """Whether the method acts on no row of this forward, as far as the host knows."""
         if self.switch.any_block and self.switch.is_off():
             return True
-        single = self.routing.now().single
-        return single is not None and single != self.method
+        routes = self.routing.now()
+        if routes.single is not None:
+            return routes.single != self.method
+        return not self.routing.may_act(self.method, routes)
