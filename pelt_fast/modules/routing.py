@@ -153,9 +153,11 @@ class Routing:
 
     @staticmethod
     def may_act(method: int, routes: Routes) -> bool:
-        """Whether a method has to be computed. In training every method is: one without rows has
-        gradients of zero, as the processes of DDP need them."""
-        return torch.is_grad_enabled() or routes.present is None or method in routes.present
+        """Whether a method has to be computed: it may have rows. Where several processes train, one
+        without rows here has gradients of zero, because DDP waits for each gradient."""
+        if routes.present is None or method in routes.present:
+            return True
+        return torch.is_grad_enabled() and torch.distributed.is_initialized()
 
     @contextlib.contextmanager
     def using(self, routes: Routes | None) -> Iterator[None]:
