@@ -46,7 +46,7 @@ class Methods(nn.Module):
     def sites(self) -> dict[int, nn.Module]:
         """The sites by the ids of their methods."""
         ids = self.routing.ids
-        return {ids[name]: site for name, site in self._modules.items() if name in ids}
+        return {ids[name]: site for name, site in list(self._modules.items()) if name in ids}
 
 
 class Factors:

@@ -11,6 +11,7 @@ from pelt_fast.ops.common.dropout import draw_seed, threshold
 from pelt_fast.ops.routed.segments import segments_of
 
 from .checkpointed import run_again_in
+from .gate import Gate
 from .per_thread import PerThread
 from .switch import EAGER
 
@@ -115,6 +116,7 @@ class Routing:
         self.ids: dict[str, int] = {}
         self.generators: dict[int, torch.Generator] = {}  # of methods with seeds of their own
         self.default = Routes(torch.tensor([NONE]))
+        self.gate = Gate()
         self._now = PerThread()
 
     def id_of(self, name: str) -> int:
@@ -185,9 +187,14 @@ class Routing:
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook (with keywords) of the model: the first tensor has the batch's rows."""
+        self.gate.enter()
         given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1)
         first = next(given, None)
         self.now().begin(None if first is None else first.shape[0])
+
+    def end(self, *_) -> None:
+        """Forward hook of the model, which runs after an error too."""
+        self.gate.leave()
 
 
 class MethodSwitch:

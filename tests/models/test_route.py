@@ -18,6 +18,7 @@ MIXTURES = [
     ("lora", "mam", "houlsby"),
     ("lora", "lora", "lora"),
     ("bitfit", "lora_ffn", "prefix_ungated"),
+    ("mam", "bitfit", "lora_ffn"),
     ("pfeiffer", "parallel_adapter_attn", "multi_head_parallel_adapter"),
     ("prefix_lora_ffn", "scaled_parallel_adapter", "mam_glue"),
     ("learned_scale_parallel_adapter", "parallel_attn_parallel_ffn", "parallel_adapter_ffn"),
