@@ -130,7 +130,8 @@ class RoutedLoRA(Methods):
             return self.frozen.bare(x)
         if routes.single is not None:
             site = self.of(routes.single)
-            return self.frozen.bare(x) if site is None else site(x)
+            with self.routing.seeds_of(routes.single):
+                return self.frozen.bare(x) if site is None else site(x)
         factors = Factors(self.routing.count)
         for method, site in sorted(self.sites.items()):
             lora_a, lora_b, scale, p = _low_rank(site)

@@ -57,7 +57,8 @@ class Place:
             return self._base(*args, **kwargs)
         if routes.single is not None:
             calls = self.calls.get(routes.single)
-            return calls[-1](*args, **kwargs) if calls else self._base(*args, **kwargs)
+            with self.routing.seeds_of(routes.single):
+                return calls[-1](*args, **kwargs) if calls else self._base(*args, **kwargs)
         return self._mixed(RoutedUpdate(self.routing, routes))(*args, **kwargs)
 
     def _base(self, *args, **kwargs):
