@@ -57,7 +57,7 @@ class RoutedUpdate:
         for method, site in sites.items():
             down, up = (site.down_weight, site.down_bias), (site.up_weight, site.up_bias)
             factors.add(method, down, up, site.scale, in_force(site.dropout))
-        draws = max(_draws(site) for site in sites.values())
+        draws = max(draws_of(site) for site in sites.values())
         drop = factors.dropout(self.routing, x.device, draws)
         x = x.to(base.dtype) if isinstance(base, Tensor) else x
         return factors.update(
@@ -70,7 +70,7 @@ class RoutedUpdate:
         rows = self.routes.rows(method, base.shape[0], base.device)
         if not rows.numel():
             return base
-        with self.routing.seeds_of(method, _draws(site)):
+        with self.routing.seeds_of(method, draws_of(site)):
             if sequential:
                 return base.index_copy(0, rows, site.sequential(x[rows]))
             return base.index_copy(0, rows, site.parallel(base[rows], x[rows]))
@@ -86,7 +86,7 @@ class RoutedUpdate:
         return base
 
 
-def _draws(site: Bottleneck) -> int:
+def draws_of(site: nn.Module) -> int:
     """How many seeds the op of a site alone draws."""
     return WIDENED_DRAWS if isinstance(site, ParallelFFNAdapter) else 1
 

@@ -22,6 +22,11 @@ def test_sites_of_every_kind_draw_from_their_methods_generator(names, routes, tm
     assert not torch.equal(before, torch.get_rng_state())  # the methods alone draw from torch's
 
 
+@pytest.mark.parametrize("routes", [["a"] * 3, ["b"] * 3, ["c"] * 3, ROUTES], ids="".join)
+def test_lora_on_an_ffn_that_another_method_runs_as_a_block(routes, tmp_path):
+    three("bart", ("lora_ffn", "mam", "houlsby"), tmp_path, training=True).check(routes, seed=7)
+
+
 @pytest.mark.parametrize("routes", [ROUTES, ["a"] * 6], ids="".join)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_draws_the_same_masks_again(reentrant, routes, tmp_path):
