@@ -137,7 +137,8 @@ class RoutedLoRA(Methods):
             return self.frozen.bare(x)
         if routes.single is not None:
             site = self.of(routes.single)
-            return self.frozen.bare(x) if site is None else site(x)
+            with self.routing.seeds_of(routes.single):
+                return self.frozen.bare(x) if site is None else site(x)
         acting, factors = self.acting(routes), Factors(self.routing.count)
         if not acting:
             return self.frozen.bare(x)

@@ -2,18 +2,20 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pelt_fast.ops.common.bundles import Segments
-from pelt_fast.ops.common.dropout import draw_seed, threshold
+from pelt_fast.ops.common.dropout import draw_seed, seeds_from, threshold
 from pelt_fast.ops.routed.segments import segments_of
 
-from .checkpointed import run_again_in
+from .checkpointed import in_checkpoint, run_again_in
 from .gate import Gate
 from .per_thread import PerThread
-from .switch import EAGER
+from .switch import RunsEagerly
 
 NONE = -1  # the id of the base alone
 
@@ -106,6 +108,24 @@ def _single(methods: Tensor) -> int | None:
     return first if bool((methods == first).all()) else None
 
 
+def _draw(generator: torch.Generator, count: int) -> Tensor:
+    """Seeds (count, 2) from a generator. A checkpoint around this call draws them again."""
+    if in_checkpoint():
+        run_again_in(generator, partial(_from_state, generator, generator.get_state()))
+    return torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, generator=generator)
+
+
+@contextlib.contextmanager
+def _from_state(generator: torch.Generator, state: Tensor) -> Iterator[None]:
+    """In this block a generator goes on from an earlier state."""
+    now = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(now)
+
+
 class Routing:
     """The routes of one model. Its sites read them in each forward.
 
@@ -117,7 +137,7 @@ class Routing:
         self.generators: dict[int, torch.Generator] = {}  # of methods with seeds of their own
         self.default = Routes(torch.tensor([NONE]))
         self.gate = Gate()
-        self._now = PerThread()
+        self._now, self._eagerly = PerThread(), PerThread()
 
     def id_of(self, name: str) -> int:
         """The id of a method; a new name gets the smallest free one."""
@@ -138,9 +158,16 @@ class Routing:
         seeds = draw_seed(device, len(probabilities))
         for method, generator in self.generators.items():
             if method < len(probabilities) and threshold(probabilities[method]):
-                sizes = dict(size=(draws, 2), dtype=torch.int64, generator=generator)
-                seeds[method] = torch.randint(0, 2**63 - 1, **sizes).to(device)[0]
+                seeds[method] = _draw(generator, draws).to(device)[0]
         return seeds
+
+    def seeds_of(self, method: int, draws: int = 1) -> AbstractContextManager:
+        """In this block, where the site of one method runs by itself, the seeds are drawn from the
+        method's own generator, if it has one; at least ``draws`` at a time."""
+        generator = self.generators.get(method)
+        if generator is None:
+            return contextlib.nullcontext()
+        return seeds_from(lambda count: _draw(generator, max(count, draws))[:count])
 
     def now(self) -> Routes:
         """The routes in force in this thread. A checkpoint around this call runs again in backward
@@ -174,12 +201,13 @@ class Routing:
     def put(self, routes: Routes | None) -> None:
         """Run this thread's forwards under ``routes`` from now on; None: the default. A graph that
         was compiled before has the default's method in it, so that none runs under routes."""
-        before = self._now.get()
-        if before is None and routes is not None:
-            EAGER.begin()
+        eagerly = self._eagerly.get()
+        if routes is not None and eagerly is None:
+            self._eagerly.put(RunsEagerly())
         self._now.put(routes)
-        if before is not None and routes is None:
-            EAGER.end()
+        if routes is None and eagerly is not None:
+            self._eagerly.put(None)
+            eagerly.end()
 
     def get(self) -> Routes | None:
         """What this thread put last."""

@@ -41,6 +41,23 @@ class Eager:
 EAGER = Eager()
 
 
+class RunsEagerly:
+    """Compiled models run eagerly from now on, until :meth:`end` or until nobody holds this."""
+
+    def __init__(self):
+        self.open = True
+        EAGER.begin()
+
+    def end(self) -> None:
+        """They may run their graphs again."""
+        if self.open:
+            self.open = False
+            EAGER.end()
+
+    def __del__(self):
+        self.end()
+
+
 class Switch:
     """The switch of one injected method. Its sites read it in each forward.
 
