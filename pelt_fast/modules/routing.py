@@ -215,6 +215,8 @@ class Routing:
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook (with keywords) of the model: the first tensor has the batch's rows."""
+        if torch.compiler.is_compiling():
+            return  # all rows are under the default's method
         self.gate.enter()
         given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1)
         first = next(given, None)
@@ -222,7 +224,8 @@ class Routing:
 
     def end(self, *_) -> None:
         """Forward hook of the model, which runs after an error too."""
-        self.gate.leave()
+        if not torch.compiler.is_compiling():
+            self.gate.leave()
 
 
 class MethodSwitch:
