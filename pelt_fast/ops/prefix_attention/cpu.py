@@ -19,28 +19,27 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pelt_fast.ops.common.batch import methods_of, output_of, prefix_at
 from pelt_fast.ops.common.bundles import (
     QKV,
     AttentionOutput,
     Dropout,
     Form,
     Prefix,
+    RoutedPrefix,
     Scores,
     absent,
 )
-from pelt_fast.ops.common.dropout import block_elements
-from pelt_fast.ops.common.heads import (
-    additive_mask,
-    expand_heads,
-    heads_last,
-    heads_last_empty,
-    no_rng,
-    reduce_heads,
+from pelt_fast.ops.common.context import (
+    context_attention,
+    context_gradients,
+    flash,
+    uses_flash,
+    with_rows,
 )
+from pelt_fast.ops.common.dropout import block_elements
+from pelt_fast.ops.common.heads import expand_heads, heads_last, no_rng, reduce_heads
 from pelt_fast.ops.common.passes import covers_rows, cpp
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 MAX_PREFIX, MAX_HEAD_DIM = 256, 128  # kMaxPrefix and kColumns of csrc/cpu
 FEW_QUERIES, HEAD_DIM_STEP = 8, 16  # kFewQueries and kPad of csrc/cpu
@@ -65,34 +64,10 @@ def _prefix_blocks(q: Tensor, length: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def with_rows(t: Tensor) -> Tensor:
-    """t with its last dim contiguous: torch's CPU flash kernel assumes this without a check."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def uses_flash(q: Tensor, dropout_p: float) -> bool:
-    """Whether the context, if there is one, can run on torch's CPU flash kernel."""
-    return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0
-
-
 def _prefix_weights(form: str, scores: Tensor, lse: Tensor) -> Tensor:
     """f of the scores (H, P, rows): queries last, so that reductions over the few prefix keys run
     along whole vectors. A prefix is always visible: lse is finite."""
     return scores.clamp_min(0) if form == "relu" else torch.exp(scores - lse.unsqueeze(-2))
-
-
-def _context(qkv: QKV, scores: Scores) -> tuple[Tensor, Tensor]:
-    """o, laid out (B, T, H, D), and lse of the context, -inf for rows that see no key."""
-    q, k, v = qkv
-    if not k.numel():
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return heads_last_empty(q).zero_(), q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
-    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
-    o, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scores.scale)
-    o, lse = heads_last(o), lse.contiguous()
-    if hidden is not None:
-        lse.masked_fill_(hidden, float("-inf"))
-    return o, lse
 
 
 def prefix_attention_forward(
@@ -105,12 +80,42 @@ def prefix_attention_forward(
         return _step(qkv, prefix, scale)
     qkv = QKV(*map(with_rows, qkv))
     q = qkv.q
-    o, lse = _context(qkv, scores)
+    o, lse = context_attention(qkv, scores)
     context_o, rng = absent(q) if gated else o.clone(), no_rng(q, drop.seed)
-    if covers_rows(q) and prefix.prefix_k.shape[1] <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM:
+    return o, _merge(q, o, lse, prefix, scale, form), context_o, rng
+
+
+def routed_prefix_forward(
+    qkv: QKV, prefix: RoutedPrefix, scores: Scores, form: Form, drop: Dropout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not uses_flash(qkv.q, drop.dropout_p):
+        return NotImplemented
+    qkv = QKV(*map(with_rows, qkv))
+    q = qkv.q
+    o, lse = context_attention(qkv, scores)
+    context_o = absent(q) if form.composition == "gated" else o.clone()
+    for rows, keys in methods_of(prefix):
+        if keys.start < keys.stop:
+            own = heads_last(o[rows])
+            lse[rows] = _merge(
+                heads_last(q[rows]), own, lse[rows], prefix_at(prefix, keys), scores.scale, form
+            )
+            o[rows] = own
+    return o, lse, context_o, no_rng(q, drop.seed)
+
+
+def _covered(q: Tensor, length: int) -> bool:
+    """Whether C++ takes a prefix of this length beside q."""
+    return covers_rows(q) and length <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM
+
+
+def _merge(q: Tensor, o: Tensor, lse: Tensor, prefix: Prefix, scale: float, form: Form) -> Tensor:
+    """Merge a prefix of all rows into ``o``, laid out (B, T, H, D), in place; return the lse."""
+    if _covered(q, prefix.prefix_k.shape[1]):
         pk, pv = prefix.prefix_k.detach().float(), prefix.prefix_v.detach().float()
-        cpp.prefix_merge_(o, lse, q, pk, pv, scale, form.form == "relu", gated)
-        return o, lse, context_o, rng
+        kind = form.form == "relu", form.composition == "gated"
+        cpp.prefix_merge_(o, lse, q, pk, pv, scale, *kind)
+        return lse
     queries, out, own = _by_head(q), _by_head(o), _rows_by_head(lse)
     prefix = Prefix(*(p.to(lse.dtype) for p in prefix))
     by_scores = form.form == "relu" or o.dtype != lse.dtype
@@ -123,8 +128,7 @@ def prefix_attention_forward(
             _merge_scores(*block, prefix, form)
         else:
             _merge_outputs(*block, prefix, scale, form.composition)
-    lse = own.view(lse.shape[1], lse.shape[0], lse.shape[2]).transpose(0, 1).contiguous()
-    return o, lse, context_o, rng
+    return own.view(lse.shape[1], lse.shape[0], lse.shape[2]).transpose(0, 1).contiguous()
 
 
 def _is_step(qkv: QKV, prefix: Prefix, scores: Scores) -> bool:
@@ -153,7 +157,7 @@ def _merge_outputs(
 ) -> None:
     """Merge a block of rows as in the paper, (1 - λ) h + λ Δh. The flash kernel computes Δh, too;
     λ = sigmoid(l_p - l_c)."""
-    update, prefix_lse = _flash(q[None], *(p[None] for p in prefix), 0.0, False, scale=scale)
+    update, prefix_lse = flash(q[None], *(p[None] for p in prefix), 0.0, False, scale=scale)
     if composition == "add":
         out += update[0]
         return
@@ -191,35 +195,63 @@ def prefix_attention_backward(
     if not uses_flash(qkv.q, drop.dropout_p):
         return NotImplemented
     do, qkv = with_rows(do), QKV(*map(with_rows, qkv))
-    grads = [absent(do)] * 5
-    if needs[0] or needs[1] or needs[2]:
-        parts = _context_backward(do, qkv, output, scores, form.composition)
-        for i in range(3):
-            grads[i] = parts[i] if needs[i] else grads[i]
-    dq, length, dim = grads[0] if needs[0] else None, prefix.prefix_k.shape[1], qkv.q.shape[-1]
-    covered = covers_rows(qkv.q) and length <= MAX_PREFIX and dim <= MAX_HEAD_DIM
-    backward = _prefix_by_cpp if covered else _prefix_by_blocks
-    prefix_grads = backward(do, qkv.q, prefix, output, scores.scale, form, dq)
-    for i, (grad, like) in enumerate(zip(prefix_grads, prefix), 3):
-        if needs[i]:
-            grads[i] = reduce_heads(grad, prefix.prefix_k.shape[0]).to(like.dtype)
-    return tuple(grads)
+    grads = _of_context(do, qkv, output, scores, form, needs)
+    grads[3:] = _of_prefix(do, qkv.q, prefix, output, scores.scale, form, grads[0])
+    return tuple(grad if need else absent(do) for grad, need in zip(grads, needs, strict=True))
 
 
-def _context_backward(
-    do: Tensor, qkv: QKV, output: AttentionOutput, scores: Scores, composition: str
-) -> tuple[Tensor, ...]:
-    """dq, dk, dv of the context, in the memory layout of the model."""
-    q, k, v = qkv
-    if not k.numel():
-        return tuple(heads_last_empty(like).zero_() for like in qkv)
-    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
-    lse = output.lse.transpose(1, 2).contiguous().transpose(1, 2)
-    if composition == "add" and hidden is not None:
-        lse = lse.masked_fill(hidden, 0)  # the value that the kernel itself returns for such a row
-    own = output.o if composition == "gated" else output.context_o
-    parts = _flash_backward(do, q, k, v, own, lse, 0.0, causal, attn_mask=mask, scale=scores.scale)
-    return tuple(map(heads_last, parts))
+def routed_prefix_backward(
+    do: Tensor,
+    qkv: QKV,
+    prefix: RoutedPrefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not uses_flash(qkv.q, drop.dropout_p):
+        return NotImplemented
+    do, qkv = with_rows(do), QKV(*map(with_rows, qkv))
+    q, grads = qkv.q, _of_context(do, qkv, output, scores, form, needs)
+    grads[3:] = (torch.zeros_like(p, memory_format=torch.contiguous_format) for p in prefix[:2])
+    for rows, keys in methods_of(prefix):
+        if keys.start == keys.stop:
+            continue
+        own, dq = prefix_at(prefix, keys), None if grads[0] is None else heads_last(grads[0][rows])
+        parts = _of_prefix(do[rows], q[rows], own, output_of(output, rows), scores.scale, form, dq)
+        if dq is not None:
+            grads[0][rows] = dq
+        for grad, part in zip(grads[3:], parts):
+            grad[:, keys] = part
+    return tuple(grad if need else absent(do) for grad, need in zip(grads, needs, strict=True))
+
+
+def _of_context(
+    do: Tensor, qkv: QKV, output: AttentionOutput, scores: Scores, form: Form, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """dq, dk, dv of the context, if they are needed, and places for those of the prefix."""
+    if not any(needs[:3]):
+        return [None] * 5
+    own = output.o if form.composition == "gated" else output.context_o
+    parts = context_gradients(do, qkv, own, output.lse, scores)
+    return [*(part if need else None for part, need in zip(parts, needs)), None, None]
+
+
+def _of_prefix(
+    do: Tensor,
+    q: Tensor,
+    prefix: Prefix,
+    output: AttentionOutput,
+    scale: float,
+    form: Form,
+    dq: Tensor | None,
+) -> Iterator[Tensor]:
+    """Add the part of a prefix of all rows to ``dq``, laid out (B, T, H, D), in place; return its
+    own gradients."""
+    by = _prefix_by_cpp if _covered(q, prefix.prefix_k.shape[1]) else _prefix_by_blocks
+    grads = by(do, q, prefix, output, scale, form, dq)
+    return (reduce_heads(g, p.shape[0]).to(p.dtype) for g, p in zip(grads, prefix))
 
 
 def _prefix_by_cpp(
