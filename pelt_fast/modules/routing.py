@@ -134,6 +134,7 @@ class Routing:
 
     def __init__(self):
         self.ids: dict[str, int] = {}
+        self.whole_batch: set[int] = set()  # methods that act on all rows of a batch or on none
         self.generators: dict[int, torch.Generator] = {}  # of methods with seeds of their own
         self.default = Routes(torch.tensor([NONE]))
         self.gate = Gate()
@@ -219,8 +220,20 @@ class Routing:
             return  # all rows are under the default's method
         self.gate.enter()
         given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1)
-        first = next(given, None)
-        self.now().begin(None if first is None else first.shape[0])
+        first, routes = next(given, None), self.now()
+        if self.whole_batch and routes.single is None:
+            self._refuse_parts(routes)
+        routes.begin(None if first is None else first.shape[0])
+
+    def _refuse_parts(self, routes: Routes) -> None:
+        """ValueError for rows under different methods where one of them is for a whole batch."""
+        asked = self.whole_batch if routes.present is None else self.whole_batch & routes.present
+        names = [name for name, number in self.ids.items() if number in asked]
+        if names:
+            raise ValueError(
+                f"{', '.join(map(repr, names))} has a prompt, which lengthens every row of a batch:"
+                " a batch with rows under it can have no rows under another method or none"
+            )
 
     def end(self, *_) -> None:
         """Forward hook of the model, which runs after an error too."""
