@@ -43,6 +43,7 @@ PACKAGES = [
     "pelt_fast.ops.common",
     "pelt_fast.ops.lora",
     "pelt_fast.ops.prefix_attention",
+    "pelt_fast.ops.routed",
     "pelt_fast.ops.widened_ffn",
     "pelt_fast.tasks",
     "pelt_fast.tasks.instruct",

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
         prompt,
     )
     from pelt_fast.compose.merge import merge, unmerge
+    from pelt_fast.compose.method_store import MethodStore
     from pelt_fast.compose.named_methods import active, inject_named, set_active
+    from pelt_fast.compose.route import route
+    from pelt_fast.compose.together import add_method, drop_method
     from pelt_fast.config import Modification, PeltConfig
     from pelt_fast.formats.adapterhub_reader import load_adapterhub
     from pelt_fast.formats.adapterhub_writer import export_adapterhub
@@ -58,7 +61,10 @@ _HOMES = {
         "prompt",
     ),
     "compose.merge": ("merge", "unmerge"),
+    "compose.method_store": ("MethodStore",),
     "compose.named_methods": ("active", "inject_named", "set_active"),
+    "compose.route": ("route",),
+    "compose.together": ("add_method", "drop_method"),
     "config": ("Modification", "PeltConfig"),
     "formats.adapterhub_reader": ("load_adapterhub",),
     "formats.adapterhub_writer": ("export_adapterhub",),
@@ -88,6 +94,7 @@ __all__ = [
     "AttentionLayout",
     "FFNLayout",
     "Layout",
+    "MethodStore",
     "Modification",
     "PeltConfig",
     "PromptLayout",
@@ -96,10 +103,12 @@ __all__ = [
     "accelerate_peft",
     "active",
     "adapter",
+    "add_method",
     "backend",
     "bitfit",
     "count_parameters",
     "disabled",
+    "drop_method",
     "eject",
     "explain",
     "export_adapterhub",
@@ -121,6 +130,7 @@ __all__ = [
     "push_to_hub",
     "reference_model",
     "restore_peft",
+    "route",
     "save",
     "set_active",
     "unmerge",

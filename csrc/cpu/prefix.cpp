@@ -26,12 +26,12 @@ constexpr int64_t kParts = 8;  // of the rows of a head, at most
 // method and stay in cache.
 struct Packed {
   float *kt, *k, *v, *vt;  // (padded D, pad) and (pad, padded D); the keys times scale
-  const Method* method = nullptr;
+  const MethodPrefix* method = nullptr;
   int64_t group = -1;
-  bool holds(const Method& m, int64_t of) const { return method == &m && group == of; }
+  bool holds(const MethodPrefix& m, int64_t of) const { return method == &m && group == of; }
 };
 
-PELT_FAST_INLINE void pack(const Prefix& g, const Method& m, int64_t group, const Heads& from,
+PELT_FAST_INLINE void pack(const Prefix& g, const MethodPrefix& m, int64_t group, const Heads& from,
                            bool transposed, float scale, float* to) {
   const int64_t wide = padded(g.dim), down = transposed ? 1 : wide, along = transposed ? m.pad : 1;
   std::fill_n(to, m.pad * wide, 0.0f);
@@ -90,7 +90,7 @@ PELT_FAST_INLINE void merge(const Prefix& g, int64_t first, int64_t last) {
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t t = unit % blocks * kRows, h = unit / blocks / routed, group = g.group(h);
     const int64_t row = unit / blocks % routed, b = g.routing.rows[row];
-    const Method& m = g.routing.method(row);
+    const MethodPrefix& m = g.routing.method(row);
     if (!p.holds(m, group)) {
       pack(g, m, group, g.own_k, true, g.scale, p.kt);
       pack(g, m, group, g.own_v, false, 1, p.v);
@@ -103,8 +103,8 @@ PELT_FAST_FOR_EACH_INSTRUCTION_SET(merge, Prefix)
 
 // dS over dW in place.
 template <int W>
-PELT_FAST_INLINE void score_gradient(const Prefix& g, const Method& m, Scores& d, const Scores& w,
-                                     const float* delta, int rows) {
+PELT_FAST_INLINE void score_gradient(const Prefix& g, const MethodPrefix& m, Scores& d,
+                                     const Scores& w, const float* delta, int rows) {
   const auto pad = static_cast<int>(m.pad);
   for (int i = 0; i < rows; ++i) {
     float* to = d[i];
@@ -126,7 +126,7 @@ PELT_FAST_INLINE void backward_block(const Prefix& g, const Packed& p, int64_t b
   float lse[kRows] = {}, delta[kRows];
   const int rows = static_cast<int>(std::min<int64_t>(kRows, g.queries - t));
   const auto dim = static_cast<int>(g.dim);
-  const Method& m = *p.method;
+  const MethodPrefix& m = *p.method;
   const int64_t wide = padded(g.dim);
   const float* own = g.lse.at<float>(b, h, t);
   for (int i = 0; i < rows; ++i) lse[i] = own[i * g.lse.row];
@@ -152,7 +152,7 @@ PELT_FAST_INLINE void backward_block(const Prefix& g, const Packed& p, int64_t b
 // A part of one method's blocks of rows, in their order, and its sums: dk, dv (pad, padded D).
 // Which blocks is of the shape alone, never of the threads or of the other methods.
 struct Part {
-  const Method* method;
+  const MethodPrefix* method;
   int64_t first, last;
   int64_t place;  // of its sums; -1: it is the method's only one
 };
@@ -167,7 +167,7 @@ struct Parts {
 
 Parts parts_of(const Prefix& g, float* dk, float* dv) {
   Parts parts{g, dk, dv, {}, 0, nullptr};
-  for (const Method& m : g.routing.methods) {
+  for (const MethodPrefix& m : g.routing.methods) {
     const int64_t blocks = (m.last_row - m.first_row) * g.blocks();
     const int64_t count = std::max<int64_t>(1, std::min(kParts, blocks / 8));
     const int64_t step = (blocks + count - 1) / count;
@@ -183,7 +183,7 @@ Parts parts_of(const Prefix& g, float* dk, float* dv) {
 // One part's sums of one head into dk and dv; the method's first part begins them.
 PELT_FAST_INLINE void add_up(const Parts& parts, const Part& part, int64_t h, const float* sums) {
   const Prefix& g = parts.prefix;
-  const Method& m = *part.method;
+  const MethodPrefix& m = *part.method;
   const int64_t wide = padded(g.dim);
   for (int which = 0; which < 2; ++which) {
     float* out = (which == 0 ? parts.dk : parts.dv) + (h * g.length + m.first) * g.dim;
@@ -207,7 +207,7 @@ PELT_FAST_INLINE void backward(const Parts& parts, int64_t first, int64_t last) 
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t h = unit / count, group = g.group(h);
     const Part& part = parts.all[unit % count];
-    const Method& m = *part.method;
+    const MethodPrefix& m = *part.method;
     if (!p.holds(m, group)) {
       pack(g, m, group, g.own_k, true, g.scale, p.kt);
       pack(g, m, group, g.own_k, false, g.scale, p.k);

@@ -26,7 +26,7 @@ struct Heads {
 
 // A prefix of some rows of the batch: its keys and values are rows [first, first + length) of k and
 // v, its batch rows are [first_row, last_row) of Routing::rows.
-struct Method {
+struct MethodPrefix {
   int64_t first, length, pad;
   int64_t first_row, last_row;
 };
@@ -34,11 +34,11 @@ struct Method {
 // The methods that have rows, in the order of their keys, and the rows of the batch that have a
 // method, those of one method behind each other.
 struct Routing {
-  std::vector<Method> methods;
+  std::vector<MethodPrefix> methods;
   std::vector<int64_t> rows;
   std::vector<size_t> of;  // the method of each of `rows`
   int64_t longest;
-  const Method& method(int64_t row) const { return methods[of[row]]; }
+  const MethodPrefix& method(int64_t row) const { return methods[of[row]]; }
 };
 
 struct Prefix {
@@ -59,8 +59,8 @@ struct Prefix {
 // Weights W over the scores in place. Merged, lse is the joint one. Else it becomes so (gated) or
 // the prefix's own, and `kept` what is left of the context.
 template <int W>
-PELT_FAST_INLINE void weigh(const Prefix& g, const Method& m, Scores& s, float* lse, float* kept,
-                            int rows, bool merged) {
+PELT_FAST_INLINE void weigh(const Prefix& g, const MethodPrefix& m, Scores& s, float* lse,
+                            float* kept, int rows, bool merged) {
   const auto length = static_cast<int>(m.length);
   const auto pad = static_cast<int>(m.pad);
   float most[kRows] = {}, total[kRows], inverse[kRows];

@@ -16,7 +16,7 @@ namespace {
 
 // out = exp(lse - l) out + W v of one query, q times scale; lse = l if gated.
 template <int W>
-PELT_FAST_INLINE void merge_one(const Prefix& g, const Method& m, int64_t h, const float* q,
+PELT_FAST_INLINE void merge_one(const Prefix& g, const MethodPrefix& m, int64_t h, const float* q,
                                 float* out, float& lse) {
   using Vector = typename VectorOf<W>::type;
   alignas(64) Scores s;
@@ -80,7 +80,8 @@ PELT_FAST_INLINE float attend_one(const Prefix& g, int64_t b, int64_t h, const f
 
 // One query: without keys of a context, o and lse are what the caller has of it.
 template <int W, typename T>
-PELT_FAST_INLINE void query(const Prefix& g, const Method& m, int64_t b, int64_t h, int64_t t) {
+PELT_FAST_INLINE void query(const Prefix& g, const MethodPrefix& m, int64_t b, int64_t h,
+                            int64_t t) {
   alignas(64) float q[kColumns], out[kColumns];
   const T* from = g.q.at<T>(b, h, t);
   T* o = g.o.at<T>(b, h, t);

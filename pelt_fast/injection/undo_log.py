@@ -105,6 +105,10 @@ class UndoLog:
         """Register ``child`` under ``owner``."""
         self._changes.append(ChildChange(owner, name, child))
 
+    def child(self, owner: nn.Module, name: str) -> nn.Module | None:
+        """The child of this name that the method which is built now has, or None."""
+        return owner._modules.get(name)
+
     def hook(self, handle) -> None:
         """Record the handle of a hook."""
         self._changes.append(HookChange(handle))

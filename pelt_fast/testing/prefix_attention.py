@@ -36,7 +36,7 @@ def prefix_case(p: float, form: str, composition: str, causal: bool, masked: boo
     return Case("prefix", name, make, call, expression, ("prefix_k", "prefix_v"))
 
 
-def routed_case(p: float, form: str, composition: str) -> Case:
+def routed_prefix_case(p: float, form: str, composition: str) -> Case:
     """A row with a prefix of 3, one without, one with a prefix of 5; a mask without dropout."""
     one = prefix_case(p, form, composition, causal=False, masked=p == 0)
     lengths, routes = (5, 3), (1, -1, 0)

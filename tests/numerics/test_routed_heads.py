@@ -5,8 +5,8 @@ import torch
 
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
-from pelt_fast.ops.common.batch import keys_of, spans_of
-from pelt_fast.ops.common.bundles import RoutedPrefix
+from pelt_fast.ops.common.batch import Mask, keys_of, spans_of
+from pelt_fast.ops.common.bundles import Dropout, RoutedPrefix
 from pelt_fast.ops.common.heads import heads_last_empty
 from pelt_fast.ops.prefix_attention import reference
 
@@ -60,7 +60,8 @@ def routed_oracle(tensors, where, *settings):
             hidden = (own == float("-inf")).unsqueeze(-1)
             results.append((context_o[one].masked_fill(hidden, 0), own))
             continue
-        factor = reference._drop_factor(like, p, None if row is None else row.view(1, 2), 0, b)
+        drop = Dropout(p, None if row is None else row.view(1, 2))
+        factor = reference._drop_factor(like, drop, 0, Mask(range(b, b + 1), like.shape[-1]))
         factor = factor if row is None else factor[..., :length]
         part = q[one], pk[:, keys], pv[:, keys], context_o[one], context_lse[one]
         results.append(oracle(*part, *form, p, None, factor))

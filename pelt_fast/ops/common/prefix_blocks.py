@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .bundles import QKV, AttentionOutput, Form, Prefix
-from .context import flash
 from .dropout import block_elements
 from .heads import expand_heads
 
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 PREFIX_SHARE = 8  # a step of the prefix part has 1 / 8 of the scores of a whole block
 
 

@@ -33,31 +33,32 @@ from pelt_fast.ops.common.bundles import (
     Scores,
     absent,
 )
-from pelt_fast.ops.common.context import (
-    context_attention,
-    context_gradients,
-    uses_flash,
-    with_rows,
+from pelt_fast.ops.common.heads import (
+    additive_mask,
+    heads_last,
+    heads_last_empty,
+    no_rng,
+    reduce_heads,
 )
-from pelt_fast.ops.common.heads import heads_last, no_rng, reduce_heads
 from pelt_fast.ops.common.passes import covers_rows, cpp
-from pelt_fast.ops.common.prefix_blocks import gradients_by_blocks, merge_by_blocks
+from pelt_fast.ops.common.prefix_blocks import flash, gradients_by_blocks, merge_by_blocks
 
 MAX_PREFIX, MAX_HEAD_DIM = 256, 128  # kMaxPrefix and kColumns of csrc/cpu
 FEW_QUERIES, HEAD_DIM_STEP = 8, 16  # kFewQueries and kPad of csrc/cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def prefix_attention_forward(
     qkv: QKV, prefix: Prefix, scores: Scores, form: Form, drop: Dropout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, gated, scale = qkv.q, form.composition == "gated", scores.scale
-    if not uses_flash(q, drop.dropout_p):
+    if not _uses_flash(q, drop.dropout_p):
         return NotImplemented
     if gated and _is_step(qkv, prefix, prefix.prefix_k.shape[1], scores):
         return _step(qkv, prefix, scale)
-    qkv = QKV(*map(with_rows, qkv))
+    qkv = QKV(*map(_with_rows, qkv))
     q = qkv.q
-    o, lse = context_attention(qkv, scores)
+    o, lse = _context_attention(qkv, scores)
     context_o, rng = absent(q) if gated else o.clone(), no_rng(q, drop.seed)
     return o, _merge(q, o, lse, prefix, scale, form), context_o, rng
 
@@ -66,13 +67,13 @@ def routed_prefix_forward(
     qkv: QKV, prefix: RoutedPrefix, scores: Scores, form: Form, drop: Dropout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gated, longest = form.composition == "gated", max(prefix.lengths, default=0)
-    if not uses_flash(qkv.q, drop.dropout_p):
+    if not _uses_flash(qkv.q, drop.dropout_p):
         return NotImplemented
     if gated and _is_step(qkv, prefix, longest, scores):
         return _routed_step(qkv, prefix, scores.scale)
-    qkv = QKV(*map(with_rows, qkv))
+    qkv = QKV(*map(_with_rows, qkv))
     q = qkv.q
-    o, lse = context_attention(qkv, scores)
+    o, lse = _context_attention(qkv, scores)
     context_o = absent(q) if gated else o.clone()
     if longest and _covered(q, longest):
         _merge_by_cpp(q, o, lse, prefix, scores.scale, form)
@@ -151,7 +152,7 @@ def _routed_step(
     for length, run in groupby(prefix.routes.tolist(), lambda method: lengths[method] > 0):
         rows = slice(first, first + len([*run]))
         if not length:
-            parts = context_attention(QKV(*(t[rows] for t in qkv)), Scores(None, False, scale))
+            parts = _context_attention(QKV(*(t[rows] for t in qkv)), Scores(None, False, scale))
             for result, part in zip(results, parts):
                 result[rows] = part
         first = rows.stop
@@ -168,9 +169,9 @@ def prefix_attention_backward(
     drop: Dropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not uses_flash(qkv.q, drop.dropout_p):
+    if not _uses_flash(qkv.q, drop.dropout_p):
         return NotImplemented
-    do, qkv = with_rows(do), QKV(*map(with_rows, qkv))
+    do, qkv = _with_rows(do), QKV(*map(_with_rows, qkv))
     grads = _of_context(do, qkv, output, scores, form, needs)
     grads[3:] = _of_prefix(do, qkv.q, prefix, output, scores.scale, form, grads[0])
     return _needed(grads, needs, do)
@@ -186,9 +187,9 @@ def routed_prefix_backward(
     drop: Dropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not uses_flash(qkv.q, drop.dropout_p):
+    if not _uses_flash(qkv.q, drop.dropout_p):
         return NotImplemented
-    do, qkv = with_rows(do), QKV(*map(with_rows, qkv))
+    do, qkv = _with_rows(do), QKV(*map(_with_rows, qkv))
     q, grads = qkv.q, _of_context(do, qkv, output, scores, form, needs)
     longest = max(prefix.lengths, default=0)
     if longest and _covered(q, longest):
@@ -220,7 +221,7 @@ def _of_context(
     if not any(needs[:3]):
         return [None] * 5
     own = output.o if form.composition == "gated" else output.context_o
-    parts = context_gradients(do, qkv, own, output.lse, scores)
+    parts = _context_gradients(do, qkv, own, output.lse, scores)
     return [*(part if need else None for part, need in zip(parts, needs)), None, None]
 
 
@@ -238,7 +239,9 @@ def _of_prefix(
     covered = isinstance(prefix, RoutedPrefix) or _covered(q, prefix.prefix_k.shape[1])
     by = _prefix_by_cpp if covered else gradients_by_blocks
     grads = by(do, q, prefix, output, scale, form, dq)
-    return (reduce_heads(g, p.shape[0]).to(p.dtype) for g, p in zip(grads, prefix))
+    if q.shape[1] != prefix.prefix_k.shape[0]:
+        grads = (reduce_heads(g, p.shape[0]) for g, p in zip(grads, prefix))
+    return (g.to(p.dtype) for g, p in zip(grads, prefix))
 
 
 def _prefix_by_cpp(
@@ -254,7 +257,48 @@ def _prefix_by_cpp(
     shape, spans = (q.shape[1], *prefix.prefix_k.shape[1:]), _spans(prefix)
     make = q.new_empty if spans is None else q.new_zeros
     dpk, dpv = (make(shape, dtype=torch.float32) for _ in range(2))
-    do, o = with_rows(do), with_rows(output.o)
+    do, o = _with_rows(do), _with_rows(output.o)
     kind = (form.form == "relu", form.composition == "gated")
     cpp.prefix_backward_(dq, dpk, dpv, do, q, *_fp32(prefix), o, output.lse, scale, *kind, spans)
     return dpk, dpv
+
+
+def _with_rows(t: Tensor) -> Tensor:
+    """t with its last dim contiguous: torch's CPU flash kernel assumes this without a check."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _uses_flash(q: Tensor, dropout_p: float) -> bool:
+    """Whether the context, if there is one, can run on torch's CPU flash kernel."""
+    return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0
+
+
+def _context_attention(qkv: QKV, scores: Scores) -> tuple[Tensor, Tensor]:
+    """o, laid out (B, T, H, D), and lse of the context, -inf for rows that see no key."""
+    q, k, v = qkv
+    if not k.numel():
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return heads_last_empty(q).zero_(), q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
+    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
+    o, lse = flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scores.scale)
+    o, lse = heads_last(o), lse.contiguous()
+    if hidden is not None:
+        lse.masked_fill_(hidden, float("-inf"))
+    return o, lse
+
+
+def _context_gradients(
+    do: Tensor, qkv: QKV, o: Tensor, lse: Tensor, scores: Scores
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv of the context, in the memory layout of the model. lse is -inf in a row that sees
+    no key, neither of the context nor of a prefix."""
+    q, k, v = qkv
+    if not k.numel():
+        return tuple(heads_last_empty(like).zero_() for like in qkv)
+    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    if hidden is not None:
+        # the value that the kernel itself returns for such a row
+        lse = lse.masked_fill(lse == float("-inf"), 0)
+    parts = _flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scores.scale)
+    return tuple(map(heads_last, parts))

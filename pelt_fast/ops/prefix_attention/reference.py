@@ -59,28 +59,22 @@ from pelt_fast.ops.common.heads import (
 )
 
 
-def _drop_factor(
-    weights: Tensor, p: float, seed: Tensor | None, row: int, first_batch: int
-) -> Tensor | float:
-    """The dropout factor of the weights (B, H, T, keys): 0 or 1 / (1 - p)."""
+def _drop_factor(weights: Tensor, drop: Dropout, kind: int, mask: Mask) -> Tensor | float:
+    """The dropout factor of the weights (B, H, T, keys): 0 or 1 / (1 - p). ``kind``: the row of the
+    seed, 0 of a prefix, 1 of the context."""
+    p, seed = drop
     if seed is None:
         return 1.0
-    start = first_batch * weights[0].numel()
-    keep = keep_mask(start, start + weights.numel(), p, seed[row])
-    return keep.view(weights.shape).to(weights.dtype).mul_(keep_scale(p))
-
-
-def _factor(weights: Tensor, drop: Dropout, kind: int, place: Mask) -> Tensor | float:
-    """The same for some rows of a batch. ``kind``: the row of the seed, 0 of a prefix, 1 of the
-    context."""
-    if drop.seed is None:
-        return 1.0
-    rows, keys = place.rows, weights.shape[-1]
-    width = keys if kind else place.width
-    if isinstance(rows, range) and width == keys:
-        return _drop_factor(weights, *drop, kind, rows.start)
-    like = weights.new_empty(1, *weights.shape[1:3], width)
-    return torch.cat([_drop_factor(like, *drop, kind, row) for row in rows])[..., :keys]
+    _, heads, queries, keys = weights.shape
+    width = keys if kind else mask.width
+    size, rows = heads * queries * width, mask.rows
+    runs = [(row, row + 1) for row in rows]
+    if isinstance(rows, range):
+        runs = [(rows.start, rows.stop)]
+    parts = [keep_mask(first * size, last * size, p, seed[kind]) for first, last in runs]
+    keep = parts[0] if len(parts) == 1 else torch.cat(parts)
+    keep = keep.view(len(rows), heads, queries, width)[..., :keys]
+    return keep.to(weights.dtype).mul_(keep_scale(p))
 
 
 def _wide(qkv: QKV, prefix: Prefix, dtype: torch.dtype) -> tuple[QKV, Prefix]:
@@ -119,8 +113,8 @@ def prefix_attention_forward(
     else:
         weights = prefixed.clamp_min(0)
     context = softmax_weights(context, lse)
-    context = (context * _factor(context, drop, 1, place)) @ v
-    out = context + (weights * _factor(weights, drop, 0, place)) @ pv
+    context = (context * _drop_factor(context, drop, 1, place)) @ v
+    out = context + (weights * _drop_factor(weights, drop, 0, place)) @ pv
     gated = form.composition == "gated"
     kept = absent(qkv.q) if gated else heads_last(context.to(dtype))
     return heads_last(out.to(dtype)), lse, kept, no_rng(q, drop.seed)
@@ -149,8 +143,8 @@ def prefix_attention_backward(
     dow = do.to(lse.dtype)
     context = context_scores(q, k, attn_mask, is_causal, scale)
     prefixed = (scale * q) @ pk.transpose(-1, -2)
-    prefix_factor = _factor(prefixed, drop, 0, place)
-    context_factor = _factor(context, drop, 1, place)
+    prefix_factor = _drop_factor(prefixed, drop, 0, place)
+    context_factor = _drop_factor(context, drop, 1, place)
     own = output.o if form.composition == "gated" else output.context_o
     delta = (dow * own.to(lse.dtype)).sum(-1, keepdim=True)
     weights = softmax_weights(context, lse)
