@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         prompt,
     )
     from pelt_fast.compose.merge import merge, unmerge
+    from pelt_fast.compose.method_store import MethodStore
     from pelt_fast.compose.named_methods import active, inject_named, set_active
     from pelt_fast.compose.route import route
     from pelt_fast.compose.together import add_method, drop_method
@@ -62,6 +63,7 @@ _HOMES = {
         "prompt",
     ),
     "compose.merge": ("merge", "unmerge"),
+    "compose.method_store": ("MethodStore",),
     "compose.named_methods": ("active", "inject_named", "set_active"),
     "compose.route": ("route",),
     "compose.together": ("add_method", "drop_method"),
@@ -97,6 +99,7 @@ __all__ = [
     "FFNLayout",
     "Layout",
     "MethodRun",
+    "MethodStore",
     "Modification",
     "PeltConfig",
     "PromptLayout",

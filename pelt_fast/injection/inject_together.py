@@ -21,12 +21,13 @@ from .record import Injection
 from .routed_log import RoutedLog
 from .watch import watch
 
-
 _WATCH = ":watch"  # the name under which the hooks that watch the model are recorded
 
 
 class TogetherInjection(Injection):
     """The record of several methods in one model."""
+
+    together = True
 
     def __init__(self, layout: Layout | None):
         super().__init__(PeltConfig("several methods"), pack=False)
@@ -37,10 +38,12 @@ class TogetherInjection(Injection):
         self.owners: list[nn.Module] = []  # of the stacks that the methods are on
 
     @property
-    def active(self) -> str:
-        """The name of the method that acts on all rows where no route says otherwise."""
+    def active(self) -> str | None:
+        """The name of the method that acts on all rows where no route says otherwise; None if the
+        base alone does."""
         number = self.routing.default.single
-        return next(name for name, known in self.routing.ids.items() if known == number)
+        names = (name for name, known in self.routing.ids.items() if known == number)
+        return next(names, None)
 
     def known(self, name: str) -> str:
         """``name``; ValueError if no method has it."""
@@ -58,7 +61,10 @@ def inject_together(
     try:
         own_configs(model, injection)
         _freeze(model, injection)
-        injection.changes.hook(model.register_forward_pre_hook(injection.routing.begin))
+        begin = model.register_forward_pre_hook(injection.routing.begin, with_kwargs=True)
+        injection.changes.hook(begin)
+        end = model.register_forward_hook(injection.routing.end, always_call=True)
+        injection.changes.hook(end)
         for name, config in methods.items():
             build_method(model, name, config, injection)
         settle(model, injection)
@@ -91,6 +97,7 @@ def remove_method(model: nn.Module, name: str, injection: TogetherInjection) -> 
     """Take one method out; the others stay as they are."""
     injection.changes.drop(name)
     number = injection.routing.ids.pop(name)
+    injection.routing.whole_batch.discard(number)
     injection.routing.generators.pop(number, None)
     del injection.methods[name], injection.own[name]
     injection.sites = [s for s in injection.sites if s.details.get("method") != name]
@@ -141,6 +148,8 @@ def _connect(name: str, injection: TogetherInjection, first: int) -> None:
     switch = MethodSwitch(injection.switch, injection.routing, injection.routing.ids[name])
     for site in injection.sites[first:]:
         site.details["method"] = name
+        if site.form == "prompt":
+            injection.routing.whole_batch.add(injection.routing.ids[name])
         site.module.switch = switch
         kept = getattr(site.module, "kept_input", None)
         if isinstance(kept, KeptInput):

@@ -26,6 +26,7 @@ class RoutedLog(UndoLog):
         self.routing, self.switch = routing, switch
         self.method: str | None = None
         self.places: dict[nn.Module, Place] = {}
+        self.silent: set[nn.Module] = set()  # modules whose work a feed-forward block does
         self.hooks: dict[str | None, list] = {}  # the handles of each method's hooks
 
     @property
@@ -33,16 +34,20 @@ class RoutedLog(UndoLog):
         return self.routing.ids[self.method]
 
     def call(self, module: nn.Module, forward: Callable) -> None:
+        if forward is passthrough:
+            self.silent.add(module)
         if self.method is None or forward is passthrough:
             super().call(module, forward)
             return
         self.share(module).put(self._id, forward)
 
     def share(self, module: nn.Module) -> Place:
-        """The place at which methods share ``module``; made at the first call."""
+        """The place at which methods share ``module``; made at the first call. A module whose work
+        a block does stays silent: the block finds the LoRA on it."""
         if module not in self.places:
             self.places[module] = Place(module, self.routing, self.switch)
-            super().call(module, self.places[module].__call__)
+            if module not in self.silent:
+                super().call(module, self.places[module].__call__)
         return self.places[module]
 
     def set(self, owner, name: str, value, watched: bool = True) -> None:
@@ -90,10 +95,7 @@ class RoutedLog(UndoLog):
     def _forget(self, owner: nn.Module, name: str) -> None:
         """Remove a child that no method has any more."""
         owner._modules.pop(name)
-        self._changes = [
-            change for change in self._changes
-            if not (isinstance(change, ChildChange) and (change.owner, change.name) == (owner, name))
-        ]  # fmt: skip
+        self._changes = [c for c in self._changes if not _is_child(c, owner, name)]
 
     def child(self, owner: nn.Module, name: str) -> nn.Module | None:
         found = super().child(owner, name)
@@ -110,3 +112,7 @@ class RoutedLog(UndoLog):
             whole = ProjectionView(owner, "", None)
             return RoutedLoRA(self.routing, self.switch, whole)
         return Methods(self.routing, self.switch)
+
+
+def _is_child(change, owner: nn.Module, name: str) -> bool:
+    return isinstance(change, ChildChange) and (change.owner, change.name) == (owner, name)

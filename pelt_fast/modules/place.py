@@ -83,6 +83,8 @@ class Place:
         """The module with the sites of every method around it."""
         by_kind: dict[Callable, Sites] = {}
         for method, calls in sorted(self.calls.items()):
+            if not self.routing.may_act(method, update.routes):
+                continue
             for call in calls:
                 site = call.__self__
                 if not isinstance(site, IN_THE_BASE):
@@ -159,8 +161,9 @@ def _before_dropout(update: RoutedUpdate, sites: Sites, block: FFNBlock, x: Tens
 
 
 def _taken(sites: Sites) -> Tensor:
-    """The input that the sites' hooks kept; every hook kept the same one."""
-    return [site.kept_input.take() for site in sites.values()][0]
+    """The input that the sites' hooks kept. Every hook kept the same one, and none keeps it on."""
+    first, *_ = [site.kept_input.take() for site in sites.values()]
+    return first
 
 
 _KINDS: dict[type, Callable] = {

@@ -6,14 +6,16 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pelt_fast.ops.common.bundles import Segments
 from pelt_fast.ops.common.dropout import draw_seed, seeds_from, threshold
 from pelt_fast.ops.routed.segments import segments_of
 
 from .checkpointed import in_checkpoint, run_again_in
+from .gate import Gate
 from .per_thread import PerThread
+from .switch import RunsEagerly
 
 NONE = -1  # the id of the base alone
 
@@ -44,16 +46,26 @@ class Routes:
         key = ("segments", rows, tuple(ranks), device)
         return self._table(key, lambda: self._segments(rows, ranks, device))
 
+    @property
+    def present(self) -> set[int] | None:
+        """The methods of the rows; None if the host does not know them."""
+        if self.methods.device.type != "cpu":
+            return None
+        return self._table(("present",), lambda: set(self.methods.tolist()))
+
     def rows(self, method: int, rows: int, device: torch.device) -> Tensor:
         """The indices of the leading entries that are under a method."""
         found = self._table(("rows", method, rows, device),
                             lambda: (self._spread(rows) == method).nonzero()[:, 0])  # fmt: skip
         return found.to(device)
 
-    def forget_tables(self) -> None:
-        """A forward begins: a graph that is recorded must make its tables itself."""
+    def begin(self, rows: int | None) -> None:
+        """A forward of a batch of ``rows`` rows begins; None: they are not known. A graph that is
+        recorded must make its tables itself."""
         if self.methods.device.type != "cpu":
             self._tables.clear()
+        if rows is not None and self.single is None and self.lengths is None:
+            self.check(rows)
 
     def _table(self, key: tuple, make):
         if self.methods._version != self._version:
@@ -67,16 +79,17 @@ class Routes:
     def _segments(self, rows: int, ranks: Sequence[int], device: torch.device) -> Segments:
         if self.lengths is not None and rows != self.methods.numel():
             return segments_of(self._spread(rows).to(device), rows, ranks)
-        self._check(rows)
+        self.check(rows)
         return segments_of(self.methods.to(device), rows, ranks)
 
     def _spread(self, rows: int) -> Tensor:
         if self.lengths is not None and rows == int(self.lengths.sum()):
             return self.methods.repeat_interleave(self.lengths.to(self.methods.device))
-        self._check(rows)
+        self.check(rows)
         return self.methods.repeat_interleave(rows // max(self.methods.numel(), 1))
 
-    def _check(self, rows: int) -> None:
+    def check(self, rows: int) -> None:
+        """ValueError unless a batch of ``rows`` rows has equally many for each route."""
         count = self.methods.numel()
         if count and rows % count == 0:
             return
@@ -121,9 +134,11 @@ class Routing:
 
     def __init__(self):
         self.ids: dict[str, int] = {}
+        self.whole_batch: set[int] = set()  # methods that act on all rows of a batch or on none
         self.generators: dict[int, torch.Generator] = {}  # of methods with seeds of their own
         self.default = Routes(torch.tensor([NONE]))
-        self._now = PerThread()
+        self.gate = Gate()
+        self._now, self._eagerly = PerThread(), PerThread()
 
     def id_of(self, name: str) -> int:
         """The id of a method; a new name gets the smallest free one."""
@@ -158,34 +173,72 @@ class Routing:
     def now(self) -> Routes:
         """The routes in force in this thread. A checkpoint around this call runs again in backward
         under the same ones."""
+        if torch.compiler.is_exporting() and self._now.local.value is not None:
+            raise RuntimeError("torch.export under routes: route(model, None) first")
         routes = self._now.get()
         if routes is None:
             return self.default
-        if not torch.compiler.is_compiling():
-            run_again_in(self, lambda: self.using(routes))
+        run_again_in(self, lambda: self.using(routes))
         return routes
+
+    @staticmethod
+    def may_act(method: int, routes: Routes) -> bool:
+        """Whether a method has to be computed: it may have rows. Where several processes train, one
+        without rows here has gradients of zero, because DDP waits for each gradient."""
+        if routes.present is None or method in routes.present:
+            return True
+        return torch.is_grad_enabled() and torch.distributed.is_initialized()
 
     @contextlib.contextmanager
     def using(self, routes: Routes | None) -> Iterator[None]:
         """In this block the forwards of this thread run under ``routes``."""
         before = self._now.get()
-        self._now.put(routes)
+        self.put(routes)
         try:
             yield
         finally:
-            self._now.put(before)
+            self.put(before)
 
     def put(self, routes: Routes | None) -> None:
-        """Run this thread's forwards under ``routes`` from now on; None: the default."""
+        """Run this thread's forwards under ``routes`` from now on; None: the default. A graph that
+        was compiled before has the default's method in it, so that none runs under routes."""
+        eagerly = self._eagerly.get()
+        if routes is not None and eagerly is None:
+            self._eagerly.put(RunsEagerly())
         self._now.put(routes)
+        if routes is None and eagerly is not None:
+            self._eagerly.put(None)
+            eagerly.end()
 
     def get(self) -> Routes | None:
         """What this thread put last."""
         return self._now.get()
 
-    def begin(self, *_) -> None:
-        """Forward pre-hook of the model."""
-        self.now().forget_tables()
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook (with keywords) of the model: the first tensor has the batch's rows."""
+        if torch.compiler.is_compiling():
+            return  # all rows are under the default's method
+        self.gate.enter()
+        given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1)
+        first, routes = next(given, None), self.now()
+        if self.whole_batch and routes.single is None:
+            self._refuse_parts(routes)
+        routes.begin(None if first is None else first.shape[0])
+
+    def _refuse_parts(self, routes: Routes) -> None:
+        """ValueError for rows under different methods where one of them is for a whole batch."""
+        asked = self.whole_batch if routes.present is None else self.whole_batch & routes.present
+        names = [name for name, number in self.ids.items() if number in asked]
+        if names:
+            raise ValueError(
+                f"{', '.join(map(repr, names))} has a prompt, which lengthens every row of a batch:"
+                " a batch with rows under it can have no rows under another method or none"
+            )
+
+    def end(self, *_) -> None:
+        """Forward hook of the model, which runs after an error too."""
+        if not torch.compiler.is_compiling():
+            self.gate.leave()
 
 
 class MethodSwitch:
@@ -201,5 +254,7 @@ class MethodSwitch:
         """Whether the method acts on no row of this forward, as far as the host knows."""
         if self.switch.any_block and self.switch.is_off():
             return True
-        single = self.routing.now().single
-        return single is not None and single != self.method
+        routes = self.routing.now()
+        if routes.single is not None:
+            return routes.single != self.method
+        return not self.routing.may_act(self.method, routes)

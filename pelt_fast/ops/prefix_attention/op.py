@@ -120,7 +120,7 @@ class RoutedPrefixFunction(OpFunction):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        saved = ctx.saved_tensors  # read once: a checkpoint gives each tensor once
+        saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         tensors, (*output, attn_mask, seed) = saved[:6], saved[6:]
         needs = list(ctx.needs_input_grad[:5])
         do = do if do.stride(-1) == 1 else do.contiguous()
