@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from pelt_fast.injection.inject import eject, inject
     from pelt_fast.injection.reference_model import reference_model
     from pelt_fast.integrations.accelerate_peft import accelerate_peft, restore_peft
+    from pelt_fast.integrations.several.runs import MethodRun
+    from pelt_fast.integrations.several.train import train_several
     from pelt_fast.layouts.layout import (
         AttentionLayout,
         FFNLayout,
@@ -78,6 +80,8 @@ _HOMES = {
     "injection.inject": ("eject", "inject"),
     "injection.reference_model": ("reference_model",),
     "integrations.accelerate_peft": ("accelerate_peft", "restore_peft"),
+    "integrations.several.runs": ("MethodRun",),
+    "integrations.several.train": ("train_several",),
     "layouts.layout": (
         "AttentionLayout",
         "FFNLayout",
@@ -94,6 +98,7 @@ __all__ = [
     "AttentionLayout",
     "FFNLayout",
     "Layout",
+    "MethodRun",
     "MethodStore",
     "Modification",
     "PeltConfig",
@@ -133,6 +138,7 @@ __all__ = [
     "route",
     "save",
     "set_active",
+    "train_several",
     "unmerge",
 ]
 
