@@ -69,7 +69,8 @@ def train_several(
         run = pelt_fast.MethodRun(rows, learning_rate=1e-4, steps=300, folder="runs/slow")
         fast = dataclasses.replace(run, learning_rate=1e-3, folder="runs/fast")
         results = pelt_fast.train_several(
-            model, {"slow": run, "fast": fast}, data_collator=collate, output_dir="runs")
+            model, {"slow": run, "fast": fast}, data_collator=collate, output_dir="runs"
+        )
         print(results["fast"].losses[-1], results["fast"].stopped)
     """
     carrier = carrier_of(model)
