@@ -42,6 +42,13 @@ class Routes:
         key = ("segments", rows, tuple(ranks), device)
         return self._table(key, lambda: self._segments(rows, ranks, device))
 
+    @property
+    def present(self) -> set[int] | None:
+        """The methods of the rows; None if the host does not know them."""
+        if self.methods.device.type != "cpu":
+            return None
+        return self._table(("present",), lambda: set(self.methods.tolist()))
+
     def rows(self, method: int, rows: int, device: torch.device) -> Tensor:
         """The indices of the leading entries that are under a method."""
         found = self._table(("rows", method, rows, device),
@@ -52,11 +59,17 @@ class Routes:
         """A forward begins: a graph that is recorded must make its tables itself."""
         if self.methods.device.type != "cpu":
             self._tables.clear()
+        if not torch.compiler.is_compiling():
+            self._read_again()
 
-    def _table(self, key: tuple, make):
+    def _read_again(self) -> None:
+        """Read the methods again where they were written in place since."""
         if self.methods._version != self._version:
             self._tables.clear()
             self._version, self.single = self.methods._version, _single(self.methods)
+
+    def _table(self, key: tuple, make):
+        self._read_again()
         found = self._tables.get(key)
         if found is None:
             found = self._tables[key] = make()
