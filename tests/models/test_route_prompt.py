@@ -131,10 +131,14 @@ def test_routes_that_the_host_cannot_read(architecture, monkeypatch):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("architecture", ["bart", "t5", "roberta", "llama", "gpt2"])
 def test_eager_attention_gives_no_nan(architecture, padding):
-    alone, together = made(architecture, attn_implementation="eager")
+    alone, together = made(architecture, prefix=False, attn_implementation="eager")
     batch = inputs(together, batch=7, padding=padding)
-    # transformers takes the softmax of Llama's eager attention in fp32
-    assert_rows_alone(alone, together, batch, exact=1e-6 if architecture == "llama" else 1e-12)
+    exact = 1e-12
+    if architecture == "llama":  # of which transformers takes the softmax in fp32
+        exact = 1e-5
+        for model in (*alone.values(), together):
+            model.float()
+    assert_rows_alone(alone, together, batch, exact=exact)
     with pelt_fast.route(together, MIXTURE):
         assert together(**batch).logits.isfinite().all()
 
