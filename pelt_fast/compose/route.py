@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pelt_fast.injection.handles import carrier_of
-from pelt_fast.injection.inject_together import TogetherInjection
-from pelt_fast.injection.record import injection_of
 from pelt_fast.modules.routing import NONE, Routes, Routing
+
+from .together import together_of
 
 
 class RouteBlock:
@@ -35,6 +34,8 @@ def route(
     The rows of one batch run under different methods, or under none: every method trains on its own
     rows, with the gradients that it would have alone. Row i of a tensor with k B leading entries
     belongs to row i // k of the batch: beams and returned sequences keep the method of their row.
+    Prompts of the batch's methods may have other lengths: the batch becomes as much longer as the
+    longest of them, and the places that a row does not use are hidden from it.
     A checkpoint runs again in backward under the routes of its forward.
 
     Args:
@@ -68,13 +69,7 @@ def route(
 
 def routing_of(model: nn.Module) -> Routing:
     """The routing of a model whose methods are in it together; ValueError if there is none."""
-    injection = injection_of(carrier_of(model))
-    if not isinstance(injection, TogetherInjection):
-        raise ValueError(
-            f"this {type(carrier_of(model)).__name__} has one method at a time: route needs"
-            " inject_named(model, methods, together=True)"
-        )
-    return injection.routing
+    return together_of(model).routing
 
 
 def _routes(routing: Routing, methods, lengths) -> Routes:

@@ -21,9 +21,13 @@ from .record import Injection
 from .routed_log import RoutedLog
 from .watch import watch
 
+_WATCH = ":watch"  # the name under which the hooks that watch the model are recorded
+
 
 class TogetherInjection(Injection):
     """The record of several methods in one model."""
+
+    together = True
 
     def __init__(self, layout: Layout | None):
         super().__init__(PeltConfig("several methods"), pack=False)
@@ -32,6 +36,20 @@ class TogetherInjection(Injection):
         self.methods: dict[str, PeltConfig] = {}
         self.own: dict[str, list[str]] = {}  # task heads and biases, by method
         self.owners: list[nn.Module] = []  # of the stacks that the methods are on
+
+    @property
+    def active(self) -> str | None:
+        """The name of the method that acts on all rows where no route says otherwise; None if the
+        base alone does."""
+        number = self.routing.default.single
+        names = (name for name, known in self.routing.ids.items() if known == number)
+        return next(names, None)
+
+    def known(self, name: str) -> str:
+        """``name``; ValueError if no method has it."""
+        if name not in self.methods:
+            raise ValueError(f"no method is named {name!r}; there are {', '.join(self.methods)}")
+        return name
 
 
 def inject_together(
@@ -43,11 +61,13 @@ def inject_together(
     try:
         own_configs(model, injection)
         _freeze(model, injection)
-        injection.changes.hook(model.register_forward_pre_hook(injection.routing.begin))
+        begin = model.register_forward_pre_hook(injection.routing.begin, with_kwargs=True)
+        injection.changes.hook(begin)
+        end = model.register_forward_hook(injection.routing.end, always_call=True)
+        injection.changes.hook(end)
         for name, config in methods.items():
-            add_method(model, name, config, injection)
-        mark(model, [base_of(model), *injection.owners], injection)
-        watch(model, injection.owners, injection)
+            build_method(model, name, config, injection)
+        settle(model, injection)
     except BaseException:
         injection.changes.method = None
         _restore(model, injection)
@@ -56,10 +76,46 @@ def inject_together(
     return injection
 
 
-def add_method(
+def settle(model: nn.Module, injection: TogetherInjection) -> None:
+    """The methods in the model are others now: mark its parts, watch it, and let every site decide
+    again."""
+    for handle in injection.changes.hooks.pop(_WATCH, []):
+        handle.remove()
+    mark(model, [base_of(model), *injection.owners], injection)
+    injection.changes.method = _WATCH
+    try:
+        watch(model, injection.owners, injection)
+    finally:
+        injection.changes.method = None
+    for site in injection.sites:
+        if isinstance(site.module, DecidesOnce):
+            site.module.decide_again()
+            site.module.decision()
+
+
+def remove_method(model: nn.Module, name: str, injection: TogetherInjection) -> None:
+    """Take one method out; the others stay as they are."""
+    injection.changes.drop(name)
+    number = injection.routing.ids.pop(name)
+    injection.routing.generators.pop(number, None)
+    del injection.methods[name], injection.own[name]
+    injection.sites = [s for s in injection.sites if s.details.get("method") != name]
+    settle(model, injection)
+
+
+def build_method(
     model: nn.Module, name: str, config: PeltConfig, injection: TogetherInjection
 ) -> None:
-    """Build the sites of one more method."""
+    """Build the sites of one more method. If that fails, it leaves nothing behind."""
+    try:
+        _build(model, name, config, injection)
+    except BaseException:
+        injection.changes.drop(name)
+        del injection.routing.ids[name]
+        raise
+
+
+def _build(model: nn.Module, name: str, config: PeltConfig, injection: TogetherInjection) -> None:
     injection.routing.id_of(name)
     injection.config, injection.changes.method = config, name
     first = len(injection.sites)
@@ -95,5 +151,3 @@ def _connect(name: str, injection: TogetherInjection, first: int) -> None:
         kept = getattr(site.module, "kept_input", None)
         if isinstance(kept, KeptInput):
             kept.switch = switch
-        if isinstance(site.module, DecidesOnce):
-            site.module.decision()

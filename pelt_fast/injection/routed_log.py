@@ -17,7 +17,7 @@ from pelt_fast.modules.routing import Routing
 from pelt_fast.modules.switch import Switch
 
 from .attention_interface import SLICE
-from .undo_log import PROMPT, UndoLog
+from .undo_log import PROMPT, ChildChange, UndoLog
 
 
 class RoutedLog(UndoLog):
@@ -29,6 +29,8 @@ class RoutedLog(UndoLog):
         self.routing, self.switch = routing, switch
         self.method: str | None = None
         self.places: dict[nn.Module, Place] = {}
+        self.silent: set[nn.Module] = set()  # modules whose work a feed-forward block does
+        self.hooks: dict[str | None, list] = {}  # the handles of each method's hooks
         self.fronts: dict[nn.Module, RoutedPrompt] = {}  # by the owners of their stacks
 
     @property
@@ -36,6 +38,8 @@ class RoutedLog(UndoLog):
         return self.routing.ids[self.method]
 
     def call(self, module: nn.Module, forward: Callable) -> None:
+        if forward is passthrough:
+            self.silent.add(module)
         if self.method is None or forward is passthrough:
             super().call(module, forward)
             return
@@ -50,10 +54,12 @@ class RoutedLog(UndoLog):
             self.method = method
 
     def share(self, module: nn.Module) -> Place:
-        """The place at which methods share ``module``; made at the first call."""
+        """The place at which methods share ``module``; made at the first call. A module whose work
+        a block does stays silent: the block finds the LoRA on it."""
         if module not in self.places:
             self.places[module] = Place(module, self.routing, self.switch)
-            super().call(module, self.places[module].__call__)
+            if module not in self.silent:
+                super().call(module, self.places[module].__call__)
         return self.places[module]
 
     def set(self, owner, name: str, value, watched: bool = True) -> None:
@@ -78,6 +84,31 @@ class RoutedLog(UndoLog):
             super().add(owner, name, known)
         known.put(self.method, child.train(owner.training))
 
+    def hook(self, handle) -> None:
+        super().hook(handle)
+        self.hooks.setdefault(self.method, []).append(handle)
+
+    def drop(self, method: str) -> None:
+        """Take the changes of one method back; those of the others stay."""
+        number = self.routing.ids[method]
+        for handle in self.hooks.pop(method, []):
+            handle.remove()
+        for place in self.places.values():
+            place.drop(number)
+        for (owner, name), shared in self.children().items():
+            if isinstance(shared, Methods):
+                shared._modules.pop(method, None)
+                if not shared._modules:
+                    self._forget(owner, name)
+        for shared in self.attributes().values():
+            if isinstance(shared, RoutedSlice):
+                shared.drop(number)
+
+    def _forget(self, owner: nn.Module, name: str) -> None:
+        """Remove a child that no method has any more."""
+        owner._modules.pop(name)
+        self._changes = [c for c in self._changes if not _is_child(c, owner, name)]
+
     def put_in_front(self, owner: nn.Module, prompt: Prompt) -> RoutedPrompt | None:
         new = owner not in self.fronts
         front = self.fronts.setdefault(owner, RoutedPrompt(self.routing, self.switch))
@@ -101,3 +132,7 @@ class RoutedLog(UndoLog):
             whole = ProjectionView(owner, "", None)
             return RoutedLoRA(self.routing, self.switch, whole)
         return Methods(self.routing, self.switch)
+
+
+def _is_child(change, owner: nn.Module, name: str) -> bool:
+    return isinstance(change, ChildChange) and (change.owner, change.name) == (owner, name)

@@ -37,11 +37,16 @@ class Methods(nn.Module):
         """The site of a method, by its id."""
         return self.sites.get(method)
 
+    def acting(self, routes: Routes) -> list[tuple[int, nn.Module]]:
+        """The sites of the methods that rows may be under, in the order of their ids."""
+        sites = sorted(self.sites.items())
+        return [(method, site) for method, site in sites if self.routing.may_act(method, routes)]
+
     @property
     def sites(self) -> dict[int, nn.Module]:
         """The sites by the ids of their methods."""
         ids = self.routing.ids
-        return {ids[name]: site for name, site in self._modules.items() if name in ids}
+        return {ids[name]: site for name, site in list(self._modules.items()) if name in ids}
 
 
 class Factors:
@@ -87,11 +92,13 @@ class Factors:
         biases = [torch.zeros_like(like) if bias is None else bias for bias in self.up_biases]
         return RoutedUp(torch.cat(self.up_weights), torch.stack(biases))
 
-    def dropout(self, routing: Routing, device: torch.device) -> RoutedDropout:
-        """The dropout of each method; the seeds are drawn here."""
+    def dropout(self, routing: Routing, device: torch.device, draws: int = 1) -> RoutedDropout:
+        """The dropout of each method; the seeds are drawn here. The op of a method alone draws
+        ``draws`` of them, and uses the first."""
         if all(threshold(p) == 0 for p in self.probabilities):
             return RoutedDropout([], None)
-        return RoutedDropout(self.probabilities, routing.draw_seeds(self.probabilities, device))
+        seeds = routing.draw_seeds(self.probabilities, device, draws)
+        return RoutedDropout(self.probabilities, seeds)
 
     def update(
         self,
@@ -104,6 +111,8 @@ class Factors:
         hidden_drop: RoutedDropout,
     ) -> Tensor:
         """The updates of all methods around ``layer`` on x (..., K)."""
+        if x.dim() > 2 and routes.lengths is None:
+            routes.check(x.shape[0])
         where = routes.segments(x.numel() // x.shape[-1], self.ranks, x.device)
         transform = RoutedTransform(activation, self.scales)
         return routed_update(
@@ -128,9 +137,12 @@ class RoutedLoRA(Methods):
             return self.frozen.bare(x)
         if routes.single is not None:
             site = self.of(routes.single)
-            return self.frozen.bare(x) if site is None else site(x)
-        factors = Factors(self.routing.count)
-        for method, site in sorted(self.sites.items()):
+            with self.routing.seeds_of(routes.single):
+                return self.frozen.bare(x) if site is None else site(x)
+        acting, factors = self.acting(routes), Factors(self.routing.count)
+        if not acting:
+            return self.frozen.bare(x)
+        for method, site in acting:
             lora_a, lora_b, scale, p = _low_rank(site)
             factors.add(method, (lora_a, None), (lora_b, None), scale, p)
         drop = factors.dropout(self.routing, x.device)

@@ -37,10 +37,8 @@ class RoutedPrompt(Methods):
         return found
 
     def _mixed(self, routes: Routes, length: int | None) -> "MixedPrompt":
-        sites, present = self.sites, routes.present
+        sites, present = dict(self.acting(routes)), routes.present
         some_without = present is None or not present <= sites.keys()
-        if present is not None:
-            sites = {method: prompt for method, prompt in sites.items() if method in present}
         return MixedPrompt(sites, some_without, self.routing.count, routes, length)
 
 

@@ -120,7 +120,8 @@ class RoutedPrefixFunction(OpFunction):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        tensors, (*output, attn_mask, seed) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # read once: a checkpoint gives them once
+        tensors, (*output, attn_mask, seed) = saved[:6], saved[6:]
         needs = list(ctx.needs_input_grad[:5])
         do = do if do.stride(-1) == 1 else do.contiguous()
         grads = routed_prefix_bwd(

@@ -1,18 +1,21 @@
-"""Low-rank updates of many methods in one batch on the library's GEMMs, a part at a time.
+"""Low-rank updates of many methods in one batch on the C++ passes, or the library's GEMMs.
 
-Shapes and maths are those of ``reference``. A part is a block of rows of one method that stays in
-cache, with its mask.
+Shapes and maths are those of ``reference``.
 Traffic  P = one read or write of an M x K (or M x N) activation, whatever the number of methods.
-         forward   x for T; base read, y written twice (the copy of base, the sum):       4 P
-         backward  dy for dT and dU, x for dD; base read, dx written twice:               5 P
+         forward   x for T, base read, y written:                                3 P
+         backward  dy for dT, dU and du, x for dD, base read and dx written:     4 P
+         The factors of the methods that have rows are read once each way, their gradients written.
+The library's GEMMs run for methods of a rank above ``passes.MAX_RANK``, and for all where the C++
+ops do not take the tensors. base and dx are then read and written once more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from pelt_fast.ops.common import gradients, passes
+from pelt_fast.ops.common import grouped, passes
+from pelt_fast.ops.common.activations import ACTIVATIONS
 from pelt_fast.ops.common.bundles import (
     RoutedDown,
     RoutedDropout,
@@ -21,16 +24,15 @@ from pelt_fast.ops.common.bundles import (
     Segments,
     absent,
 )
-from pelt_fast.ops.common.dropout import MIN_ROWS, block_elements, drop_factor
-from pelt_fast.ops.common.parts import Part, accumulator, drop_of, parts_of, widest
+from pelt_fast.ops.common.dropout import MIN_ROWS, block_elements, keep_scale, threshold
+from pelt_fast.ops.common.parts import Part, accumulator, parts_of, widest
 
 
 def down_forward(x: Tensor, down: RoutedDown, where: Segments, drop: RoutedDropout) -> Tensor:
-    t = x.new_empty(x.shape[0], widest(where.ranks))
-    weights, biases = down.down_weights.to(x.dtype), _cast(down.down_biases, x)
-    for part in _parts(where, x):
-        read, to = _dropped(x[part.rows], part, drop), t[part.rows, : part.rank]
-        to.copy_(passes.linear(read, weights[part.ranks], _slice(biases, part.ranks)))
+    t, ours = x.new_empty(x.shape[0], widest(where.ranks)), _takes(x)
+    if ours:
+        passes.cpp.routed_down_(t, x, *map(_factor, down), *_place(where), *_masks(drop))
+    grouped.down_(t, x, down, _left(where, x, x.shape[1], ours), drop)
     return t
 
 
@@ -43,25 +45,24 @@ def down_backward(
     drop: RoutedDropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (total, width), wide = down_weights.shape, down_weights.dtype
-    low, grads = down_weights.to(dt.dtype), [absent(dt) for _ in range(3)]
-    if needs[0]:
-        grads[0] = dt.new_zeros(dt.shape[0], width) if base is None else base.clone()
-    if needs[1]:
-        grads[1] = accumulator((total, width), dt, wide)
-    if needs[2]:
-        grads[2] = accumulator((total,), dt, wide)
-    for part in _parts(where, x if needs[1] else dt, width):
-        own, factor = dt[part.rows, : part.rank], _factor(part, width, dt, drop)
-        if needs[0]:
-            update = own @ low[part.ranks]
-            grads[0][part.rows] += update if factor is None else update.mul_(factor)
-        if needs[1]:
-            read = x[part.rows] if factor is None else factor.mul_(x[part.rows])
-            _add_outer(grads[1][part.ranks], own, read)
-        if needs[2]:
-            grads[2][part.ranks] += own.sum(0, dtype=grads[2].dtype)
-    return grads[0], grads[1].to(wide), grads[2].to(wide)
+    need_x, need_weights, need_biases = needs
+    (total, width), wide, rows = down_weights.shape, down_weights.dtype, dt.shape[0]
+    read = x if need_weights else None
+    ours = _takes(dt, read, base)
+    d_weights, d_biases = _sums((total, width), (total,), dt, wide, ours)
+    dx = None
+    if need_x and ours:
+        dx = dt.new_empty(rows, width)
+    elif need_x:
+        dx = dt.new_zeros(rows, width) if base is None else base.clone()
+    found = (dx, d_weights if need_weights else None, d_biases if need_biases else None)
+    if ours:
+        passes.cpp.routed_down_backward_(
+            dt, read, base if need_x else None, _factor(down_weights), *found, *_place(where),
+            *_masks(drop),
+        )  # fmt: skip
+    grouped.down_backward_(dt, x, down_weights, _left(where, dt, width, ours), drop, found)
+    return _finished(found, dt, wide)
 
 
 def up_forward(
@@ -72,15 +73,16 @@ def up_forward(
     transform: RoutedTransform,
     drop: RoutedDropout,
 ) -> Tensor:
-    out = base.clone(memory_format=torch.contiguous_format)
-    weights, biases = up.up_weights.to(base.dtype), _cast(up.up_biases, base)
-    for part in _parts(where, base):
-        scale, to = transform.scales[part.method], out[part.rows]
-        if biases is not None:
-            to.add_(biases[part.method], alpha=scale)
-        h = _hidden(t, part, transform.activation, drop)
-        to.addmm_(h, part.up(weights, base.shape[1]).t(), alpha=scale)
-    return out
+    ours = _takes(base, t)
+    if ours:
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)
+        passes.cpp.routed_up_(
+            y, base, t, *map(_factor, up), *_place(where), *_numbers(transform), *_masks(drop)
+        )
+    else:
+        y = base.clone(memory_format=torch.contiguous_format)
+    grouped.up_(y, t, up, _left(where, base, base.shape[1], ours), transform, drop)
+    return y
 
 
 def up_backward(
@@ -92,65 +94,75 @@ def up_backward(
     drop: RoutedDropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs, wide, name = dy.shape[1], up_weights.dtype, transform.activation
-    low, grads = up_weights.to(dy.dtype), [absent(dy) for _ in range(3)]
-    if needs[0]:
-        grads[0] = dy.new_empty(dy.shape[0], widest(where.ranks))
-    if needs[1]:
-        grads[1] = accumulator(up_weights.shape, dy, wide)
-    if needs[2]:
-        grads[2] = accumulator((len(where.ranks), outputs), dy, wide)
-    for part in _parts(where, dy):
-        scale, above = transform.scales[part.method], dy[part.rows]
-        if needs[0]:
-            dh = torch.mm(above, part.up(low, outputs)).mul_(scale)
-            factor, own = _factor(part, part.rank, dy, drop), t[part.rows, : part.rank]
-            dh = dh if factor is None else dh.mul_(factor)
-            grads[0][part.rows, : part.rank] = gradients.activation_backward(
-                name, dh, own.contiguous()
-            )
-        if needs[1]:
-            h = _hidden(t, part, name, drop)
-            _add_outer(part.up(grads[1], outputs), above, h, scale)
-        if needs[2]:
-            grads[2][part.method].add_(above.sum(0, dtype=grads[2].dtype), alpha=scale)
-    return grads[0], grads[1].to(wide), grads[2].to(wide)
+    need_t, need_weights, need_biases = needs
+    outputs, wide, ranks = dy.shape[1], up_weights.dtype, where.ranks
+    read = t if need_weights or transform.activation != "identity" else None
+    ours = _takes(dy, read)
+    sums = _sums(up_weights.shape, (len(ranks), outputs), dy, wide, ours)
+    dt = dy.new_empty(dy.shape[0], widest(ranks)) if need_t else None
+    found = (dt, sums[0] if need_weights else None, sums[1] if need_biases else None)
+    if ours:
+        passes.cpp.routed_up_backward_(
+            dy, read, _factor(up_weights), *found, *_place(where), *_numbers(transform),
+            *_masks(drop),
+        )  # fmt: skip
+    grouped.up_backward_(dy, t, up_weights, _left(where, dy, outputs, ours), transform, drop, found)
+    return _finished(found, dy, wide)
 
 
-def _parts(where: Segments, x: Tensor, width: int | None = None) -> Iterator[Part]:
-    """The parts of the segments, so small that a part of ``x`` and its mask stay in cache."""
-    width = x.shape[1] if width is None else width
-    return parts_of(where, max(MIN_ROWS, block_elements(x.device) // max(width, 1)))
+def _takes(*tensors: Tensor | None) -> bool:
+    """Whether the C++ ops take these activations."""
+    return all(t is None or passes.covers_rows(t) for t in tensors)
 
 
-def _cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(like.dtype)
+def _left(where: Segments, x: Tensor, width: int, ours: bool) -> Iterable[Part]:
+    """What the C++ ops leave, in parts so small that ``width`` columns of one and their mask stay
+    in cache."""
+    if ours and widest(where.ranks) <= passes.MAX_RANK:
+        return ()
+    most_rows = max(MIN_ROWS, block_elements(x.device) // max(width, 1))
+    parts = parts_of(where, most_rows)
+    return (part for part in parts if part.rank > passes.MAX_RANK) if ours else parts
 
 
-def _slice(bias: Tensor | None, ranks: slice) -> Tensor | None:
-    return None if bias is None else bias[ranks]
-
-
-def _factor(part: Part, width: int, like: Tensor, drop: RoutedDropout) -> Tensor | None:
-    """0 or 1 / (1 - p) for each element of a part ``width`` wide; None if nothing is dropped."""
-    p, seed = drop_of(drop, part.method)
-    if seed is None:
+def _factor(weight: Tensor | None) -> Tensor | None:
+    """Stacked factors in the form that the C++ code reads."""
+    if weight is None:
         return None
-    rows = slice(part.own, part.own + part.rows.stop - part.rows.start)
-    return drop_factor(rows, width, p, seed, like.dtype)
+    weight = weight.detach().contiguous()
+    return weight.float() if weight.dtype not in passes.DTYPES else weight
 
 
-def _dropped(x: Tensor, part: Part, drop: RoutedDropout) -> Tensor:
-    factor = _factor(part, x.shape[1], x, drop)
-    return x if factor is None else factor.mul_(x)
+def _place(where: Segments) -> tuple[Tensor, Sequence[int]]:
+    return where.segments.contiguous(), where.ranks
 
 
-def _hidden(t: Tensor, part: Part, name: str, drop: RoutedDropout) -> Tensor:
-    """H of a part: drop'(f(T))."""
-    h = passes.activate(name, t[part.rows, : part.rank].contiguous())
-    return _dropped(h, part, drop)
+def _numbers(transform: RoutedTransform) -> tuple[Sequence[float], int]:
+    return transform.scales, ACTIVATIONS.index(transform.activation)
 
 
-def _add_outer(to: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """to += scale leftᵀ right, in the dtype of ``to``."""
-    to.addmm_(left.to(to.dtype).t(), right.to(to.dtype), alpha=scale)
+def _masks(drop: RoutedDropout) -> tuple[Tensor | None, list[int], list[float]]:
+    """The arguments of the C++ code for the dropout masks."""
+    if drop.seeds is None:
+        return None, [], []
+    return (
+        drop.seeds.contiguous(), [threshold(p) for p in drop.probabilities],
+        [keep_scale(p) for p in drop.probabilities],
+    )  # fmt: skip
+
+
+def _sums(
+    weights: Sequence[int], biases: Sequence[int], like: Tensor, wide: torch.dtype, ours: bool
+) -> tuple[Tensor, Tensor]:
+    """Tensors for the gradients of the factors: the C++ code fills them, the library adds."""
+    if ours:
+        return tuple(like.new_empty(shape, dtype=torch.float32) for shape in (weights, biases))
+    return tuple(accumulator(shape, like, wide) for shape in (weights, biases))
+
+
+def _finished(
+    found: tuple[Tensor | None, ...], like: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results, the gradients of the factors in ``wide``; empty tensors for those missing."""
+    first, *sums = (absent(like) if grad is None else grad for grad in found)
+    return first, *(grad.to(wide) for grad in sums)
