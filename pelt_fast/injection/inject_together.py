@@ -97,7 +97,6 @@ def remove_method(model: nn.Module, name: str, injection: TogetherInjection) -> 
     """Take one method out; the others stay as they are."""
     injection.changes.drop(name)
     number = injection.routing.ids.pop(name)
-    injection.routing.whole_batch.discard(number)
     injection.routing.generators.pop(number, None)
     del injection.methods[name], injection.own[name]
     injection.sites = [s for s in injection.sites if s.details.get("method") != name]
@@ -148,8 +147,6 @@ def _connect(name: str, injection: TogetherInjection, first: int) -> None:
     switch = MethodSwitch(injection.switch, injection.routing, injection.routing.ids[name])
     for site in injection.sites[first:]:
         site.details["method"] = name
-        if site.form == "prompt":
-            injection.routing.whole_batch.add(injection.routing.ids[name])
         site.module.switch = switch
         kept = getattr(site.module, "kept_input", None)
         if isinstance(kept, KeptInput):

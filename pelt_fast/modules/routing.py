@@ -64,13 +64,19 @@ class Routes:
         recorded must make its tables itself."""
         if self.methods.device.type != "cpu":
             self._tables.clear()
+        if not torch.compiler.is_compiling():
+            self._read_again()
         if rows is not None and self.single is None and self.lengths is None:
             self.check(rows)
 
-    def _table(self, key: tuple, make):
+    def _read_again(self) -> None:
+        """Read the methods again where they were written in place since."""
         if self.methods._version != self._version:
             self._tables.clear()
             self._version, self.single = self.methods._version, _single(self.methods)
+
+    def _table(self, key: tuple, make):
+        self._read_again()
         found = self._tables.get(key)
         if found is None:
             found = self._tables[key] = make()
@@ -134,7 +140,6 @@ class Routing:
 
     def __init__(self):
         self.ids: dict[str, int] = {}
-        self.whole_batch: set[int] = set()  # methods that act on all rows of a batch or on none
         self.generators: dict[int, torch.Generator] = {}  # of methods with seeds of their own
         self.default = Routes(torch.tensor([NONE]))
         self.gate = Gate()
@@ -221,19 +226,7 @@ class Routing:
         self.gate.enter()
         given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1)
         first, routes = next(given, None), self.now()
-        if self.whole_batch and routes.single is None:
-            self._refuse_parts(routes)
         routes.begin(None if first is None else first.shape[0])
-
-    def _refuse_parts(self, routes: Routes) -> None:
-        """ValueError for rows under different methods where one of them is for a whole batch."""
-        asked = self.whole_batch if routes.present is None else self.whole_batch & routes.present
-        names = [name for name, number in self.ids.items() if number in asked]
-        if names:
-            raise ValueError(
-                f"{', '.join(map(repr, names))} has a prompt, which lengthens every row of a batch:"
-                " a batch with rows under it can have no rows under another method or none"
-            )
 
     def end(self, *_) -> None:
         """Forward hook of the model, which runs after an error too."""

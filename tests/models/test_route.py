@@ -353,15 +353,3 @@ def test_explain_and_counts_know_every_method(tmp_path):
     sites = [len(pelt_fast.explain(model).sites) for model in several.alone.values()]
     assert len(pelt_fast.explain(several.model).sites) == sum(sites)
     assert "several methods" in str(pelt_fast.explain(several.model))
-
-
-def test_a_prompt_takes_whole_batches(tmp_path):
-    several = three("bart", ("prompt", "lora", "mam"), tmp_path)
-    for routes in (["a"] * 3, ["b", "c", None]):
-        several.check(routes)
-    with (
-        pelt_fast.route(several.model, ["a", "b", "a"]),
-        pytest.raises(ValueError, match="'a' has a prompt, which lengthens every row of a batch"),
-    ):
-        several.model(**several.batch(3))
-    several.check(["a"] * 2)  # an error leaves nothing behind
