@@ -161,6 +161,14 @@ BROKEN = [
         {"pelt_fast/modules/lora.py": "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."},
         "pelt_fast.modules.lora.f: 9 positional parameters, at most 8",
     ),
+    (
+        "saved_tensors_are_read_once",
+        {
+            "pelt_fast/ops/lora/op.py": "def backward(ctx, dy):\n"
+            "    return ctx.saved_tensors[0], ctx.saved_tensors[1]"
+        },
+        "pelt_fast.ops.lora.op.backward: reads saved_tensors 2 times, at most once",
+    ),
     ("functions_are_short", {"pelt_fast/env.py": ("def f():\n" + "    x = 1\n" * 26) * 3},
      "the median function has 27 lines, at most 25"),
 ]  # fmt: skip

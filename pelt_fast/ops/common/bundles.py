@@ -172,6 +172,20 @@ class Prefix(NamedTuple):
     prefix_v: Tensor
 
 
+class RoutedPrefix(NamedTuple):
+    """The trainable keys and values of several methods, and the method of each row of the batch.
+
+    ``prefix_k`` and ``prefix_v`` are (Hkv, sum P, D): the methods' own behind each other, in order.
+    ``routes`` (B) int64: the method of each row of q, -1 for none. ``lengths``: the P of each
+    method, 0 if it has no prefix here.
+    """
+
+    prefix_k: Tensor
+    prefix_v: Tensor
+    routes: Tensor
+    lengths: Sequence[int]
+
+
 class Scores(NamedTuple):
     """How scores are made: the mask of the context, whether it is causal, and the scale."""
 
