@@ -120,6 +120,24 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
                 "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
         ),
     },
+    "routed_down": {  # the class is the largest rank of the batch; rows are gathered
+        "any": (
+            Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=2),
+                "as rank_down; unmeasured"),
+            Row(HALF, MAX_RANK, Tile(64, block_k=64, block_r=64, num_warps=4, num_stages=2),
+                "as rank_down, narrow blocks of ranks: small methods skip the others; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
+    "routed_up": {
+        "any": (
+            Row(HALF, MAX_RANK, Tile(64, 128, block_r=32, num_warps=4, num_stages=1),
+                "as rank_up; a loop over few ranks: no pipeline; unmeasured"),
+            Row(SINGLE, MAX_RANK, Tile(32, 64, block_r=16, num_warps=4, num_stages=1),
+                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
+        ),
+    },
     "prefix": {  # the class is the padded head dim
         "gfx942": (
             Row(HALF, 128, Tile(32, 32, num_warps=4, num_stages=1),

@@ -1,12 +1,21 @@
-"""Low-rank updates of many methods in one batch, on a GPU.
+"""Low-rank updates of many methods in one batch on the Triton kernels.
 
-No kernel takes them yet: the library's GEMMs of ``cpu`` run, a segment at a time.
+Shapes and maths are those of ``reference``. Nothing is read from the device, and no kernel is
+compiled for the routes: the launches are the same for other routes.
+Traffic  P = one read or write of an M x K (or M x N) activation, whatever the number of methods.
+         forward   x for T, base read, y written:     3 P
+Above rank ``MAX_RANK`` the library's GEMMs run, a segment at a time.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from pelt_fast.kernels.routed import routed_rows
+from pelt_fast.kernels.routed_down import routed_down
+from pelt_fast.kernels.routed_up import routed_up
+from pelt_fast.kernels.tiles import MAX_RANK
+from pelt_fast.ops.common import dispatch
 from pelt_fast.ops.common.bundles import (
     RoutedDown,
     RoutedDropout,
@@ -14,10 +23,13 @@ from pelt_fast.ops.common.bundles import (
     RoutedUp,
     Segments,
 )
+from pelt_fast.ops.common.parts import widest
 
 
 def down_forward(x: Tensor, down: RoutedDown, where: Segments, drop: RoutedDropout) -> Tensor:
-    return NotImplemented
+    if _left(x, where):
+        return NotImplemented
+    return routed_down(x, down, routed_rows(where, x.shape[0]), drop)
 
 
 def down_backward(
@@ -40,7 +52,9 @@ def up_forward(
     transform: RoutedTransform,
     drop: RoutedDropout,
 ) -> Tensor:
-    return NotImplemented
+    if _left(base, where):
+        return NotImplemented
+    return routed_up(base, t, up, routed_rows(where, base.shape[0]), transform, drop)
 
 
 def up_backward(
@@ -53,3 +67,14 @@ def up_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return NotImplemented
+
+
+def _left(x: Tensor, where: Segments) -> bool:
+    """Whether the kernels leave this to the library: nothing to do, or a rank too large."""
+    rank = widest(where.ranks)
+    if rank > MAX_RANK:
+        dispatch.fall_back(
+            "routed: running on library kernels, because the kernels take a rank of 1 to"
+            f" {MAX_RANK}, got {rank}"
+        )
+    return rank > MAX_RANK or rank == 0 or x.numel() == 0

@@ -1,0 +1,106 @@
+"""The kernels of many methods in one batch against the specification, whatever the routes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pelt_fast.ops.common.bundles import (
+    RoutedDown,
+    RoutedDropout,
+    RoutedTransform,
+    RoutedUp,
+    Segments,
+)
+from pelt_fast.ops.common.parts import widest
+from pelt_fast.ops.routed import gpu, reference
+from pelt_fast.ops.routed.segments import segments_of
+
+from .judge import DEVICE, DTYPES, check, dense, seed, sliced
+
+EACH, K, N = 5, 72, 130
+RANKS, ALIGNED = [1, 3, 16, 100, 0, 2], [8, 16, 64, 104, 0, 8]  # nobody's route is the last
+SCALES, P = [2.0, -0.5, 1.0, 0.25, 3.0, 1.0], [0.3, 0.0, 0.5, 0.1, 0.2, 0.1]
+ROUTES = {
+    "unsorted": [3, 0, -1, 1, 0, 2, 4, 3, 0, 0],
+    "one": [2, 2, 2],
+    "none": [-1, 4],
+}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_routes = pytest.mark.parametrize("routes", ROUTES.values(), ids=ROUTES)
+with_dropout = pytest.mark.parametrize("p", [False, True], ids=["", "dropped"])
+# LoRA without dropout, adapters with it; ranks that 8 divides are read and drawn 8 at a time
+CASES = {
+    "lora": (RANKS, "identity", False, False),
+    "adapter": (RANKS, "gelu", True, True),
+    "aligned": (ALIGNED, "relu", False, True),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def merged(routes, ranks=RANKS) -> Segments:
+    """Segments of several lengths, and none for the rows of none."""
+    where = segments_of(torch.tensor(routes, dtype=torch.int64), len(routes) * EACH, ranks)
+    return Segments(where.segments.to(DEVICE), ranks)
+
+
+def apart(routes, ranks=RANKS) -> Segments:
+    """A segment for every route, as a GPU has them, in the order of the batch."""
+    table = [
+        [b * EACH, EACH, g, routes[:b].count(g) * EACH] for b, g in enumerate(routes)
+    ]  # fmt: skip
+    return Segments(torch.tensor(table, dtype=torch.int64, device=DEVICE).view(-1, 4), ranks)
+
+
+def drop(p: bool) -> RoutedDropout:
+    seeds = torch.stack([seed() + g for g in range(len(P))]) if p else None
+    return RoutedDropout(P if p else [], seeds)
+
+
+def factors(ranks, biases: bool) -> tuple[RoutedDown, RoutedUp]:
+    total = sum(ranks)
+    down, up = dense(total, K, scale=K**-0.5), dense(N * total, scale=0.3)
+    d, u = (dense(total), dense(len(ranks), N)) if biases else (None, None)
+    return RoutedDown(down, d), RoutedUp(up, u)
+
+
+def as_type(bundle, dtype):
+    return type(bundle)(*(None if t is None else t.to(dtype) for t in bundle))
+
+
+def written(t: Tensor, routes, ranks) -> Tensor:
+    """T with zeros where nothing may read it."""
+    own = [0 if g < 0 else ranks[g] for g in routes for _ in range(EACH)]
+    own = torch.tensor(own, device=t.device)
+    return torch.where(torch.arange(t.shape[1], device=t.device) < own[:, None], t, 0)
+
+
+@every_dtype
+@every_routes
+@with_dropout
+def test_routed_down_matches_fp64_oracle(routes, p, dtype):
+    x, (down, _), mask = sliced(len(routes) * EACH, K, dtype=dtype), factors(RANKS, True), drop(p)
+    low, where = as_type(down, dtype), merged(routes)
+    oracle = reference.down_forward(x.double(), as_type(low, torch.double), where, mask)
+    same = reference.down_forward(x, low, where, mask)
+    for where in (merged(routes), apart(routes)):
+        t = gpu.down_forward(x, down, where, mask)
+        assert t.dtype == dtype
+        check(*(written(t, routes, RANKS) for t in (t, same, oracle)), dtype)
+
+
+@every_dtype
+@every_routes
+@every_case
+def test_routed_up_matches_fp64_oracle(case, routes, dtype):
+    ranks, activation, biases, p = case
+    rows, (_, up), mask = len(routes) * EACH, factors(ranks, biases), drop(p)
+    base, t = sliced(rows, N, dtype=dtype), sliced(rows, widest(ranks), dtype=dtype)
+    low, transform = as_type(up, dtype), RoutedTransform(activation, SCALES)
+    wide = (base.double(), t.double(), as_type(low, torch.double))
+    settings = merged(routes, ranks), transform, mask
+    oracle, same = (reference.up_forward(*given, *settings) for given in (wide, (base, t, low)))
+    for where in (merged(routes, ranks), apart(routes, ranks)):
+        y = gpu.up_forward(base, t, up, where, transform, mask)
+        check(y, same, oracle, dtype)
+        none = torch.tensor([g < 0 or ranks[g] == 0 for g in routes for _ in range(EACH)])
+        assert torch.equal(y[none], base[none]) and y is not base
