@@ -2,9 +2,9 @@
 
 Shapes   segments (S, 4) of M rows and the ranks R_g of G methods -> order (M), starts (G + 2).
          parts (J, M, R_max) -> T or dT (M, R_max); parts (J, sizes of one method) -> gradients.
-Maths    order is the rows by method: those of method g are order[starts[g] : starts[g + 1]], in the
-         order of the method's own rows, then the rows of none. A kernel's tile is rows of one method
-         here, wherever they are in the batch: many short segments of a method share its factors.
+Maths    order is the rows by method: those of method g are order[starts[g] : starts[g + 1]], in
+         the order of the method's own rows, then the rows of none. A kernel's tile is rows of one
+         method here, wherever they are in the batch: short segments share a read of the factors.
          There are at most M / BLOCK_M + min(G, S) + 1 tiles, known without the routes.
 Traffic  rows      S (M + G) / BLOCK_M x 4 numbers, from the L2 cache; writes 4 (M + G) bytes
          reduced   as ``reduce``: reads the fp32 parts once, in fixed order; only those of methods
@@ -25,7 +25,7 @@ from pelt_fast.kernels.config import cdiv, padded
 from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 from pelt_fast.ops.common.bundles import RoutedDropout, Segments
-from pelt_fast.ops.common.parts import first_rows, widest
+from pelt_fast.ops.common.parts import first_rows
 
 BLOCK_METHODS = 64
 BLOCK_SIZE = 1024
@@ -239,4 +239,65 @@ def routed_reduce_rows(
         HAS_BIAS=bias is not None, HAS_SCALES=scales is not None, ACTIVATION=activation,
         DROP=tables[0] is not None, ALIGNED=rows.aligned, BLOCK_M=block_m, BLOCK_R=block_r,
         BLOCK_G=BLOCK_METHODS, num_warps=4,
+    )  # fmt: skip
+
+
+@launched
+@triton.jit
+def routed_reduce_kernel(
+    parts_ptr,
+    out_ptr,
+    starts_ptr,
+    methods_ptr,
+    scales_ptr,
+    part_m,
+    capacity,
+    width,
+    HAS_SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    # a gradient of one method: the sum over the parts of its rows, zeros if it has none
+    g = tl.program_id(0)
+    size = tl.load(methods_ptr + 2 * g).to(tl.int64) * width
+    offs = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) * BLOCK >= size:
+        return
+    before = 0
+    for h in range(0, g, BLOCK_G):
+        lower = h + tl.arange(0, BLOCK_G)
+        start = tl.load(starts_ptr + lower, mask=lower < g, other=0)
+        end = tl.load(starts_ptr + lower + 1, mask=lower < g, other=0)
+        before += tl.sum(tl.cdiv(end - start, part_m), 0)
+    count = tl.cdiv(tl.load(starts_ptr + g + 1) - tl.load(starts_ptr + g), part_m)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    place = parts_ptr + tl.cast(before, tl.int64) * capacity + offs
+    for _ in range(0, count):
+        acc += tl.load(place, mask=offs < size, other=0.0)
+        place += capacity
+    if HAS_SCALES:
+        acc *= tl.load(scales_ptr + g)
+    place = out_ptr + tl.load(methods_ptr + 2 * g + 1).to(tl.int64) * width + offs
+    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
+
+
+def routed_reduce(
+    parts: Tensor,
+    out: Tensor,
+    rows: Rows,
+    part_m: int,
+    width: int,
+    *,
+    scales: Tensor | None = None,
+    each: bool = False,
+) -> None:
+    """Write the gradient of every method to ``out``: R_g ``width`` numbers each, or ``width`` with
+    ``each``. ``parts`` has the sums of ``part_m`` rows of one method each, in the tiles' order."""
+    count, capacity = len(rows.ranks), parts[0].numel()
+    methods = rows.methods
+    if each:
+        methods = constant(tuple((1, g) for g in range(count)), torch.int32, out.device)
+    routed_reduce_kernel[(count, cdiv(capacity, BLOCK_SIZE))](
+        parts, out, rows.starts, methods, scales, part_m, capacity, width,
+        HAS_SCALES=scales is not None, BLOCK=BLOCK_SIZE, BLOCK_G=BLOCK_METHODS, num_warps=4,
     )  # fmt: skip

@@ -104,3 +104,37 @@ def test_routed_up_matches_fp64_oracle(case, routes, dtype):
         check(y, same, oracle, dtype)
         none = torch.tensor([g < 0 or ranks[g] == 0 for g in routes for _ in range(EACH)])
         assert torch.equal(y[none], base[none]) and y is not base
+
+
+@every_dtype
+@every_routes
+@with_dropout
+def test_routed_down_bwd_matches_fp64_oracle(routes, p, dtype):
+    rows, weights, mask = len(routes) * EACH, factors(RANKS, False)[0].down_weights, drop(p)
+    x, base = sliced(rows, K, dtype=dtype), sliced(rows, K, dtype=dtype)
+    dt, needs = sliced(rows, max(RANKS), dtype=dtype), [True] * 3
+    given, where = (dt, x, base, weights.to(dtype).float()), merged(routes)
+    oracle = reference.down_backward(*(g.double() for g in given), where, mask, needs)
+    same = reference.down_backward(*given, where, mask, needs)
+    for where in (merged(routes), apart(routes)):
+        found = gpu.down_backward(dt, x, base, weights, where, mask, needs)
+        for grad, torchs, wanted, low in zip(found, same, oracle, (dtype, dtype, torch.float32)):
+            check(grad, torchs, wanted, low)
+
+
+@every_dtype
+@every_routes
+@every_case
+def test_routed_up_bwd_matches_fp64_oracle(case, routes, dtype):
+    ranks, activation, _, p = case
+    rows, weights, mask = len(routes) * EACH, factors(ranks, False)[1].up_weights, drop(p)
+    dy, t = sliced(rows, N, dtype=dtype), sliced(rows, widest(ranks), dtype=dtype)
+    settings, needs = (RoutedTransform(activation, SCALES), mask), [True] * 3
+    given, where = (dy, t, weights.to(dtype).float()), merged(routes, ranks)
+    oracle = reference.up_backward(*(g.double() for g in given), where, *settings, needs)
+    same = reference.up_backward(*given, where, *settings, needs)
+    for where in (merged(routes, ranks), apart(routes, ranks)):
+        found = gpu.up_backward(dy, t, weights, where, *settings, needs)
+        check(*(written(grads[0], routes, ranks) for grads in (found, same, oracle)), dtype)
+        for grad, torchs, wanted in zip(found[1:], same[1:], oracle[1:]):
+            check(grad, torchs, wanted, dtype)

@@ -3,7 +3,8 @@
 Shapes and maths are those of ``reference``. Nothing is read from the device, and no kernel is
 compiled for the routes: the launches are the same for other routes.
 Traffic  P = one read or write of an M x K (or M x N) activation, whatever the number of methods.
-         forward   x for T, base read, y written:     3 P
+         forward   x for T, base read, y written:                            3 P
+         backward  dy for dT, dU and du, x for dD, base read, dx written:    4 P
 Above rank ``MAX_RANK`` the library's GEMMs run, a segment at a time.
 """
 
@@ -12,8 +13,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pelt_fast.kernels.routed import routed_rows
-from pelt_fast.kernels.routed_down import routed_down
-from pelt_fast.kernels.routed_up import routed_up
+from pelt_fast.kernels.routed_down import routed_bias, routed_down, routed_down_bwd
+from pelt_fast.kernels.routed_up import routed_input_gradient, routed_up, routed_up_bwd
 from pelt_fast.kernels.tiles import MAX_RANK
 from pelt_fast.ops.common import dispatch
 from pelt_fast.ops.common.bundles import (
@@ -22,6 +23,7 @@ from pelt_fast.ops.common.bundles import (
     RoutedTransform,
     RoutedUp,
     Segments,
+    absent,
 )
 from pelt_fast.ops.common.parts import widest
 
@@ -41,7 +43,16 @@ def down_backward(
     drop: RoutedDropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return NotImplemented
+    if _left(dt, where):
+        return NotImplemented
+    rows, grads = routed_rows(where, dt.shape[0]), [absent(dt) for _ in range(3)]
+    if needs[0]:
+        grads[0] = routed_input_gradient(dt, base, down_weights, rows, drop)
+    if needs[1]:
+        grads[1] = routed_down_bwd(dt, x, down_weights.dtype, rows, drop)
+    if needs[2]:
+        grads[2] = routed_bias(dt, down_weights.dtype, rows)
+    return tuple(grads)
 
 
 def up_forward(
@@ -66,7 +77,11 @@ def up_backward(
     drop: RoutedDropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return NotImplemented
+    if _left(dy, where):
+        return NotImplemented
+    rows = routed_rows(where, dy.shape[0])
+    found = routed_up_bwd(dy, t, up_weights, rows, transform, drop, needs)
+    return tuple(absent(dy) if grad is None else grad for grad in found)
 
 
 def _left(x: Tensor, where: Segments) -> bool:
