@@ -139,6 +139,10 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         ),
     },
     "routed_up": {
+        "sm80": (
+            Row(HALF, MAX_RANK, Tile(64, 64, block_r=32, num_warps=4, num_stages=1),
+                "half as wide, no spills; unmeasured"),
+        ),
         "any": (
             Row(HALF, MAX_RANK, Tile(64, 128, block_r=32, num_warps=8, num_stages=1),
                 "a loop over few ranks: no pipeline; rows and mask in registers; unmeasured"),

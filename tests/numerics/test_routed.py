@@ -17,7 +17,7 @@ from pelt_fast.ops.routed.segments import segments_of
 
 from .judge import DEVICE, DTYPES, check, dense, seed, sliced
 
-EACH, K, N = 5, 72, 130
+EACH, K, N = 5, 40, 70
 RANKS, ALIGNED = [1, 3, 16, 100, 0, 2], [8, 16, 64, 104, 0, 8]  # nobody's route is the last
 SCALES, P = [2.0, -0.5, 1.0, 0.25, 3.0, 1.0], [0.3, 0.0, 0.5, 0.1, 0.2, 0.1]
 ROUTES = {
@@ -138,3 +138,28 @@ def test_routed_up_bwd_matches_fp64_oracle(case, routes, dtype):
         check(*(written(grads[0], routes, ranks) for grads in (found, same, oracle)), dtype)
         for grad, torchs, wanted in zip(found[1:], same[1:], oracle[1:]):
             check(grad, torchs, wanted, dtype)
+
+
+@every_dtype
+def test_masks_are_those_of_a_method_alone_and_runs_give_the_same_bits(dtype):
+    """x of ones, D and U of one: what comes out is the masks of each method's own rows."""
+    routes, ranks = [1, -1, 0, 1], [1, 1]
+    rows, mask = len(routes) * EACH, RoutedDropout([0.3, 0.5], torch.stack([seed(), seed() + 1]))
+    where, one = apart(routes, ranks), RoutedUp(torch.ones(2 * N, device=DEVICE), None)
+    ones = torch.ones(rows, N, dtype=dtype, device=DEVICE)
+    plain, transform = RoutedDropout([], None), RoutedTransform("identity", [1.0, 1.0])
+    hidden = gpu.up_forward(torch.zeros_like(ones), ones[:, :1], one, where, transform, mask)
+    wanted = reference.up_forward(torch.zeros_like(ones), ones[:, :1], one, where, transform, mask)
+    assert torch.equal(hidden != 0, wanted != 0)
+    given = ones[:, :1], ones, None, one.up_weights.view(2, N), where, mask, [True] * 3
+    dx, *weights = gpu.down_backward(*given)
+    wanted, *_ = reference.down_backward(*given)
+    assert torch.equal(dx != 0, wanted != 0)
+    again = gpu.up_backward(ones, ones[:, :1], one.up_weights, where, transform, plain, [True] * 3)
+    twice = gpu.up_backward(ones, ones[:, :1], one.up_weights, where, transform, plain, [True] * 3)
+    assert all(torch.equal(a, b) for a, b in zip(again[1:], twice[1:]))
+
+
+def test_a_batch_of_nothing_is_left_to_the_library():
+    down, where = RoutedDown(dense(4, K), None), apart([], [4])
+    assert gpu.down_forward(dense(0, K), down, where, RoutedDropout([], None)) is NotImplemented
