@@ -121,6 +121,12 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
         ),
     },
     "routed_down": {  # the class is the largest rank of the batch; rows are gathered
+        "sm100": (
+            Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=2),
+                "as elsewhere; unmeasured"),
+            Row(HALF, MAX_RANK, Tile(64, block_k=64, block_r=64, num_warps=8, num_stages=2),
+                "as elsewhere, no spills; unmeasured"),
+        ),
         "any": (
             Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=2),
                 "as rank_down; unmeasured"),
