@@ -34,6 +34,7 @@ PACKAGES = [
     "pelt_fast.injection",
     "pelt_fast.injection.discovery",
     "pelt_fast.integrations",
+    "pelt_fast.integrations.several",
     "pelt_fast.kernels",
     "pelt_fast.layouts",
     "pelt_fast.modules",

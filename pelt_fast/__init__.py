@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         prompt,
     )
     from pelt_fast.compose.merge import merge, unmerge
+    from pelt_fast.compose.method_store import MethodStore
     from pelt_fast.compose.named_methods import active, inject_named, set_active
     from pelt_fast.compose.route import route
     from pelt_fast.compose.together import add_method, drop_method
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from pelt_fast.injection.inject import eject, inject
     from pelt_fast.injection.reference_model import reference_model
     from pelt_fast.integrations.accelerate_peft import accelerate_peft, restore_peft
+    from pelt_fast.integrations.several.runs import MethodRun
+    from pelt_fast.integrations.several.train import train_several
     from pelt_fast.layouts.layout import (
         AttentionLayout,
         FFNLayout,
@@ -60,6 +63,7 @@ _HOMES = {
         "prompt",
     ),
     "compose.merge": ("merge", "unmerge"),
+    "compose.method_store": ("MethodStore",),
     "compose.named_methods": ("active", "inject_named", "set_active"),
     "compose.route": ("route",),
     "compose.together": ("add_method", "drop_method"),
@@ -76,6 +80,8 @@ _HOMES = {
     "injection.inject": ("eject", "inject"),
     "injection.reference_model": ("reference_model",),
     "integrations.accelerate_peft": ("accelerate_peft", "restore_peft"),
+    "integrations.several.runs": ("MethodRun",),
+    "integrations.several.train": ("train_several",),
     "layouts.layout": (
         "AttentionLayout",
         "FFNLayout",
@@ -92,6 +98,8 @@ __all__ = [
     "AttentionLayout",
     "FFNLayout",
     "Layout",
+    "MethodRun",
+    "MethodStore",
     "Modification",
     "PeltConfig",
     "PromptLayout",
@@ -130,6 +138,7 @@ __all__ = [
     "route",
     "save",
     "set_active",
+    "train_several",
     "unmerge",
 ]
 

@@ -84,7 +84,7 @@ PELT_FAST_INLINE void backward_one(const AdapterBackward& g, const Part& part, i
     for (int64_t j = 0; j < pad; ++j) dt[i][j] *= g.scale * slope[i][j];
   if (part.d_down_bias != nullptr) add_columns<W>(part.d_down_bias, dt, wide.rows, pad);
   if (part.d_down == nullptr && g.dx.data == nullptr) return;
-  down_backward_block<W, T>(dt, g.rank, g.down, g.residual, g.dx, g.x, part.d_down, kWhole, deep);
+  down_backward_block<W, T>(dt, g.rank, pad, g.down, g.residual, g.dx, g.x, part.d_down, kWhole, deep);
 }
 
 // Parts [first, last) of the rows.

@@ -112,63 +112,74 @@ PELT_FAST_INLINE void scale_rows(Tile& tile, int64_t pad, float scale) {
     for (int64_t j = 0; j < pad; ++j) tile[i][j] *= scale;
 }
 
-// s += drop(x) a;  a (width, pad).
+// s += drop(x) a of the columns of a tile;  a (columns, pad).
+template <int W, typename T>
+PELT_FAST_INLINE void down_tile(Tile& s, const Rows<void>& x, const float* a, int64_t pad,
+                                const Mask& mask, const Block& block, int64_t column) {
+  alignas(64) Tile tile, factor;
+  const bool drop = mask.threshold > 0;
+  const int columns = block.columns(column);
+  const float* from = &tile[0][0];
+  int64_t stride = kColumns;
+  if (std::is_same<T, float>::value && !drop && block.in_place) {
+    from = reinterpret_cast<const float*>(place<T>(x, block.row, column));
+    stride = x.stride;
+  } else {
+    load_block<T>(tile, x, block, column, columns);
+    if (drop) {
+      draw_block(factor, mask, block, column);
+      multiply(tile, factor, block.rows);
+    }
+  }
+  product<W>(&s[0][0], kColumns, from, stride, a, pad, block.products(), pad, columns);
+}
+
+// The same for all columns;  a (width, pad).
 template <int W, typename T>
 PELT_FAST_INLINE void down_block(Tile& s, const Rows<void>& x, const float* a, int64_t pad,
                                  const Mask& mask, const Block& block) {
-  alignas(64) Tile tile, factor;
-  const bool drop = mask.threshold > 0;
-  for (int64_t column = 0; column < block.width; column += kColumns) {
-    const int columns = block.columns(column);
-    const float* from = &tile[0][0];
-    int64_t stride = kColumns;
-    if (std::is_same<T, float>::value && !drop && block.in_place) {
-      from = reinterpret_cast<const float*>(place<T>(x, block.row, column));
-      stride = x.stride;
-    } else {
-      load_block<T>(tile, x, block, column, columns);
-      if (drop) {
-        draw_block(factor, mask, block, column);
-        multiply(tile, factor, block.rows);
-      }
-    }
-    product<W>(&s[0][0], kColumns, from, stride, a + column * pad, pad, block.products(), pad,
-               columns);
-  }
+  for (int64_t column = 0; column < block.width; column += kColumns)
+    down_tile<W, T>(s, x, a + column * pad, pad, mask, block, column);
 }
 
-// out = drop(base) + h b + start;  b (rank, wide), start (wide) or null, base may be missing.
+// out = drop(base) + h b + start in the columns of a tile;  b (rank, stride), start or null and base
+// may be missing.
+template <int W, typename T>
+PELT_FAST_INLINE void up_tile(const Tile& h, int64_t rank, const float* b, int64_t stride,
+                              const float* start, const Rows<void>& base, const Rows<void>& out,
+                              const Mask& mask, const Block& block, int64_t column) {
+  alignas(64) Tile tile, factor;
+  const bool drop = mask.threshold > 0;
+  const int columns = block.columns(column);
+  const int64_t whole = padded(columns), rows = block.products();
+  if (fits_in_place<T>(block, columns) && !drop) {
+    auto* at = reinterpret_cast<float*>(place<T>(out, block.row, column));
+    begin(at, out.stride, reinterpret_cast<const float*>(place<T>(base, block.row, column)),
+          base.stride, start, block.rows, columns);
+    return product<W>(at, out.stride, &h[0][0], kColumns, b, stride, rows, whole, rank);
+  }
+  clear(tile, whole, rows);
+  if (start != nullptr)
+    for (int i = 0; i < block.rows; ++i) std::memcpy(tile[i], start, whole * sizeof(float));
+  if (drop) {
+    draw_block(factor, mask, block, column);
+    for (int i = 0; i < block.rows; ++i) {
+      const T* from = place<T>(base, block.row_of(i), column);
+      for (int j = 0; j < columns; ++j) tile[i][j] += factor[i][j] * to_float(from[j]);
+    }
+  }
+  product<W>(&tile[0][0], kColumns, &h[0][0], kColumns, b, stride, rows, whole, rank);
+  store_block<T>(tile, drop ? Rows<void>{} : base, out, block, column, columns);
+}
+
+// The same for all columns;  b (rank, wide), start (wide).
 template <int W, typename T>
 PELT_FAST_INLINE void up_block(const Tile& h, int64_t rank, const float* b, const float* start,
                                const Rows<void>& base, const Rows<void>& out, const Mask& mask,
                                const Block& block) {
-  alignas(64) Tile tile, factor;
-  const bool drop = mask.threshold > 0;
-  const int64_t wide = padded(block.width), rows = block.products();
-  for (int64_t column = 0; column < block.width; column += kColumns) {
-    const int columns = block.columns(column);
-    const int64_t whole = padded(columns);
-    const float* first = start == nullptr ? nullptr : start + column;
-    if (fits_in_place<T>(block, columns) && !drop) {
-      auto* at = reinterpret_cast<float*>(place<T>(out, block.row, column));
-      begin(at, out.stride, reinterpret_cast<const float*>(place<T>(base, block.row, column)),
-            base.stride, first, block.rows, columns);
-      product<W>(at, out.stride, &h[0][0], kColumns, b + column, wide, rows, whole, rank);
-      continue;
-    }
-    clear(tile, whole, rows);
-    if (first != nullptr)
-      for (int i = 0; i < block.rows; ++i) std::memcpy(tile[i], first, whole * sizeof(float));
-    if (drop) {
-      draw_block(factor, mask, block, column);
-      for (int i = 0; i < block.rows; ++i) {
-        const T* from = place<T>(base, block.row_of(i), column);
-        for (int j = 0; j < columns; ++j) tile[i][j] += factor[i][j] * to_float(from[j]);
-      }
-    }
-    product<W>(&tile[0][0], kColumns, &h[0][0], kColumns, b + column, wide, rows, whole, rank);
-    store_block<T>(tile, drop ? Rows<void>{} : base, out, block, column, columns);
-  }
+  for (int64_t column = 0; column < block.width; column += kColumns)
+    up_tile<W, T>(h, rank, b + column, padded(block.width),
+                  start == nullptr ? nullptr : start + column, base, out, mask, block, column);
 }
 
 // dh += dy b, part += dyᵀ h, bias += Σ dy, each where it is not null;  b and part (wide, pad).
@@ -190,15 +201,16 @@ PELT_FAST_INLINE void up_backward_block(Tile* dh, const Tile* h, const Rows<void
   }
 }
 
-// dx = base + drop(ds a), part += dsᵀ drop(x), each where it is not missing;  a and part (pad, wide).
+// dx = base + drop(ds a), part += dsᵀ drop(x), each where it is not missing;  a (rank, wide), part
+// (pad, wide), pad a multiple of 8.
 template <int W, typename T>
-PELT_FAST_INLINE void down_backward_block(const Tile& ds, int64_t rank, const float* a,
-                                          const Rows<void>& base, const Rows<void>& dx,
+PELT_FAST_INLINE void down_backward_block(const Tile& ds, int64_t rank, int64_t pad,
+                                          const float* a, const Rows<void>& base, const Rows<void>& dx,
                                           const Rows<void>& x, float* part, const Mask& mask,
                                           const Block& block) {
   alignas(64) Tile tile, factor;
   const bool drop = mask.threshold > 0, need_dx = dx.data != nullptr;
-  const int64_t pad = padded(rank), wide = padded(block.width), rows = block.products();
+  const int64_t wide = padded(block.width), rows = block.products();
   for (int64_t column = 0; column < block.width; column += kColumns) {
     const int columns = block.columns(column);
     const int64_t whole = padded(columns);

@@ -97,6 +97,26 @@ void by_rows(FewRows& g) {
   PELT_FAST_BY_TYPE(g.dtype, finish<T>(g, parts))
 }
 
+// Σ a b over n elements: four sums, so that no addition waits for the one before.
+template <int W>
+PELT_FAST_INLINE float dot_of(const float* a, const float* b, int64_t n) {
+  using Vector = typename VectorOf<W>::type;
+  Vector total[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * W <= n; j += 4 * W)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v)
+      total[v] += *reinterpret_cast<const Vector*>(a + j + v * W) *
+                  *reinterpret_cast<const Vector*>(b + j + v * W);
+  for (; j + W <= n; j += W)
+    total[0] += *reinterpret_cast<const Vector*>(a + j) * *reinterpret_cast<const Vector*>(b + j);
+  total[0] += total[1] + (total[2] + total[3]);
+  float sum = 0;
+  for (int i = 0; i < W; ++i) sum += total[0][i];
+  for (; j < n; ++j) sum += a[j] * b[j];
+  return sum;
+}
+
 // Rows as fp32 (rows, wide), zeros behind.
 template <typename T>
 void widen(float* to, const Rows<void>& from, int64_t rows, int64_t columns, int64_t wide) {

@@ -53,7 +53,7 @@ template <int W, typename T>
 PELT_FAST_INLINE void down_backward_one(const DownBackward& g, float* part, const Block& block) {
   alignas(64) Tile ds;
   load_narrow<T>(ds, g.ds, block, g.rank);
-  down_backward_block<W, T>(ds, g.rank, g.a, g.base, g.dx, g.x, part, g.mask, block);
+  down_backward_block<W, T>(ds, g.rank, padded(g.rank), g.a, g.base, g.dx, g.x, part, g.mask, block);
 }
 
 // Parts [first, last) of the rows.

@@ -6,20 +6,23 @@
 //          rows of a method with a higher rank or none are as rows of none.
 // Maths    t = (mask_g * x) D_gᵀ + d_g;  out = base + s_g (h U_gᵀ + u_g), h = mask_g * f(t)
 //          out = base in rows of none; t is not written there, nor behind R_g.
-// Traffic  x read once; base read and out written once, whatever the number of methods. Each D_g and
-//          U_g is read and packed once by each thread that has rows of it: G (K + N) R elements.
-//          2 M R (K + N) flops.
+// Traffic  x read once; base read and out written once, whatever the number of methods. Besides, each
+//          D_g and U_g of a method that has rows is read once: (K + N) sum R_g elements; a thread
+//          that has rows of it transposes U_g. 2 M R (K + N) flops.
 
 #include <torch/csrc/stable/library.h>
 
 #include "bottleneck.h"
 #include "routed.h"
+#include "vectors.h"
 
 namespace pelt_fast {
 namespace {
 
-constexpr Mask kWhole{};         // drops nothing
-constexpr int64_t kFewRows = 8;  // of a method: its factor is read as it lies, never packed
+constexpr Mask kWhole{};          // drops nothing
+constexpr int64_t kFewRows = 8;   // of a method: its factor is read as it lies, never transposed
+constexpr int kGroup = 4;         // of these rows that meet a factor at a time
+constexpr int64_t kDepth = 1024;  // of their columns: they stay in the first cache
 
 struct Down {
   Rows<void> x, t;
@@ -30,70 +33,84 @@ struct Down {
   const Masks* masks;
 };
 
-// A row of x as fp32, dropped out.
+// Columns [first, first + count) of row i of a block as fp32, dropped out.
 template <typename T>
 PELT_FAST_INLINE const float* wide_row(float* to, const Rows<void>& x, const Mask& mask,
-                                       const Block& block, int i) {
-  const T* row = place<T>(x, block.row_of(i), 0);
+                                       const Block& block, int i, int64_t first, int64_t count) {
+  const T* row = place<T>(x, block.row_of(i), first);
   if (std::is_same<T, float>::value && mask.threshold == 0)
     return reinterpret_cast<const float*>(row);
-  for (int64_t k = 0; k < block.width; ++k) to[k] = to_float(row[k]);
+  for (int64_t k = 0; k < count; ++k) to[k] = to_float(row[k]);
   if (mask.threshold == 0) return to;
   alignas(64) float factor[kColumns];
-  for (int64_t column = 0; column < block.width; column += kColumns) {
-    draw_row(factor, mask, block.width, block.drawn_of(i), column);
-    for (int j = 0; j < block.columns(column); ++j) to[column + j] *= factor[j];
+  for (int64_t done = 0; done < count; done += kColumns) {
+    draw_row(factor, mask, block.width, block.drawn_of(i), first + done);
+    for (int64_t j = 0; j < std::min<int64_t>(kColumns, count - done); ++j)
+      to[done + j] *= factor[j];
   }
   return to;
 }
 
-// s = drop(x) D_gᵀ + s for at most kFewRows rows, one dot product for each element.
+// s += drop(x) D_gᵀ for at most kFewRows rows: dot products of rows as they lie.
 template <int W, typename T>
-PELT_FAST_INLINE void few_rows_down(const Down& g, const Method& method, const Mask& mask,
-                                    const Block& block, Tile& s, float* scratch) {
-  const float* rows[kFewRows];
-  for (int i = 0; i < block.rows; ++i)
-    rows[i] = wide_row<T>(scratch + (i + 1) * g.width, g.x, mask, block, i);
-  for (int64_t r = 0; r < method.rank; ++r) {
-    const float* d =
-        upright(scratch, g.down, (method.first + r) * g.width, 1, g.width, g.width);
-    for (int i = 0; i < block.rows; ++i) s[i][r] += dot_of<W>(d, rows[i], g.width);
+PELT_FAST_INLINE void down_few(const Down& g, const Method& method, const Mask& mask, Tile& s,
+                               float* weight, const Block& block) {
+  alignas(64) float wide[kGroup][kDepth];
+  const float* d = upright(weight, g.down, method.first * g.width, method.rank, g.width, g.width);
+  for (int64_t first = 0; first < g.width; first += kDepth) {
+    const int64_t count = std::min(kDepth, g.width - first);
+    for (int i = 0; i < block.rows; i += kGroup) {
+      const float* x[kGroup];
+      const int rows = std::min(kGroup, block.rows - i);
+      for (int a = 0; a < rows; ++a)
+        x[a] = wide_row<T>(wide[a], g.x, mask, block, i + a, first, count);
+      dots<W>(s, i, rows, x, d + first, g.width, method.rank, count);
+    }
   }
+}
+
+// A block of a method. `weight` gets D_g transposed, a tile of columns behind the other, each just
+// before its first product; `is_packed` says that it was.
+template <int W, typename T>
+PELT_FAST_INLINE void down_one(const Down& g, int number, const float* start, float* weight,
+                               bool is_packed, const Block& block) {
+  alignas(64) Tile s;
+  const Method& method = g.plan->methods[number];
+  const Mask mask = g.masks->of(number);
+  const int64_t pad = narrow(method.rank);
+  for (int64_t i = 0; i < block.products(); ++i) std::memcpy(s[i], start, pad * sizeof(float));
+  if (method.rows <= kFewRows) {
+    down_few<W, T>(g, method, mask, s, weight, block);
+  } else {
+    for (int64_t column = 0; column < g.width; column += kColumns) {
+      const int64_t from = method.first * g.width + column;
+      float* a = weight + column * pad;
+      if (!is_packed)
+        transpose_piece(a, {g.down, from, g.width, method.rank, block.columns(column)}, pad);
+      down_tile<W, T>(s, g.x, a, pad, mask, block, column);
+    }
+  }
+  store_narrow<T>(s, g.t, block, method.rank);
 }
 
 // Tasks [first, last), a block each.
 template <int W>
 PELT_FAST_INLINE void routed_down(const Down& g, int64_t first, int64_t last) {
   const Plan& plan = *g.plan;
-  const int64_t most = padded(plan.most_rank);
-  const Buffer scratch = buffer(most + std::max(most, kFewRows + 1) * g.width);
-  float *start = scratch.get(), *weight = start + most;
+  const Buffer weight = buffer(narrow(plan.most_rank) * g.width);
+  alignas(64) float start[kMaxRank];
   int current = -1;
   for (int64_t i = first; i < last; ++i) {
-    alignas(64) Tile s;
     const Task& task = plan.tasks[i];
-    const Method& method = plan.methods[task.method];
-    const Block& block = plan.blocks[task.first];
-    const Mask mask = g.masks->of(task.method);
-    const int64_t pad = padded(method.rank);
-    const bool few = method.rows <= kFewRows;
-    if (task.method != current) {
-      current = task.method;
-      std::fill_n(start, pad, 0.0f);
+    const bool is_packed = task.method == current;
+    if (!is_packed) {
+      const Method& method = plan.methods[task.method];
+      std::fill_n(start, narrow(method.rank), 0.0f);
       if (g.biases.data != nullptr) widen(start, g.biases, method.first, method.rank);
-      if (!few)
-        transposed<W>(weight, g.down, method.first * g.width, method.rank, g.width, pad);
     }
-    for (int64_t row = 0; row < block.products(); ++row)
-      std::memcpy(s[row], start, pad * sizeof(float));
-    PELT_FAST_BY_TYPE(g.dtype, {
-      if (few) {
-        few_rows_down<W, T>(g, method, mask, block, s, weight);
-      } else {
-        down_block<W, T>(s, g.x, weight, pad, mask, block);
-      }
-      store_narrow<T>(s, g.t, block, method.rank);
-    })
+    current = task.method;
+    PELT_FAST_BY_TYPE(g.dtype, down_one<W, T>(g, current, start, weight.get(), is_packed,
+                                              plan.blocks[task.first]))
   }
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(routed_down, Down)
@@ -116,15 +133,65 @@ PELT_FAST_INLINE void copy_rows(const Rows<void>& from, const Rows<void>& to, co
                 block.width * sizeof(T));
 }
 
+// out = base + h U_gᵀ + start;  `weight` gets U_g transposed, a tile of columns behind the other,
+// each just before its first product.
 template <int W, typename T>
-PELT_FAST_INLINE void up_one(const Up& g, const Method& method, const Mask& mask, float scale,
-                             const float* weight, const float* start, const Block& block) {
+PELT_FAST_INLINE void up_one(const Up& g, const Method& method, const Tile& h, const float* start,
+                             float* weight, bool is_packed, const Block& block) {
+  for (int64_t column = 0; column < g.width; column += kColumns) {
+    const int columns = block.columns(column);
+    const int64_t wide = padded(columns), from = method.first * g.width + column * method.rank;
+    float* b = weight + column * method.rank;
+    if (!is_packed) transpose_piece(b, {g.up, from, method.rank, columns, method.rank}, wide);
+    up_tile<W, T>(h, method.rank, b, wide, start == nullptr ? nullptr : start + column, g.base,
+                  g.out, kWhole, block, column);
+  }
+}
+
+// The same for at most kFewRows rows: U_g is read as it lies, W of its rows at a time.
+template <int W, typename T>
+PELT_FAST_INLINE void up_few(const Up& g, const Method& method, const Tile& h, const float* start,
+                             float* weight, const Block& block) {
+  using Vector = typename VectorOf<W>::type;
+  const int64_t wide = padded(method.rank, W);
+  for (int64_t n = 0; n < g.width; n += W) {
+    const int64_t count = std::min<int64_t>(W, g.width - n);
+    const float* u = upright(weight, g.up, method.first * g.width + n * method.rank, count,
+                             method.rank, wide);
+    for (int i = 0; i < block.rows; ++i) {
+      Vector sum[W] = {};
+      for (int64_t r = 0; r < wide; r += W) {
+        const Vector left = *reinterpret_cast<const Vector*>(h[i] + r);
+#pragma GCC unroll 16
+        for (int v = 0; v < W; ++v)
+          sum[v] += left * *reinterpret_cast<const Vector*>(
+                               u + std::min<int64_t>(v, count - 1) * wide + r);
+      }
+      const Vector found = sums_of<W>(sum);
+      const T* from = place<T>(g.base, block.row_of(i), n);
+      T* to = place<T>(g.out, block.row_of(i), n);
+      for (int64_t j = 0; j < count; ++j)
+        assign(to[j], to_float(from[j]) + (found[j] + (start == nullptr ? 0.0f : start[n + j])));
+    }
+  }
+}
+
+// A block of a method; `is_packed` says what `weight` holds.
+template <int W, typename T>
+PELT_FAST_INLINE void up_block_of(const Up& g, int number, const float* start, float* weight,
+                                  bool is_packed, const Block& block) {
   alignas(64) Tile h;
+  const Method& method = g.plan->methods[number];
+  const Mask mask = g.masks->of(number);
   load_narrow<T>(h, g.t, block, method.rank);
   if (g.activation != Activation::identity || mask.threshold > 0)
     bottleneck(g.activation, mask, h, nullptr, method.rank, block);
-  scale_rows(h, padded(method.rank), scale);
-  up_block<W, T>(h, method.rank, weight, start, g.base, g.out, kWhole, block);
+  scale_rows(h, padded(method.rank), static_cast<float>(g.scales[number]));
+  if (method.rows <= kFewRows) {
+    up_few<W, T>(g, method, h, start, weight, block);
+  } else {
+    up_one<W, T>(g, method, h, start, weight, is_packed, block);
+  }
 }
 
 // Tasks [first, last), a block each.
@@ -132,8 +199,9 @@ template <int W>
 PELT_FAST_INLINE void routed_up(const Up& g, int64_t first, int64_t last) {
   const Plan& plan = *g.plan;
   const int64_t wide = padded(g.width);
-  const Buffer scratch = buffer(wide * (plan.most_rank + 1));
-  float *start = scratch.get(), *weight = start + wide;
+  const Buffer scratch = buffer(wide * (padded(plan.most_rank) + 1));
+  float *added = scratch.get(), *weight = added + wide;
+  const float* start = g.biases.data == nullptr ? nullptr : added;
   int current = -1;
   for (int64_t i = first; i < last; ++i) {
     const Task& task = plan.tasks[i];
@@ -142,19 +210,14 @@ PELT_FAST_INLINE void routed_up(const Up& g, int64_t first, int64_t last) {
       PELT_FAST_BY_TYPE(g.dtype, copy_rows<T>(g.base, g.out, block))
       continue;
     }
-    const Method& method = plan.methods[task.method];
-    const Mask mask = g.masks->of(task.method);
-    const auto scale = static_cast<float>(g.scales[task.method]);
-    if (task.method != current) {
-      current = task.method;
-      if (g.biases.data != nullptr) {
-        widen(start, g.biases, task.method * g.width, g.width, scale);
-        std::fill_n(start + g.width, wide - g.width, 0.0f);
-      }
-      transposed<W>(weight, g.up, method.first * g.width, g.width, method.rank, wide);
+    const bool is_packed = task.method == current;
+    if (!is_packed && start != nullptr) {
+      const auto scale = static_cast<float>(g.scales[task.method]);
+      widen(added, g.biases, task.method * g.width, g.width, scale);
+      std::fill_n(added + g.width, wide - g.width, 0.0f);
     }
-    const float* added = g.biases.data == nullptr ? nullptr : start;
-    PELT_FAST_BY_TYPE(g.dtype, up_one<W, T>(g, method, mask, scale, weight, added, block))
+    current = task.method;
+    PELT_FAST_BY_TYPE(g.dtype, up_block_of<W, T>(g, current, start, weight, is_packed, block))
   }
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(routed_up, Up)

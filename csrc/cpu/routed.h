@@ -16,6 +16,11 @@ constexpr int64_t kShort = 8;    // rows: fewer are gathered with others
 constexpr int64_t kPacking = 8;  // what it costs to pack a method's factor, in rows of its product
 constexpr int64_t kCopying = 8;  // what it costs to copy a row, in ranks
 
+// A rank padded to whole vectors.
+inline int64_t narrow(int64_t rank) {
+  return padded(rank, instruction_set() == InstructionSet::avx512 ? kPad : 8);
+}
+
 // Blocks [first, last) of one method, or of none (-1). A gradient's task is one part of the rows.
 struct Task {
   int64_t first, last;
@@ -126,82 +131,13 @@ PELT_FAST_INLINE const float* upright(float* to, const Factors& f, int64_t from,
   return to;
 }
 
-template <int W>
-struct PlacesOf {
-  typedef int type __attribute__((vector_size(4 * W)));
+// Rows and columns of a factor, of which the rows lie `stride` apart.
+struct Piece {
+  Factors factors;
+  int64_t from, stride, rows, columns;
 };
 
-// Of each 2 x 2 square of pieces H long in a and b, those off the diagonal change places.
-template <int W, int H>
-PELT_FAST_INLINE void swap_pieces(typename VectorOf<W>::type& a, typename VectorOf<W>::type& b) {
-#if defined(__clang__)
-  for (int j = 0; j < W; ++j)
-    if ((j & H) == 0) {
-      const float above = a[j + H];
-      a[j + H] = b[j];
-      b[j] = above;
-    }
-#else
-  typename PlacesOf<W>::type low = {}, high = {};
-#pragma GCC unroll 16
-  for (int j = 0; j < W; ++j) {
-    low[j] = (j & H) == 0 ? j : W + j - H;
-    high[j] = (j & H) == 0 ? j + H : W + j;
-  }
-  const auto first = a;
-  a = __builtin_shuffle(first, b, low);
-  b = __builtin_shuffle(first, b, high);
-#endif
-}
-
-// Rows and columns of W vectors change places.
-template <int W, int H = W / 2>
-PELT_FAST_INLINE void transpose(typename VectorOf<W>::type (&v)[W]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if ((i & H) == 0) swap_pieces<W, H>(v[i], v[i + H]);
-  if constexpr (H > 1) transpose<W, H / 2>(v);
-}
-
-// A factor (rows, columns) transposed as fp32 (columns, pad), zeros behind the rows; W divides pad.
-template <int W, typename T>
-PELT_FAST_INLINE void transposed(float* to, const T* from, int64_t rows, int64_t columns,
-                                 int64_t pad) {
-  using Vector = typename VectorOf<W>::type;
-  alignas(64) float piece[W];
-  for (int64_t i = 0; i < pad; i += W)
-    for (int64_t k = 0; k < columns; k += W) {
-      const int64_t down = std::min<int64_t>(W, rows - i), along = std::min<int64_t>(W, columns - k);
-      Vector v[W];
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < W; ++r) {
-        if (r >= down) {
-          v[r] = Vector{};
-          continue;
-        }
-        const T* row = from + (i + r) * columns + k;
-        if (std::is_same<T, float>::value && along == W) {
-          v[r] = *reinterpret_cast<const Vector*>(row);
-          continue;
-        }
-        for (int64_t j = 0; j < W; ++j) piece[j] = j < along ? to_float(row[j]) : 0.0f;
-        v[r] = *reinterpret_cast<const Vector*>(piece);
-      }
-      transpose<W>(v);
-      if (along == W) {
-#pragma GCC unroll 16
-        for (int64_t j = 0; j < W; ++j) *reinterpret_cast<Vector*>(to + (k + j) * pad + i) = v[j];
-      } else {
-        for (int64_t j = 0; j < along; ++j) *reinterpret_cast<Vector*>(to + (k + j) * pad + i) = v[j];
-      }
-    }
-}
-
-template <int W>
-PELT_FAST_INLINE void transposed(float* to, const Factors& f, int64_t from, int64_t rows,
-                                 int64_t columns, int64_t pad) {
-  PELT_FAST_BY_TYPE(f.dtype, transposed<W, T>(to, static_cast<const T*>(f.data) + from, rows,
-                                              columns, pad))
-}
+// A piece transposed as fp32 (columns, pad), zeros behind its rows; pad is that of `narrow`.
+void transpose_piece(float* to, const Piece& piece, int64_t pad);
 
 }  // namespace pelt_fast

@@ -22,9 +22,7 @@ class Sums {
  public:
   struct Shape {
     int64_t rows, columns, place;
-    bool padded_rows;
-    int64_t high() const { return padded_rows ? padded(rows) : rows; }
-    int64_t wide() const { return padded(columns); }
+    int64_t high, wide;  // padded
   };
 
   // Where each task adds: a method with one task and no padding adds in `out` itself.
@@ -60,8 +58,12 @@ class Sums {
     std::vector<int64_t> starts(1, 0);
     for (size_t i = plan_->tasks.size(); i-- > 0;)
       if (plan_->tasks[i].method >= 0) first[plan_->tasks[i].method] = i;
-    for (const Shape& shape : shapes_)
-      starts.push_back(starts.back() + (shape.rows * shape.columns + kUnit - 1) / kUnit);
+    for (size_t method = 0; method < shapes_.size(); ++method) {
+      const Shape& shape = shapes_[method];
+      const bool is_done = direct(static_cast<int>(method)) && (scales == nullptr || scales[method] == 1);
+      const int64_t left = is_done ? 0 : shape.rows * shape.columns;
+      starts.push_back(starts.back() + (left + kUnit - 1) / kUnit);
+    }
     torch::stable::parallel_for(0, starts.back(), 8, [&](int64_t begin, int64_t end) {
       size_t method = 0;
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -75,7 +77,7 @@ class Sums {
  private:
   static constexpr int64_t kUnit = 2048;  // elements
 
-  int64_t size(int method) const { return shapes_[method].high() * shapes_[method].wide(); }
+  int64_t size(int method) const { return shapes_[method].high * shapes_[method].wide; }
   bool direct(int method) const {
     const Shape& s = shapes_[method];
     return plan_->methods[method].tasks == 1 && size(method) == s.rows * s.columns;
@@ -98,7 +100,7 @@ class Sums {
       const int64_t count = std::min(s.columns - column, end - i);
       std::fill_n(out + i, count, 0.0f);
       for (int64_t p = 0; p < tasks; ++p) {
-        const float* part = places_[first + p] + row * s.wide() + column;
+        const float* part = places_[first + p] + row * s.wide + column;
         for (int64_t j = 0; j < count; ++j) out[i + j] += part[j];
       }
       for (int64_t j = 0; j < count; ++j) out[i + j] *= scale;
@@ -141,14 +143,15 @@ PELT_FAST_INLINE void down_part(const DownBackward& g, int64_t i, const float* w
   const Task& task = g.plan->tasks[i];
   const Method& method = g.plan->methods[task.method];
   const Mask mask = g.masks->of(task.method);
+  const int64_t pad = narrow(method.rank);
   float *part = g.weights->cleared(i), *bias = g.biases->cleared(i);
   for (int64_t b = task.first; b < task.last; ++b) {
     alignas(64) Tile ds;
     const Block& block = g.plan->blocks[b];
     load_narrow<T>(ds, g.dt, block, method.rank);
-    if (bias != nullptr) add_columns<W>(bias, ds, block.rows, padded(method.rank));
+    if (bias != nullptr) add_columns<W>(bias, ds, block.rows, pad);
     if (part != nullptr || g.dx.data != nullptr)
-      down_backward_block<W, T>(ds, method.rank, weight, g.base, g.dx, g.x, part, mask, block);
+      down_backward_block<W, T>(ds, method.rank, pad, weight, g.base, g.dx, g.x, part, mask, block);
   }
 }
 
@@ -193,23 +196,24 @@ PELT_FAST_INLINE void up_part(const UpBackward& g, int64_t i, const float* weigh
   const Task& task = g.plan->tasks[i];
   const Method& method = g.plan->methods[task.method];
   const Mask mask = g.masks->of(task.method);
-  const int64_t pad = padded(method.rank);
+  const int64_t pad = narrow(method.rank);
   const auto scale = static_cast<float>(g.scales[task.method]);
-  const bool need_dt = g.dt.data != nullptr, curved = g.activation != Activation::identity;
+  const bool need_dt = g.dt.data != nullptr;
+  const bool bends = g.activation != Activation::identity || mask.threshold > 0;
   float *part = g.weights->cleared(i), *bias = g.biases->cleared(i);
   for (int64_t b = task.first; b < task.last; ++b) {
     alignas(64) Tile h, slope, dt;
     const Block& block = g.plan->blocks[b];
     if (g.t.data != nullptr) load_narrow<T>(h, g.t, block, method.rank);
     if (g.t.data == nullptr) clear(h, pad, block.rows);
-    if (curved || mask.threshold > 0)
-      bottleneck(g.activation, mask, h, &slope, method.rank, block);
+    if (bends) bottleneck(g.activation, mask, h, &slope, method.rank, block);
+    scale_rows(h, pad, scale);
     if (need_dt) clear(dt, pad, block.products());
     up_backward_block<W, T>(need_dt ? &dt : nullptr, &h, g.dy, weight, part, bias, pad, block);
     if (!need_dt) continue;
     for (int row = 0; row < block.rows; ++row)
       for (int64_t j = 0; j < pad; ++j)
-        dt[row][j] *= curved || mask.threshold > 0 ? scale * slope[row][j] : scale;
+        dt[row][j] *= bends ? scale * slope[row][j] : scale;
     store_narrow<T>(dt, g.dt, block, method.rank);
   }
 }
@@ -219,7 +223,7 @@ template <int W>
 PELT_FAST_INLINE void routed_up_backward(const UpBackward& g, int64_t first, int64_t last) {
   const Plan& plan = *g.plan;
   const int64_t wide = padded(g.width);
-  const Buffer scratch = buffer(padded(plan.most_rank) * wide);
+  const Buffer scratch = buffer(narrow(plan.most_rank) * wide);
   const float* weight = nullptr;
   int current = -1;
   for (int64_t i = first; i < last; ++i) {
@@ -228,7 +232,7 @@ PELT_FAST_INLINE void routed_up_backward(const UpBackward& g, int64_t first, int
     if (g.dt.data != nullptr && number != current) {
       current = number;
       weight = upright(scratch.get(), g.up, method.first * g.width, g.width, method.rank,
-                       padded(method.rank));
+                       narrow(method.rank));
     }
     PELT_FAST_BY_TYPE(g.dtype, up_part<W, T>(g, i, weight))
   }
@@ -262,8 +266,9 @@ void routed_down_backward_(Tensor dt, std::optional<Tensor> x, std::optional<Ten
   Sums weights, biases;
   std::vector<Sums::Shape> of_weights, of_biases;
   for (const Method& method : plan.methods) {
-    of_weights.push_back({method.rank, width, method.first * width, true});
-    of_biases.push_back({1, method.rank, method.first, false});
+    const int64_t rank = method.rank, pad = narrow(rank);
+    of_weights.push_back({rank, width, method.first * width, pad, padded(width)});
+    of_biases.push_back({1, rank, method.first, 1, pad});
   }
   if (d_down.has_value()) {
     check_rows("x", *x, rows, width, dtype), g.x = rows_of<void>(*x);
@@ -302,8 +307,9 @@ void routed_up_backward_(Tensor dy, std::optional<Tensor> t, Tensor up, std::opt
   Sums weights, biases;
   std::vector<Sums::Shape> of_weights, of_biases;
   for (const Method& method : plan.methods) {
-    of_weights.push_back({width, method.rank, method.first * width, true});
-    of_biases.push_back({1, width, static_cast<int64_t>(of_biases.size()) * width, false});
+    const int64_t rank = method.rank, wide = padded(width);
+    of_weights.push_back({width, rank, method.first * width, wide, narrow(rank)});
+    of_biases.push_back({1, width, static_cast<int64_t>(of_biases.size()) * width, 1, wide});
   }
   if (d_up.has_value()) {
     check_sums("d_up", *d_up, plan.total_rank * width);
@@ -315,7 +321,7 @@ void routed_up_backward_(Tensor dy, std::optional<Tensor> t, Tensor up, std::opt
   }
   g.weights = &weights, g.biases = &biases;
   run_plan(routed_up_backward_for_this_machine, g, plan);
-  weights.finish(scales.data());
+  weights.finish(nullptr);  // h was scaled
   biases.finish(scales.data());
 }
 

@@ -241,26 +241,6 @@ PELT_FAST_INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-// Σ a b over n elements: four sums, so that no addition waits for the one before.
-template <int W>
-PELT_FAST_INLINE float dot_of(const float* a, const float* b, int64_t n) {
-  using Vector = typename VectorOf<W>::type;
-  Vector total[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * W <= n; j += 4 * W)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v)
-      total[v] += *reinterpret_cast<const Vector*>(a + j + v * W) *
-                  *reinterpret_cast<const Vector*>(b + j + v * W);
-  for (; j + W <= n; j += W)
-    total[0] += *reinterpret_cast<const Vector*>(a + j) * *reinterpret_cast<const Vector*>(b + j);
-  total[0] += total[1] + (total[2] + total[3]);
-  float sum = 0;
-  for (int i = 0; i < W; ++i) sum += total[0][i];
-  for (; j < n; ++j) sum += a[j] * b[j];
-  return sum;
-}
-
 // Rows that one partial sum covers: of the shape alone, never of the threads, so that sums are the
 // same on any number of them.
 inline int64_t rows_of_part(int64_t rows, int64_t rank) {

@@ -34,6 +34,8 @@ def route(
     The rows of one batch run under different methods, or under none: every method trains on its own
     rows, with the gradients that it would have alone. Row i of a tensor with k B leading entries
     belongs to row i // k of the batch: beams and returned sequences keep the method of their row.
+    Prompts of the batch's methods may have other lengths: the batch becomes as much longer as the
+    longest of them, and the places that a row does not use are hidden from it.
     A checkpoint runs again in backward under the routes of its forward.
 
     Args:

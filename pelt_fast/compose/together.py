@@ -39,7 +39,8 @@ def put_together(model: nn.Module, kept: dict[str, Kept], layout: Layout | None)
     injection = inject_together(model, {name: k.config for name, k in kept.items()}, layout)
     for name, method in kept.items():
         fill(model, name, method.trained)
-    injection.routing.default = _all_rows(injection, next(iter(kept)))
+    if kept:
+        injection.routing.default = _all_rows(injection, next(iter(kept)))
 
 
 def add_method(model: nn.Module, name: str, method: str | PeltConfig | os.PathLike) -> nn.Module:
@@ -74,14 +75,15 @@ def add_method(model: nn.Module, name: str, method: str | PeltConfig | os.PathLi
     config, tensors = _read(carrier, method)
     if config.is_full:
         raise ValueError(f"{name!r} is full fine-tuning, which leaves no base for the others")
-    build_method(carrier, name, config, injection)
-    if tensors is not None:
-        try:
-            fill(carrier, name, tensors)
-        except BaseException:
-            remove_method(carrier, name, injection)
-            raise
-    settle(carrier, injection)
+    with injection.routing.gate.changing():
+        build_method(carrier, name, config, injection)
+        if tensors is not None:
+            try:
+                fill(carrier, name, tensors)
+            except BaseException:
+                remove_method(carrier, name, injection)
+                raise
+        settle(carrier, injection)
     return model
 
 
@@ -110,7 +112,8 @@ def drop_method(model: nn.Module, name: str) -> nn.Module:
     routes = injection.routing.get()
     if routes is not None and bool((routes.methods == number).any()):
         raise ValueError(f"the routes in force name {name!r}: route(model, None) first")
-    remove_method(carrier, name, injection)
+    with injection.routing.gate.changing():
+        remove_method(carrier, name, injection)
     return model
 
 

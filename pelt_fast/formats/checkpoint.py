@@ -114,7 +114,10 @@ def _unfrozen_to_save(
 def _named(injection: Injection, method: str | None) -> str | None:
     """The method to write, where several are in the model together."""
     if isinstance(injection, TogetherInjection):
-        return injection.active if method is None else injection.known(method)
+        method = injection.active if method is None else injection.known(method)
+        if method is None:
+            raise ValueError("the base alone is active: save(model, folder, method=name) names one")
+        return method
     if method is not None:
         raise ValueError(
             f"method={method!r}: this model has {injection.config.name!r} alone, or one of several"

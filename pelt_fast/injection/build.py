@@ -88,8 +88,10 @@ def _build_prompt(model, modification, stacks, injection) -> None:
             weight, width = weight_of(embedded), shape_of(embedded)[1]
         dtype = trained_dtype(injection.config, weight)
         prompt = Prompt(modification, width, device_of(embedded), dtype)
-        injection.changes.add(find(base, stack.owner), "pelt_prompt", prompt)
-        attach_prompt(base, stack, prompt, injection)
+        in_front = injection.changes.put_in_front(find(base, stack.owner), prompt)
+        if in_front is not None:  # else another method's prompt is there, and shares its hooks
+            with injection.changes.for_all():
+                attach_prompt(base, stack, in_front, injection)
         name = f"{stack.owner}.embeddings".removeprefix(".")
         injection.sites.append(Site(name, "prompt", "prompt", prompt))
 

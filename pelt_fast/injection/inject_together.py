@@ -27,6 +27,8 @@ _WATCH = ":watch"  # the name under which the hooks that watch the model are rec
 class TogetherInjection(Injection):
     """The record of several methods in one model."""
 
+    together = True
+
     def __init__(self, layout: Layout | None):
         super().__init__(PeltConfig("several methods"), pack=False)
         self.routing, self.given_layout = Routing(), layout
@@ -36,10 +38,12 @@ class TogetherInjection(Injection):
         self.owners: list[nn.Module] = []  # of the stacks that the methods are on
 
     @property
-    def active(self) -> str:
-        """The name of the method that acts on all rows where no route says otherwise."""
+    def active(self) -> str | None:
+        """The name of the method that acts on all rows where no route says otherwise; None if the
+        base alone does."""
         number = self.routing.default.single
-        return next(name for name, known in self.routing.ids.items() if known == number)
+        names = (name for name, known in self.routing.ids.items() if known == number)
+        return next(names, None)
 
     def known(self, name: str) -> str:
         """``name``; ValueError if no method has it."""
@@ -59,6 +63,8 @@ def inject_together(
         _freeze(model, injection)
         begin = model.register_forward_pre_hook(injection.routing.begin, with_kwargs=True)
         injection.changes.hook(begin)
+        end = model.register_forward_hook(injection.routing.end, always_call=True)
+        injection.changes.hook(end)
         for name, config in methods.items():
             build_method(model, name, config, injection)
         settle(model, injection)

@@ -26,6 +26,8 @@ class Injection:
     ``sites`` are in the order in which they were built. ``changes`` takes everything back.
     """
 
+    together = False  # whether several methods are in the model (inject_together)
+
     def __init__(self, config: PeltConfig, pack: bool = True):
         self.config, self.pack = config, pack
         self.layout: Layout | None = None  # where it is not a row of the table
@@ -61,3 +63,12 @@ class Injection:
 def injection_of(model: nn.Module) -> Injection:
     """The injection of the model that carries the method of ``model`` (``handles.carrier_of``)."""
     return carrier_of(model)._pelt
+
+
+def refuse_together(injection: Injection, call: str) -> None:
+    """ValueError for a call that is for one method, where several are in the model."""
+    if injection.together:
+        raise ValueError(
+            f"{call} is for one method, and several are in this model together: write the one that"
+            " is wanted with save(model, folder, method=name), and load it alone"
+        )

@@ -1,6 +1,7 @@
 """The changes that several methods make to one model, so that all of them stay in it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -9,12 +10,14 @@ from pelt_fast.modules.methods import Methods, RoutedLoRA
 from pelt_fast.modules.own_parameters import RoutedOwn
 from pelt_fast.modules.place import Place
 from pelt_fast.modules.projection_view import JOINED, LORA, ProjectionView
+from pelt_fast.modules.prompt import Prompt
+from pelt_fast.modules.routed_prompt import RoutedPrompt
 from pelt_fast.modules.routed_slice import RoutedSlice
 from pelt_fast.modules.routing import Routing
 from pelt_fast.modules.switch import Switch
 
 from .attention_interface import SLICE
-from .undo_log import ChildChange, UndoLog
+from .undo_log import PROMPT, ChildChange, UndoLog
 
 
 class RoutedLog(UndoLog):
@@ -26,23 +29,37 @@ class RoutedLog(UndoLog):
         self.routing, self.switch = routing, switch
         self.method: str | None = None
         self.places: dict[nn.Module, Place] = {}
+        self.silent: set[nn.Module] = set()  # modules whose work a feed-forward block does
         self.hooks: dict[str | None, list] = {}  # the handles of each method's hooks
+        self.fronts: dict[nn.Module, RoutedPrompt] = {}  # by the owners of their stacks
 
     @property
     def _id(self) -> int:
         return self.routing.ids[self.method]
 
     def call(self, module: nn.Module, forward: Callable) -> None:
+        if forward is passthrough:
+            self.silent.add(module)
         if self.method is None or forward is passthrough:
             super().call(module, forward)
             return
         self.share(module).put(self._id, forward)
 
+    @contextlib.contextmanager
+    def for_all(self) -> Iterator[None]:
+        method, self.method = self.method, None
+        try:
+            yield
+        finally:
+            self.method = method
+
     def share(self, module: nn.Module) -> Place:
-        """The place at which methods share ``module``; made at the first call."""
+        """The place at which methods share ``module``; made at the first call. A module whose work
+        a block does stays silent: the block finds the LoRA on it."""
         if module not in self.places:
             self.places[module] = Place(module, self.routing, self.switch)
-            super().call(module, self.places[module].__call__)
+            if module not in self.silent:
+                super().call(module, self.places[module].__call__)
         return self.places[module]
 
     def set(self, owner, name: str, value, watched: bool = True) -> None:
@@ -91,6 +108,14 @@ class RoutedLog(UndoLog):
         """Remove a child that no method has any more."""
         owner._modules.pop(name)
         self._changes = [c for c in self._changes if not _is_child(c, owner, name)]
+
+    def put_in_front(self, owner: nn.Module, prompt: Prompt) -> RoutedPrompt | None:
+        new = owner not in self.fronts
+        front = self.fronts.setdefault(owner, RoutedPrompt(self.routing, self.switch))
+        if PROMPT not in owner._modules:
+            super().add(owner, PROMPT, front)
+        front.put(self.method, prompt.train(owner.training))
+        return front if new else None
 
     def child(self, owner: nn.Module, name: str) -> nn.Module | None:
         found = super().child(owner, name)

@@ -28,7 +28,7 @@ class RunAgain:
 def run_again_in(key: object, context: Context) -> None:
     """Make the checkpoint that is running, if any, run its function again in ``context``. The first
     context of a ``key`` holds."""
-    found = _without_reentry() if torch.is_grad_enabled() else _with_reentry()
+    found = _running()
     if found is None:
         return
     owner, name = found
@@ -37,6 +37,16 @@ def run_again_in(key: object, context: Context) -> None:
         function = RunAgain(function)
         setattr(owner, name, function)
     function.contexts.setdefault(key, context)
+
+
+def in_checkpoint() -> bool:
+    """Whether a checkpoint is running its function for the first time."""
+    return _running() is not None
+
+
+def _running() -> tuple[object, str] | None:
+    """The owner and the name of the function that the running checkpoint will run again."""
+    return _without_reentry() if torch.is_grad_enabled() else _with_reentry()
 
 
 def _without_reentry() -> tuple[object, str] | None:

@@ -37,11 +37,16 @@ class Methods(nn.Module):
         """The site of a method, by its id."""
         return self.sites.get(method)
 
+    def acting(self, routes: Routes) -> list[tuple[int, nn.Module]]:
+        """The sites of the methods that rows may be under, in the order of their ids."""
+        sites = sorted(self.sites.items())
+        return [(method, site) for method, site in sites if self.routing.may_act(method, routes)]
+
     @property
     def sites(self) -> dict[int, nn.Module]:
         """The sites by the ids of their methods."""
         ids = self.routing.ids
-        return {ids[name]: site for name, site in self._modules.items() if name in ids}
+        return {ids[name]: site for name, site in list(self._modules.items()) if name in ids}
 
 
 class Factors:
@@ -132,9 +137,12 @@ class RoutedLoRA(Methods):
             return self.frozen.bare(x)
         if routes.single is not None:
             site = self.of(routes.single)
-            return self.frozen.bare(x) if site is None else site(x)
-        factors = Factors(self.routing.count)
-        for method, site in sorted(self.sites.items()):
+            with self.routing.seeds_of(routes.single):
+                return self.frozen.bare(x) if site is None else site(x)
+        acting, factors = self.acting(routes), Factors(self.routing.count)
+        if not acting:
+            return self.frozen.bare(x)
+        for method, site in acting:
             lora_a, lora_b, scale, p = _low_rank(site)
             factors.add(method, (lora_a, None), (lora_b, None), scale, p)
         drop = factors.dropout(self.routing, x.device)

@@ -24,11 +24,12 @@ from .heads import MultiHeadAdapter
 from .joined_projection import JoinedProjection
 from .lora import LoRALinear
 from .projection_view import JOINED
-from .routed_update import RoutedUpdate, Sites
+from .routed_update import RoutedUpdate, Sites, draws_of
 from .routing import Routing
 from .switch import Switch
 
 Layer = Callable[..., Tensor]
+IN_THE_BASE = (LoRALinear, JoinedProjection)  # sites that run with the frozen module
 
 
 class Place:
@@ -56,9 +57,20 @@ class Place:
         if self.switch.any_block and self.switch.is_off():
             return self._base(*args, **kwargs)
         if routes.single is not None:
-            calls = self.calls.get(routes.single)
-            return calls[-1](*args, **kwargs) if calls else self._base(*args, **kwargs)
+            call = self._outermost(routes.single)
+            if call is None:
+                return self._base(*args, **kwargs)
+            with self.routing.seeds_of(routes.single, draws_of(call.__self__)):
+                return call(*args, **kwargs)
         return self._mixed(RoutedUpdate(self.routing, routes))(*args, **kwargs)
+
+    def _outermost(self, method: int) -> Callable | None:
+        """The call of a method's outermost site. None where it has none, or LoRA alone inside of a
+        block: the base runs that."""
+        calls = self.calls.get(method, [])
+        if self.block is not None:
+            calls = [call for call in calls if not isinstance(call.__self__, IN_THE_BASE)]
+        return calls[-1] if calls else None
 
     def _base(self, *args, **kwargs):
         """What runs inside of every site: the frozen block, or the module with the LoRA on it."""
@@ -71,9 +83,11 @@ class Place:
         """The module with the sites of every method around it."""
         by_kind: dict[Callable, Sites] = {}
         for method, calls in sorted(self.calls.items()):
+            if not self.routing.may_act(method, update.routes):
+                continue
             for call in calls:
                 site = call.__self__
-                if not isinstance(site, (LoRALinear, JoinedProjection)):  # those are in the base
+                if not isinstance(site, IN_THE_BASE):
                     by_kind.setdefault(_kind_of(site), {})[method] = site
         inner = self._base
         before = by_kind.pop(_before_dropout, None)

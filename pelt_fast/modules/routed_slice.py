@@ -29,7 +29,9 @@ class RoutedSlice:
         if self.switch.any_block and self.switch.is_off():
             return None
         routes = self.routes
-        return self if routes.single is None else self.slices.get(routes.single)
+        if routes.single is not None:
+            return self.slices.get(routes.single)
+        return self if any(self.routing.may_act(method, routes) for method in self.slices) else None
 
     @property
     def routes(self) -> Routes:
@@ -39,7 +41,10 @@ class RoutedSlice:
     def by_form(self) -> dict[tuple[str, str], dict[int, AttentionSlice]]:
         """The slices by form and composition, each by its method."""
         found: dict[tuple[str, str], dict[int, AttentionSlice]] = {}
+        routes = self.routes
         for method, one in sorted(self.slices.items()):
+            if not self.routing.may_act(method, routes):
+                continue
             found.setdefault((one.form, one.composition), {})[method] = one
         return found
 

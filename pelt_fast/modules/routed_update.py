@@ -56,8 +56,8 @@ class RoutedUpdate:
         for method, site in sites.items():
             down, up = (site.down_weight, site.down_bias), (site.up_weight, site.up_bias)
             factors.add(method, down, up, site.scale, in_force(site.dropout))
-        parallel = any(isinstance(site, ParallelFFNAdapter) for site in sites.values())
-        drop = factors.dropout(self.routing, x.device, WIDENED_DRAWS if parallel else 1)
+        draws = max(draws_of(site) for site in sites.values())
+        drop = factors.dropout(self.routing, x.device, draws)
         x = x.to(base.dtype) if isinstance(base, Tensor) else x
         return factors.update(
             self.routes, x, base, activation, input_drop=NO_DROPOUT, hidden_drop=drop
@@ -69,17 +69,25 @@ class RoutedUpdate:
         rows = self.routes.rows(method, base.shape[0], base.device)
         if not rows.numel():
             return base
-        if sequential:
-            return base.index_copy(0, rows, site.sequential(x[rows]))
-        return base.index_copy(0, rows, site.parallel(base[rows], x[rows]))
+        with self.routing.seeds_of(method, draws_of(site)):
+            if sequential:
+                return base.index_copy(0, rows, site.sequential(x[rows]))
+            return base.index_copy(0, rows, site.parallel(base[rows], x[rows]))
 
     def of_heads(self, sites: Sites, base: Tensor, x: Tensor) -> Tensor:
         """base + Δ_g(x) by head, in the rows of each method g."""
         for method, site in sites.items():
             rows = self.routes.rows(method, base.shape[0], base.device)
             if rows.numel():
-                base = base.index_copy(0, rows, base[rows] + site.update(x[rows]))
+                with self.routing.seeds_of(method):
+                    update = site.update(x[rows])
+                base = base.index_copy(0, rows, base[rows] + update)
         return base
+
+
+def draws_of(site: nn.Module) -> int:
+    """How many seeds the op of a site alone draws."""
+    return WIDENED_DRAWS if isinstance(site, ParallelFFNAdapter) else 1
 
 
 def _why_alone(site: Bottleneck, sequential: bool) -> str | None:

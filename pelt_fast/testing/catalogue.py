@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from .adapter import adapter_case
 from .case import Case
 from .lora import lora_case
-from .prefix_attention import prefix_case
+from .prefix_attention import prefix_case, routed_prefix_case
 from .routed import routed_case
 from .widened_ffn import ffn_case
 
@@ -27,4 +27,5 @@ def cases(sizes: tuple[int, int, int, int] = (37, 52, 44, 5)) -> Iterator[Case]:
             yield routed_case(*sizes, p, adapter)
         for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
             yield prefix_case(p, form, composition, causal=form == "softmax", masked=p == 0)
+            yield routed_prefix_case(p, form, composition)
         yield prefix_case(p, "softmax", "gated", causal=False, masked=True)

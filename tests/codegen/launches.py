@@ -190,6 +190,33 @@ def heads(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                     )  # fmt: skip
 
 
+def routed_heads(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    """A prefix for each row of the batch."""
+    name = str(dtype).removeprefix("torch.")
+    B, H, T, dim = 16, 16, 1024, 64
+    q, lse = empty(B, T, H, dim, dtype=dtype).transpose(1, 2), empty(B, H, T, dtype=torch.float32)
+    prefix = [empty(H, 4 * 200, dim, dtype=torch.float32) for _ in range(2)]
+    spans, methods = (empty(n, 2, dtype=torch.int64) for n in (B, 4))
+    for length in (30, 200):
+        for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
+            for seed in (None, SEED) if composition == "gated" else (None,):
+                p = 0.0 if seed is None else P
+                settings = dict(
+                    scale=0.1, form=form, composition=composition, dropout_p=p, seed=seed,
+                    spans=spans, longest=length,
+                )  # fmt: skip
+                tag = f"P={length} {form} {composition} {name} p={p}"
+                yield Launch(
+                    f"prefix routed {tag}",
+                    lambda s=settings: prefix_merge(q, *prefix, q, lse, q, **s), True,
+                )  # fmt: skip
+                yield Launch(
+                    f"prefix_bwd routed {tag}",
+                    lambda s=settings: prefix_merge_bwd(
+                        q, q, *prefix, q, lse, q, methods=methods, **s), True,
+                )  # fmt: skip
+
+
 def tail(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     name = str(dtype).removeprefix("torch.")
     x, weight = empty(M, K, dtype=dtype), empty(N, K, dtype=dtype)
@@ -364,6 +391,8 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     prefix = [torch.empty(2, 30, k, device="meta") for _ in range(2)]
     lse = torch.empty(2, 2, m, device="meta")
     attention = dict(scale=0.1, form="softmax", composition="gated")
+    spans = torch.empty(2, 2, dtype=torch.int64, device="meta")
+    routed = dict(attention, spans=spans, longest=30)
     common = dict(gated=False, ffn_activation="gelu", activation="relu")
     calls = dict(
         rank_down=lambda: rank_down(x, a), rank_down_bwd=lambda: rank_down_bwd(s, x, torch.float32),
@@ -377,6 +406,8 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
         ffn_act_bwd=lambda: ffn_act_bwd(act, act, act, "silu"),
         prefix=lambda: prefix_merge(q, *prefix, q, lse, q, **attention),
         prefix_bwd=lambda: prefix_merge_bwd(q, q, *prefix, q, lse, q, **attention),
+        routed=lambda: prefix_merge(q, *prefix, q, lse, q, **routed),
+        routed_bwd=lambda: prefix_merge_bwd(q, q, *prefix, q, lse, q, methods=spans, **routed),
     )  # fmt: skip
     for name, call in calls.items():
         yield Launch(f"huge {name}", call)
@@ -385,7 +416,7 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
 def launches(target: str) -> Iterator[Launch]:
     """All of them, for one target."""
     for dtype in (torch.bfloat16, torch.float32):
-        for family in (low_rank, routed, adapters, norms, tail, widened_ffn, heads):
+        for family in (low_rank, routed, adapters, norms, tail, widened_ffn, heads, routed_heads):
             yield from family(target, dtype)
         if target == "sm90" and dtype == torch.bfloat16:
             yield from ugly(target, dtype)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ MIXTURES = [
     ("lora", "mam", "houlsby"),
     ("lora", "lora", "lora"),
     ("bitfit", "lora_ffn", "prefix_ungated"),
+    ("mam", "bitfit", "lora_ffn"),
     ("pfeiffer", "parallel_adapter_attn", "multi_head_parallel_adapter"),
     ("prefix_lora_ffn", "scaled_parallel_adapter", "mam_glue"),
     ("learned_scale_parallel_adapter", "parallel_attn_parallel_ffn", "parallel_adapter_ffn"),
@@ -113,7 +115,7 @@ def test_each_row_is_that_of_its_method_alone(architecture, names, tmp_path):
     assert torch.equal(several.model(**batch).logits, several.base(**batch).logits)
 
 
-@pytest.mark.parametrize("architecture", ["t5", "gpt2", "opt", "phi3", "modernbert", "whisper"])
+@pytest.mark.parametrize("architecture", ["t5", "gpt2", "opt", "phi3", "modernbert", "xlm-roberta"])
 def test_other_layouts(architecture, tmp_path):
     three(architecture, ("lora", "mam", "parallel_adapter_ffn"), tmp_path).check(ROUTES)
 
@@ -286,3 +288,68 @@ def test_a_batch_of_another_size_and_a_model_without_methods_together(tmp_path):
         pelt_fast.route(several.alone["a"], "a")
     with pytest.raises(ValueError, match="without a dot"):
         pelt_fast.inject_named(plain(), {"a.b": "lora"}, together=True)
+
+
+def test_only_the_methods_of_the_rows_are_computed_without_gradients(tmp_path):
+    several = three("bart", ("lora", "mam", "houlsby"), tmp_path)
+    for routes in (["a", "a", None], ["b", None, None], ["c", "a", None]):
+        batch = several.batch(3)
+        with torch.no_grad(), pelt_fast.route(several.model, routes):
+            found = several.model(**batch).logits
+        for i, name in enumerate(routes):
+            alone = several.base if name is None else several.alone[name]
+            expected = alone(**{key: value[i : i + 1] for key, value in batch.items()}).logits
+            torch.testing.assert_close(found[i : i + 1], expected, rtol=EPS, atol=EPS)
+
+
+def test_threads_have_routes_of_their_own(tmp_path):
+    several = three("bart", ("lora", "mam", "houlsby"), tmp_path)
+    batch, found = several.batch(3), {}
+    ready = threading.Barrier(2)
+
+    def run(name):
+        with torch.no_grad(), pelt_fast.route(several.model, [name, None, name]):
+            ready.wait()
+            found[name] = [several.model(**batch).logits for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, outputs in found.items():
+        with torch.no_grad(), pelt_fast.route(several.model, [name, None, name]):
+            expected = several.model(**batch).logits
+        assert all(torch.equal(output, expected) for output in outputs), name
+
+
+@pytest.mark.parametrize("call", [
+    pelt_fast.merge,
+    lambda model: pelt_fast.export_peft(model, "folder"),
+    lambda model: pelt_fast.export_adapterhub(model, "folder"),
+], ids=["merge", "peft", "adapterhub"])  # fmt: skip
+def test_what_is_for_one_method(call, tmp_path):
+    several = three("bart", ("lora", "mam", "houlsby"), tmp_path)
+    with pytest.raises(ValueError, match="is for one method, and several are in this model"):
+        call(several.model)
+
+
+def test_a_compiled_model_runs_eagerly_under_routes(tmp_path):
+    several = three("llama", ("lora", "mam", "lora_ffn"), tmp_path)
+    batch = several.batch(3)
+    compiled = torch.compile(several.model, backend="eager")
+    first = compiled(**batch).logits
+    with pelt_fast.route(compiled, ["b", None, "c"]):
+        found = compiled(**batch).logits
+    with pelt_fast.route(several.model, ["b", None, "c"]):
+        assert torch.equal(found, several.model(**batch).logits)
+    assert torch.equal(compiled(**batch).logits, first)
+
+
+def test_explain_and_counts_know_every_method(tmp_path):
+    several = three("bart", ("lora", "mam", "houlsby"), tmp_path)
+    counts = [pelt_fast.count_parameters(model).paper for model in several.alone.values()]
+    assert pelt_fast.count_parameters(several.model).paper == sum(counts)
+    sites = [len(pelt_fast.explain(model).sites) for model in several.alone.values()]
+    assert len(pelt_fast.explain(several.model).sites) == sum(sites)
+    assert "several methods" in str(pelt_fast.explain(several.model))

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 from benchmarks.common import saved_bytes
 from pelt_fast import functional
+from pelt_fast.ops.common import native
 from pelt_fast.ops.common.backends import backend
 from pelt_fast.ops.common.bundles import QKV, Form, RoutedPrefix, Scores
 from pelt_fast.ops.common.dropout import draw_seed
 from pelt_fast.ops.prefix_attention.op import RoutedPrefixFunction, attention_with_routed_prefix
 
+needs_cpp = pytest.mark.skipif(native.why_missing() is not None, reason="no C++")
 FORMS = [("softmax", "gated"), ("softmax", "add"), ("relu", "add")]
 B, H, G, T, S, D = 8, 4, 2, 11, 13, 16
 LENGTHS = (1, 3, 16, 30, 200, 0, 5)  # the sixth has no prefix here, the last has no rows
@@ -38,7 +40,7 @@ def mask_of(kind: str, queries=T) -> dict:
     if kind in ("none", "causal"):
         return dict(is_causal=kind == "causal")
     mask = torch.rand(B, 1, queries, S) > 0.3
-    mask[:, :, 2] = False  # a query that sees no key
+    mask[:, :, queries // 2] = False  # a query that sees no key
     if kind == "additive":
         mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     return dict(attn_mask=mask)
@@ -100,13 +102,19 @@ def test_every_method_is_what_it_is_alone(name, form, composition, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["none", "bool", "causal"])
 @pytest.mark.parametrize("form, composition", FORMS)
-@pytest.mark.parametrize("queries", [T, 70])
+@pytest.mark.parametrize("queries", [T, 70, 3, 1])
 def test_a_row_has_the_bits_of_its_method_alone(queries, form, composition, kind, dtype):
     qkv, own = context(dtype, queries), prefixes()
     settings = mask_of(kind, queries) | dict(form=form, composition=composition)
-    out = routed(qkv, own, **settings)
+    out, do = routed(qkv, own, **settings), torch.randn(B, H, queries, D).to(dtype)
+    found = gradients(out, do, leaves(qkv, own))
     for method, rows in by_method():
-        assert torch.equal(out[rows], rows_alone(qkv, own, method, rows, settings)), method
+        alone = rows_alone(qkv, own, method, rows, settings)
+        assert torch.equal(out[rows], alone), method
+        grads = gradients(alone, do[rows], leaves(qkv, own))
+        assert all(torch.equal(a[rows], b[rows]) for a, b in zip(found[:3], grads)), method
+        for side in (3, 3 + len(LENGTHS)) if method >= 0 else ():
+            assert torch.equal(found[side + method], grads[side + method]), method
     with torch.no_grad():
         assert torch.equal(routed(qkv, own, **settings), out)
 
@@ -252,6 +260,38 @@ def test_routes_are_a_tensor_to_the_compiler():
 
 def routed_by_tensor(qkv, own, routes: Tensor) -> Tensor:
     return functional.routed_prefix_attention(*qkv, routes, *own)
+
+
+@needs_cpp
+def test_the_same_bits_on_any_number_of_threads():
+    qkv, own = context(queries=70), prefixes()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out = routed(qkv, own)
+            found.append([out, *gradients(out, torch.ones_like(out), leaves(qkv, own))])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@needs_cpp
+@pytest.mark.parametrize("spans, said", [
+    (torch.zeros(2, 3).long(), r"spans must be contiguous int64 \(2, 2\) on the CPU"),
+    (torch.zeros(2, 2), "spans must be contiguous int64"),
+    (torch.zeros(2, 2).long().t(), "spans must be contiguous int64"),
+    (torch.tensor([[0, 5], [8, 3]]), "at most 256 of 10 keys, got 3 from 8 on in row 1"),
+    (torch.tensor([[0, 5], [-1, 3]]), "got 3 from -1 on in row 1"),
+    (torch.tensor([[0, 5], [0, -3]]), "got -3 from 0 on in row 1"),
+    (torch.tensor([[0, 5], [4, 3]]), "spans must not overlap, got two around key 4"),
+])  # fmt: skip
+def test_cpp_refuses_rows_that_are_not_there(spans, said):
+    q, (k, v) = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 10, 16)
+    o, lse = torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3)
+    with pytest.raises(RuntimeError, match=said):
+        native.ops().prefix_merge_(o, lse, q, k, v, 1.0, False, True, spans)
 
 
 def refuse(kind, said, **changes):

@@ -49,11 +49,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 class Record:
-    """What one test launched and how near its numbers came to the budget."""
+    """What one test launched and how near its numbers came to the budget; ``worst`` is None where
+    it compares by no budget."""
 
     def __init__(self):
         self.launches: list[dict] = []
-        self.worst = 0.0
+        self.worst: float | None = None
 
     def launched(self, launch, counts) -> None:
         self.launches.append(dict(
@@ -63,7 +64,7 @@ class Record:
         ))  # fmt: skip
 
     def checked(self, ratio: float) -> None:
-        self.worst = max(self.worst, ratio)
+        self.worst = max(self.worst or 0.0, ratio)
 
 
 @pytest.fixture(autouse=True)

@@ -61,6 +61,11 @@ routed_prefix_fwd = Op("routed_prefix_fwd", reference.routed_prefix_forward, _fo
 routed_prefix_bwd = Op("routed_prefix_bwd", reference.routed_prefix_backward, _backward_fake)
 routed_prefix_fwd.on_cpu(cpu.routed_prefix_forward, reference.routed_prefix_forward_in_blocks)
 routed_prefix_bwd.on_cpu(cpu.routed_prefix_backward, reference.routed_prefix_backward_in_blocks)
+for _op, _name, _plain in (
+    (routed_prefix_fwd, "routed_prefix_forward", reference.routed_prefix_forward),
+    (routed_prefix_bwd, "routed_prefix_backward", reference.routed_prefix_backward),
+):
+    _op.on_gpu(f"{GPU}:{_name}", "prefix", size=("lengths", None), without=_plain)
 
 _arguments = unflatten(QKV, Prefix, Scores, Form, Dropout)
 _routed_arguments = unflatten(QKV, RoutedPrefix, Scores, Form, Dropout)

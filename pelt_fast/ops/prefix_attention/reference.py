@@ -73,7 +73,7 @@ def _drop_factor(weights: Tensor, drop: Dropout, kind: int, mask: Mask) -> Tenso
         runs = [(rows.start, rows.stop)]
     parts = [keep_mask(first * size, last * size, p, seed[kind]) for first, last in runs]
     keep = parts[0] if len(parts) == 1 else torch.cat(parts)
-    keep = keep.view(-1, heads, queries, width)[..., :keys]
+    keep = keep.view(len(rows), heads, queries, width)[..., :keys]
     return keep.to(weights.dtype).mul_(keep_scale(p))
 
 
