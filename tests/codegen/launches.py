@@ -17,6 +17,8 @@ from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
 from pelt_fast.kernels.tiles import HALF
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
+from pelt_fast.ops.common import bundles
+from pelt_fast.ops.routed import gpu as many
 
 M, K, N, F = 8192, 4096, 4096, 14336
 RANKS = (4, 8, 16, 64, 512)
@@ -286,6 +288,45 @@ def norms(target: str, dtype: torch.dtype) -> Iterator[Launch]:
         )  # fmt: skip
 
 
+def routed(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    """Methods of several ranks; where 8 divides none of them, not streaming."""
+    name = str(dtype).removeprefix("torch.")
+    x, dy = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype)
+    for ranks in ([8, 16, 32], [3, 100], [8, 512]):
+        weights = routed_factors(ranks, dtype, K, N)
+        for seeds, activation in (
+            (None, "identity"),
+            (torch.empty(3, 2, dtype=torch.int64), "gelu"),
+        ):
+            calls = routed_calls(x, dy, weights, ranks, seeds, activation)
+            for call_name, call in calls.items():
+                tag = f"R={ranks} {activation} {name} p={0.0 if seeds is None else P}"
+                yield Launch(f"{call_name} {tag}", call)
+
+
+def routed_factors(ranks: list[int], dtype: torch.dtype, k: int, n: int) -> tuple:
+    total = sum(ranks)
+    down = bundles.RoutedDown(*(empty(*s, dtype=torch.float32) for s in ((total, k), (total,))))
+    shapes = (n * total,), (len(ranks), n)
+    return down, bundles.RoutedUp(*(empty(*s, dtype=torch.float32) for s in shapes))
+
+
+def routed_calls(x, dy, factors, ranks, seeds, activation: str) -> dict[str, Callable]:
+    """The four ops. Their numbers of the host are read, the segments are not."""
+    (down, up), most = factors, max(ranks)
+    t = torch.empty_like(x[:, :1]).expand(-1, most) if x.is_meta else x.new_empty(len(x), most)
+    where = bundles.Segments(torch.empty(16, 4, dtype=torch.int64, device=x.device), ranks)
+    drop = bundles.RoutedDropout([] if seeds is None else [P] * len(ranks), seeds)
+    transform = bundles.RoutedTransform(activation, [2.0] * len(ranks))
+    needs = [True] * 3
+    return dict(
+        routed_down=lambda: many.down_forward(x, down, where, drop),
+        routed_down_bwd=lambda: many.down_backward(t, x, x, down[0], where, drop, needs),
+        routed_up=lambda: many.up_forward(dy, t, up, where, transform, drop),
+        routed_up_bwd=lambda: many.up_backward(dy, t, up[0], where, transform, drop, needs),
+    )
+
+
 def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """Sizes of 1 (which the launcher makes constants), and sizes that divide nothing."""
     name = str(dtype).removeprefix("torch.")
@@ -327,6 +368,10 @@ def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
             for composition in ("gated", "add"):
                 prefix_merge(q, *prefix, None, None, q, composition=composition, **common)
                 prefix_merge_bwd(q, q, *prefix, q, lse, q, composition=composition, **common)
+
+            factors = routed_factors([r], dtype, k, n)
+            for call in routed_calls(x, dy, factors, [r], SEED.view(1, 2), "silu").values():
+                call()
 
         yield Launch(f"ugly {m}x{k}x{n} R={r} {name}", calls)
 
@@ -371,7 +416,7 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
 def launches(target: str) -> Iterator[Launch]:
     """All of them, for one target."""
     for dtype in (torch.bfloat16, torch.float32):
-        for family in (low_rank, adapters, norms, tail, widened_ffn, heads, routed_heads):
+        for family in (low_rank, routed, adapters, norms, tail, widened_ffn, heads, routed_heads):
             yield from family(target, dtype)
         if target == "sm90" and dtype == torch.bfloat16:
             yield from ugly(target, dtype)
