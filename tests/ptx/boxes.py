@@ -40,6 +40,7 @@ class Run:
         allocation, first = _inside(memory, self.address, self.address + self.size)
         here = slice(first, first + self.size)
         allocation.bytes[here] = data
+        allocation.wrote(np.array([first]), self.size)
         if allocation.written is not None:
             allocation.written[here] = 1
 
@@ -113,8 +114,10 @@ class Box:
         """Write what is inside the tensor."""
         if self.is_empty:
             return
-        _, found, flags = self._window(memory)
+        allocation, found, flags = self._window(memory)
         found[...] = data.reshape(self.shape)[tuple(self.inside)]
+        starts, size = self.rows
+        allocation.wrote(starts - allocation.start, size)
         if flags is not None:
             flags[...] = 1
 

@@ -15,11 +15,12 @@ from .boxes import Box, Run, scattered
 from .clocks import BULK_STORE
 from .decode import Step, opcode
 from .errors import BadAccess, BadBarrier, MachineError, Unsupported
+from .fences import check_init
 from .mbarriers import SIZE, barrier_at, check_alive
 from .moves import address_of
 from .program import Immediate
 from .shared_memory import OPAQUE
-from .tensor_maps import map_at
+from .tensor_maps import check_acquired, map_at
 
 _LOADS = (
     ("shared::cluster", "global", "mbarrier::complete_tx::bytes"),
@@ -69,8 +70,9 @@ def _region_of(machine, operand, size, rank: int) -> Callable:
         places = [machine.registers.source(item, "s32") for item in operand.coordinates]
 
         def region(thread: slice):
-            found = map_at(machine, int(address(thread)[0]))
-            return Box(found, tuple(int(place[thread][0]) for place in places), rank)
+            at = int(address(thread)[0])
+            check_acquired(machine, at, int(machine.warp_of[thread][0]))
+            return Box(map_at(machine, at), tuple(int(place[thread][0]) for place in places), rank)
     else:
         sizes = machine.registers.source(size, "u32")
 
@@ -149,8 +151,9 @@ def _start_load(machine, instruction, warp: int, region, targets) -> None:
     watch, known, parts = machine.watch, machine.watch.knowledge(warp), []
     for index, at in targets:
         check_alive(machine, at)
-        barrier_at(machine, at)
+        barrier = barrier_at(machine, at)
         watch._after_writes(at + np.arange(SIZE), np.full(SIZE, warp), "uses")
+        check_init(machine, barrier, warp)
         span = slice(index, index + region.size)
         _check_ordinary(machine, span)
         agent = watch.barrier_agent(at)

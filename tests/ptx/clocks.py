@@ -43,6 +43,7 @@ class Clocks:
         self.clocks = np.zeros((self.warps, self.agents), np.int32)
         self.clocks[np.arange(self.warps), np.arange(self.warps)] = 1
         self.fenced = np.zeros_like(self.clocks)
+        self.met = np.zeros(self.warps, np.int32)  # the clock of each warp at its last barrier
         self.started = np.zeros(self.agents, np.int32)
         self._barrier_agents: dict[int, int] = {}
 
@@ -72,6 +73,11 @@ class Clocks:
         self.clocks[warp, warp] += 1
         return known
 
+    def arrive(self, warp: int) -> Knowledge:
+        """``release`` at a barrier of the block or of the cluster."""
+        self.met[warp] = self.clocks[warp, warp]
+        return self.release(warp)
+
     def acquire(self, warp: int, known: Knowledge) -> None:
         """A warp learns."""
         np.maximum(self.clocks[warp], known.clocks, out=self.clocks[warp])
@@ -86,8 +92,9 @@ class Clocks:
         np.maximum.at(self.clocks, (warps, warps + COPY * self.warps), numbers)
 
     def fence(self, warps: np.ndarray) -> None:
-        """``fence.proxy.async``: what these warps know is fenced."""
+        """``fence.proxy.async``: what these warps know is fenced; what they do next is not."""
         self.fenced[warps] = np.maximum(self.fenced[warps], self.clocks[warps])
+        self.clocks[warps, warps] += 1
 
     def _name(self, agent: int) -> str:
         kinds = ("warp", "cp.async of warp", "wgmma of warp", "bulk store of warp")

@@ -43,7 +43,7 @@ class ClusterBarrier:
         """What a warp knows; of a relaxed arrival what it knew at its last fence."""
         machine, cluster = self.machine, warp * WARP // self.each
         fenced = machine.states.get(("released", warp))
-        known = fenced if relaxed else machine.watch.release(warp)
+        known = fenced if relaxed else machine.watch.arrive(warp)
         if known is not None and cluster in self.known:
             self.known[cluster].join(known)
         elif known is not None:

@@ -14,7 +14,7 @@ def build_jump(machine, instruction):
 
 @opcode("ret", "exit")
 def build_end(machine, instruction):
-    """``ret`` of a kernel, and ``exit``"""
-    if instruction.modifiers not in ((), ("uni",)):
+    """``ret`` of a kernel, and ``exit``; that of a function is in calls.py"""
+    if instruction.modifiers not in ((), ("uni",)) or instruction.operands:
         return None
     return Step(lambda threads: machine.end(machine.numbers[threads]), CONTROL)

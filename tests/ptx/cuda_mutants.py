@@ -177,6 +177,8 @@ MUTANTS = [
            "Deadlock"),
     Mutant("the cluster does not meet before it copies", TAIL, GEMM,
            "if constexpr (Cluster > 1) meet_cluster();", REMOVED, "Race"),
+    Mutant("barriers are not shown to the other block's copies", TAIL, GEMM,
+           "publish_barriers();", REMOVED, "Race"),
     # products
     Mutant("waits for too few products", TAIL, GEMM,
            "wait_products<1>();", "wait_products<2>();", "Race"),

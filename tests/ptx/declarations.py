@@ -2,8 +2,11 @@
 that it uses is one."""
 
 from .errors import Unsupported
+from .functions import Part
 from .program import SIZES, Address, Entry, Instruction, Operand, Pair, Symbol, Variable, Vector
 from .tokens import Tokens
+
+_OF_OTHERS = ("call", "ret", "brx")  # their operands are names of other things
 
 
 def known_type(word: str, tokens: Tokens) -> str:
@@ -37,56 +40,63 @@ def read_shared(tokens: Tokens, entry: Entry) -> None:
     entry.shared.append(Variable(word, SIZES[type_] * count, align, offset))
 
 
-def read_parameters(tokens: Tokens, entry: Entry) -> None:
-    """``(.param .u64 .ptr .global .align 1 name, .param .align 64 .b8 name[128])``"""
-    offset = 0
+def read_parameter(tokens: Tokens, offset: int = 0) -> Variable:
+    """``.param .u64 .ptr .global .align 1 name`` or ``.param .align 64 .b8 name[128]``, at the first
+    place from ``offset`` on."""
+    tokens.expect(".param")
+    align, type_, pointer = 1, "b8", False
+    while (word := tokens.next()).startswith("."):
+        pointer = pointer or word == ".ptr"
+        if word == ".align":
+            given = tokens.whole()
+            align = align if pointer else given  # after .ptr: of what it points to
+        elif word[1:] in SIZES:
+            type_ = word[1:]
+    size = SIZES[type_]
+    align = max(align, size) if tokens.peek() != "[" else align
+    if tokens.peek() == "[":
+        tokens.next()
+        size *= tokens.whole()
+        tokens.expect("]")
+    return Variable(word, size, align, -(-offset // align) * align)
+
+
+def read_parameters(tokens: Tokens) -> list[Variable]:
+    """Parameters in parentheses, one after another in memory."""
+    found: list[Variable] = []
     tokens.expect("(")
     while tokens.peek() != ")":
-        tokens.expect(".param")
-        align, type_, pointer = 1, "b8", False
-        while (word := tokens.next()).startswith("."):
-            pointer = pointer or word == ".ptr"
-            if word == ".align":
-                given = tokens.whole()
-                align = align if pointer else given  # after .ptr: of what it points to
-            elif word[1:] in SIZES:
-                type_ = word[1:]
-        size = SIZES[type_]
-        align = max(align, size) if tokens.peek() != "[" else align
-        if tokens.peek() == "[":
-            tokens.next()
-            size *= tokens.whole()
-            tokens.expect("]")
-        offset = -(-offset // align) * align
-        entry.parameters.append(Variable(word, size, align, offset))
-        offset += size
+        found.append(read_parameter(tokens, found[-1].offset + found[-1].size if found else 0))
         if tokens.peek() == ",":
             tokens.next()
     tokens.next()
+    return found
 
 
-def check_names(entry: Entry) -> None:
-    """Unsupported where an entry uses a name that it does not declare."""
-    if not entry.code:
-        raise Unsupported(f"{entry.name} has no instruction")
-    variables = {v.name for v in (*entry.parameters, *entry.shared)}
-    variables.add(entry.dynamic)
-    for instruction in entry.code:
-        _check_names(entry, instruction, variables)
+def check_names(entry: Entry, part: Part) -> None:
+    """Unsupported where an entry, or a function that it calls, uses a name that it does not declare."""
+    own = part.function.name if part.function else entry.name
+    if not part.code:
+        raise Unsupported(f"{own} has no instruction")
+    passed = [v.name for v in entry.passed if part.function is None or v.name.endswith(f"@{own}")]
+    parameters = [] if part.function else [v.name for v in entry.parameters]
+    variables = {*passed, *parameters, *(v.name for v in entry.shared), entry.dynamic}
+    for instruction in part.code:
+        _check_names(part, instruction, variables)
 
 
-def _check_names(entry: Entry, instruction: Instruction, variables: set[str | None]) -> None:
+def _check_names(part: Part, instruction: Instruction, variables: set[str | None]) -> None:
     """Unsupported where a name is not declared."""
-    guard, registers = instruction.guard, entry.registers
-    if guard is not None and registers.get(guard.name) != "pred":
+    guard = instruction.guard
+    if guard is not None and part.registers.get(guard.name) != "pred":
         raise Unsupported(f"the guard {guard.name!r} is no predicate", instruction)
     if instruction.root == "bra":
         for operand in instruction.operands:
-            if getattr(operand, "name", "") not in entry.labels:
+            if getattr(operand, "name", "") not in part.labels:
                 name = getattr(operand, "name", operand)
                 raise Unsupported(f"no label {name!r}", instruction)
         return
-    for operand in instruction.operands if instruction.root not in ("call", "brx") else ():
+    for operand in instruction.operands if instruction.root not in _OF_OTHERS else ():
         for name in _symbols(operand):
             if name not in variables:
                 kind = "register" if name.startswith("%") else "name"

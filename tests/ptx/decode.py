@@ -12,13 +12,13 @@ from .program import Instruction
 from .registers import Active, active
 
 FAMILIES = ("arithmetic", "bits", "floats", "halves", "comparing", "conversions", "atomics", "moves",
-            "control", "warps", "barriers", "clusters", "copies", "matrices", "mbarriers", "bulk",
-            "tensor_maps", "wgmma")  # fmt: skip
+            "control", "calls", "warps", "barriers", "fences", "clusters", "copies", "matrices", "mbarriers",
+            "bulk", "tensor_maps", "wgmma")  # fmt: skip
 PLAIN, CONTROL, TOGETHER = 0, 1, 2  # kinds of step, added: TOGETHER needs whole warps
 BUILDERS: dict[str, list[Callable]] = {}
 _NEEDED = {  # the least target of opcodes that begin so
-    "sm_90": ("barrier.cluster.", "cp.async.bulk.", "elect.", "fence.proxy.", "getctarank.",
-              "griddepcontrol.", "mapa.", "mbarrier.try_wait.", "stmatrix."),
+    "sm_90": ("barrier.cluster.", "cp.async.bulk.", "elect.", "fence.mbarrier_init.",
+              "fence.proxy.", "getctarank.", "griddepcontrol.", "mapa.", "mbarrier.try_wait.", "stmatrix."),
     "sm_90a": ("setmaxnreg.", "tensormap.", "wgmma."),
 }  # fmt: skip
 

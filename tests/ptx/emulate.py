@@ -42,19 +42,21 @@ def read(report: Path) -> list[dict]:
 
 def rows(records: list[dict]) -> list[tuple]:
     """The table: what the launches of each kernel, target and dtype came to. The error is the worst
-    of the tests that launched it."""
+    of the tests that launched it; a dash where none of them has a budget."""
     found: dict[tuple, collections.Counter] = collections.defaultdict(collections.Counter)
-    worst: dict[tuple, float] = collections.defaultdict(float)
+    worst: dict[tuple, float] = {}
     for record in records:
         for launch in record["launches"]:
             key = (launch["kernel"], record["target"], launch["dtype"])
-            worst[key] = max(worst[key], record["worst"])
+            if record["worst"] is not None:
+                worst[key] = max(worst.get(key, 0.0), record["worst"])
             sums = found[key]
             sums["launches"] += 1
             for name in ("instructions", "sectors", "least", "wavefronts", "free", "seconds"):
                 sums[name] += launch[name]
     return [
-        (*key, sums["launches"], f"{worst[key]:.2f}", f"{sums['instructions']:,}",
+        (*key, sums["launches"], f"{worst[key]:.2f}" if key in worst else "-",
+         f"{sums['instructions']:,}",
          ratio(sums["sectors"], sums["least"]), ratio(sums["wavefronts"], sums["free"]),
          f"{sums['seconds']:.1f}")
         for key, sums in sorted(found.items())

@@ -85,6 +85,8 @@ def machine_for(launch: Launch, blocks: int, mode: Mode) -> Machine:
 def run(launch: Launch, mode: Mode = EARLY, counted: bool = False) -> Counts:
     """Execute all blocks; what the launch did."""
     check(launch)
+    for allocation in launch.memory.allocations:
+        allocation.watch_lines(launch.entry.uses_tensor_maps)
     counts, started = Counts(counted), time.perf_counter()
     clusters = max(1, THREADS // (launch.threads * launch.cluster))
     size = min(clusters * launch.cluster, launch.blocks)

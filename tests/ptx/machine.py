@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .asynchronous import Asynchronous
+from .calls import Calls
 from .decode import CONTROL, PLAIN, TOGETHER, decode
 from .errors import Deadlock, MachineError
 from .global_memory import GlobalMemory
@@ -85,6 +86,7 @@ class Machine:
         self.memory = GlobalMemory()
         self.parameters = np.zeros(len(launch.parameters) + 16, np.uint8)
         self.asynchronous = Asynchronous(self)
+        self.calls = Calls(self)
         self.states: dict = {}  # what a family of opcodes keeps, by its own keys
         self.mbarriers: dict = {}  # by the index of their first byte in shared memory
         self.pc = np.zeros(self.threads, np.int32)
@@ -145,7 +147,8 @@ class Machine:
         self.mbarriers.clear()
         self.waiting.clear()
         self.asynchronous.reset()
-        self.pc.fill(0)
+        self.calls.reset()
+        self.pc.fill(self.entry.start)
         self.ready.fill(True)
         self.alive.fill(True)
         self.ended = False
@@ -264,8 +267,8 @@ class Machine:
         """Threads go to the next instruction."""
         self.pc[threads] += 1
 
-    def jump(self, threads: Active, pc: int) -> None:
-        """Threads go to ``pc``."""
+    def jump(self, threads: Active, pc: int | np.ndarray) -> None:
+        """Threads go to ``pc``, which may be another for each."""
         self.pc[threads] = pc
 
     def wait(self, threads: Active, reason: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from .clocks import Knowledge
 from .decode import CONTROL, Step, opcode
 from .errors import BadBarrier
+from .fences import Start
 from .moves import address_of
 from .program import Immediate, Sink
 from .shared_memory import OPAQUE, RESERVED
@@ -22,10 +23,12 @@ _EACH = np.arange(SIZE)
 
 
 class Mbarrier:
-    """One barrier. ``phase`` counts phases; ``published`` is what a wait for an ended one teaches."""
+    """One barrier. ``phase`` counts phases; ``published`` is what a wait for an ended one teaches.
+    ``start`` is how it was initialised, which fences.py asks for."""
 
-    def __init__(self, machine, index: int, expected: int):
+    def __init__(self, machine, index: int, expected: int, start: Start):
         self.machine, self.index, self.expected = machine, index, expected
+        self.start = start
         self.pending, self.transactions, self.phase = expected, 0, 0
         agents = machine.watch.agents
         self.gathering = Knowledge(np.zeros(agents, np.int32), np.zeros(agents, np.int32))
@@ -177,22 +180,22 @@ def _build_init(machine, instruction, operation, words):
     locate, counts = _locator(machine, a, remote=False), _numbers(machine, count)
 
     def run(threads):
-        warps = machine.warp_of[threads]
-        for at, expected, warp in zip(locate(threads), counts(threads), warps):
-            _init(machine, int(at), int(expected), warp)
+        numbers = machine.numbers[threads].tolist()
+        for at, expected, thread in zip(locate(threads), counts(threads), numbers):
+            _init(machine, int(at), int(expected), Start.now(machine, thread, instruction.place))
 
     return Step(run)
 
 
-def _init(machine, index: int, expected: int, warp: int) -> None:
+def _init(machine, index: int, expected: int, start: Start) -> None:
     if index in machine.mbarriers:
         raise BadBarrier(f"{machine.mbarriers[index]} is initialised again without inval")
     if not 0 < expected <= LIMIT:
         raise BadBarrier(f"an mbarrier cannot expect {expected} arrivals")
-    machine.watch.write(index + _EACH[None], np.array([warp]))
+    machine.watch.write(index + _EACH[None], np.array([start.warp]))
     machine.shared.written[index : index + SIZE] = OPAQUE
     machine.shared.mbarriers += 1
-    machine.mbarriers[index] = Mbarrier(machine, index, expected)
+    machine.mbarriers[index] = Mbarrier(machine, index, expected, start)
 
 
 def _build_inval(machine, instruction, operation, words):

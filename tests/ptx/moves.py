@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .calls import passed_reader, passed_writer
 from .decode import Step, opcode
 from .errors import BadAccess, Unsupported
 from .program import SIZES, Address, Immediate, Register, Special, Symbol, Vector
@@ -167,7 +168,7 @@ def build_load(machine, instruction):
     if len(items) != count:
         return None
     results = [machine.registers.wide_result(item, type_) for item in items]
-    if space == "param":
+    if space == "param" and machine.calls.variable(a.base) is None:
         return _parameter(machine, a, results, type_)
     read = reader(machine, space, a, SIZES[type_], count)
     if read is None:
@@ -226,6 +227,8 @@ def _places(machine, space: str, a: Address, size: int, load: bool):
 
 def reader(machine, space: str, a: Address, width: int, count: int):
     """A function from threads to (threads, count) unsigned elements, or None for another space."""
+    if space == "param":
+        return passed_reader(machine, a, width, count)
     found = _places(machine, space, a, width * count, True)
     if found is None:
         return None
@@ -267,6 +270,8 @@ def build_store(machine, instruction):
 
 def writer(machine, space: str, a: Address, width: int, count: int):
     """A function that writes (threads, count) unsigned elements, or None for another space."""
+    if space == "param":
+        return passed_writer(machine, a, width, count)
     found = _places(machine, space, a, width * count, False)
     if found is None:
         return None

@@ -4,11 +4,13 @@ import re
 from dataclasses import replace
 from pathlib import PurePath
 
-from .declarations import check_names, known_type, read_parameters, read_shared
+from .declarations import check_names, known_type, read_parameter, read_parameters, read_shared
 from .errors import Unsupported
+from .functions import Part, definitions, link
 from .program import (
     Address,
     Entry,
+    Function,
     Immediate,
     Instruction,
     Operand,
@@ -18,6 +20,7 @@ from .program import (
     Sink,
     Special,
     Symbol,
+    Variable,
     Vector,
 )  # fmt: skip
 from .tokens import Tokens, number
@@ -28,6 +31,8 @@ _SPECIAL = re.compile(
 )
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _IGNORED = {".pragma", ".maxntid", ".minnctapersm"}
+_BARE = {".noinline", ".noreturn"}
+_INDIRECT = {".callprototype", ".calltargets", ".branchtargets"}
 _LOCATED = {"function_name": 1, "inlined_at": 3}  # words of a .loc, and the words after each
 _MOST_REGISTERS = 1 << 17  # of an entry: there is an array for each
 
@@ -54,13 +59,22 @@ def parse(text: str, name: str | None = None) -> Entry:
             read_shared(Tokens(found.group(), 1 + before.count("\n")), entry)
     listed = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.MULTILINE)
     files = {int(number): PurePath(path).name for number, path in listed}
-    end = _end_of(text, start)
-    _Reader(Tokens(text[start:end], 1 + text.count("\n", 0, start)), entry, files).read()
+    functions = definitions(text)
+
+    def read(at: int, function: str = "") -> Part:
+        tokens = Tokens(text[at : _end_of(text, at)], 1 + text.count("\n", 0, at))
+        part = _Reader(tokens, entry, files, function).read()
+        check_names(entry, part)
+        return part
+
+    link(
+        entry, read(start), lambda name: read(functions[name], name) if name in functions else None
+    )
     return entry
 
 
 def _end_of(text: str, start: int) -> int:
-    """Where the body of the entry at ``start`` closes."""
+    """Where the body of the entry or of the function at ``start`` closes."""
     depth = 0
     for found in re.compile(r"//[^\n]*|[{}]").finditer(text, start):
         depth += {"{": 1, "}": -1}.get(found.group(), 0)
@@ -70,28 +84,48 @@ def _end_of(text: str, start: int) -> int:
 
 
 class _Reader:
-    """Reads the parameters and the body of one entry."""
+    """Reads the parameters and the body of one entry, or of a function that it calls, whose names
+    all become unique ones."""
 
-    def __init__(self, tokens: Tokens, entry: Entry, files: dict[int, str]):
+    def __init__(self, tokens: Tokens, entry: Entry, files: dict[int, str], function: str = ""):
         self.tokens, self.entry, self.files = tokens, entry, files
-        self.scopes: list[dict[str, str]] = []  # names of an inner scope, to unique ones
-        self.starts: list[int] = []  # the pc at which each scope opened
+        self.part = Part(function=Function(function) if function else None)
+        # names of an inner scope, to unique ones; a function is in a scope that has no names
+        self.scopes: list[dict[str, str]] = [{}] if function else []
+        self.starts: list[int] = [0] if function else []  # the pc at which each scope opened
         self.declared = 0
         self.file, self.source = "", 0
 
-    def read(self) -> None:
-        tokens = self.tokens
-        tokens.expect(".entry")
-        tokens.next()
-        if tokens.peek() == "(":
-            read_parameters(tokens, self.entry)
-        while tokens.peek() != "{":
-            self._directive(tokens.next())
-        tokens.next()
+    def read(self) -> Part:
+        outside = len(self.scopes)
         self._open()
-        while self.scopes:
+        self._head()
+        while self.tokens.peek() != "{":
+            self._directive(self.tokens.next())
+        self.tokens.next()
+        while len(self.scopes) > outside:
             self._statement()
-        check_names(self.entry)
+        return self.part
+
+    def _head(self) -> None:
+        """``.entry name (parameters)`` or ``.func (result) name (parameters)``"""
+        tokens, function = self.tokens, self.part.function
+        tokens.next()
+        if function is not None and tokens.peek() == "(":
+            function.results += map(self._pass, read_parameters(tokens))
+        tokens.next()
+        found = read_parameters(tokens) if tokens.peek() == "(" else []
+        if function is None:
+            self.entry.parameters += found
+        else:
+            function.parameters += map(self._pass, found)
+
+    def _pass(self, variable: Variable) -> Variable:
+        """A ``.param`` variable with a unique name and a place in a thread's memory."""
+        start = -(-self.entry.passed_bytes // variable.align) * variable.align
+        name = self._declare(variable.name)
+        self.entry.passed.append(replace(variable, name=name, offset=start))
+        return self.entry.passed[-1]
 
     def _directive(self, word: str) -> None:
         tokens = self.tokens
@@ -99,6 +133,10 @@ class _Reader:
             self.entry.block = (*self._numbers(), 1, 1)[:3]
         elif word == ".maxnreg":
             self.entry.most_registers = self._numbers()[0]
+        elif word in _BARE:
+            return
+        elif word in _INDIRECT:
+            raise Unsupported(f"PTX line {tokens.line}: {word}: an indirect call is not known")
         elif word in _IGNORED:
             if word == ".pragma":
                 tokens.next()
@@ -117,14 +155,15 @@ class _Reader:
 
     def _open(self) -> None:
         self.scopes.append({})
-        self.starts.append(len(self.entry.code))
+        self.starts.append(len(self.part.code))
 
     def _close(self) -> None:
         """End a scope. Jumps in it to a label that came after them now get the label's unique name."""
         scope, start = self.scopes.pop(), self.starts.pop()
-        code = self.entry.code
+        code = self.part.code
         for n in range(start, len(code) if self.scopes else start):
-            name = code[n].operands[0].name if code[n].root == "bra" else ""
+            target = code[n].operands[:1] if code[n].root == "bra" else ()
+            name = target[0].name if target and isinstance(target[0], Symbol) else ""
             if scope.get(name, name) != name:
                 code[n] = replace(code[n], operands=(Symbol(scope[name]),))
 
@@ -143,10 +182,13 @@ class _Reader:
             self._location()
         elif word == ".shared":
             read_shared(tokens, self.entry)
+        elif word == ".param":
+            self._pass(read_parameter(tokens))
+            tokens.expect(";")
         elif word.startswith("."):
             self._directive(tokens.next())
         elif tokens.peek(1) == ":":
-            self.entry.labels[self._declare(tokens.next())] = len(self.entry.code)
+            self.part.labels[self._declare(tokens.next())] = len(self.part.code)
             tokens.next()
         elif word == ";":
             tokens.next()
@@ -174,7 +216,8 @@ class _Reader:
         if name in self.scopes[-1]:
             raise Unsupported(f"PTX line {self.tokens.line}: {name!r} is declared twice")
         self.declared += 1
-        unique = name if len(self.scopes) == 1 else f"{name}@{self.declared}"
+        of = f"@{self.part.function.name}" if self.part.function else ""
+        unique = name if len(self.scopes) == 1 else f"{name}@{self.declared}{of}"
         self.scopes[-1][name] = unique
         return unique
 
@@ -190,13 +233,13 @@ class _Reader:
                 tokens.expect(">")
             else:
                 names = [name]
-            self.entry.registers.update(dict.fromkeys(map(self._declare, names), type_))
+            self.part.registers.update(dict.fromkeys(map(self._declare, names), type_))
             if tokens.next() == ";":
                 return
 
     def _register_count(self) -> int:
         count = self.tokens.whole()
-        if len(self.entry.registers) + count > _MOST_REGISTERS:
+        if len(self.part.registers) + count > _MOST_REGISTERS:
             raise Unsupported(
                 f"PTX line {self.tokens.line}: more than {_MOST_REGISTERS} registers are declared"
             )
@@ -219,18 +262,26 @@ class _Reader:
                 negated = True
             guard = Register(self._resolve(tokens.next()))
         root, *modifiers = tokens.next().split(".")
-        operands = []
+        operands, read = [], self._passed if root == "call" else self._operand
         if tokens.peek() == ";":
             tokens.next()
         else:
-            operands.append(self._operand())
+            operands.append(read())
             while tokens.separate(";"):
-                operands.append(self._operand())
+                operands.append(read())
         text = " ".join(item[1] for item in tokens.items[start : tokens.at - 1])
         place = Place(line, self.file, self.source)
-        self.entry.code.append(
+        if root == "ret" and self.part.function:  # what it returns from
+            operands = [Symbol(self.part.function.name)]
+        self.part.code.append(
             Instruction(root, tuple(modifiers), tuple(operands), place, text, guard, negated)
         )
+
+    def _passed(self) -> Operand:
+        """An operand of a call: variables in parentheses, or a name."""
+        if self.tokens.peek() == "(":
+            return Vector(self._listed("(", ")"))
+        return self._atom()
 
     def _operand(self) -> Operand:
         tokens = self.tokens
@@ -287,4 +338,4 @@ class _Reader:
         if _SPECIAL.match(word):
             return Special(word)
         name = self._resolve(word)
-        return Register(name) if name in self.entry.registers else Symbol(name)
+        return Register(name) if name in self.part.registers else Symbol(name)

@@ -14,7 +14,7 @@ _HEAD = """.version 8.7
 .target {target}
 .address_size 64
 .extern .shared .align 1024 .b8 memory[];
-.visible .entry program({parameters})
+{functions}.visible .entry program({parameters})
 {{
 {body}
 ret;
@@ -39,15 +39,18 @@ add.s64 %rd1, %rd1, %rd3;
 
 def program(
     body: str, *arrays: np.ndarray, threads: int = 32, blocks: int = 1, shared: int = 0,
-    cluster: int = 1, target: str = "sm_90a", unwritten: tuple[int, ...] = (),
+    cluster: int = 1, target: str = "sm_90a", unwritten: tuple[int, ...] = (), functions: str = "",
 ) -> Launch:  # fmt: skip
     """A launch of ``body``, whose ``.reg`` lines come first, on arrays, which it changes in place.
 
     Parameter ``pN`` is the address of array N; ``memory`` is ``shared`` bytes of shared memory.
-    ``unwritten``: the arrays that nobody wrote.
+    ``unwritten``: the arrays that nobody wrote. ``functions``: text before the program.
     """
     parameters = ", ".join(f".param .u64 p{n}" for n in range(len(arrays)))
-    entry = parse(_HEAD.format(target=target, parameters=parameters, body=body))
+    text = _HEAD.format(
+        target=target, parameters=parameters, body=body, functions=functions and functions + "\n"
+    )
+    entry = parse(text)
     memory = GlobalMemory()
     for n, array in enumerate(arrays):
         memory.add(Allocation(array.ctypes.data, array.nbytes, n not in unwritten, f"p{n}"))

@@ -82,7 +82,8 @@ def test_a_launch_that_a_gpu_would_refuse(changes, said):
 KNOWN = "is not known"
 FORM = "its modifiers and operands are of no form that is known"
 LINES = [
-    ("call.uni foo;", "opcode call.uni is not known"), ("call (%r1), foo, (%r2);", "expected"),
+    ("call.uni foo;", "function 'foo' has no body"), ("call (%r1), foo, (%r2);", "'foo' has no body"),
+    ("call.uni %rd1;", "indirect"), ("mov.b32 (%r1), %r2;", "expected"), ("call;", "indirect"),
     ("ld.local.b32 %r1, [%rd1];", KNOWN), (".local .b8 depot[16];", "directive '.local' is not"),
     ("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;", KNOWN),
     ("trap;", KNOWN), ("tex.2d.v4.f32.f32 {%r1, %r1, %r1, %r1}, [%rd1, {%r1, %r1}];", KNOWN),

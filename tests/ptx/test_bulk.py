@@ -106,6 +106,7 @@ MULTICAST = (
     + """
 add.u32 %r2, %r0, 16384;
 @%p0 mbarrier.init.shared::cta.b64 [%r2], 1;
+@%p0 fence.mbarrier_init.release.cluster;
 barrier.cluster.arrive.aligned;
 barrier.cluster.wait.aligned;
 mov.u32 %r3, %cluster_ctarank;

@@ -33,6 +33,11 @@ def test_a_store_without_a_fence_is_a_race():
         run_store(fence="")
 
 
+def test_a_store_of_what_was_written_after_the_fence_is_a_race():
+    with pytest.raises(Race, match=r"without fence\.proxy\.async between"):
+        run_store(fence="fence.proxy.async.shared::cta;\nst.shared.u32 [%r0], %r1;")
+
+
 @pytest.mark.parametrize("end", ["", "cp.async.bulk.wait_group.read 1;"])
 def test_a_source_overwritten_before_its_wait_is_a_race(end):
     with pytest.raises(Race, match=r"writes byte .* which bulk store of warp 0 read"):

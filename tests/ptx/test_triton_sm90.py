@@ -223,6 +223,8 @@ def test_a_broken_product_of_a_product_is_caught(pattern, change, number):
     (r"wgmma\.wait_group\.sync\.aligned 0;", "", 0),
     (r"cp\.async\.bulk\.wait_group\.read\s+0;", "", -2),
     (r"fence\.proxy\.async\.shared::cta;", "", -1),
+    (r"@%p\d+ fence\.proxy\.tensormap::generic\.acquire[^;]*;", "", 0),
+    (r"@%p\d+ fence\.proxy\.tensormap::generic\.acquire[^;]*;", "", -1),
 ])  # fmt: skip
 def test_a_broken_persistent_matmul_is_caught(pattern, change, number):
     with pytest.raises(CAUGHT):

@@ -242,6 +242,14 @@ def test_the_fence_of_a_warp_says_nothing_to_others():
         w.read_units_later(bytes_of(0), w.agent(1, 2), 1, w.knowledge(1))
 
 
+def test_a_write_after_the_fence_is_not_fenced():
+    w = watch()
+    w.fence(bytes_of(0))
+    w.write_at(bytes_of(0), 16, bytes_of(0))
+    with pytest.raises(Race, match=r"without fence.proxy.async between"):
+        w.read_units_later(bytes_of(0), w.agent(0, 2), 1, w.knowledge(0))
+
+
 def test_copies_of_one_block_are_not_known_where_another_meets():
     w = watch()
     w.copy(bytes_of(128), 16, bytes_of(2), bytes_of(1))

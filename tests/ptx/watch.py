@@ -253,6 +253,7 @@ class Watch(Clocks):
         """Warps met at a barrier; ``whole``: the bytes of a block all of whose warps these are."""
         self.clocks[warps] = self.clocks[warps].max(axis=0)
         self.fenced[warps] = self.fenced[warps].max(axis=0)
+        self.met[warps] = self.clocks[warps, warps]
         self.clocks[warps, warps] += 1
         if whole is not None:
             self.flags[whole] &= WRITES | READS
@@ -263,6 +264,7 @@ class Watch(Clocks):
         for known in (self.clocks, self.fenced):
             blocks = known.reshape(self.blocks, self.each, self.agents)
             blocks[:] = blocks.max(axis=1, keepdims=True)
+        self.met[:] = self.clocks.diagonal()
         self.clocks[np.arange(self.warps), np.arange(self.warps)] += 1
         if whole:
             self.flags &= WRITES | READS
