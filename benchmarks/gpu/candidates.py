@@ -37,7 +37,7 @@ FAMILY = {
 }
 
 # table: the dims of a block, blocks -> (warps, stages). Left out is what on sm90 spills, does not
-# fit or has a race of asynchronous work (tests/codegen reads the machine code, tests/ptx executes it)
+# fit or has a race of asynchronous work (tests/codegen reads machine code, tests/ptx executes PTX)
 THREE = ((4, 2), (4, 4), (8, 3))
 TWO = ((4, 2), (8, 2))
 WIDE = ((8, 2), (8, 3))

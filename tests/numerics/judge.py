@@ -1,16 +1,16 @@
 """Inputs and the budget of the kernel tests."""
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from pelt_fast import env
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILED = DEVICE.type == "cuda"
 # the interpreter computes bf16 wrongly (docs/facts.md); a GPU, and tests/ptx, run compiled kernels
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+DTYPES = [torch.float32, torch.float16] + ([] if env.interpret() else [torch.bfloat16])
 BAND = 4
 watched: Callable[[float], object] = float  # called with each error over its budget
 SEED = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321)

@@ -1,10 +1,9 @@
-"""Integers, logic, shifts, selection and comparison: PTX ISA 9.7.1, 9.7.6, 9.7.8."""
+"""Integers, logic, shifts and selection: PTX ISA 9.7.1, 9.7.6, 9.7.8."""
 
 import numpy as np
 
-from .decode import opcode
-from .machine import Step
-from .program import SIZES, Immediate, Pair, Sink
+from .decode import Step, opcode
+from .program import SIZES, Immediate
 from .registers import DTYPES
 
 _INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
@@ -211,70 +210,5 @@ def build_select(machine, instruction):
 
     def run(threads):
         result[threads] = np.where(p[threads], a[threads], b[threads])
-
-    return Step(run)
-
-
-_ORDERED = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-    "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
-
-
-def comparison(name: str, is_float: bool):
-    """The function of a comparison; ``ltu`` and its like are true of a NaN too."""
-    if name in _ORDERED:
-        if is_float and name == "ne":  # numpy's is true of a NaN, PTX's is not
-            return lambda a, b: (a != b) & ~(np.isnan(a) | np.isnan(b))
-        return _ORDERED[name]
-    if not is_float:
-        return None
-    if name == "num":
-        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
-    if name == "nan":
-        return lambda a, b: np.isnan(a) | np.isnan(b)
-    if name[:-1] in _ORDERED and name.endswith("u"):
-        return lambda a, b: _ORDERED[name[:-1]](a, b) | np.isnan(a) | np.isnan(b)
-    return None
-
-
-JOINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-
-
-@opcode("setp")
-def build_compare(machine, instruction):
-    """``setp.comparison[.and|or|xor][.ftz].type p[|q], a, b[, c]``"""
-    if len(instruction.modifiers) not in (2, 3):
-        return None
-    name, *between, type_ = instruction.modifiers
-    if type_ not in (*_INTEGERS, *_BITS[1:], "f32", "f64"):
-        return None
-    if type_[0] == "b" and name not in ("eq", "ne"):
-        return None
-    function = comparison(name, type_[0] == "f")
-    if function is None:
-        return None
-    return compare(machine, instruction, function, type_, between[0] if between else None)
-
-
-def compare(machine, instruction, function, type_, join=None):
-    """The step of a comparison that writes one predicate or two."""
-    registers = machine.registers
-    d, a, b, *more = instruction.operands
-    first, second = (d.first, d.second) if isinstance(d, Pair) else (d, Sink())
-    results = [
-        None if isinstance(o, Sink) else registers.result(o, "pred") for o in (first, second)
-    ]
-    a, b = registers.source(a, type_), registers.source(b, type_)
-    if (join is None) != (not more) or (join is not None and join not in JOINED):
-        return None
-    c = registers.source(more[0], "pred") if more else None
-
-    def run(threads):
-        found = function(a[threads], b[threads])
-        joined = None if c is None else c[threads].copy()  # c may be one of the results
-        for result, value in zip(results, (found, ~found)):
-            if result is not None:
-                result[threads] = value if joined is None else JOINED[join](value, joined)
 
     return Step(run)

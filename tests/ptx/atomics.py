@@ -7,10 +7,9 @@ as a read: a plain read after it that no barrier orders is not found.
 
 import numpy as np
 
-from .decode import opcode
+from .decode import Step, opcode
 from .floats import flushing
 from .halves import HALVES, of_bits, pairs
-from .machine import Step
 from .moves import address_of
 from .program import SIZES, Sink
 from .registers import DTYPES

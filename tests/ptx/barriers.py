@@ -1,4 +1,4 @@
-"""Barriers of a block and fences: PTX ISA 9.7.13 (bar, barrier, fence, membar, griddepcontrol).
+"""Barriers of a block: PTX ISA 9.7.13 (bar, barrier, griddepcontrol).
 
 A barrier counts whole warps by its number. What warps did before it is known to those that waited
 at it; ``bar.arrive`` gives its knowledge and takes none. The barrier of a cluster is in clusters.py.
@@ -6,16 +6,12 @@ at it; ``bar.arrive`` gives its knowledge and takes none. The barrier of a clust
 
 import numpy as np
 
-from .decode import opcode
+from .decode import CONTROL, TOGETHER, Step, opcode
 from .errors import BadBarrier
-from .machine import CONTROL, TOGETHER, Step
-from .program import Address, Immediate
+from .program import Immediate
 from .registers import WARP
-from .warps import warp_barrier
 
 _NAMES = 16
-_SCOPES = ("cta", "cluster", "gpu", "sys")
-_ORDERS = ("sc", "acq_rel", "acquire", "release")
 
 
 class Barrier:
@@ -91,7 +87,7 @@ class Barrier:
 
     def _give(self, warp: int) -> None:
         """What a warp knows that does not wait, for those that do."""
-        known, block = self.machine.watch.release(warp), warp // self.each
+        known, block = self.machine.watch.arrive(warp), warp // self.each
         if block in self.known:
             self.known[block].join(known)
         else:
@@ -131,11 +127,11 @@ class Barrier:
 def barrier(machine, name: int) -> Barrier:
     """The barrier of a number."""
     key = ("bar", name)
-    if key not in machine.barriers:
+    if key not in machine.states:
         if not 0 <= name < _NAMES:
             raise BadBarrier(f"barrier {name}: there are {_NAMES} in a block, from 0")
-        machine.barriers[key] = Barrier(machine, name)
-    return machine.barriers[key]
+        machine.states[key] = Barrier(machine, name)
+    return machine.states[key]
 
 
 def _counted(machine, count: int) -> int:
@@ -162,10 +158,9 @@ def _parties(machine, name, count):
         return parties
     names = machine.registers.source(name, "u32")
     counts = None if count is None else machine.registers.source(count, "u32")
-    numbers = np.arange(machine.threads)
 
     def parties(threads):
-        mine = numbers[threads]
+        mine = machine.numbers[threads]
         key = names[threads].astype(np.int64) << 32
         key |= machine.block_threads if counts is None else counts[threads]
         parts = [(k, mine[key == k]) for k in np.unique(key).tolist()]
@@ -180,14 +175,8 @@ def _parties(machine, name, count):
 @opcode("bar", "barrier")
 def build_barrier(machine, instruction):
     """``bar.sync a[, b]``, ``bar.arrive a, b``, ``bar.red.op``, with ``.cta``; ``barrier`` is the
-    same, ``.aligned`` or not; ``bar.warp.sync``; ``barrier.cluster``: clusters.py"""
+    same, ``.aligned`` or not"""
     root, modifiers = instruction.root, instruction.modifiers
-    if root == "bar" and modifiers == ("warp", "sync"):
-        return warp_barrier(machine, instruction)
-    if root == "barrier" and modifiers[:1] == ("cluster",):
-        from .clusters import build_cluster_barrier
-
-        return build_cluster_barrier(machine, instruction)
     rest = [m for m in modifiers[modifiers[:1] == ("cta",) :] if m != "aligned" or root == "bar"]
     if rest[:1] == ["red"]:
         return _reduction(machine, instruction, rest[1:])
@@ -218,12 +207,11 @@ def _reduction(machine, instruction, rest):
         return None
     result, p = machine.registers.result(d, rest[-1]), machine.registers.source(p, "pred")
     parties = _parties(machine, name, count[0] if count else None)
-    numbers = np.arange(machine.threads)
 
     def run(threads) -> None:
         for name, count, part, warps in parties(threads):
             held = barrier(machine, name)
-            mine = numbers[part]
+            mine = machine.numbers[part]
             for block in np.unique(machine.block_of[mine]).tolist():
                 here = mine[machine.block_of[mine] == block]
                 held.reductions.append((block, here, p[here], function, result))
@@ -234,64 +222,8 @@ def _reduction(machine, instruction, rest):
     return Step(run, CONTROL | TOGETHER)
 
 
-def _nothing(threads) -> None:
-    """What has no effect here: memory is always in order."""
-
-
-@opcode("fence", "membar")
-def build_fence(machine, instruction):
-    """``fence[.order].scope``, ``fence.proxy.async[.space]``, ``fence.mbarrier_init``, ``membar``"""
-    root, modifiers = instruction.root, instruction.modifiers
-    if root == "membar":
-        return _ordering(machine) if modifiers in (("cta",), ("gl",), ("sys",)) else None
-    if modifiers[:1] == ("proxy",):
-        return _proxy(machine, instruction)
-    if modifiers == ("mbarrier_init", "release", "cluster"):
-        return Step(_nothing)
-    order = [m for m in modifiers if m in _ORDERS]
-    scope = [m for m in modifiers if m in _SCOPES]
-    if (*order, *scope) != modifiers or len(scope) != 1 or len(order) > 1:
-        return None
-    return Step(_nothing) if order == ["acquire"] else _ordering(machine)
-
-
-def _ordering(machine):
-    """A fence that releases: a relaxed arrival after it tells what was done before it."""
-    if machine.launch.cluster == 1:
-        return Step(_nothing)
-
-    def run(threads) -> None:
-        for warp in machine.warps_of(threads).tolist():
-            machine.barriers["released", warp] = machine.watch.release(warp)
-
-    return Step(run)
-
-
-def _proxy(machine, instruction):
-    kind = instruction.modifiers[1:]
-    if kind == ("async", "global"):
-        return Step(_nothing)  # only shared memory is watched
-    if kind in (("async",), ("async", "shared::cta"), ("async", "shared::cluster")):
-        return Step(lambda threads: machine.watch.fence(machine.warps_of(threads)))
-    if kind[:1] == ("tensormap::generic",):
-        return _map_fence(instruction, kind[1:])
-    return None
-
-
-def _map_fence(instruction, kind):
-    """``fence.proxy.tensormap::generic.acquire.scope [a], 128`` and ``.release.scope``"""
-    if len(kind) != 2 or kind[1] not in _SCOPES:
-        return None
-    if kind[0] == "release":
-        return Step(_nothing) if not instruction.operands else None
-    if kind[0] != "acquire":
-        return None
-    where, size = instruction.operands
-    return Step(_nothing) if isinstance(where, Address) and size == Immediate(128) else None
-
-
 @opcode("griddepcontrol")
 def build_dependent(machine, instruction):
     """``griddepcontrol.wait`` and ``.launch_dependents``: one launch after another here"""
     known = (("wait",), ("launch_dependents",))
-    return Step(_nothing) if instruction.modifiers in known else None
+    return Step(lambda threads: None) if instruction.modifiers in known else None

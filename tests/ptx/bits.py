@@ -3,8 +3,7 @@
 import numpy as np
 
 from .arithmetic import elementwise
-from .decode import opcode
-from .machine import Step
+from .decode import Step, opcode
 from .program import SIZES, Immediate
 from .registers import DTYPES
 

@@ -6,10 +6,10 @@ import math
 import numpy as np
 
 from .errors import BadAccess, Unsupported
+from .flags import UNIT
 from .global_memory import Allocation, GlobalMemory
+from .shared_memory import swizzled
 from .tensor_maps import SWIZZLES, TensorMap
-
-UNIT = 16  # bytes that a swizzle keeps together
 
 
 class Run:
@@ -40,6 +40,7 @@ class Run:
         allocation, first = _inside(memory, self.address, self.address + self.size)
         here = slice(first, first + self.size)
         allocation.bytes[here] = data
+        allocation.wrote(np.array([first]), self.size)
         if allocation.written is not None:
             allocation.written[here] = 1
 
@@ -113,8 +114,10 @@ class Box:
         """Write what is inside the tensor."""
         if self.is_empty:
             return
-        _, found, flags = self._window(memory)
+        allocation, found, flags = self._window(memory)
         found[...] = data.reshape(self.shape)[tuple(self.inside)]
+        starts, size = self.rows
+        allocation.wrote(starts - allocation.start, size)
         if flags is not None:
             flags[...] = 1
 
@@ -148,8 +151,6 @@ def _check_written(allocation: Allocation, flags: np.ndarray) -> None:
 @functools.lru_cache(maxsize=256)
 def scattered(swizzle: int, offset: int, size: int) -> np.ndarray:
     """Where each unit of 16 bytes of a copy of ``size`` bytes goes, from its start at ``offset`` of
-    1024: PTX ISA 5.5.6. Bits 4 to 6 of the address are mixed with bits 7 to 9 (128 bytes), 4 and 5
-    with 7 and 8 (64 bytes), 4 with 7 (32 bytes)."""
+    1024."""
     units = offset // UNIT + np.arange(size // UNIT)
-    mask = swizzle // 32 * 2 - 1
-    return (units ^ (units >> 3 & mask)) - offset // UNIT
+    return swizzled(units, swizzle) - offset // UNIT

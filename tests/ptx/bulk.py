@@ -12,16 +12,15 @@ import numpy as np
 
 from .asynchronous import Work
 from .boxes import Box, Run, scattered
-from .decode import opcode
-from .errors import BadAccess, BadBarrier, MachineError
-from .machine import Step
+from .clocks import BULK_STORE
+from .decode import Step, opcode
+from .errors import BadAccess, BadBarrier, MachineError, Unsupported
+from .fences import check_init
 from .mbarriers import SIZE, barrier_at, check_alive
 from .moves import address_of
 from .program import Immediate
 from .shared_memory import OPAQUE
-from .spans import write_span_later
-from .tensor_maps import map_at
-from .watch import BULK_STORE
+from .tensor_maps import check_acquired, map_at
 
 _LOADS = (
     ("shared::cluster", "global", "mbarrier::complete_tx::bytes"),
@@ -67,12 +66,13 @@ def _region_of(machine, operand, size, rank: int) -> Callable:
     address = address_of(machine, operand)
     if rank:
         if len(operand.coordinates) != rank:
-            raise TypeError(f"{len(operand.coordinates)} coordinates of {rank} dimensions")
+            raise Unsupported(f"{len(operand.coordinates)} coordinates of {rank} dimensions")
         places = [machine.registers.source(item, "s32") for item in operand.coordinates]
 
         def region(thread: slice):
-            found = map_at(machine, int(address(thread)[0]))
-            return Box(found, tuple(int(place[thread][0]) for place in places), rank)
+            at = int(address(thread)[0])
+            check_acquired(machine, at, int(machine.warp_of[thread][0]))
+            return Box(map_at(machine, at), tuple(int(place[thread][0]) for place in places), rank)
     else:
         sizes = machine.registers.source(size, "u32")
 
@@ -84,8 +84,7 @@ def _region_of(machine, operand, size, rank: int) -> Callable:
 
 def _threads(machine):
     """A function from active threads to each of them as a range: few start bulk copies."""
-    numbers = np.arange(machine.threads)
-    return lambda threads: [slice(n, n + 1) for n in numbers[threads].tolist()]
+    return lambda threads: [slice(n, n + 1) for n in machine.numbers[threads].tolist()]
 
 
 def _attributed(instruction, do: Callable[[], None]) -> Callable[[], None]:
@@ -152,13 +151,14 @@ def _start_load(machine, instruction, warp: int, region, targets) -> None:
     watch, known, parts = machine.watch, machine.watch.knowledge(warp), []
     for index, at in targets:
         check_alive(machine, at)
-        barrier_at(machine, at)
+        barrier = barrier_at(machine, at)
         watch._after_writes(at + np.arange(SIZE), np.full(SIZE, warp), "uses")
+        check_init(machine, barrier, warp)
         span = slice(index, index + region.size)
         _check_ordinary(machine, span)
         agent = watch.barrier_agent(at)
         number = watch.start(agent)
-        write_span_later(watch, span, agent, number, known)
+        watch.write_later(span, agent, number, known)
         parts.append((span, at, agent, number))
 
     def do() -> None:
@@ -175,7 +175,7 @@ def _start_load(machine, instruction, warp: int, region, targets) -> None:
 
 
 def _check_ordinary(machine, span: slice) -> None:
-    if machine.shared.barriers and (machine.shared.written[span] == OPAQUE).any():
+    if machine.shared.mbarriers and (machine.shared.written[span] == OPAQUE).any():
         raise BadBarrier("a bulk copy of the bytes of an mbarrier")
 
 
@@ -251,7 +251,7 @@ def _start_store(machine, instruction, thread: int, region, span: slice) -> None
     number = watch.start(agent)
     each = np.arange(span.start, span.stop)
     machine.shared.check_written(each)
-    watch.read_later(each, agent, number, watch.knowledge(warp), fence=True)
+    watch.read_later(each, agent, number, watch.knowledge(warp))
     store = Store(machine, instruction, thread, region, span, number)
     machine.asynchronous.start(store, ("bulk", thread))
 

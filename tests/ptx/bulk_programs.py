@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from .machine import Mode
+from .machine import EARLY, Mode
 from .programs import execute
 from .tensor_maps import TensorMap
 
-EARLY = Mode()
 BARRIER = 16384  # of shared memory, above the boxes
 LOAD = "cp.async.bulk.tensor.{n}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 STORE = "cp.async.bulk.tensor.{n}d.global.shared::cta.bulk_group"

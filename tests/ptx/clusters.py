@@ -3,9 +3,8 @@
 
 import numpy as np
 
-from .decode import opcode
+from .decode import CONTROL, TOGETHER, Step, opcode
 from .errors import BadBarrier, MachineError
-from .machine import CONTROL, TOGETHER, Step
 from .program import Immediate, Register
 from .registers import WARP
 from .shared_memory import WINDOW
@@ -21,7 +20,7 @@ class ClusterBarrier:
     def __init__(self, machine):
         self.machine = machine
         self.each = machine.block_threads * machine.launch.cluster
-        self.cluster_of = np.arange(machine.threads) // self.each
+        self.cluster_of = machine.numbers // self.each
         self.phase = np.zeros(machine.threads // self.each, np.int64)
         self.arrived = np.zeros(machine.threads, bool)  # in this phase
         self.mine = np.full(
@@ -43,8 +42,8 @@ class ClusterBarrier:
     def _give(self, warp: int, relaxed: bool) -> None:
         """What a warp knows; of a relaxed arrival what it knew at its last fence."""
         machine, cluster = self.machine, warp * WARP // self.each
-        fenced = machine.barriers.get(("released", warp))
-        known = fenced if relaxed else machine.watch.release(warp)
+        fenced = machine.states.get(("released", warp))
+        known = fenced if relaxed else machine.watch.arrive(warp)
         if known is not None and cluster in self.known:
             self.known[cluster].join(known)
         elif known is not None:
@@ -83,34 +82,36 @@ class ClusterBarrier:
 
 
 def _cluster_barrier(machine) -> ClusterBarrier:
-    if "cluster" not in machine.barriers:
-        machine.barriers["cluster"] = ClusterBarrier(machine)
-    return machine.barriers["cluster"]
+    if "cluster" not in machine.states:
+        machine.states["cluster"] = ClusterBarrier(machine)
+    return machine.states["cluster"]
 
 
+@opcode("barrier")
 def build_cluster_barrier(machine, instruction):
     """``barrier.cluster.arrive[.release|.relaxed][.aligned]``, ``.wait[.acquire][.aligned]``"""
+    if instruction.modifiers[:1] != ("cluster",):
+        return None
     what, *rest = instruction.modifiers[1:]
     aligned = rest[-1:] == ["aligned"]
     order = rest[:-1] if aligned else rest
     if instruction.operands or order not in ([], *_CLUSTER_ORDERS.get(what, ())):
         return None
-    numbers = np.arange(machine.threads)
     if what == "arrive":
 
         def ended(threads) -> None:
-            if "cluster" in machine.barriers:
-                machine.barriers["cluster"].look(threads)
+            if "cluster" in machine.states:
+                machine.states["cluster"].look(threads)
 
         machine.on_end.append(ended)
 
         def run(threads) -> None:
-            _cluster_barrier(machine).arrive(numbers[threads], order == ["relaxed"])
+            _cluster_barrier(machine).arrive(machine.numbers[threads], order == ["relaxed"])
             machine.go_on(threads)
     elif what == "wait":
 
         def run(threads) -> None:
-            _cluster_barrier(machine).wait(numbers[threads])
+            _cluster_barrier(machine).wait(machine.numbers[threads])
     else:
         return None
     return Step(run, CONTROL | (TOGETHER if aligned else 0))
@@ -230,13 +231,13 @@ def build_register_count(machine, instruction):
     pc, more = machine.entry.code.index(instruction), modifiers[0] == "inc"
 
     def file() -> RegisterFile:
-        if "registers" not in machine.barriers:
-            machine.barriers["registers"] = RegisterFile(machine)
-        return machine.barriers["registers"]
+        if "registers" not in machine.states:
+            machine.states["registers"] = RegisterFile(machine)
+        return machine.states["registers"]
 
     def ended(threads) -> None:
-        if "registers" in machine.barriers:
-            machine.barriers["registers"].ended(threads)
+        if "registers" in machine.states:
+            machine.states["registers"].ended(threads)
 
     if not any(getattr(f, "registers_ended", False) for f in machine.on_end):
         ended.registers_ended = True

@@ -1,73 +1,126 @@
-"""setp of 16-bit floats, and set: PTX ISA 9.7.6."""
+"""setp and set: PTX ISA 9.7.6."""
 
 import numpy as np
 
-from .arithmetic import JOINED, compare, comparison
-from .decode import opcode
+from .decode import Step, opcode
 from .floats import flush
 from .halves import HALVES, decoded
-from .machine import Step
 from .program import Pair, Sink
 from .rounding import rounded_bits
 
+_ORDERED = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+
+
+def _plain(name: str, is_float: bool):
+    """The function of a comparison; ``ltu`` and its like are true of a NaN too."""
+    if name in _ORDERED:
+        if is_float and name == "ne":  # numpy's is true of a NaN, PTX's is not
+            return lambda a, b: (a != b) & ~(np.isnan(a) | np.isnan(b))
+        return _ORDERED[name]
+    if not is_float:
+        return None
+    if name == "num":
+        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
+    if name == "nan":
+        return lambda a, b: np.isnan(a) | np.isnan(b)
+    if name[:-1] in _ORDERED and name.endswith("u"):
+        return lambda a, b: _ORDERED[name[:-1]](a, b) | np.isnan(a) | np.isnan(b)
+    return None
+
+
+_UNSIGNED = ("lo", "ls", "hi", "hs")  # not of floats
+_JOINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 _NUMBERS = ("u16", "s16", "u32", "s32", "u64", "s64", "b16", "b32", "b64", "f32", "f64")
 
 
 def _words(between) -> tuple[str | None, bool] | None:
     """(how it is joined, whether it flushes) of the modifiers between comparison and type."""
     join = [word for word in between if word != "ftz"]
-    if len(join) > 1 or len(between) - len(join) > 1 or not set(join) <= set(JOINED):
+    if len(join) > 1 or len(between) - len(join) > 1 or not set(join) <= set(_JOINED):
         return None
     return (join[0] if join else None), "ftz" in between
 
 
 def _half_comparison(name: str, type_: str, flushes: bool):
     """A comparison of bits of 16-bit floats, or None."""
-    plain = comparison(name, True)
-    if plain is None or name in ("lo", "ls", "hi", "hs") or (flushes and type_ == "bf16"):
+    plain = _plain(name, True)
+    if plain is None or name in _UNSIGNED or (flushes and type_ == "bf16"):
         return None
     read = decoded(type_, flushes)
     return lambda a, b: plain(read(a), read(b))
 
 
 @opcode("setp")
-def build_half_compare(machine, instruction):
-    """``setp.comparison[.and|or|xor][.ftz].f16 p[|q], a, b[, c]``; of pairs p is of the low halves,
-    q of the high ones"""
-    if len(instruction.modifiers) < 2 or instruction.type not in HALVES:
-        return None
+def build_compare(machine, instruction):
+    """``setp.comparison[.and|or|xor][.ftz].type p[|q], a, b[, c]``; of pairs of 16-bit floats p is
+    of the low halves, q of the high ones"""
     name, *between, kind = instruction.modifiers
     words = _words(between)
     if words is None:
         return None
     join, flushes = words
-    function = _half_comparison(name, HALVES[kind], flushes)
+    if kind in HALVES:
+        function, type_ = _half_comparison(name, HALVES[kind], flushes), "b16"
+    else:
+        function, type_ = _comparison(name, kind, flushes), kind
     if function is None:
         return None
     if kind.endswith("x2"):
-        return _compare_pairs(machine, instruction, function, join)
-    return compare(machine, instruction, function, "b16", join)
+        if not isinstance(instruction.operands[0], Pair):
+            return None
+        return _compare(machine, instruction, _of_pairs(function), "b32", join)
+    return _compare(machine, instruction, _with_opposite(function), type_, join)
 
 
-def _compare_pairs(machine, instruction, function, join):
+def _with_opposite(function):
+    """A function that gives the results of a comparison for p and for q."""
+
+    def run(a, b):
+        found = function(a, b)
+        return found, ~found
+
+    return run
+
+
+def _of_pairs(function):
+    """The same of packed registers: of their low halves, and of their high ones."""
+
+    def run(a, b):
+        x, y = (np.ascontiguousarray(each).view(np.uint16) for each in (a, b))
+        return function(x, y).reshape(-1, 2).T
+
+    return run
+
+
+def _comparison(name: str, kind: str, flushes: bool):
+    """A comparison of integers, bits, fp32 or fp64, or None."""
+    plain = _plain(name, kind[0] == "f")
+    if plain is None or kind not in _NUMBERS or (flushes and kind != "f32"):
+        return None
+    if (kind[0] == "b" and name not in ("eq", "ne")) or (kind[0] == "f" and name in _UNSIGNED):
+        return None
+    return (lambda a, b: plain(flush(a), flush(b))) if flushes else plain
+
+
+def _compare(machine, instruction, function, type_, join):
+    """The step of a comparison that writes one predicate or two."""
     registers = machine.registers
     d, a, b, *more = instruction.operands
-    if not isinstance(d, Pair) or (join is None) != (not more):
+    if (join is None) != (not more):
         return None
-    results = [
-        None if isinstance(o, Sink) else registers.result(o, "pred") for o in (d.first, d.second)
-    ]
-    a, b = registers.source(a, "b32"), registers.source(b, "b32")
+    outputs = (d.first, d.second) if isinstance(d, Pair) else (d, Sink())
+    results = [None if isinstance(o, Sink) else registers.result(o, "pred") for o in outputs]
+    a, b = registers.source(a, type_), registers.source(b, type_)
     c = registers.source(more[0], "pred") if more else None
 
     def run(threads):
-        x, y = (np.ascontiguousarray(r[threads]).view(np.uint16) for r in (a, b))
-        found = function(x, y).reshape(-1, 2)
-        joined = c[threads].copy() if c is not None else None  # a result may be c's register
-        for n, result in enumerate(results):
+        joined = None if c is None else c[threads].copy()  # c may be one of the results
+        for result, value in zip(results, function(a[threads], b[threads])):
             if result is not None:
-                value = found[:, n]
-                result[threads] = value if joined is None else JOINED[join](value, joined)
+                result[threads] = value if joined is None else _JOINED[join](value, joined)
 
     return Step(run)
 
@@ -92,12 +145,9 @@ def build_set(machine, instruction):
     flushes = bool(between)
     if kind in HALVES:
         return _set_halves(machine, instruction, name, to, kind, flushes)
-    if kind not in _NUMBERS or to not in ("u32", "s32", "f32") or (flushes and kind != "f32"):
+    function = _comparison(name, kind, flushes)
+    if function is None or to not in ("u32", "s32", "f32"):
         return None
-    plain = comparison(name, kind[0] == "f")
-    if plain is None or (kind[0] == "b" and name not in ("eq", "ne")):
-        return None
-    function = (lambda a, b: plain(flush(a), flush(b))) if flushes else plain
     return _setting(machine, instruction, function, kind, to)
 
 

@@ -1,9 +1,6 @@
 """Jumps and ends."""
 
-import numpy as np
-
-from .decode import opcode
-from .machine import CONTROL, Step
+from .decode import CONTROL, Step, opcode
 
 
 @opcode("bra")
@@ -17,8 +14,7 @@ def build_jump(machine, instruction):
 
 @opcode("ret", "exit")
 def build_end(machine, instruction):
-    """``ret`` of a kernel, and ``exit``"""
-    if instruction.modifiers not in ((), ("uni",)):
+    """``ret`` of a kernel, and ``exit``; that of a function is in calls.py"""
+    if instruction.modifiers not in ((), ("uni",)) or instruction.operands:
         return None
-    numbers = np.arange(machine.threads)
-    return Step(lambda threads: machine.end(numbers[threads]), CONTROL)
+    return Step(lambda threads: machine.end(machine.numbers[threads]), CONTROL)

@@ -6,10 +6,9 @@ extended. 16-bit floats are their bits (``rounding``).
 
 import numpy as np
 
-from .decode import opcode
+from .decode import Step, opcode
 from .floats import flush, saturated
 from .halves import clamped
-from .machine import Step
 from .program import SIZES
 from .registers import DTYPES
 from .rounding import (

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .asynchronous import Work
-from .decode import opcode
+from .decode import Step, opcode
 from .errors import BadAccess, MachineError
-from .machine import Step
 from .moves import address_of
 from .program import Immediate, Instruction, Register
 
@@ -173,7 +172,6 @@ def build_copy(machine, instruction):
 def _copy_step(machine, instruction, size: int, rest) -> Step:
     to, source = (address_of(machine, operand) for operand in instruction.operands[:2])
     sizes_of = _sizes(machine, rest, size)
-    numbers = np.arange(machine.threads)
     shared, watch = machine.shared, machine.watch
 
     def run(threads):
@@ -187,7 +185,7 @@ def _copy_step(machine, instruction, size: int, rest) -> Step:
         mine = copies(machine)
         groups = mine.committed[threads] + 1
         watch.copy(index, size, warps, groups)
-        mine.add(Piece(instruction, numbers[threads], groups, index, sources, size, sizes))
+        mine.add(Piece(instruction, machine.numbers[threads], groups, index, sources, size, sizes))
 
     return Step(run)
 

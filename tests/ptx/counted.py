@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "0"
-
 import torch
+
+from .emulate import ratio, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "codegen.md"
 BEGIN, END = "<!-- counted -->", "<!-- /counted -->"
@@ -75,30 +75,24 @@ def rows(target: str, dtype: torch.dtype, only: str = "") -> Iterator[Row]:
                 )  # fmt: skip
 
 
-def table(found: list[Row]) -> str:
+def worst(found: list[Row]) -> str:
     """The worst launch of each kernel and dtype, as Markdown."""
-    worst: dict[tuple, Row] = {}
+    each: dict[tuple, Row] = {}
     for row in found:
         key = (row.kernel, row.dtype)
-        if key not in worst or _waste(row) > _waste(worst[key]):
-            worst[key] = row
+        if key not in each or _waste(row) > _waste(each[key]):
+            each[key] = row
     lines = [
         (row.kernel, row.dtype, row.case, f"{row.instructions / row.warps:,.0f}",
-         _ratio(row.sectors, row.least), _ratio(row.wavefronts, row.free),
+         ratio(row.sectors, row.least), ratio(row.wavefronts, row.free),
          f"{row.moved / row.promised:.2f}")
-        for row in worst.values()
+        for row in each.values()
     ]  # fmt: skip
-    return "\n".join(
-        "| " + " | ".join(line) + " |" for line in (HEAD, ("---",) * len(HEAD), *lines)
-    )
+    return table(HEAD, lines)
 
 
 def _waste(row: Row) -> float:
     return max(row.sectors / max(row.least, 1), row.wavefronts / max(row.free, 1))
-
-
-def _ratio(count: int, least: int) -> str:
-    return f"{count / least:.2f}" if least else "-"
 
 
 def collect(target: str, dtype: str) -> list[Row]:
@@ -122,7 +116,7 @@ def page() -> None:
     ]  # fmt: skip
     for target in TARGETS:
         found = [row for dtype in ("bfloat16", "float32") for row in collect(target, dtype)]
-        parts += [f"### {target}, executed", "", table(found), ""]
+        parts += [f"### {target}, executed", "", worst(found), ""]
     text, section = PAGE.read_text(), "\n".join([*parts, END])
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2] if rest else ""
@@ -139,6 +133,7 @@ def main() -> None:
     if options.target is None:
         page()
         return
+    os.environ["TRITON_INTERPRET"] = "0"  # before a kernel is imported
     for row in rows(options.target, getattr(torch, options.dtype), options.only):
         print(json.dumps(asdict(row)), flush=True)
 

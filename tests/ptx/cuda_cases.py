@@ -11,7 +11,7 @@ from .cuda_host import Compiled
 from .cuda_launch import rank_backward, tail_gemm
 from .machine import Mode
 
-LATE, SHUFFLED = Mode(late=True), Mode(late=True, shuffled=True, seed=1)
+SHUFFLED = Mode(late=True, shuffled=True, seed=1)
 SCALE, KEEP = 0.5, 1.25
 GAP = 8  # elements between the rows of what may be strided
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from .cuda_host import Compiled, Host, original
 from .global_memory import Allocation, GlobalMemory
 from .launch import run
-from .machine import Mode
+from .machine import EARLY, Mode
 
-EARLY = Mode()
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 watched: Callable | None = None  # called with each Launch and its Counts, where no other is given
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from csrc import nvcc
 
-from .cuda_cases import LATE, Backward, Tail, differs
+from .cuda_cases import Backward, Tail, differs
 from .cuda_host import Compiled, compiled
-from .cuda_launch import EARLY, LaunchError
+from .cuda_launch import LaunchError
 from .errors import MachineError
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 
 ORDERS = (EARLY, LATE, Mode(shuffled=True, seed=1), Mode(late=True, shuffled=True, seed=2))
 BACKWARD = Backward(150, 520, 16, processors=1)
@@ -177,6 +177,8 @@ MUTANTS = [
            "Deadlock"),
     Mutant("the cluster does not meet before it copies", TAIL, GEMM,
            "if constexpr (Cluster > 1) meet_cluster();", REMOVED, "Race"),
+    Mutant("barriers are not shown to the other block's copies", TAIL, GEMM,
+           "publish_barriers();", REMOVED, "Race"),
     # products
     Mutant("waits for too few products", TAIL, GEMM,
            "wait_products<1>();", "wait_products<2>();", "Race"),

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from .rounding import exact_sum
+from .rounding import exact_sum, two_sum
 
 _SPLITTER = 2.0**27 + 1  # Veltkamp: parts of 26 bits
 _MODERATE = (2.0**-400, 2.0**400)  # where no step of the sums below can leave the range
@@ -21,13 +21,6 @@ def _two_product(a, b):
     return product, low_a * low_b + (rest + high_a * low_b + low_a * high_b)
 
 
-def _two_sum(a, b):
-    """a + b as its fp64 and the error of that (Knuth)."""
-    total = a + b
-    shifted = total - a
-    return total, (a - (total - shifted)) + (b - shifted)
-
-
 def _exact_fma(a: float, b: float, c: float) -> float:
     """One fused multiply-add in fractions."""
     exact = Fraction(a) * Fraction(b) + Fraction(c)
@@ -42,8 +35,8 @@ def _exact_fma(a: float, b: float, c: float) -> float:
 def fma64(a, b, c):
     """a b + c of fp64 rounded once (Boldo and Melquiond); very large and small ones in fractions."""
     product, low = _two_product(a, b)
-    high, middle = _two_sum(c, low)
-    total, rest = _two_sum(product, high)
+    high, middle = two_sum(c, low)
+    total, rest = two_sum(product, high)
     found = total + exact_sum(middle, rest)
     found = np.where(np.isfinite(found) & (found != 0), found, a * b + c)
     sizes = np.abs(np.stack([a, b, c]))

@@ -6,6 +6,7 @@ import numpy as np
 # it, or reads it. The last two stay until the work is known to all
 WROTE, READ, WRITES, READS = 1, 2, 4, 8
 SOME_WRITE, SOME_READ = WROTE | WRITES, READ | READS
+UNIT = 16  # bytes: the widest access, and what a swizzle keeps together
 CARRIED = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # a type as wide as an access
 
 # a flag in each byte of an access; of 16 bytes each half is looked at

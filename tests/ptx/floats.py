@@ -6,7 +6,7 @@ Approximations are computed in fp64 and rounded: inside every documented error.
 
 import numpy as np
 
-from .arithmetic import compare, comparison, elementwise
+from .arithmetic import elementwise
 from .decode import opcode
 from .doubles import fma64
 from .rounding import (
@@ -182,19 +182,6 @@ def build_float(machine, instruction):
             return saturated(plain(*x))
 
     return elementwise(machine, instruction, function, type_)
-
-
-@opcode("setp")
-def build_flushed_comparison(machine, instruction):
-    """``setp.comparison[.and|or|xor].ftz.f32 p[|q], a, b[, c]``"""
-    name, *between, type_ = instruction.modifiers
-    if type_ != "f32" or "ftz" not in between:
-        return None
-    join = [word for word in between if word != "ftz"]
-    plain = comparison(name, True)
-    if plain is None or len(join) > 1 or len(between) - len(join) > 1:
-        return None
-    return compare(machine, instruction, lambda a, b: plain(flush(a), flush(b)), "f32", *join)
 
 
 _TESTS = {

@@ -10,16 +10,23 @@ from .flags import CARRIED
 
 SPACE = "global memory"
 _LINE = 16
+_MAP = 64  # what tensor maps are aligned to
 
 
 class Allocation:
-    """``size`` bytes from ``start``. ``written`` is a flag a byte, or None where all are."""
+    """``size`` bytes from ``start``. ``written`` is a flag a byte, or None where all are.
+
+    ``lines``, for a launch that uses tensor maps: the number of the last write to each 64 bytes
+    since it began, 0 where there was none.
+    """
 
     def __init__(self, start: int, size: int, is_written: bool = True, name: str = ""):
         self.start, self.size, self.name = start, size, name
         self.bytes = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)
         self.written = None if is_written else np.zeros(size, np.uint8)
         self.lead = start % _LINE  # elements are counted from a multiple of 16
+        self.lines: np.ndarray | None = None
+        self.writes = 0
         self._views: dict[int, np.ndarray] = {}
 
     def view(self, width: int) -> np.ndarray:
@@ -30,6 +37,25 @@ class Allocation:
             memory = (ctypes.c_uint8 * size).from_address(self.start - self.lead)
             self._views[width] = np.frombuffer(memory, np.uint8).view(CARRIED[width])
         return self._views[width]
+
+    def watch_lines(self, wanted: bool) -> None:
+        """A launch begins, which wants ``lines`` or not."""
+        self.writes, count = 0, (self.start % _MAP + self.size) // _MAP + 1
+        self.lines = np.zeros(count, np.int64) if wanted else None
+
+    def wrote(self, offsets: np.ndarray, size: int) -> None:
+        """``size`` bytes from each offset were written."""
+        if self.lines is None or not size:
+            return
+        self.writes += 1
+        each = np.minimum(offsets[:, None] + np.arange(0, size + _MAP - 1, _MAP),
+                          offsets[:, None] + size - 1)  # fmt: skip
+        self.lines[(each + self.start % _MAP) // _MAP] = self.writes
+
+    def last_write(self, offset: int, size: int) -> int:
+        """The number of the last write to a line of these bytes."""
+        first = offset + self.start % _MAP
+        return int(self.lines[first // _MAP : -(-(first + size) // _MAP)].max())
 
     def check_written(self, offsets: np.ndarray, size: int) -> None:
         """BadAccess where one of ``size`` bytes from each offset was never written."""
@@ -99,6 +125,7 @@ class GlobalMemory:
         carried = np.ascontiguousarray(values).view(CARRIED[size])[:, 0]
         for here, allocation, offsets in self._parts(addresses, size):
             allocation.view(size)[(offsets + allocation.lead) // size] = carried[here]
+            allocation.wrote(offsets, size)
             if allocation.written is not None:
                 allocation.written[offsets[:, None] + np.arange(size)] = 1
 

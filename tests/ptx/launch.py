@@ -2,12 +2,14 @@
 
 import time
 
+from .clusters import FILE
 from .counts import Counts
 from .errors import Unsupported
-from .machine import Launch, Machine, Mode
+from .machine import EARLY, Launch, Machine, Mode
 from .registers import WARP
 
 THREADS = 1024  # of a group: more blocks together cost less a block, and more memory
+GRID, CLUSTER = (2**31 - 1, 65535, 65535), 8  # the most blocks
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}
 
 
@@ -21,12 +23,37 @@ def check(launch: Launch) -> None:
             f"{launch.entry.name} asks for {launch.shared_bytes} bytes of shared memory;"
             f" {target} has {SHARED[target]}"
         )
-    if launch.threads % WARP or not 0 < launch.threads <= 1024:
-        raise Unsupported(
-            f"a block of {launch.threads} threads: wanted a multiple of 32 up to 1024"
-        )
-    if launch.grid[0] % launch.cluster:
-        raise Unsupported(f"{launch.grid[0]} blocks are no whole clusters of {launch.cluster}")
+    for wrong, said in _faults(launch):
+        if wrong:
+            raise Unsupported(f"{launch.entry.name}: {said}")
+
+
+def _faults(launch: Launch):
+    entry, grid, threads, cluster = launch.entry, launch.grid, launch.threads, launch.cluster
+    yield (
+        threads % WARP or not 0 < threads <= 1024,
+        f"a block of {threads} threads: wanted a multiple of 32 up to 1024",
+    )
+    yield (
+        entry.block not in (None, (threads, 1, 1)),
+        f"a block of {threads} threads, where .reqntid says {entry.block}",
+    )
+    yield launch.dynamic < 0, f"{launch.dynamic} bytes of shared memory"
+    yield (
+        len(grid) != 3 or any(not 0 < n <= most for n, most in zip(grid, GRID)),
+        f"a grid of {grid}: wanted three sizes from 1 to {GRID}",
+    )
+    yield not 0 < cluster <= CLUSTER, f"a cluster of {cluster} blocks: wanted 1 to {CLUSTER}"
+    yield cluster > 1 and entry.target == "sm_80", "sm_80 has no clusters"
+    yield grid[0] % cluster, f"{grid[0]} blocks are no whole clusters of {cluster}"
+    yield (
+        entry.most_registers > 255 or entry.most_registers * threads > FILE,
+        f".maxnreg {entry.most_registers} for {threads} threads: wanted up to 255, and {FILE} in all",
+    )
+    yield (
+        len(launch.parameters) < entry.parameter_bytes,
+        f"{len(launch.parameters)} bytes of parameters, of {entry.parameter_bytes}",
+    )
 
 
 _KEPT = 8  # machines: registers of some megabytes each
@@ -55,9 +82,11 @@ def machine_for(launch: Launch, blocks: int, mode: Mode) -> Machine:
     return machine
 
 
-def run(launch: Launch, mode: Mode = Mode(), counted: bool = False) -> Counts:
+def run(launch: Launch, mode: Mode = EARLY, counted: bool = False) -> Counts:
     """Execute all blocks; what the launch did."""
     check(launch)
+    for allocation in launch.memory.allocations:
+        allocation.watch_lines(launch.entry.uses_tensor_maps)
     counts, started = Counts(counted), time.perf_counter()
     clusters = max(1, THREADS // (launch.threads * launch.cluster))
     size = min(clusters * launch.cluster, launch.blocks)

@@ -10,24 +10,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .asynchronous import Asynchronous
+from .calls import Calls
+from .decode import CONTROL, PLAIN, TOGETHER, decode
 from .errors import Deadlock, MachineError
 from .global_memory import GlobalMemory
 from .program import Entry
 from .registers import WARP, Active, Registers, active
 from .shared_memory import RESERVED, SharedMemory
+from .specials import fill
 from .watch import Watch
 
-PLAIN, CONTROL, TOGETHER = 0, 1, 2  # kinds of step, added: TOGETHER needs whole warps
 _NEVER = np.iinfo(np.int32).max
 _REDRAWN = 1 / 64  # how often the order of shuffled warps is drawn again
-
-
-@dataclass(frozen=True)
-class Step:
-    """One decoded instruction. ``run(threads)``; of kind CONTROL it says itself where they go."""
-
-    run: Callable[[Active], None]
-    kind: int = PLAIN
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,9 @@ class Mode:
     late: bool = False
     shuffled: bool = False
     seed: int = 0
+
+
+EARLY, LATE = Mode(), Mode(late=True)
 
 
 @dataclass
@@ -60,17 +57,18 @@ class Launch:
 
     @property
     def shared_bytes(self) -> int:
-        static = max((v.offset + v.size for v in self.entry.shared), default=0)
-        return static + self.dynamic
+        if not self.dynamic:
+            return self.entry.static_bytes
+        return self.entry.dynamic_offset + self.dynamic
 
 
 class Machine:
     """``blocks`` blocks of a launch (whole clusters) that run together."""
 
-    def __init__(self, launch: Launch, blocks: int, mode: Mode, limit: int = 50_000_000):
-        from .decode import decode
+    limit = 50_000_000  # of instructions of warps, for a program that does not end
 
-        self.launch, self.entry, self.mode, self.limit = launch, launch.entry, mode, limit
+    def __init__(self, launch: Launch, blocks: int, mode: Mode):
+        self.launch, self.entry, self.mode = launch, launch.entry, mode
         self.blocks, self.block_threads = blocks, launch.threads
         self.threads = blocks * launch.threads
         self.warps = self.threads // WARP
@@ -88,7 +86,8 @@ class Machine:
         self.memory = GlobalMemory()
         self.parameters = np.zeros(len(launch.parameters) + 16, np.uint8)
         self.asynchronous = Asynchronous(self)
-        self.barriers: dict = {}
+        self.calls = Calls(self)
+        self.states: dict = {}  # what a family of opcodes keeps, by its own keys
         self.mbarriers: dict = {}  # by the index of their first byte in shared memory
         self.pc = np.zeros(self.threads, np.int32)
         self.ready = np.ones(self.threads, bool)
@@ -140,16 +139,16 @@ class Machine:
         self.asynchronous.finish()
 
     def _begin(self, first: int) -> None:
-        from .specials import fill
-
         fill(self, first)
+        self.registers.reset()
         self.watch.reset()
         self.shared.reset()
-        self.barriers.clear()
+        self.states.clear()
         self.mbarriers.clear()
         self.waiting.clear()
         self.asynchronous.reset()
-        self.pc.fill(0)
+        self.calls.reset()
+        self.pc.fill(self.entry.start)
         self.ready.fill(True)
         self.alive.fill(True)
         self.ended = False
@@ -170,7 +169,7 @@ class Machine:
             if len(here) < len(pcs):
                 above = int(pcs.min(where=pcs > place, initial=_NEVER))
             if self.together[place]:
-                here = self._whole_warps(here)
+                here = self.whole_warps(here)
             if len(here):
                 return place, active(here), above
             place = above
@@ -196,7 +195,7 @@ class Machine:
         warp = self.random.random(each)
         return np.lexsort((warp, np.repeat(block, each // self.launch.cluster)))
 
-    def _whole_warps(self, threads: np.ndarray) -> np.ndarray:
+    def whole_warps(self, threads: np.ndarray) -> np.ndarray:
         """Those of ``threads`` whose warp is there wholly, but for threads that have ended."""
         if len(threads) == self.threads:
             return threads
@@ -222,7 +221,7 @@ class Machine:
             if self.together[pc]:
                 if whole is None:
                     numbers = self.numbers[threads]
-                    whole = len(self._whole_warps(numbers)) == len(numbers)
+                    whole = len(self.whole_warps(numbers)) == len(numbers)
                 if not whole:
                     break
             self._count(pc, pc + 1, warps)
@@ -268,8 +267,8 @@ class Machine:
         """Threads go to the next instruction."""
         self.pc[threads] += 1
 
-    def jump(self, threads: Active, pc: int) -> None:
-        """Threads go to ``pc``."""
+    def jump(self, threads: Active, pc: int | np.ndarray) -> None:
+        """Threads go to ``pc``, which may be another for each."""
         self.pc[threads] = pc
 
     def wait(self, threads: Active, reason: str) -> None:
@@ -312,8 +311,7 @@ class Machine:
     def symbol(self, name: str) -> int | None:
         """The address of a variable in shared memory."""
         if name == self.entry.dynamic:
-            used = max((v.offset + v.size for v in self.entry.shared), default=0)
-            return RESERVED + -(-used // 16) * 16
+            return RESERVED + self.entry.dynamic_offset
         return next((RESERVED + v.offset for v in self.entry.shared if v.name == name), None)
 
     def _states(self) -> str:

@@ -7,9 +7,8 @@ its registers without a table of indices.
 
 import numpy as np
 
-from .decode import opcode
+from .decode import TOGETHER, Step, opcode
 from .errors import MachineError, Unsupported
-from .machine import TOGETHER, Step
 from .moves import address_of
 from .program import Vector
 from .registers import WARP
@@ -18,7 +17,7 @@ _COUNTS = {"x1": 1, "x2": 2, "x4": 4}
 _HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
-def warps_of(threads) -> int:
+def count_warps(threads) -> int:
     """How many whole warps ``threads`` are. MachineError where a lane has ended or is elsewhere."""
     if isinstance(threads, slice):
         whole = threads.start % WARP == 0 and threads.stop % WARP == 0
@@ -57,7 +56,7 @@ def _matrices(machine, instruction, operand_of_registers: int):
     registers = instruction.operands[operand_of_registers]
     items = registers.items if isinstance(registers, Vector) else (registers,)
     if len(items) != count:
-        raise TypeError(f"{len(items)} registers for {count} matrices")
+        raise Unsupported(f"{len(items)} registers for {count} matrices")
     rows = _rows(machine, instruction.operands[1 - operand_of_registers], count)
     return items, count, transposed, rows
 
@@ -68,7 +67,7 @@ def _rows(machine, operand, count: int):
     shared = machine.shared
 
     def rows(threads):
-        warps = warps_of(threads)
+        warps = count_warps(threads)
         where, agents, blocks = (
             each.reshape(warps, WARP)[:, used].ravel()
             for each in (address(threads), machine.warp_of[threads], machine.block_of[threads])
@@ -112,8 +111,6 @@ def build_store_matrix(machine, instruction):
     form = _matrices(machine, instruction, 1)
     if form is None:
         return None
-    if machine.entry.target == "sm_80":
-        raise Unsupported("stmatrix needs sm_90")
     items, count, transposed, rows = form
     sources = [machine.registers.source(item, "b32") for item in items]
     shared = machine.shared
@@ -149,7 +146,7 @@ def from_tf32(words: np.ndarray) -> np.ndarray:
     return (words & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
 
 
-_INPUTS = {"f16": from_half, "bf16": from_bfloat, "tf32": from_tf32}
+DECODED = {"f16": from_half, "bf16": from_bfloat, "tf32": from_tf32}
 # (shape, type of A and B): registers of A and of B
 _SHAPES = {
     ("m16n8k16", "f16"): (4, 2), ("m16n8k16", "bf16"): (4, 2),
@@ -186,18 +183,18 @@ def build_multiply(machine, instruction):
     d, *sources = [operand.items for operand in instruction.operands]
     c_count = 4 if type_ == "f32" else 2
     if [len(d)] + [len(items) for items in sources] != [c_count, a_count, b_count, c_count]:
-        raise TypeError("a fragment has another number of registers")
+        raise Unsupported("a fragment has another number of registers")
     kind = "f32" if type_ == "f32" else "b32"
     results = [machine.registers.result(item, kind) for item in d]
     a, b, c = (
         [machine.registers.source(item, of) for item in items]
         for items, of in zip(sources, ("b32", "b32", kind))
     )
-    decoded = _INPUTS[input_type]
+    decoded = DECODED[input_type]
     add, store = (_add_single, _store_single) if type_ == "f32" else (_add_half, _store_half)
 
     def run(threads):
-        warps = warps_of(threads)
+        warps = count_warps(threads)
         left = decoded(_fragment_a(a, threads, warps)).reshape(warps, 16, -1)
         right = decoded(_fragment_b(b, threads, warps)).reshape(warps, 8, -1)
         found = np.matmul(left, right.transpose(0, 2, 1))

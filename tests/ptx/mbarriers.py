@@ -7,13 +7,13 @@ an arrival gives is the number of the phase.
 
 import numpy as np
 
-from .decode import opcode
+from .clocks import Knowledge
+from .decode import CONTROL, Step, opcode
 from .errors import BadBarrier
-from .machine import CONTROL, Step
+from .fences import Start
 from .moves import address_of
 from .program import Immediate, Sink
 from .shared_memory import OPAQUE, RESERVED
-from .watch import Knowledge
 
 SIZE = 8
 LIMIT = (1 << 20) - 1  # of arrivals and of bytes
@@ -23,10 +23,12 @@ _EACH = np.arange(SIZE)
 
 
 class Mbarrier:
-    """One barrier. ``phase`` counts phases; ``published`` is what a wait for an ended one teaches."""
+    """One barrier. ``phase`` counts phases; ``published`` is what a wait for an ended one teaches.
+    ``start`` is how it was initialised, which fences.py asks for."""
 
-    def __init__(self, machine, index: int, expected: int):
+    def __init__(self, machine, index: int, expected: int, start: Start):
         self.machine, self.index, self.expected = machine, index, expected
+        self.start = start
         self.pending, self.transactions, self.phase = expected, 0, 0
         agents = machine.watch.agents
         self.gathering = Knowledge(np.zeros(agents, np.int32), np.zeros(agents, np.int32))
@@ -178,22 +180,22 @@ def _build_init(machine, instruction, operation, words):
     locate, counts = _locator(machine, a, remote=False), _numbers(machine, count)
 
     def run(threads):
-        warps = machine.warp_of[threads]
-        for at, expected, warp in zip(locate(threads), counts(threads), warps):
-            _init(machine, int(at), int(expected), warp)
+        numbers = machine.numbers[threads].tolist()
+        for at, expected, thread in zip(locate(threads), counts(threads), numbers):
+            _init(machine, int(at), int(expected), Start.now(machine, thread, instruction.place))
 
     return Step(run)
 
 
-def _init(machine, index: int, expected: int, warp: int) -> None:
+def _init(machine, index: int, expected: int, start: Start) -> None:
     if index in machine.mbarriers:
         raise BadBarrier(f"{machine.mbarriers[index]} is initialised again without inval")
     if not 0 < expected <= LIMIT:
         raise BadBarrier(f"an mbarrier cannot expect {expected} arrivals")
-    machine.watch.write(index + _EACH[None], np.array([warp]))
+    machine.watch.write(index + _EACH[None], np.array([start.warp]))
     machine.shared.written[index : index + SIZE] = OPAQUE
-    machine.shared.barriers += 1
-    machine.mbarriers[index] = Mbarrier(machine, index, expected)
+    machine.shared.mbarriers += 1
+    machine.mbarriers[index] = Mbarrier(machine, index, expected, start)
 
 
 def _build_inval(machine, instruction, operation, words):
@@ -210,7 +212,7 @@ def _build_inval(machine, instruction, operation, words):
                 raise BadBarrier(f"{barrier} is made invalid while threads wait for it")
             machine.watch.write(at + _EACH[None], np.array([warp]))
             machine.shared.written[at : at + SIZE] = 0
-            machine.shared.barriers -= 1
+            machine.shared.mbarriers -= 1
             del machine.mbarriers[int(at)]
 
     return Step(run)
@@ -231,10 +233,9 @@ def _build_arrive(machine, instruction, operation, words):
     number = _numbers(machine, rest[0] if rest else Immediate(1))
     result = None if isinstance(state, Sink) else machine.registers.result(state, "b64")
     relaxed = "relaxed" in words
-    numbers = np.arange(machine.threads)
 
     def run(threads):
-        who, index, values = numbers[threads], locate(threads), number(threads)
+        who, index, values = machine.numbers[threads], locate(threads), number(threads)
         counts, sizes = (np.ones_like(values), values) if expects else (values, None)
         for barrier, here, _ in _meetings(machine, index, who):
             if remote:
@@ -272,10 +273,9 @@ def _build_count(machine, instruction, operation, words):
     a, count = instruction.operands
     locate = _locator(machine, a, space == "shared::cluster")
     sizes = _numbers(machine, count)
-    numbers = np.arange(machine.threads)
 
     def run(threads):
-        who, values = numbers[threads], sizes(threads)
+        who, values = machine.numbers[threads], sizes(threads)
         for barrier, here, _ in _meetings(machine, locate(threads), who):
             total = int(values[here].sum())
             barrier.expect(total) if operation == "expect_tx" else barrier.complete(total)
@@ -296,10 +296,9 @@ def _build_wait(machine, instruction, operation, words):
     tokens = machine.registers.source(token, "u32" if parity else "u64")
     ended = _parity_ended if parity else _state_ended
     relaxed, watch = "relaxed" in words, machine.watch
-    numbers = np.arange(machine.threads)
 
     def run(threads):
-        who = numbers[threads]
+        who = machine.numbers[threads]
         for barrier, here, warps in _meetings(machine, locate(threads), who):
             mine = who[here]
             yes = ended(barrier, tokens[mine])

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from .decode import opcode
-from .machine import Step
+from .calls import passed_reader, passed_writer
+from .decode import Step, opcode
+from .errors import BadAccess, Unsupported
 from .program import SIZES, Address, Immediate, Register, Special, Symbol, Vector
 from .registers import DTYPES
 from .specials import special
@@ -37,7 +38,7 @@ def parameter_offset(machine, name: str) -> int:
     for parameter in machine.entry.parameters:
         if parameter.name == name:
             return parameter.offset
-    raise KeyError(f"no variable and no parameter {name}")
+    raise Unsupported(f"{name} is no parameter")
 
 
 @opcode("mov")
@@ -167,7 +168,7 @@ def build_load(machine, instruction):
     if len(items) != count:
         return None
     results = [machine.registers.wide_result(item, type_) for item in items]
-    if space == "param":
+    if space == "param" and machine.calls.variable(a.base) is None:
         return _parameter(machine, a, results, type_)
     read = reader(machine, space, a, SIZES[type_], count)
     if read is None:
@@ -185,6 +186,11 @@ def build_load(machine, instruction):
 def _parameter(machine, a: Address, results, type_):
     start = parameter_offset(machine, a.base.name) + a.offset
     size = SIZES[type_]
+    end = start + size * len(results)
+    if start < 0 or end > machine.entry.parameter_bytes or start % (size * len(results)):
+        raise BadAccess(
+            f"bytes {start} to {end} of {machine.entry.parameter_bytes} bytes of parameters"
+        )
     memory = machine.parameters
 
     def run(threads):
@@ -195,26 +201,43 @@ def _parameter(machine, a: Address, results, type_):
     return Step(run)
 
 
-def reader(machine, space: str, a: Address, width: int, count: int):
-    """A function from threads to (threads, count) unsigned elements, or None for another space."""
+def _places(machine, space: str, a: Address, size: int, load: bool):
+    """The memory of a space, and a function from threads to their places in it and who they are
+    there; None for another space."""
     address = address_of(machine, a)
     if space == "global":
-        load = machine.memory.load
 
-        def read(threads):
+        def find(threads):
             where = address(threads)
-            machine.counts.global_access(where, width * count, machine.warp_of[threads], True)
-            return load(where, width, count)
-    elif space in ("shared", "shared::cta", "shared::cluster"):
-        shared, size = machine.shared, width * count
+            machine.counts.global_access(where, size, machine.warp_of[threads], load)
+            return where, ()
 
-        def read(threads):
-            where, warps = address(threads), machine.warp_of[threads]
-            machine.counts.shared_access(where, size, warps)
-            index = shared.index(where, machine.block_of[threads], size)
-            return shared.load(index, width, count, warps)
-    else:
+        return machine.memory, find
+    if space not in ("shared", "shared::cta", "shared::cluster"):
         return None
+    shared = machine.shared
+
+    def find_shared(threads):
+        where, warps = address(threads), machine.warp_of[threads]
+        machine.counts.shared_access(where, size, warps)
+        return shared.index(where, machine.block_of[threads], size), (warps,)
+
+    return shared, find_shared
+
+
+def reader(machine, space: str, a: Address, width: int, count: int):
+    """A function from threads to (threads, count) unsigned elements, or None for another space."""
+    if space == "param":
+        return passed_reader(machine, a, width, count)
+    found = _places(machine, space, a, width * count, True)
+    if found is None:
+        return None
+    memory, find = found
+
+    def read(threads):
+        places, agents = find(threads)
+        return memory.load(places, width, count, *agents)
+
     return read
 
 
@@ -247,22 +270,15 @@ def build_store(machine, instruction):
 
 def writer(machine, space: str, a: Address, width: int, count: int):
     """A function that writes (threads, count) unsigned elements, or None for another space."""
-    address = address_of(machine, a)
-    if space == "global":
-        store = machine.memory.store
-
-        def write(threads, values):
-            where = address(threads)
-            machine.counts.global_access(where, width * count, machine.warp_of[threads], False)
-            store(where, width, values)
-    elif space in ("shared", "shared::cta", "shared::cluster"):
-        shared, size = machine.shared, width * count
-
-        def write(threads, values):
-            where, warps = address(threads), machine.warp_of[threads]
-            machine.counts.shared_access(where, size, warps)
-            index = shared.index(where, machine.block_of[threads], size)
-            shared.store(index, width, values, warps)
-    else:
+    if space == "param":
+        return passed_writer(machine, a, width, count)
+    found = _places(machine, space, a, width * count, False)
+    if found is None:
         return None
+    memory, find = found
+
+    def write(threads, values):
+        places, agents = find(threads)
+        memory.store(places, width, values, *agents)
+
     return write

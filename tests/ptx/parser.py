@@ -4,11 +4,13 @@ import re
 from dataclasses import replace
 from pathlib import PurePath
 
+from .declarations import check_names, known_type, read_parameter, read_parameters, read_shared
 from .errors import Unsupported
+from .functions import Part, definitions, link
 from .program import (
-    SIZES,
     Address,
     Entry,
+    Function,
     Immediate,
     Instruction,
     Operand,
@@ -28,7 +30,11 @@ _SPECIAL = re.compile(
     r"|%(?:laneid|warpid|cluster_n?ctarank|is_explicit_cluster|lanemask_\w+)$"
 )
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
-_IGNORED = {".pragma", ".maxntid", ".minnctapersm", ".maxnreg"}
+_IGNORED = {".pragma", ".maxntid", ".minnctapersm"}
+_BARE = {".noinline", ".noreturn"}
+_INDIRECT = {".callprototype", ".calltargets", ".branchtargets"}
+_LOCATED = {"function_name": 1, "inlined_at": 3}  # words of a .loc, and the words after each
+_MOST_REGISTERS = 1 << 17  # of an entry: there is an array for each
 
 
 def entries(text: str) -> list[str]:
@@ -48,104 +54,89 @@ def parse(text: str, name: str | None = None) -> Entry:
     target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
     entry = Entry(name, target.group(1) if target else "")
     for found in re.finditer(r"^(?:\.extern )?\.shared [^;]*;", text, re.MULTILINE):
-        _shared(Tokens(found.group()), entry)
+        before = text[: found.start()]
+        if before.count("{") == before.count("}"):  # not in an entry, which reads its own
+            read_shared(Tokens(found.group(), 1 + before.count("\n")), entry)
     listed = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.MULTILINE)
     files = {int(number): PurePath(path).name for number, path in listed}
-    end = _end_of(text, start)
-    _Reader(Tokens(text[start:end], 1 + text.count("\n", 0, start)), entry, files).read()
+    functions = definitions(text)
+
+    def read(at: int, function: str = "") -> Part:
+        tokens = Tokens(text[at : _end_of(text, at)], 1 + text.count("\n", 0, at))
+        part = _Reader(tokens, entry, files, function).read()
+        check_names(entry, part)
+        return part
+
+    link(
+        entry, read(start), lambda name: read(functions[name], name) if name in functions else None
+    )
     return entry
 
 
 def _end_of(text: str, start: int) -> int:
-    """Where the body of the entry at ``start`` closes."""
-    depth, position = 0, text.index("{", start)
-    for found in re.compile(r"//[^\n]*|[{}]").finditer(text, position):
+    """Where the body of the entry or of the function at ``start`` closes."""
+    depth = 0
+    for found in re.compile(r"//[^\n]*|[{}]").finditer(text, start):
         depth += {"{": 1, "}": -1}.get(found.group(), 0)
-        if depth == 0:
+        if depth == 0 and found.group() == "}":
             return found.end()
     raise Unsupported("the PTX ends inside an entry")
 
 
-def _shared(tokens: Tokens, entry: Entry) -> None:
-    """``.extern .shared .align 16 .b8 name[];`` or ``.shared .align 8 .b8 name[64];``"""
-    align, type_, external = 1, "b8", False
-    while (word := tokens.next()).startswith("."):
-        if word == ".extern":
-            external = True
-        elif word == ".align":
-            align = int(tokens.next())
-        elif word != ".shared":
-            type_ = word[1:]
-    count = 1
-    if tokens.peek() == "[":
-        tokens.next()
-        count = 0 if tokens.peek() == "]" else int(tokens.next())
-    if external or count == 0:
-        entry.dynamic = word
-        return
-    used = max((v.offset + v.size for v in entry.shared), default=0)
-    align = max(align, SIZES[type_])
-    entry.shared.append(Variable(word, SIZES[type_] * count, align, -(-used // align) * align))
-
-
 class _Reader:
-    """Reads the parameters and the body of one entry."""
+    """Reads the parameters and the body of one entry, or of a function that it calls, whose names
+    all become unique ones."""
 
-    def __init__(self, tokens: Tokens, entry: Entry, files: dict[int, str]):
+    def __init__(self, tokens: Tokens, entry: Entry, files: dict[int, str], function: str = ""):
         self.tokens, self.entry, self.files = tokens, entry, files
-        self.scopes: list[dict[str, str]] = []  # names of an inner scope, to unique ones
-        self.starts: list[int] = []  # the pc at which each scope opened
+        self.part = Part(function=Function(function) if function else None)
+        # names of an inner scope, to unique ones; a function is in a scope that has no names
+        self.scopes: list[dict[str, str]] = [{}] if function else []
+        self.starts: list[int] = [0] if function else []  # the pc at which each scope opened
         self.declared = 0
         self.file, self.source = "", 0
 
-    def read(self) -> None:
-        tokens = self.tokens
-        tokens.expect(".entry")
-        tokens.next()
-        if tokens.peek() == "(":
-            self._parameters()
-        while tokens.peek() != "{":
-            self._directive(tokens.next())
-        tokens.next()
+    def read(self) -> Part:
+        outside = len(self.scopes)
         self._open()
-        while self.scopes:
+        self._head()
+        while self.tokens.peek() != "{":
+            self._directive(self.tokens.next())
+        self.tokens.next()
+        while len(self.scopes) > outside:
             self._statement()
-        for instruction in self.entry.code:
-            for operand in instruction.operands:
-                if instruction.root == "bra" and operand.name not in self.entry.labels:
-                    raise Unsupported(f"no label {operand.name!r}", instruction)
+        return self.part
 
-    def _parameters(self) -> None:
-        tokens, offset = self.tokens, 0
-        tokens.expect("(")
-        while tokens.peek() != ")":
-            tokens.expect(".param")
-            align, type_, pointer = 1, "b8", False
-            while (word := tokens.next()).startswith("."):
-                pointer = pointer or word == ".ptr"
-                if word == ".align":
-                    given = int(tokens.next())
-                    align = align if pointer else given  # after .ptr: of what it points to
-                elif word[1:] in SIZES:
-                    type_ = word[1:]
-            size = SIZES[type_]
-            align = max(align, size) if tokens.peek() != "[" else align
-            if tokens.peek() == "[":
-                tokens.next()
-                size *= int(tokens.next())
-                tokens.expect("]")
-            offset = -(-offset // align) * align
-            self.entry.parameters.append(Variable(word, size, align, offset))
-            offset += size
-            if tokens.peek() == ",":
-                tokens.next()
+    def _head(self) -> None:
+        """``.entry name (parameters)`` or ``.func (result) name (parameters)``"""
+        tokens, function = self.tokens, self.part.function
         tokens.next()
+        if function is not None and tokens.peek() == "(":
+            function.results += map(self._pass, read_parameters(tokens))
+        tokens.next()
+        found = read_parameters(tokens) if tokens.peek() == "(" else []
+        if function is None:
+            self.entry.parameters += found
+        else:
+            function.parameters += map(self._pass, found)
+
+    def _pass(self, variable: Variable) -> Variable:
+        """A ``.param`` variable with a unique name and a place in a thread's memory."""
+        start = -(-self.entry.passed_bytes // variable.align) * variable.align
+        name = self._declare(variable.name)
+        self.entry.passed.append(replace(variable, name=name, offset=start))
+        return self.entry.passed[-1]
 
     def _directive(self, word: str) -> None:
         tokens = self.tokens
         if word == ".reqntid":
-            sizes = self._numbers()
-            self.entry.threads = sizes[0] * (sizes[1:2] or [1])[0] * (sizes[2:3] or [1])[0]
+            self.entry.block = (*self._numbers(), 1, 1)[:3]
+        elif word == ".maxnreg":
+            self.entry.most_registers = self._numbers()[0]
+        elif word in _BARE:
+            return
+        elif word in _INDIRECT:
+            raise Unsupported(f"PTX line {tokens.line}: {word}: an indirect call is not known")
         elif word in _IGNORED:
             if word == ".pragma":
                 tokens.next()
@@ -156,22 +147,23 @@ class _Reader:
             raise Unsupported(f"PTX line {tokens.line}: directive {word!r} is not known")
 
     def _numbers(self) -> list[int]:
-        found = [int(self.tokens.next())]
+        found = [self.tokens.whole()]
         while self.tokens.peek() == ",":
             self.tokens.next()
-            found.append(int(self.tokens.next()))
+            found.append(self.tokens.whole())
         return found
 
     def _open(self) -> None:
         self.scopes.append({})
-        self.starts.append(len(self.entry.code))
+        self.starts.append(len(self.part.code))
 
     def _close(self) -> None:
         """End a scope. Jumps in it to a label that came after them now get the label's unique name."""
         scope, start = self.scopes.pop(), self.starts.pop()
-        code = self.entry.code
+        code = self.part.code
         for n in range(start, len(code) if self.scopes else start):
-            name = code[n].operands[0].name if code[n].root == "bra" else ""
+            target = code[n].operands[:1] if code[n].root == "bra" else ()
+            name = target[0].name if target and isinstance(target[0], Symbol) else ""
             if scope.get(name, name) != name:
                 code[n] = replace(code[n], operands=(Symbol(scope[name]),))
 
@@ -189,62 +181,69 @@ class _Reader:
         elif word == ".loc":
             self._location()
         elif word == ".shared":
-            self._local_shared()
+            read_shared(tokens, self.entry)
+        elif word == ".param":
+            self._pass(read_parameter(tokens))
+            tokens.expect(";")
         elif word.startswith("."):
             self._directive(tokens.next())
         elif tokens.peek(1) == ":":
-            self.entry.labels[self._declare(tokens.next())] = len(self.entry.code)
+            self.part.labels[self._declare(tokens.next())] = len(self.part.code)
             tokens.next()
         elif word == ";":
             tokens.next()
         else:
             self._instruction()
 
-    def _local_shared(self) -> None:
-        start = self.tokens.at
-        while self.tokens.next() != ";":
-            pass
-        words = [text for _, text, _ in self.tokens.items[start : self.tokens.at]]
-        _shared(Tokens(" ".join(words)), self.entry)
-
     def _location(self) -> None:
         tokens = self.tokens
         tokens.next()
-        self.file = self.files.get(int(tokens.next()), "")
-        self.source = int(tokens.next())
-        tokens.next()
+        self.file = self.files.get(tokens.whole(), "")
+        self.source = tokens.whole()
+        tokens.whole()
         while tokens.peek() == ",":  # , function_name $name, inlined_at file line column
             tokens.next()
-            word = tokens.next()
-            for _ in range({"function_name": 1, "inlined_at": 3}[word]):
+            line, word = tokens.line, tokens.next()
+            if word not in _LOCATED:
+                raise Unsupported(f"PTX line {line}: {word!r} of a .loc is not known")
+            for _ in range(_LOCATED[word]):
                 tokens.next()
             if tokens.peek() == "+":
                 tokens.next(), tokens.next()
 
     def _declare(self, name: str) -> str:
         """The unique name of what is declared in the innermost scope."""
+        if name in self.scopes[-1]:
+            raise Unsupported(f"PTX line {self.tokens.line}: {name!r} is declared twice")
         self.declared += 1
-        unique = name if len(self.scopes) == 1 else f"{name}@{self.declared}"
+        of = f"@{self.part.function.name}" if self.part.function else ""
+        unique = name if len(self.scopes) == 1 else f"{name}@{self.declared}{of}"
         self.scopes[-1][name] = unique
         return unique
 
     def _registers(self) -> None:
         tokens = self.tokens
         tokens.next()
-        type_ = tokens.next()[1:]
-        if type_ not in SIZES:
-            raise Unsupported(f"PTX line {tokens.line}: registers of type {type_!r} are not known")
+        type_ = known_type(tokens.next(), tokens)
         while True:
             name = tokens.next()
             if tokens.peek() == "<":
                 tokens.next()
-                for n in range(int(tokens.next())):
-                    self.entry.registers[self._declare(f"{name}{n}")] = type_
+                names = [f"{name}{n}" for n in range(self._register_count())]
                 tokens.expect(">")
             else:
-                self.entry.registers[self._declare(name)] = type_
+                names = [name]
+            self.part.registers.update(dict.fromkeys(map(self._declare, names), type_))
             if tokens.next() == ";":
                 return
+
+    def _register_count(self) -> int:
+        count = self.tokens.whole()
+        if len(self.part.registers) + count > _MOST_REGISTERS:
+            raise Unsupported(
+                f"PTX line {self.tokens.line}: more than {_MOST_REGISTERS} registers are declared"
+            )
+        return count
 
     def _resolve(self, name: str) -> str:
         for scope in reversed(self.scopes):
@@ -263,18 +262,26 @@ class _Reader:
                 negated = True
             guard = Register(self._resolve(tokens.next()))
         root, *modifiers = tokens.next().split(".")
-        operands = []
+        operands, read = [], self._passed if root == "call" else self._operand
         if tokens.peek() == ";":
             tokens.next()
         else:
-            operands.append(self._operand())
+            operands.append(read())
             while tokens.separate(";"):
-                operands.append(self._operand())
+                operands.append(read())
         text = " ".join(item[1] for item in tokens.items[start : tokens.at - 1])
         place = Place(line, self.file, self.source)
-        self.entry.code.append(
+        if root == "ret" and self.part.function:  # what it returns from
+            operands = [Symbol(self.part.function.name)]
+        self.part.code.append(
             Instruction(root, tuple(modifiers), tuple(operands), place, text, guard, negated)
         )
+
+    def _passed(self) -> Operand:
+        """An operand of a call: variables in parentheses, or a name."""
+        if self.tokens.peek() == "(":
+            return Vector(self._listed("(", ")"))
+        return self._atom()
 
     def _operand(self) -> Operand:
         tokens = self.tokens
@@ -331,4 +338,4 @@ class _Reader:
         if _SPECIAL.match(word):
             return Special(word)
         name = self._resolve(word)
-        return Register(name) if name in self.entry.registers else Symbol(name)
+        return Register(name) if name in self.part.registers else Symbol(name)

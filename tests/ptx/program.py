@@ -1,5 +1,6 @@
 """What a PTX text says, as data: entries, instructions, operands."""
 
+import functools
 from dataclasses import dataclass, field
 
 SIZES = {"pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2,
@@ -112,19 +113,56 @@ class Variable:
 
 
 @dataclass
+class Function:
+    """A ``.func``, whose code is in the entry's from ``start`` on. Its parameters and its result are
+    variables of ``Entry.passed``."""
+
+    name: str
+    parameters: list[Variable] = field(default_factory=list)
+    results: list[Variable] = field(default_factory=list)
+    start: int = 0
+
+
+@dataclass
 class Entry:
-    """One kernel: ``registers`` maps each name to its declared type, ``labels`` to a pc."""
+    """One kernel: ``registers`` maps each name to its declared type, ``labels`` to a pc. The code of
+    the functions that it calls comes before its own, which begins at ``start``."""
 
     name: str
     target: str
     parameters: list[Variable] = field(default_factory=list)
     registers: dict[str, str] = field(default_factory=dict)
     shared: list[Variable] = field(default_factory=list)
-    dynamic: str | None = None
+    dynamic: str | None = None  # the name of the shared memory whose size a launch says
+    dynamic_align: int = 16
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    threads: int | None = None
+    block: tuple[int, int, int] | None = None  # of .reqntid
+    most_registers: int = 0  # of .maxnreg
+    start: int = 0
+    functions: dict[str, Function] = field(default_factory=dict)
+    passed: list[Variable] = field(default_factory=list)  # .param variables, a thread's own
+
+    @functools.cached_property
+    def uses_tensor_maps(self) -> bool:
+        """Whether it has copies by tensor maps."""
+        return any(i.root == "cp" and "tensor" in i.modifiers for i in self.code)
+
+    @property
+    def static_bytes(self) -> int:
+        """The shared memory of the variables."""
+        return max((v.offset + v.size for v in self.shared), default=0)
+
+    @property
+    def dynamic_offset(self) -> int:
+        """Where the dynamic shared memory begins, after the variables."""
+        return -(-self.static_bytes // self.dynamic_align) * self.dynamic_align
 
     @property
     def parameter_bytes(self) -> int:
         return max((p.offset + p.size for p in self.parameters), default=0)
+
+    @property
+    def passed_bytes(self) -> int:
+        """The memory of each thread for what calls pass."""
+        return max((v.offset + v.size for v in self.passed), default=0)

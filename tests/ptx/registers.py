@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .errors import Unsupported
 from .program import SIZES, Entry, Immediate, Operand, Register
 
 WARP = 32
@@ -41,6 +42,11 @@ class Registers:
         self.blocks = {n: np.zeros((count, threads), f"u{n}") for n, count in counts.items()}
         self._constants: dict[tuple, np.ndarray] = {}
 
+    def reset(self) -> None:
+        """As before the first instruction: what nobody wrote has all bits set, so that it shows."""
+        for size, block in self.blocks.items():
+            block.fill(1 if size == 1 else np.iinfo(block.dtype).max)
+
     def view(self, name: str, type_: str) -> np.ndarray:
         declared = self.entry.registers[name]
         if name not in self._arrays:
@@ -49,18 +55,18 @@ class Registers:
         array = self._arrays[name]
         if declared == "pred" or type_ == "pred":
             if declared != type_:
-                raise TypeError(f"register {name} is {declared}, not {type_}")
+                raise Unsupported(f"register {name} is {declared}, not {type_}")
             return array
         size, wanted = SIZES[declared], SIZES[type_]
         if wanted > size:
-            raise TypeError(f"register {name} is {declared}: too small for {type_}")
+            raise Unsupported(f"register {name} is {declared}: too small for {type_}")
         return array.view(DTYPES[type_])[:: size // wanted]
 
     def rows(self, names: tuple[str, ...], size: int) -> slice | np.ndarray:
         """Where registers of ``size`` bytes are in ``blocks[size]``, (registers, threads): a range
         where they were declared one after another, in this order or the other."""
         if any(SIZES[self.entry.registers[name]] != size for name in names):
-            raise TypeError(f"registers of {size} bytes are wanted")
+            raise Unsupported(f"registers of {size} bytes are wanted")
         rows = np.array([self._rows[name] for name in names])
         steps = set(np.diff(rows).tolist())
         if steps == {1}:
@@ -82,12 +88,12 @@ class Registers:
             return self.view(operand.name, type_)
         if isinstance(operand, Immediate):
             return self.constant(operand.value, type_)
-        raise TypeError(f"{operand} is no register and no number")
+        raise Unsupported(f"{operand} is no register and no number of type {type_}")
 
     def result(self, operand: Operand, type_: str) -> np.ndarray:
         """The array that an operand is written to."""
         if not isinstance(operand, Register):
-            raise TypeError(f"{operand} is no register")
+            raise Unsupported(f"{operand} is no register")
         return self.view(operand.name, type_)
 
     def wide_result(self, operand: Register, type_: str) -> np.ndarray:

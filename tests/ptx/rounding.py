@@ -81,11 +81,16 @@ def sticky(approximate: np.ndarray, error: np.ndarray) -> np.ndarray:
     return np.where(moves, np.nextafter(approximate, towards), approximate)
 
 
+def two_sum(a, b):
+    """a + b as its fp64 and the error of that (Knuth)."""
+    total = a + b
+    shifted = total - a
+    return total, (a - (total - shifted)) + (b - shifted)
+
+
 def exact_sum(p: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """p + c of fp64, sticky: Knuth's two-sum gives the error of the sum."""
-    total = p + c
-    shifted = total - p
-    return sticky(total, (p - (total - shifted)) + (c - shifted))
+    """p + c of fp64, sticky."""
+    return sticky(*two_sum(p, c))
 
 
 def exact_quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -8,13 +8,20 @@ on sm_90, so that an address of zero is wrong.
 import numpy as np
 
 from .errors import BadAccess, BadBarrier
-from .flags import CARRIED
+from .flags import CARRIED, UNIT
 from .watch import Watch
 
 RESERVED = 1024
 WINDOW = 1 << 24
 OPAQUE = 2  # the flag in ``written`` of an mbarrier's bytes: 1 is written, 0 is not
 _WRITTEN = {n: np.ones(n, np.uint8).view(kind)[0] for n, kind in CARRIED.items()}
+
+
+def swizzled(units: np.ndarray, width: int) -> np.ndarray:
+    """Where the 16-byte units of addresses are in a swizzle of ``width`` bytes: PTX ISA 5.5.6. Bits
+    4 to 6 of an address are mixed with bits 7 to 9 (128 bytes), 4 and 5 with 7 and 8 (64 bytes), 4
+    with 7 (32 bytes)."""
+    return units ^ (units >> 3 & width // UNIT - 1) if width else units
 
 
 class SharedMemory:
@@ -27,13 +34,13 @@ class SharedMemory:
         self.written = np.zeros(blocks * self.stride, np.uint8)
         self._views = {n: self.bytes.view(kind) for n, kind in CARRIED.items()}
         self._flags = {n: self.written.view(kind) for n, kind in CARRIED.items()}
-        self.barriers = 0  # how many mbarriers there are
+        self.mbarriers = 0  # how many there are
 
     def reset(self) -> None:
         """As before the first instruction of new blocks."""
         self.bytes.fill(0xFF)
         self.written.fill(0)
-        self.barriers = 0
+        self.mbarriers = 0
 
     def index(
         self, addresses: np.ndarray, blocks: np.ndarray, size: int, align: int = 0
@@ -108,7 +115,7 @@ class SharedMemory:
         else:
             size, at = width, (index // width)[:, None] + np.arange(values.shape[1])
         flags = self._flags[size]
-        if self.barriers and (flags[at].view(np.uint8) & OPAQUE).any():
+        if self.mbarriers and (flags[at].view(np.uint8) & OPAQUE).any():
             raise BadBarrier("writes to the bytes of an mbarrier")
         self._views[size][at] = values
         flags[at] = _WRITTEN[size]

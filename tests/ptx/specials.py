@@ -29,7 +29,7 @@ def special(machine, name: str) -> np.ndarray:
 
 def _constant(machine, name: str) -> np.ndarray | int:
     """The value of one that is the same for every group of blocks."""
-    numbers = np.arange(machine.threads) % machine.block_threads
+    numbers = machine.numbers % machine.block_threads
     grid, cluster = machine.launch.grid, machine.launch.cluster
     known = {
         "%tid.x": numbers, "%tid.y": 0, "%tid.z": 0,

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decode import opcode
-from .errors import BadAccess, Unsupported
-from .machine import TOGETHER, Step
+from .decode import TOGETHER, Step, opcode
+from .errors import BadAccess, Race, Unsupported
 from .moves import PARAMETERS, address_of
 from .program import Immediate
 
@@ -121,6 +120,47 @@ def map_at(machine, address: int) -> TensorMap:
     return TensorMap.unpack(_bytes_at(machine, address).tobytes())
 
 
+@dataclass
+class Acquired:
+    """``fence.proxy.tensormap::generic.acquire`` of a warp, at a clock of it, after the last write
+    to the map."""
+
+    warp: int
+    clock: int
+    write: int
+
+
+def acquire_map(machine, address: int, warp: int) -> None:
+    """A warp executes ``fence.proxy.tensormap::generic.acquire`` of the map at an address."""
+    if address >= PARAMETERS:
+        return
+    allocation = machine.memory.containing(address)
+    if allocation is None:
+        raise BadAccess(f"a fence of a tensor map at {address:#x}, which is in no allocation")
+    if allocation.lines is None:
+        return
+    write, key = allocation.last_write(address - allocation.start, SIZE), ("map", address)
+    known = [one for one in machine.states.get(key, ()) if one.write == write]
+    if not any(one.warp == warp for one in known):
+        known.append(Acquired(warp, int(machine.watch.clocks[warp, warp]), write))
+    machine.states[key] = known
+
+
+def check_acquired(machine, address: int, warp: int) -> None:
+    """Race where a warp uses a map that this launch wrote, and knows of no fence that acquired it."""
+    allocation = machine.memory.containing(address)
+    if allocation is None or allocation.lines is None:
+        return
+    start = address - allocation.start
+    write, clocks = allocation.last_write(start, SIZE), machine.watch.clocks[warp]
+    known = machine.states.get(("map", address), ())
+    if write and not any(one.write == write and clocks[one.warp] >= one.clock for one in known):
+        raise Race(
+            f"warp {warp} uses the tensor map at byte {start} of {allocation.name or 'an allocation'},"
+            " which this launch wrote, without fence.proxy.tensormap::generic.acquire between"
+        )
+
+
 def _bytes_at(machine, address: int, writes: bool = False) -> np.ndarray:
     """The 128 bytes of a map; of global memory their own memory."""
     if address % ALIGN:
@@ -135,6 +175,8 @@ def _bytes_at(machine, address: int, writes: bool = False) -> np.ndarray:
     if allocation is None or start + SIZE > allocation.size:
         raise BadAccess(f"a tensor map at {address:#x} is in no allocation")
     here = slice(start, start + SIZE)
+    if writes:
+        allocation.wrote(np.array([start]), SIZE)
     if allocation.written is not None:
         if writes:
             allocation.written[here] = 1
@@ -196,7 +238,7 @@ def _replace_step(machine, a, space: str, change):
         shared.store(index, 4, change(data, threads), warps)
 
     def in_global(threads):
-        numbers = np.arange(machine.threads)[threads]
+        numbers = machine.numbers[threads]
         for thread, where in zip(numbers, address(threads).tolist()):
             data = memory_of(machine, where)[None].view(np.uint32).copy()
             memory_of(machine, where, True)[:] = change(data, np.array([thread])).view(np.uint8)[0]

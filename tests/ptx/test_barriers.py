@@ -4,27 +4,18 @@ import numpy as np
 import pytest
 
 from .errors import BadBarrier, Deadlock, MachineError, Race, Unsupported
-from .machine import Mode
-from .programs import execute
+from .machine import EARLY, LATE, Mode
+from .programs import WORD_OF_THREAD, execute
 
-EARLY = Mode()
-MODES = [EARLY, Mode(late=True), Mode(shuffled=True, seed=1), Mode(shuffled=True, seed=2)]
-HEAD = """
-.reg .pred %p<8>;
-.reg .b32 %r<24>;
-.reg .b64 %rd<8>;
-ld.param.u64 %rd1, [p0];
-mov.u32 %r1, %tid.x;
-mov.u32 %r2, %ctaid.x;
-mov.u32 %r3, %ntid.x;
-mad.lo.u32 %r4, %r2, %r3, %r1;
-mul.wide.u32 %rd3, %r4, 4;
-add.s64 %rd1, %rd1, %rd3;
-mov.u32 %r5, memory;
+MODES = [EARLY, LATE, Mode(shuffled=True, seed=1), Mode(shuffled=True, seed=2)]
+HEAD = (
+    WORD_OF_THREAD
+    + """mov.u32 %r5, memory;
 shl.b32 %r6, %r1, 2;
 add.u32 %r6, %r5, %r6;
 shr.u32 %r7, %r1, 5;
 """
+)
 STORE = "\nst.global.u32 [%rd1], %r10;\n"
 # the value of the thread `distance` further on in the block, through shared memory
 SWAP = """

@@ -17,11 +17,10 @@ from .bulk_programs import (
     wait,
 )  # fmt: skip
 from .errors import BadAccess
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 
-EARLY = Mode()
-MODES = (EARLY, Mode(late=True), Mode(late=True, shuffled=True, seed=2))
+MODES = (EARLY, LATE, Mode(late=True, shuffled=True, seed=2))
 
 # PTX ISA, "swizzling modes": which unit of 16 bytes stands where in each line of 128 bytes
 LINES = {
@@ -107,6 +106,7 @@ MULTICAST = (
     + """
 add.u32 %r2, %r0, 16384;
 @%p0 mbarrier.init.shared::cta.b64 [%r2], 1;
+@%p0 fence.mbarrier_init.release.cluster;
 barrier.cluster.arrive.aligned;
 barrier.cluster.wait.aligned;
 mov.u32 %r3, %cluster_ctarank;

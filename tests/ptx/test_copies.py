@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from .errors import BadAccess, Race, Unsupported
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 
-EARLY, LATE, SHUFFLED = Mode(), Mode(late=True), Mode(shuffled=True, seed=1)
+SHUFFLED = Mode(shuffled=True, seed=1)
 MODES = pytest.mark.parametrize("mode", [EARLY, LATE, SHUFFLED], ids=["early", "late", "shuffled"])
 THREADS = 64
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from . import cuda_launch
-from .cuda_cases import LATE, SHUFFLED, Backward, Tail, differs
+from .cuda_cases import SHUFFLED, Backward, Tail, differs
 from .cuda_host import MISSING, NVCC
-from .cuda_launch import EARLY
+from .machine import EARLY, LATE
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)
 BF16, F16 = torch.bfloat16, torch.float16

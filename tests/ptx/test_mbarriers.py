@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from .errors import BadAccess, BadBarrier, Deadlock, Race, Unsupported
-from .machine import Mode
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 
-EARLY = Mode()
-MODES = (EARLY, Mode(late=True), Mode(shuffled=True, seed=3))
+MODES = (EARLY, LATE, Mode(shuffled=True, seed=3))
 HEAD = """
 .reg .b16 %h<8>; .reg .b32 %r<20>; .reg .b64 %rd<20>; .reg .pred %p<8>;
 mov.b32 %r0, memory;
@@ -262,6 +261,15 @@ def test_a_remote_arrival_at_a_block_that_has_ended_is_caught():
     body = body.replace("and.pred %p0, %p0, %p1;", wasted)
     with pytest.raises(BadBarrier, match="block 1 of the group has ended"):
         run("bra.uni START;\nEND: ret;\nSTART:\n" + body, blocks=2, cluster=2)
+
+
+def test_a_barrier_is_not_made_invalid_while_threads_wait():
+    body = init(1) + "@!%p1 bra WAIT;\nmov.u32 %r9, 0;\nW: add.u32 %r9, %r9, 1;\n"
+    body += (
+        "setp.lt.u32 %p5, %r9, 50;\n@%p5 bra W;\n@%p0 mbarrier.inval.shared.b64 [%r0];\nbra END;\n"
+    )
+    with pytest.raises(BadBarrier, match="is made invalid while threads wait for it"):
+        run("bra.uni START;\nWAIT:" + wait(0) + "END: ret;\nSTART:\n" + body)
 
 
 def test_a_local_form_refuses_the_address_of_another_block():

@@ -55,7 +55,7 @@ $L__BB0_2:
 	cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%r2, {%r3, 7}], [%r4];
 	ret;
 }
-	.file	1 "/tmp/kernel.py"
+	.file	1 "/source/kernel.py"
 	.file	2 "/usr/lib/standard.py"
 .visible .entry second()
 {
@@ -71,7 +71,7 @@ def entry():
 
 def test_names_and_target(entry):
     assert entries(TEXT) == ["first", "second"] and entry.name == "first"
-    assert entry.target == "sm_80" and entry.threads == 256
+    assert entry.target == "sm_80" and entry.block == (128, 2, 1) and entry.most_registers == 64
     assert parse(TEXT, "second").code[0].opcode == "ret"
 
 
@@ -88,6 +88,18 @@ def test_shared_variables(entry):
         ("flags", 0, 12),
         ("clock", 16, 8),
     ]
+
+
+def test_a_shared_variable_of_an_entry_is_its_own():
+    text = ".shared .b8 of_all[8];\n.entry k() {\n.shared .b8 own[16];\nret; }\n.entry other() { ret; }"
+    found = [[v.name for v in parse(text, name).shared] for name in ("k", "other")]
+    assert found == [["of_all", "own"], ["of_all"]]
+
+
+def test_the_dynamic_memory_lies_at_its_alignment(entry):
+    assert (entry.dynamic, entry.dynamic_offset) == ("global_smem", 32)  # after 24 bytes
+    text = ".extern .shared .align 128 .b8 all[];\n.shared .b8 one[1];\n.entry k() { ret; }"
+    assert parse(text).dynamic_offset == 128
 
 
 def test_registers_of_a_scope_are_its_own(entry):
@@ -162,7 +174,7 @@ def body(lines):
     ("mov.b32 %r1, 12ab;", "line 6"),
     ("mov.b32 %r1, 08;", "octal"),
     (".local .b8 depot[16];", "line 6: directive '.local'"),
-    (".reg .f8 %q;", "line 6: registers of type 'f8'"),
+    (".reg .f8 %q;", "line 6: type '.f8' is not known"),
     ("mov.b32 %r1, `2`;", "line 6: cannot read"),
     ("mov.b32 {%r1 %r2}, %r3;", "line 6: expected ','"),
     ("ld.shared.b32 %r1, [%r2;", "line 6: expected ']'"),

@@ -5,16 +5,24 @@ import struct
 import numpy as np
 import pytest
 
-from .bulk_programs import HEAD, aligned, counting, map_of, to_global, wait
-from .errors import BadAccess, BadBarrier, MachineError, Unsupported
+from .bulk_programs import (
+    HEAD,
+    aligned,
+    counting,
+    load_program,
+    loaded,
+    map_of,
+    to_global,
+    wait,
+)
+from .errors import BadAccess, BadBarrier, MachineError, Race, Unsupported
 from .global_memory import Allocation, GlobalMemory
 from .launch import run
-from .machine import Launch, Mode
+from .machine import EARLY, Launch, Mode
 from .parser import parse
 from .programs import execute
 from .tensor_maps import TensorMap
 
-EARLY = Mode()
 GOOD = TensorMap(
     address=0x7000, element=10, sizes=(100, 50), strides=(208,), box=(64, 32),
     element_strides=(1, 1), swizzle=3,
@@ -99,10 +107,11 @@ bar.sync 0;
 """
 )
 ZERO = "st.shared.b32 [ %r8 + 0 ], %r9;"
-PUBLISH = """
+COPY = """
 tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [ %rd0 + 0 ], [ %rd8 + 0 ], 0x80;
-fence.proxy.tensormap::generic.acquire.gpu [ %rd0 + 0 ], 0x80;
 """
+ACQUIRE = "fence.proxy.tensormap::generic.acquire.gpu [ %rd0 + 0 ], 0x80;\n"
+PUBLISH = COPY + ACQUIRE
 USE = f"""
 add.u32 %r2, %r0, 2048;
 @%p0 mbarrier.init.shared::cta.b64 [%r2], 1;
@@ -138,7 +147,7 @@ def test_a_map_made_in_shared_memory(mode):
 
 
 def test_a_map_changed_in_global_memory():
-    made, source = make_and_use(space="global", publish="", unwritten=())
+    made, source = make_and_use(space="global", publish=ACQUIRE, unwritten=())
     assert made == TensorMap(source.ctypes.data, 10, (70, 6), (160,), (64, 8), (1, 1))
 
 
@@ -152,13 +161,76 @@ def test_a_map_that_was_not_copied():
         make_and_use(publish="")
 
 
+@pytest.mark.parametrize("space, publish", [("shared::cta", COPY), ("global", "")])
+def test_a_map_that_was_made_and_not_acquired(space, publish):
+    with pytest.raises(Race, match=NOT_ACQUIRED):
+        make_and_use(space=space, publish=publish, unwritten=())
+
+
+NOT_ACQUIRED = (
+    r"^PTX line \d+: @ %p0 cp\.async\.bulk\.tensor[^\n]*\n  warp 0 uses the tensor map at byte 0 of p0,"
+    r" which this launch wrote, without fence\.proxy\.tensormap::generic\.acquire between"
+)
+STORE = "@%p0 ld.global.u32 %r9, [%rd0+{at}];\n@%p0 st.global.u32 [%rd0+{at}], %r9;\n"
+WRITE = STORE.format(at=124)  # what is there already
+RELEASE = "fence.proxy.tensormap::generic.release.gpu;\n"
+OTHER = "setp.ge.u32 %p1, %r1, 32;\n@%p1 " + ACQUIRE
+MEET = "bar.sync 0;\n"
+BULK = """
+mov.u32 %r9, 7;
+@%p0 st.shared.v4.u32 [%r0], {%r9, %r9, %r9, %r9};
+@%p0 fence.proxy.async.shared::cta;
+@%p0 cp.async.bulk.global.shared::cta.bulk_group [%rd0+112], [%r0], 16;
+@%p0 cp.async.bulk.commit_group;
+@%p0 cp.async.bulk.wait_group 0;
+"""
+
+
+def load_by(between: str, mode: Mode = EARLY) -> None:
+    """Load by a map of the host's, with ``between`` before the copy."""
+    source, packed = counting((16, 64)), aligned(256)
+    packed[:128] = map_of(source, (64, 16))
+    program = load_program(2048, (0, 0)).replace("bar.sync 0;", "bar.sync 0;\n" + between, 1)
+    got, _ = loaded(program, packed, source, 2048, mode, threads=64)
+    assert (got == source.view(np.uint8).reshape(-1)).all()
+
+
+@pytest.mark.parametrize("mode", [Mode(), Mode(late=True), Mode(shuffled=True)])
+@pytest.mark.parametrize("between", [
+    "", WRITE + ACQUIRE, WRITE + RELEASE + ACQUIRE, WRITE + MEET + OTHER + MEET,
+    WRITE + MEET + ACQUIRE + MEET + OTHER, STORE.format(at=128), STORE.format(at=252) + RELEASE,
+])  # fmt: skip
+def test_a_map_that_is_acquired_after_it_was_written(between, mode):
+    load_by(between, mode)
+
+
+@pytest.mark.parametrize("between", [
+    WRITE, STORE.format(at=0), WRITE + RELEASE, ACQUIRE + WRITE, WRITE + ACQUIRE + WRITE,
+    WRITE + MEET + OTHER, WRITE + "fence.proxy.async;\n" + MEET, BULK,
+    WRITE + ACQUIRE.replace("+ 0", "+ 128"),
+])  # fmt: skip
+def test_a_map_that_was_written_and_not_acquired(between):
+    with pytest.raises(Race, match=NOT_ACQUIRED):
+        load_by(between)
+
+
+def test_what_another_launch_wrote_needs_no_fence():
+    source = counting((16, 64))
+    packed = map_of(source, (64, 16))
+    execute(HEAD + WRITE, packed, aligned(16))
+    loaded(load_program(2048, (0, 0)), packed, source, 2048)
+
+
 @pytest.mark.parametrize("form, error, said", [
+    (ACQUIRE.replace("%rd0", "%rd15"), BadAccess, "in no allocation"),
+    (ACQUIRE.replace("0x80", "64"), Unsupported, "not known"),
+    (RELEASE.replace(";", " [%rd0], 128;"), Unsupported, "not known"),
     ("tensormap.replace.tile.rank.shared::cta.b1024.b64 [%r0], %rd1;", Unsupported, "not known"),
     ("tensormap.replace.tile.rank.shared::cta.b1024.b32 [%r0], 0, 1;", Unsupported, "not known"),
     ("tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%r0], 5, 1;", Unsupported, "not known"),
     ("tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [%r0], 4, 16;", Unsupported, "not known"),
     ("tensormap.replace.tile.swizzle_atomicity.shared::cta.b1024.b32 [%r0], 0;", Unsupported, "not known"),
-    (PUBLISH.replace("%rd8", "%r0").replace("0x80;\nfence", "0x40;\nfence"), Unsupported, "not known"),
+    (COPY.replace("%rd8", "%r0").replace("0x80", "0x40"), Unsupported, "not known"),
     ("prefetch.global.L2 [%rd0];", Unsupported, "not known"),
     ("prefetch.tensormap [%rd1];", BadAccess, "never encoded"),
     ("prefetch.tensormap [%rd0+64];", BadAccess, "in no allocation"),

@@ -5,7 +5,7 @@ import pytest
 
 from . import wgmma_programs as programs
 from .errors import BadAccess, Unsupported
-from .machine import Mode
+from .machine import EARLY, Mode
 from .wgmma_programs import COMMIT, FENCE, MEMORY, WAIT, names
 from .wgmma_tiles import Descriptor, Shape, addresses
 
@@ -38,11 +38,8 @@ def whole_numbers(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(-8, 9, shape).astype(np.float64)
 
 
-MODE = Mode()
-
-
 def product(columns: int, type_: str, trans=(0, 0), width: int = 128, in_registers: bool = False,
-            scales=(1, 1), scale_d: str = "1", d_type: str = "f32", mode: Mode = MODE):  # fmt: skip
+            scales=(1, 1), scale_d: str = "1", d_type: str = "f32", mode: Mode = EARLY):  # fmt: skip
     """(D of the machine, D of numpy), both (registers, 128)."""
     depth = 32 // SIZES[type_]
     a, b = whole_numbers(1, 64, depth), whole_numbers(2, columns, depth)

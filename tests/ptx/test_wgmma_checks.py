@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from . import wgmma_programs as programs
-from .errors import BadAccess, Deadlock, Race
-from .machine import Mode
+from .errors import BadAccess, Deadlock, Race, Unsupported
+from .machine import EARLY, LATE, Mode
 from .programs import execute
 from .wgmma_programs import COMMIT, FENCE, FILLED, MEMORY, STORE, WAIT, names
 
-EARLY, LATE = Mode(), Mode(late=True)
 BOTH = pytest.mark.parametrize("mode", [EARLY, LATE], ids=["early", "late"])
 ALL = pytest.mark.parametrize("mode", [EARLY, LATE, Mode(True, True, 5)], ids=str)
 A, B = (programs.descriptor(at, 0, 128, 256) for at in (MEMORY, MEMORY + 2048))
@@ -198,5 +197,5 @@ def test_descriptors_that_differ_within_a_warpgroup():
     body = f""".reg .b32 %r<2>, %d<4>;\n.reg .b64 %q<8>;\nmov.u32 %r0, %tid.x;
 cvt.u64.u32 %q6, %r0;\n{FENCE}
 wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {names("d", 4)}, %q6, %q6, 0, 1, 1, 0, 0;"""
-    with pytest.raises(Exception, match="several descriptors"):
+    with pytest.raises(Unsupported, match="several descriptors"):
         execute(body, threads=128, shared=4096)

@@ -52,6 +52,14 @@ class Tokens:
             return 0
         return self.items[min(self.at, len(self.items) - 1)][2]
 
+    def whole(self) -> int:
+        """Take a whole number."""
+        line, text = self.line, self.next()
+        found = number(text) if text[:1].isdigit() or text[:1] == "-" else None
+        if not isinstance(found, int):
+            raise Unsupported(f"PTX line {line}: expected a whole number, found {text!r}")
+        return found
+
     def separate(self, closing: str) -> bool:
         """Take a comma, or the mark that closes a list. Whether the list goes on."""
         line, found = self.line, self.next()

@@ -20,13 +20,12 @@ from triton.runtime import jit
 from .errors import Unsupported
 from .global_memory import Allocation, GlobalMemory
 from .launch import run
-from .machine import Launch, Mode
+from .machine import EARLY, Launch, Mode
 from .parser import parse
 from .program import Entry
 from .unwritten import flags
 
 TARGETS = {"sm80": GPUTarget("cuda", 80, 32), "sm90": GPUTarget("cuda", 90, 32)}
-EARLY = Mode()
 _PACKED = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "?", "u8": "B",
            "u16": "H", "u32": "I", "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}  # fmt: skip
 executed: collections.Counter[str] = collections.Counter()  # launches by the kernel's name
@@ -117,6 +116,7 @@ def on_the_machine(
     target: str,
     mode: Mode = EARLY,
     watch: Callable | None = None,
+    counted: bool = True,
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[None]:
     """Inside, ``kernel[grid](...)`` of a ``triton.jit`` kernel runs on the machine.
@@ -124,7 +124,8 @@ def on_the_machine(
     Args:
         target: "sm80" or "sm90".
         mode: how asynchronous work and warps are ordered.
-        watch: called with each Launch and its Counts.
+        watch: called with each Launch and its Counts, whose numbers are zeros without ``counted``.
+        counted: count what each launch does, where it is watched.
         edit: changes the PTX before it is parsed; a test breaks a kernel with it.
     """
     if target not in TARGETS:
@@ -134,7 +135,7 @@ def on_the_machine(
         compiled, given = compiled_for(kernel, target, args, kwargs)
         grid = grid({name: value for name, _, value in given}) if callable(grid) else grid
         made = launch_of(compiled, given, (*grid, 1, 1)[:3], edit)
-        counts = run(made, mode, counted=watch is not None)
+        counts = run(made, mode, counted and watch is not None)
         executed[made.entry.name] += 1
         if watch is not None:
             watch(made, counts)

@@ -9,10 +9,9 @@ import functools
 
 import numpy as np
 
-from .decode import opcode
+from .decode import TOGETHER, Step, opcode
 from .errors import MachineError, Unsupported
-from .machine import TOGETHER, Step
-from .program import Immediate, Pair, Register, Sink, Symbol
+from .program import Immediate, Pair, Register, Sink
 from .registers import WARP
 
 _ALL = 0xFFFFFFFF
@@ -69,8 +68,7 @@ def _results(machine, operand, type_: str):
     )
     found = []
     for item, wanted in ((first, type_), (second, "pred")):
-        sink = isinstance(item, Sink) or (isinstance(item, Symbol) and item.name == "_")
-        found.append(None if sink else machine.registers.result(item, wanted))
+        found.append(None if isinstance(item, Sink) else machine.registers.result(item, wanted))
     return found
 
 
@@ -110,7 +108,7 @@ def build_shuffle(machine, instruction):
     result, valid = _results(machine, d, "b32")
     a = machine.registers.source(a, "b32")
     sources = [machine.registers.source(o, "u32") for o in (b, c)]
-    numbers = np.arange(machine.threads)
+    numbers = machine.numbers
     lane, base = numbers % WARP, numbers - numbers % WARP
     constant = all(isinstance(o, Immediate) for o in (b, c))
     if constant:
@@ -221,7 +219,7 @@ def build_elect(machine, instruction):
     if not isinstance(d, Pair):
         return None
     leader, chosen = _results(machine, d, "b32")
-    numbers = np.arange(machine.threads)
+    numbers = machine.numbers
     ones = np.ones(machine.threads, bool)
     lane = (numbers % WARP).astype(np.uint32)
 
@@ -265,11 +263,14 @@ def build_match(machine, instruction):
         if result is not None:
             result[threads] = found
 
-    numbers = np.arange(machine.threads)
+    numbers = machine.numbers
     return Step(checked(whole_mask(machine, mask), run), TOGETHER)
 
 
-def warp_barrier(machine, instruction):
+@opcode("bar")
+def build_warp_barrier(machine, instruction):
     """``bar.warp.sync membermask``: a warp's accesses are in order here, so it moves nothing"""
+    if instruction.modifiers != ("warp", "sync"):
+        return None
     (mask,) = instruction.operands
     return Step(checked(whole_mask(machine, mask), lambda threads: None), TOGETHER)

@@ -1,23 +1,15 @@
-"""Who accessed which shared byte, and whether that was in an order: vector clocks over warps.
+"""Who accessed which shared byte, and whether that was in an order.
 
-An *agent* is a warp, or the asynchronous work of one kind that a warp has started (copies,
-products, bulk stores), or the bulk loads that one mbarrier counts. ``clocks[w, a]`` is how much of
-agent ``a`` warp ``w`` knows to be done. Barriers, and waits for asynchronous work, are what it
-learns by. Two accesses to a byte, one of them a write, must be known to each other.
-
-The asynchronous proxy (bulk copies, wgmma) sees a warp's ordinary writes only where they were
-fenced: ``fenced[w, a]`` is how much of ``a``'s writes ``w`` knows to be fenced. What ``cp.async``
-wrote needs no fence here: Triton emits none between cp.async and wgmma.
-
-Most accesses follow a barrier of the whole block, so a byte has four flags of what happened since:
-where none is in the way an access is noted in a journal and no clock is read.
+Two accesses to a byte, one of them a write, must be known to each other: clocks.py says what a warp
+knows. Most accesses follow a barrier of the whole block, so a byte has four flags of what happened
+since: where none is in the way an access is noted in a journal and no clock is read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
+from .clocks import COPY, Clocks, Knowledge
 from .errors import Race
 from .flags import (
     CARRIED,
@@ -28,33 +20,19 @@ from .flags import (
     READS,
     SOME_READ,
     SOME_WRITE,
+    UNIT,
     WRITES,
     WROTE,
 )  # fmt: skip
 from .journal import Journal, rows_of
 
-COPY, PRODUCT, BULK_STORE = 1, 2, 3  # kinds of asynchronous work of a warp
-_BARRIERS = 128
 
-
-@dataclass
-class Knowledge:
-    """What a warp knew at a moment, (agents,) each."""
-
-    clocks: np.ndarray
-    fenced: np.ndarray
-
-    def join(self, other: "Knowledge") -> None:
-        np.maximum(self.clocks, other.clocks, out=self.clocks)
-        np.maximum(self.fenced, other.fenced, out=self.fenced)
-
-
-class Watch:
+class Watch(Clocks):
     """The accesses to ``size`` bytes of ``blocks`` blocks by ``warps`` warps."""
 
     def __init__(self, warps: int, size: int, blocks: int = 1):
-        self.warps, self.size, self.blocks = warps, size, blocks
-        self.agents = 4 * warps + _BARRIERS
+        super().__init__(warps, blocks)
+        self.size, self.blocks = size, blocks
         self.stride, self.each = size // blocks, warps // blocks
         # whether asynchronous work may read what was written before a barrier without a fence
         self.proxies = True
@@ -69,16 +47,12 @@ class Watch:
 
     def reset(self) -> None:
         """As before the first access."""
-        self.clocks = np.zeros((self.warps, self.agents), np.int32)
-        self.clocks[np.arange(self.warps), np.arange(self.warps)] = 1
-        self.fenced = np.zeros_like(self.clocks)
-        self.started = np.zeros(self.agents, np.int32)
+        super().reset()
         self.flags.fill(0)
         self.writer.fill(-1)
         self.write_clock.fill(0)
         self.read_clock: dict[int, np.ndarray] = {}
         self.journal = Journal(self)
-        self._barrier_agents: dict[int, int] = {}
 
     # ---- accesses of warps
 
@@ -183,28 +157,10 @@ class Watch:
 
     # ---- accesses of asynchronous work
 
-    def agent(self, warp: int, kind: int) -> int:
-        """The agent of a warp's asynchronous work."""
-        return kind * self.warps + warp
-
-    def barrier_agent(self, barrier: int) -> int:
-        """The agent of the bulk loads that the mbarrier at an index counts."""
-        count = len(self._barrier_agents)
-        if barrier not in self._barrier_agents and count == _BARRIERS:
-            raise Race(f"more than {_BARRIERS} mbarriers count bulk loads")
-        return self._barrier_agents.setdefault(barrier, 4 * self.warps + count)
-
-    def start(self, agent: int) -> int:
-        """The number of a new piece of an agent's work."""
-        self.started[agent] += 1
-        return int(self.started[agent])
-
-    def read_later(
-        self, at: np.ndarray, agent: int, number: int, known: Knowledge, fence: bool
-    ) -> None:
-        """Work ``number`` of an agent will read bytes. It began when a warp knew ``known``; ``fence``
-        where it reads through the asynchronous proxy."""
-        self._known_to(at, known, agent, fence, "reads")
+    def read_later(self, at: np.ndarray, agent: int, number: int, known: Knowledge) -> None:
+        """Work ``number`` of an agent will read bytes through the asynchronous proxy. It began when
+        a warp knew ``known``."""
+        self._check_fenced(at, known, agent)
         self.reads_of(agent)[at] = number
         self.flags[at] |= READS
 
@@ -214,30 +170,38 @@ class Watch:
         """``read_later`` of units of 16 bytes, by their numbers, through the asynchronous proxy.
         Mostly each unit was written at once."""
         self.journal.settle(reads=False)
-        writer = self.writer.reshape(-1, 16).take(units, axis=0)
-        clock = self.write_clock.reshape(-1, 16).take(units, axis=0)
+        writer = self.writer.reshape(-1, UNIT).take(units, axis=0)
+        clock = self.write_clock.reshape(-1, UNIT).take(units, axis=0)
         one, latest = writer[:, 0], clock[:, 0]
         unknown = known.clocks[one] < latest
         unknown |= (one < self.warps) & (known.fenced[one] < latest)
         if unknown.any() or (writer != one[:, None]).any() or (clock != latest[:, None]).any():
-            at = (units[:, None] * 16 + np.arange(16)).ravel()
-            self._known_to(at, known, agent, True, "reads")
-        self.reads_of(agent).reshape(-1, 16)[units] = number
+            at = (units[:, None] * UNIT + np.arange(UNIT)).ravel()
+            self._check_fenced(at, known, agent)
+        self.reads_of(agent).reshape(-1, UNIT)[units] = number
         flags = self._flags[16]
         flags[units] = (flags[units].view("u8") | MASKS[READS, 8]).view("c16")
 
-    def write_later(self, at: np.ndarray, agent: int, number: int, known: Knowledge) -> None:
-        """Work ``number`` of an agent will write bytes."""
-        self._known_to(at, known, agent, False, "writes")
-        if (self.flags[at] & SOME_READ).any():
+    def write_later(self, span: slice, agent: int, number: int, known: Knowledge) -> None:
+        """Work ``number`` of an agent will write whole units of 16 bytes in a row."""
+        self.journal.settle(reads=False)
+        writer, name = self.writer[span], self._name(agent)
+        wrong = (writer >= 0) & (writer != agent) & (known.clocks[writer] < self.write_clock[span])
+        if wrong.any():
+            n = int(np.flatnonzero(wrong)[0])
+            self._race(span.start + n, name, "writes", int(writer[n]), "wrote")
+        if (self.flags[span] & SOME_READ).any():
             self.journal.settle()
             for reader, clock in self.read_clock.items():
-                wrong = known.clocks[reader] < clock[at]
+                wrong = clock[span] > known.clocks[reader]
                 if reader != agent and wrong.any():
-                    self._race(int(at[wrong][0]), self._name(agent), "writes", reader, "read")
-                clock[at] = 0
-        self.flags[at] = WRITES
-        self.journal.late(at, 1, *(np.broadcast_to(np.int64(n), at.shape) for n in (agent, number)))
+                    byte = span.start + int(np.flatnonzero(wrong)[0])
+                    self._race(byte, name, "writes", reader, "read")
+                clock[span] = 0
+        self.flags[span] = WRITES
+        units = np.arange(span.start // UNIT, span.stop // UNIT)
+        agents, numbers = np.full((2, len(units)), [[agent], [number]])
+        self.journal.late(units, UNIT, agents, numbers)
 
     def copy(self, index: np.ndarray, size: int, warps: np.ndarray, numbers: np.ndarray) -> None:
         """``cp.async`` of warps (n,) will write ``size`` bytes from each index, a multiple of it, as
@@ -266,54 +230,30 @@ class Watch:
             name = self._name(int(warps[row]) + COPY * self.warps)
             self._race(int(index[row]) + byte, name, "writes", int(writer[row, byte]), "wrote")
 
-    def learn_copies(self, warps: np.ndarray, numbers: np.ndarray) -> None:
-        """Threads of warps (n,) waited for their ``cp.async`` up to ``numbers``."""
-        np.maximum.at(self.clocks, (warps, warps + COPY * self.warps), numbers)
-
-    def _known_to(
-        self, at: np.ndarray, known: Knowledge, agent: int, fence: bool, verb: str
-    ) -> None:
+    def _check_fenced(self, at: np.ndarray, known: Knowledge, agent: int) -> None:
+        """Race unless ``known`` has the writes that are at these bytes, and their fences."""
         self.journal.settle(reads=False)
-        writer = self.writer[at]
-        wrong = (writer >= 0) & (writer != agent) & (known.clocks[writer] < self.write_clock[at])
+        writer, clock = self.writer[at], self.write_clock[at]
+        wrong = (writer >= 0) & (writer != agent) & (known.clocks[writer] < clock)
         if wrong.any():
             n = int(np.flatnonzero(wrong)[0])
-            self._race(int(at[n]), self._name(agent), verb, int(writer[n]), "wrote")
-        if fence:
-            plain = (writer >= 0) & (writer < self.warps)
-            wrong = plain & (known.fenced[writer] < self.write_clock[at])
-            if wrong.any():
-                n = int(np.flatnonzero(wrong)[0])
-                raise Race(
-                    f"{self._name(agent)} reads byte {int(at[n])} of shared memory, which"
-                    f" {self._name(int(writer[n]))} wrote, without fence.proxy.async between"
-                )
+            self._race(int(at[n]), self._name(agent), "reads", int(writer[n]), "wrote")
+        plain = (writer >= 0) & (writer < self.warps)
+        wrong = plain & (known.fenced[writer] < clock)
+        if wrong.any():
+            n = int(np.flatnonzero(wrong)[0])
+            raise Race(
+                f"{self._name(agent)} reads byte {int(at[n])} of shared memory, which"
+                f" {self._name(int(writer[n]))} wrote, without fence.proxy.async between"
+            )
 
     # ---- what warps learn
-
-    def knowledge(self, warp: int) -> Knowledge:
-        """What a warp knows now."""
-        return Knowledge(self.clocks[warp].copy(), self.fenced[warp].copy())
-
-    def release(self, warp: int) -> Knowledge:
-        """What others learn from a warp that arrives; what it does next is later."""
-        known = self.knowledge(warp)
-        self.clocks[warp, warp] += 1
-        return known
-
-    def acquire(self, warp: int, known: Knowledge) -> None:
-        """A warp learns."""
-        np.maximum(self.clocks[warp], known.clocks, out=self.clocks[warp])
-        np.maximum(self.fenced[warp], known.fenced, out=self.fenced[warp])
-
-    def learn(self, warp: int, agent: int, number: int) -> None:
-        """A warp waited for an agent's work up to ``number``."""
-        self.clocks[warp, agent] = max(int(self.clocks[warp, agent]), number)
 
     def meet(self, warps: np.ndarray, whole: slice | None = None) -> None:
         """Warps met at a barrier; ``whole``: the bytes of a block all of whose warps these are."""
         self.clocks[warps] = self.clocks[warps].max(axis=0)
         self.fenced[warps] = self.fenced[warps].max(axis=0)
+        self.met[warps] = self.clocks[warps, warps]
         self.clocks[warps, warps] += 1
         if whole is not None:
             self.flags[whole] &= WRITES | READS
@@ -324,20 +264,11 @@ class Watch:
         for known in (self.clocks, self.fenced):
             blocks = known.reshape(self.blocks, self.each, self.agents)
             blocks[:] = blocks.max(axis=1, keepdims=True)
+        self.met[:] = self.clocks.diagonal()
         self.clocks[np.arange(self.warps), np.arange(self.warps)] += 1
         if whole:
             self.flags &= WRITES | READS
             self.journal.passed(np.arange(self.blocks))
-
-    def fence(self, warps: np.ndarray) -> None:
-        """``fence.proxy.async``: what these warps know is fenced."""
-        self.fenced[warps] = np.maximum(self.fenced[warps], self.clocks[warps])
-
-    def _name(self, agent: int) -> str:
-        kinds = ("warp", "cp.async of warp", "wgmma of warp", "bulk store of warp")
-        if agent < 4 * self.warps:
-            return f"{kinds[agent // self.warps]} {agent % self.warps}"
-        return "a bulk load"
 
     def _race(self, byte: int, one: str, verb: str, other: int, did: str) -> None:
         raise Race(

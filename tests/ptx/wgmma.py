@@ -15,12 +15,11 @@ from functools import partial
 
 import numpy as np
 
-from .decode import opcode
-from .errors import Race, Unsupported
-from .machine import CONTROL, TOGETHER, Step
+from .clocks import PRODUCT
+from .decode import CONTROL, TOGETHER, Step, opcode
+from .errors import Race
 from .program import Register, Vector
 from .registers import active
-from .watch import PRODUCT
 from .wgmma_products import GROUP, WARPS, Issue, Multiply, Product, watched
 
 _CHANGED = "was written while a wgmma that nobody waited for uses it"
@@ -33,8 +32,6 @@ def build_wgmma(machine, instruction):
     what, *rest = instruction.modifiers
     if rest[:2] != ["sync", "aligned"]:
         return None
-    if machine.entry.target != "sm_90a":
-        raise Unsupported(f"wgmma needs target sm_90a, this is {machine.entry.target}")
     if what == "mma_async":
         multiply = Multiply.of(machine, instruction, rest[2:])
         return None if multiply is None else _together(machine, partial(_multiply, multiply))
@@ -54,7 +51,7 @@ def build_wgmma(machine, instruction):
 
 def _together(machine, act) -> Step:
     """A step for whole warpgroups: ``act`` gets the first threads (n,) of each."""
-    numbers = np.arange(machine.threads)
+    numbers = machine.numbers
     leaders = numbers - numbers % machine.block_threads % GROUP
 
     def run(threads):
@@ -75,7 +72,7 @@ def _together(machine, act) -> Step:
 def _arrived(machine, mine: np.ndarray, leaders: np.ndarray) -> np.ndarray:
     """Warps wait for the rest of their warpgroup; the threads of those that are complete now."""
     key = ("wgmma waits", int(machine.pc[mine[0]]))
-    here = machine.barriers.setdefault(key, np.zeros(machine.threads, bool))
+    here = machine.states.setdefault(key, np.zeros(machine.threads, bool))
     here[mine] = True
     machine.wait(mine, "the rest of its warpgroup")
     waiting = np.flatnonzero(here)
@@ -97,9 +94,9 @@ class State:
 
 def _state(machine, leader: int) -> State:
     key = ("wgmma", leader)
-    if key not in machine.barriers:
-        machine.barriers[key] = State()
-    return machine.barriers[key]
+    if key not in machine.states:
+        machine.states[key] = State()
+    return machine.states[key]
 
 
 def _runs(leaders: np.ndarray) -> list[np.ndarray]:

@@ -12,16 +12,16 @@ import re
 import numpy as np
 
 from .asynchronous import Work
+from .clocks import PRODUCT, Knowledge
 from .errors import Race, Unsupported
+from .matrices import DECODED
 from .program import Immediate, Vector
-from .watch import PRODUCT, Knowledge
 from .wgmma_tiles import Shape, Tiles
 
 GROUP, WARPS, ROWS = 128, 4, 64  # threads, warps and rows of a warpgroup
 _SHAPE = re.compile(r"m64n(\d+)k(\d+)$")
 _SIZES = {"f16": 2, "bf16": 2, "tf32": 4}
 _ACCUMULATORS = {"f16": ("f32", "f16"), "bf16": ("f32",), "tf32": ("f32",)}
-_TF32 = np.uint32(0xFFFFE000)  # the bits of a float that are read as tf32
 
 
 class Watched:
@@ -99,7 +99,7 @@ class Issue:
             a = common.tiles.read(self.a_units[places], multiply.a_shape)
         b = common.tiles.read(self.b_units[places], multiply.b_shape)
         with np.errstate(all="ignore"):
-            product = np.matmul(multiply.wide(a), multiply.wide(b).swapaxes(1, 2))
+            product = np.matmul(multiply.decoded(a), multiply.decoded(b).swapaxes(1, 2))
             if multiply.negative:
                 product = -product
             old = common.now[multiply.d_rows, threads]
@@ -114,7 +114,7 @@ class Multiply:
     def __init__(self, machine, instruction, columns: int, types: tuple[str, str]):
         self.machine, self.instruction = machine, instruction
         self.columns, (self.d_type, self.type) = columns, types
-        self.size = _SIZES[self.type]
+        self.size, self.decoded = _SIZES[self.type], DECODED[self.type]
         d, a, b, scale_d, *immediates = instruction.operands
         self.d_names = tuple(item.name for item in d.items)
         self.a_names = tuple(item.name for item in a.items) if isinstance(a, Vector) else ()
@@ -183,14 +183,6 @@ class Multiply:
         return watched(self.machine).tiles.units(self.same(descriptors, threads), shape, blocks)
 
     # ---- arithmetic
-
-    def wide(self, elements: np.ndarray) -> np.ndarray:
-        """Unsigned elements as fp64."""
-        if self.type == "f16":
-            return elements.view(np.float16).astype(np.float64)
-        if self.type == "bf16":
-            return (elements.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        return (elements & _TF32).view(np.float32).astype(np.float64)
 
     def a_fragment(self, held: np.ndarray) -> np.ndarray:
         """A's registers (4, threads) as (n, 64, depth) unsigned elements."""

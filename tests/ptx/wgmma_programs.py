@@ -6,7 +6,7 @@ section 9.7.15.5.1.2.1.3, as CuTe shapes and strides in elements.
 
 import numpy as np
 
-from .machine import Mode
+from .machine import EARLY, Mode
 from .programs import execute
 
 MEMORY = 1024  # the address of ``memory``
@@ -103,10 +103,9 @@ COMMIT = "wgmma.commit_group.sync.aligned;\n"
 WAIT = "wgmma.wait_group.sync.aligned 0;\n"
 FILLED = "fence.proxy.async.shared::cta;\nbar.sync 0;\n"
 STORE = "STORE"
-MODE = Mode()
 
 
-def run(image, held, d, text: str, filled: str = FILLED, mode: Mode = MODE) -> np.ndarray:
+def run(image, held, d, text: str, filled: str = FILLED, mode: Mode = EARLY) -> np.ndarray:
     """Copy ``image`` to shared memory, load A's registers ``held`` and D ``d`` (registers, 128),
     execute ``text``, and store D; the new D. A line STORE in the text stores it there instead."""
     image, held, d = image.copy(), held.copy(), d.copy()

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import BadAccess
-from .shared_memory import RESERVED
+from .flags import UNIT
+from .shared_memory import RESERVED, swizzled
 
-UNIT = 16
 DEPTH = 32  # bytes along K of one instruction
 SWIZZLES = {0: 0, 1: 128, 2: 64, 3: 32}
 _UNUSED = 0b11 << 14 | 0b11 << 30 | 0b111 << 46 | ((1 << 10) - 1) << 52
@@ -104,9 +104,7 @@ def addresses(bits: int, shape: Shape) -> np.ndarray:
     """The shared addresses of a tile's units, as its descriptor says: (rows, 2) or (units, depth)."""
     at = Descriptor.of(bits)
     _check(at, shape)
-    plain = at.start + _offsets(at, shape)
-    mask = at.width // UNIT - 1 if at.width else 0
-    return plain ^ (plain >> 7 & mask) << 4
+    return swizzled((at.start + _offsets(at, shape)) // UNIT, at.width) * UNIT
 
 
 class Tiles:
