@@ -51,6 +51,8 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="model: layers of each stack")
     share = "model: every method at this share of the base's parameters"
     parser.add_argument("--share", type=float, metavar="PERCENT", help=share)
+    several = "model: this many methods in one batch, beside one alone"
+    parser.add_argument("--several", nargs="+", type=int, metavar="N", help=several)
     text = "model: a text file; the rows get the lengths of its lines"
     parser.add_argument("--text", type=Path, help=text)
 
@@ -65,7 +67,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("rows", "length", "target", "layers", "repeats", "size"):
+    for name in ("rows", "length", "target", "layers", "repeats", "size", "several"):
         for value in _values(options, name):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import arguments, layer, model, peers, text
+from . import arguments, layer, model, peers, several, text
 from .record import Record
 from .subjects import Setting
 
@@ -39,10 +39,10 @@ def run(options: argparse.Namespace) -> int:
         return _predict(options)
     if options.level == "traffic":
         return _traffic(options)
-    act = layer if options.level == "layer" else model
-    if act is model:
+    act = layer if options.level == "layer" else several if options.several else model
+    if act is not layer:
         quiet()
-    plan = _layer(options) if act is layer else _model(options)
+    plan = {layer: _layer, model: _model, several: _several}[act](options)
     act.wanted(plan)  # names are checked before anything is written
     peers.chosen(options.peer)
     torch.manual_seed(0)
@@ -58,6 +58,8 @@ def _part(options: argparse.Namespace, models: tuple[str, ...]) -> str:
     """The name of the result: the level, and the model's name for the level "model"."""
     if options.share is not None:
         return "equal"
+    if options.several:
+        return "several"
     return options.level if len(models) > 1 else f"{options.level}-{models[0]}"
 
 
@@ -124,6 +126,17 @@ def _model(options: argparse.Namespace) -> model.Plan:
                  peers=_names(options.peer), layers=options.layers, rows=options.rows,
                  source=options.length, repeats=options.repeats, text=options.text,
                  share=options.share),
+    )  # fmt: skip
+
+
+def _several(options: argparse.Namespace) -> several.Plan:
+    device = _device(options)
+    return dataclasses.replace(
+        several.Plan(), device=device, dtype=_dtype(options, device),
+        counts=tuple(options.several),
+        **_given(methods=_names(options.method), models=_names(options.model),
+                 layers=options.layers, rows=options.rows, tokens=options.length,
+                 repeats=options.repeats),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ SVG, the same bytes for the same file and matplotlib.
 from collections.abc import Callable
 from pathlib import Path
 
-from . import layer, model
+from . import layer, model, several
 from .common import load
 
 WIDTH = 9.0
@@ -57,6 +57,14 @@ def _models(entries: list[dict]) -> list[Figure]:
             ("memory, kept for backward", saved, "MB", None)]  # fmt: skip
 
 
+def _several(entries: list[dict]) -> list[Figure]:
+    bars: dict[str, dict[str, float]] = {}
+    for row in several.ratios(entries):
+        if not row["provider"].startswith(several.FORWARD):
+            bars.setdefault(row["method"], {})[row["provider"]] = row["ratio"]
+    return [("several methods, a training step", bars, "one method alone = 1", 1.0)]
+
+
 def _traffic(entries: list[dict]) -> list[Figure]:
     bars: dict[str, dict[str, float]] = {}
     for entry in entries:
@@ -75,7 +83,7 @@ def _predicted(entries: list[dict]) -> list[Figure]:
 
 FIGURES: dict[str, Callable[[list[dict]], list[Figure]]] = {
     "layer": _layers, "model": _models, "equal": _models, "traffic": _traffic,
-    "predict": _predicted,
+    "predict": _predicted, "several": _several,
 }  # fmt: skip
 
 

@@ -6,6 +6,9 @@ Maths    Z = scale q pkᵀ, l_p = logsumexp Z, w = drop(weights)
          gated    l = logaddexp(l_c, l_p),  o = exp(l_c - l) o_c + drop(exp(Z - l)) pv
          softmax  o = o_c + drop(exp(Z - l_p)) pv       relu  o = o_c + drop(relu Z) pv
          a row whose context is fully masked has l_c = -inf, and its o_c is not used
+Routed   ``spans`` (B, 2) int64: the first key and the number of keys of each batch row's own prefix
+         in pk, pv (Hkv, sum P, D). Without keys o = o_c, l = l_c. P is then the longest prefix, the
+         width of the dropout mask.
 Traffic  passes of B H T D: q, o_c, o 3.  Flops 4 P D a row: P / S of the context's.
 """
 
@@ -28,6 +31,12 @@ def load_context(lse_base, o_base, stride, offs_t, T, offs_d, D):
     return lse, load_rows(o_base, stride, offs_t, T, offs_d, D)
 
 
+@triton.jit
+def own_span(span_ptr, b):
+    """The first key of batch row b's own prefix, and its length."""
+    return tl.load(span_ptr + 2 * b), tl.load(span_ptr + 2 * b + 1).to(tl.int32)
+
+
 @launched
 @triton.jit
 def prefix_fwd_kernel(
@@ -37,6 +46,7 @@ def prefix_fwd_kernel(
     context_o_ptr,
     context_lse_ptr,
     seed_ptr,
+    span_ptr,
     o_ptr,
     lse_ptr,
     scale,
@@ -64,6 +74,7 @@ def prefix_fwd_kernel(
     stride_ot,
     FORM: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
+    ROUTED: tl.constexpr,
     DROP: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -78,26 +89,34 @@ def prefix_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     scale = tl.cast(scale, tl.float32)
     kept = tl.cast(keep_scale, tl.float32)
+    length = P
+    if ROUTED:
+        own_first, length = own_span(span_ptr, b)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, T, offs_d, D)
     if HAS_CONTEXT:
         context_base = context_o_ptr + b * stride_cb + h * stride_ch
         own_base = context_lse_ptr + b * stride_lb + h * stride_lh
-        if not DROP:  # loaded early, beside the prefix's work; a mask leaves too few registers
+        # loaded early, beside the prefix's work, where that leaves enough registers
+        LATE: tl.constexpr = DROP or (ROUTED and q.dtype == tl.float32)
+        if not LATE:
             own, context = load_context(own_base, context_base, stride_ct, offs_t, T, offs_d, D)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh
+    if ROUTED:
+        k_base += own_first * stride_kp
+        v_base += own_first * stride_vp
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
-    for first in range(0, P, BLOCK_P):
+    for first in range(0, length, BLOCK_P):
         offs_p = first + tl.arange(0, BLOCK_P)
-        pk = load_rows(k_base, stride_kp, offs_p, P, offs_d, D).to(q.dtype)  # [BLOCK_P, BLOCK_D]
-        pv = load_rows(v_base, stride_vp, offs_p, P, offs_d, D).to(q.dtype)
+        pk = load_rows(k_base, stride_kp, offs_p, length, offs_d, D).to(q.dtype)
+        pv = load_rows(v_base, stride_vp, offs_p, length, offs_d, D).to(q.dtype)
         z = dot(q, tl.trans(pk), tl.zeros((BLOCK_T, BLOCK_P), tl.float32)) * scale
         if FORM == "relu":
-            w = tl.maximum(z, 0.0)  # keys past P were loaded as 0
+            w = tl.maximum(z, 0.0)  # keys past the last were loaded as 0
         else:
-            z = tl.where((offs_p < P)[None, :], z, float("-inf"))
+            z = tl.where((offs_p < length)[None, :], z, float("-inf"))
             higher = tl.maximum(top, tl.max(z, 1))
             shrink = tl.exp(top - higher)
             w = tl.exp(z - higher[:, None])
@@ -110,22 +129,27 @@ def prefix_fwd_kernel(
         acc = dot(w.to(q.dtype), pv, acc)
     inside = (offs_t < T)[:, None] & (offs_d < D)[None, :]
     if HAS_CONTEXT:
-        if DROP:
+        if LATE:
             own, context = load_context(own_base, context_base, stride_ct, offs_t, T, offs_d, D)
         context = tl.where((own == float("-inf"))[:, None], 0.0, context.to(tl.float32))
     else:
         own = tl.full((BLOCK_T,), float("-inf"), tl.float32)
         context = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    if ROUTED:  # a row of none: any number that is finite, not used
+        top = tl.where(length > 0, top, 0.0)
+        total = tl.where(length > 0, total, 1.0)
     if FORM == "gated":
         prefix = top + tl.log(total)
         largest = tl.maximum(own, prefix)
         joint = largest + tl.log(tl.exp(own - largest) + tl.exp(prefix - largest))
         out = tl.exp(own - joint)[:, None] * context + tl.exp(top - joint)[:, None] * acc
-        own = joint
+        own = joint if not ROUTED else tl.where(length > 0, joint, own)
     elif FORM == "softmax":
         out = context + acc / total[:, None]
     else:
         out = context + acc
+    if ROUTED and FORM != "relu":
+        out = tl.where(length > 0, out, context)
     place = o_ptr + b * stride_ob + h * stride_oh + offs_t.to(tl.int64)[:, None] * stride_ot
     tl.store(place + offs_d[None, :], out.to(o_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + head * T + offs_t, own, mask=offs_t < T)
@@ -155,24 +179,28 @@ def prefix_merge(
     composition: str,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    spans: Tensor | None = None,
+    longest: int = 0,
 ) -> Tensor:
     """Write the attention over [prefix; context] to ``o`` and return its lse (B, H, T) fp32: the
-    joint one if gated, the context's if added. Without a context, both context tensors are None."""
+    joint one if gated, the context's if added. Without a context, both context tensors are None.
+    With ``spans`` each batch row has its own prefix of at most ``longest`` keys."""
     B, H, T, D = q.shape
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return lse
-    P = prefix_k.shape[1]
+    P = prefix_k.shape[1] if spans is None else longest
     tile, block_p, block_d = blocks_of("prefix", q, P)
     context = (0, 0, 0) if context_o is None else context_o.stride()[:3]
     lse_strides = (0, 0) if context_lse is None else context_lse.stride()[:2]
     prefix_fwd_kernel[(B * H * cdiv(T, tile.block_m),)](
-        q, prefix_k, prefix_v, context_o, context_lse, seed, o, lse,
+        q, prefix_k, prefix_v, context_o, context_lse, seed, spans, o, lse,
         scale, philox.threshold(dropout_p), philox.keep_scale(dropout_p),
         H, H // prefix_k.shape[0], T, P, D,
         *q.stride()[:3], *prefix_k.stride()[:2], *prefix_v.stride()[:2], *context, *lse_strides,
         *o.stride()[:3],
-        FORM=form_of(form, composition), HAS_CONTEXT=context_o is not None, DROP=seed is not None,
+        FORM=form_of(form, composition), HAS_CONTEXT=context_o is not None,
+        ROUTED=spans is not None, DROP=seed is not None,
         ALIGNED=P % 8 == 0, BLOCK_T=tile.block_m, BLOCK_P=block_p, BLOCK_D=block_d, **tile.launch,
     )  # fmt: skip
     return lse

@@ -5,6 +5,8 @@ Shapes   q, o, do, dq (B, H, T, D), any strides but the last 1; prefix_k, prefix
 Maths    dW = drop(do pvᵀ);  dZ = exp(Z - l) (dW - δ), relu: dW 1[Z > 0]
          δ = Σ_d do o (gated), Σ_p w dW (softmax)
          dq += scale dZ pk,  dpk = scale Σ dZᵀ q,  dpv = Σ wᵀ do
+Routed   as in ``heads``. dq of a row without keys stays as it is. dpk, dpv (Hkv, sum P, D) of a
+         method are sums over its rows, zeros without rows.
 Traffic  passes of B H T D: q, do, o, dq, dq 5 if P fits one block, else 2 more for each block.
          Workspace of the two-stage dpk, dpv: 8 J P D bytes, J = B H parts.  Flops 10 P D a row.
 """
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from pelt_fast.kernels.common import dot, load_rows
 from pelt_fast.kernels.config import cdiv, split
-from pelt_fast.kernels.heads import blocks_of, form_of
+from pelt_fast.kernels.heads import blocks_of, form_of, own_span
 from pelt_fast.kernels.heads_weights import softmax_rows, weight_gradients
 from pelt_fast.kernels.launch import launched
-from pelt_fast.kernels.reduce import reduce_pair
+from pelt_fast.kernels.reduce import reduce_pair, reduce_routed
 from pelt_fast.ops.common import dropout as philox
 
 
@@ -33,6 +35,7 @@ def prefix_bwd_kernel_dq(
     do_ptr,
     lse_ptr,
     seed_ptr,
+    span_ptr,
     dq_ptr,
     row_lse_ptr,
     delta_ptr,
@@ -62,6 +65,7 @@ def prefix_bwd_kernel_dq(
     stride_dt,
     FORM: tl.constexpr,
     NEED_DQ: tl.constexpr,
+    ROUTED: tl.constexpr,
     DROP: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -77,11 +81,17 @@ def prefix_bwd_kernel_dq(
     offs_d = tl.arange(0, BLOCK_D)
     scale = tl.cast(scale, tl.float32)
     kept = tl.cast(keep_scale, tl.float32)
+    length = P
+    if ROUTED:
+        own_first, length = own_span(span_ptr, b)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qt, offs_t, T, offs_d, D)
     do = load_rows(do_ptr + b * stride_gb + h * stride_gh, stride_gt, offs_t, T, offs_d, D)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh
-    rows = head * T + offs_t
+    if ROUTED:
+        k_base += own_first * stride_kp
+        v_base += own_first * stride_vp
+    rows = offs_t if ROUTED and not DROP else head * T + offs_t  # read for a mask alone
     lse = tl.zeros((BLOCK_T,), tl.float32)
     share = tl.zeros((BLOCK_T,), tl.float32)
     delta = tl.zeros((BLOCK_T,), tl.float32)
@@ -91,9 +101,11 @@ def prefix_bwd_kernel_dq(
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     elif FORM == "softmax":
         lse, share, delta = softmax_rows(
-            q, do, k_base, v_base, stride_kp, stride_vp, offs_d, rows, P, D, seed_ptr, scale,
-            threshold, kept, DROP, ALIGNED, BLOCK_T, BLOCK_P,
+            q, do, k_base, v_base, stride_kp, stride_vp, offs_d, rows, length, P, D, seed_ptr,
+            scale, threshold, kept, DROP, ALIGNED, BLOCK_T, BLOCK_P,
         )  # fmt: skip
+        if ROUTED:  # made here, beside its use: kept during the pass above it would spill on sm_80
+            rows = head * T + offs_t
         plane = (tl.num_programs(0) // tiles).to(tl.int64) * T
         tl.store(row_lse_ptr + plane + rows, share, mask=offs_t < T)
     if FORM != "relu":
@@ -101,13 +113,13 @@ def prefix_bwd_kernel_dq(
         tl.store(delta_ptr + rows, delta, mask=offs_t < T)
     if NEED_DQ:
         acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for first in range(0, P, BLOCK_P):
+        for first in range(0, length, BLOCK_P):
             offs_p = first + tl.arange(0, BLOCK_P)
-            pk = load_rows(k_base, stride_kp, offs_p, P, offs_d, D).to(q.dtype)
-            pv = load_rows(v_base, stride_vp, offs_p, P, offs_d, D).to(q.dtype)
+            pk = load_rows(k_base, stride_kp, offs_p, length, offs_d, D).to(q.dtype)
+            pv = load_rows(v_base, stride_vp, offs_p, length, offs_d, D).to(q.dtype)
             _, dz = weight_gradients(
-                q, do, pk, pv, lse, share, delta, rows, first, P, seed_ptr, scale, threshold,
-                kept, FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
+                q, do, pk, pv, lse, share, delta, rows, first, length, P, seed_ptr, scale,
+                threshold, kept, FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
             )  # fmt: skip
             acc = dot(dz.to(q.dtype), pk, acc)
         place = dq_ptr + b * stride_db + h * stride_dh + offs_t.to(tl.int64)[:, None] * stride_dt
@@ -128,6 +140,7 @@ def prefix_bwd_kernel(
     lse_ptr,
     delta_ptr,
     seed_ptr,
+    span_ptr,
     dq_ptr,
     parts_ptr,
     scale,
@@ -159,6 +172,7 @@ def prefix_bwd_kernel(
     FORM: tl.constexpr,
     WHOLE: tl.constexpr,
     NEED_DQ: tl.constexpr,
+    ROUTED: tl.constexpr,
     DROP: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -170,6 +184,9 @@ def prefix_bwd_kernel(
     head = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     b, h = head // H, head % H
+    length = P
+    if ROUTED:
+        own_first, length = own_span(span_ptr, b)
     first = tl.program_id(1) * BLOCK_P
     offs_p = first + tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
@@ -177,12 +194,17 @@ def prefix_bwd_kernel(
     kept = tl.cast(keep_scale, tl.float32)
     k_base = pk_ptr + (h // group) * stride_kh
     v_base = pv_ptr + (h // group) * stride_vh
+    if ROUTED:
+        k_base += own_first * stride_kp
+        v_base += own_first * stride_vp
     low = q_ptr.dtype.element_ty
-    pk = load_rows(k_base, stride_kp, offs_p, P, offs_d, D).to(low)  # [BLOCK_P, BLOCK_D]
-    pv = load_rows(v_base, stride_vp, offs_p, P, offs_d, D).to(low)
+    pk = load_rows(k_base, stride_kp, offs_p, length, offs_d, D).to(low)  # [BLOCK_P, BLOCK_D]
+    pv = load_rows(v_base, stride_vp, offs_p, length, offs_d, D).to(low)
     dpk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     dpv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     last = tl.minimum(T, (part + 1) * part_t)
+    if ROUTED:  # no queries for keys past the last
+        last = tl.where(first < length, last, 0)
     for start in range(part * part_t, last, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
         rows = head * T + offs_t
@@ -209,8 +231,8 @@ def prefix_bwd_kernel(
             else:
                 delta = tl.load(delta_ptr + rows, mask=offs_t < last, other=0.0)
         w, dz = weight_gradients(
-            q, do, pk, pv, lse, share, delta, rows, first, P, seed_ptr, scale, threshold, kept,
-            FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
+            q, do, pk, pv, lse, share, delta, rows, first, length, P, seed_ptr, scale, threshold,
+            kept, FORM, DROP, ALIGNED, BLOCK_T, BLOCK_P,
         )  # fmt: skip
         # queries past the last have q = do = 0 and add nothing, whatever their weights
         dpv = dot(tl.trans(w.to(low)), do, dpv)
@@ -224,7 +246,7 @@ def prefix_bwd_kernel(
     j = (b * group + h % group) * parts + part
     rows_of_all = H // group * P
     row = j * 2 * rows_of_all + h // group * P + offs_p
-    inside = (offs_p < P)[:, None] & (offs_d < D)[None, :]
+    inside = (offs_p < length)[:, None] & (offs_d < D)[None, :]
     place = parts_ptr + row[:, None] * D + offs_d[None, :]
     tl.store(place, dpk * scale, mask=inside)
     tl.store(place + tl.cast(rows_of_all, tl.int64) * D, dpv, mask=inside)
@@ -244,13 +266,18 @@ def prefix_merge_bwd(
     composition: str,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    spans: Tensor | None = None,
+    methods: Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Add the prefix's part to ``dq`` in place (None: not needed); return dpk, dpv (Hkv, P, D) in
-    the prefix's dtype. ``o`` and ``lse`` are the merged ones."""
+    the prefix's dtype. ``o`` and ``lse`` are the merged ones. ``methods`` (G, 2) beside ``spans``:
+    the first key and the number of keys of each method, ``longest`` at most."""
     B, H, T, D = q.shape
     heads, P = prefix_k.shape[:2]
     dpk, dpv = (q.new_empty(heads, P, D, dtype=prefix_k.dtype) for _ in range(2))
-    if q.numel() == 0:
+    P = P if spans is None else longest
+    if q.numel() == 0 or P == 0:
         return dpk.zero_(), dpv.zero_()
     tile, block_p, block_d = blocks_of("prefix_bwd", q, P)
     blocks_t, blocks_p = cdiv(T, tile.block_m), cdiv(P, block_p)
@@ -272,24 +299,27 @@ def prefix_merge_bwd(
         *do.stride()[:3], *((0, 0, 0) if dq is None else dq.stride()[:3]),
     )  # fmt: skip
     settings = dict(
-        FORM=form, DROP=seed is not None, ALIGNED=P % 8 == 0, BLOCK_T=tile.block_m,
-        BLOCK_P=block_p, BLOCK_D=block_d, **tile.launch,
+        FORM=form, ROUTED=spans is not None, DROP=seed is not None, ALIGNED=P % 8 == 0,
+        BLOCK_T=tile.block_m, BLOCK_P=block_p, BLOCK_D=block_d, **tile.launch,
     )  # fmt: skip
     delta = None
     if not whole:
         planes = 2 if form == "softmax" else 1  # max and 1 / Σ
         rows_lse, delta = lse.new_empty(planes, *lse.shape), torch.empty_like(lse)
         prefix_bwd_kernel_dq[(B * H * blocks_t,)](
-            q, prefix_k, prefix_v, o, do, lse, seed, dq, rows_lse, delta, *sizes, *strides,
+            q, prefix_k, prefix_v, o, do, lse, seed, spans, dq, rows_lse, delta, *sizes, *strides,
             NEED_DQ=dq is not None, **settings,
         )  # fmt: skip
         lse = rows_lse
     count = B * (H // heads) * parts
     sums = torch.empty(count, 2, heads, P, D, dtype=torch.float32, device=q.device)
     prefix_bwd_kernel[(B * H * parts, blocks_p)](
-        q, prefix_k, prefix_v, o, do, lse, delta, seed, dq, sums, *sizes,
+        q, prefix_k, prefix_v, o, do, lse, delta, seed, spans, dq, sums, *sizes,
         parts, part_blocks * tile.block_m, *strides,
         WHOLE=whole, NEED_DQ=whole and dq is not None, **settings,
     )  # fmt: skip
-    reduce_pair(sums, dpk, dpv)
+    if spans is None:
+        reduce_pair(sums, dpk, dpv)
+    else:
+        reduce_routed(sums, spans, methods, dpk, dpv)
     return dpk, dpv

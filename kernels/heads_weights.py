@@ -25,6 +25,7 @@ def weight_gradients(
     delta,
     rows,
     first_p,
+    length,
     P,
     seed_ptr,
     scale,
@@ -36,15 +37,15 @@ def weight_gradients(
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """The dropped weights w and dZ of one tile [BLOCK_T, BLOCK_P], fp32, 0 past P. For an added
-    softmax, lse and share are what :func:`softmax_rows` returns."""
+    """The dropped weights w and dZ of one tile [BLOCK_T, BLOCK_P], fp32, 0 past ``length``; the
+    mask is P wide. For an added softmax, lse and share are what :func:`softmax_rows` returns."""
     zero = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     z = dot(q, tl.trans(pk), zero) * scale
     dw = dot(do, tl.trans(pv), zero)
     if FORM == "relu":
         w = tl.maximum(z, 0.0)
     else:
-        valid = (first_p + tl.arange(0, BLOCK_P) < P)[None, :]
+        valid = (first_p + tl.arange(0, BLOCK_P) < length)[None, :]
         w = tl.where(valid, tl.exp(z - lse[:, None]), 0.0)
         if FORM == "softmax":
             w *= share[:, None]
@@ -67,6 +68,7 @@ def softmax_rows(
     stride_vp,
     offs_d,
     rows,
+    length,
     P,
     D,
     seed_ptr,
@@ -83,12 +85,12 @@ def softmax_rows(
     total = tl.zeros((BLOCK_T,), tl.float32)
     delta = tl.zeros((BLOCK_T,), tl.float32)
     zero = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    for first in range(0, P, BLOCK_P):
+    for first in range(0, length, BLOCK_P):
         offs_p = first + tl.arange(0, BLOCK_P)
-        pk = load_rows(k_base, stride_kp, offs_p, P, offs_d, D).to(q.dtype)
-        pv = load_rows(v_base, stride_vp, offs_p, P, offs_d, D).to(q.dtype)
+        pk = load_rows(k_base, stride_kp, offs_p, length, offs_d, D).to(q.dtype)
+        pv = load_rows(v_base, stride_vp, offs_p, length, offs_d, D).to(q.dtype)
         z = dot(q, tl.trans(pk), zero) * scale
-        z = tl.where((offs_p < P)[None, :], z, float("-inf"))
+        z = tl.where((offs_p < length)[None, :], z, float("-inf"))
         dw = dot(do, tl.trans(pv), zero)
         if DROP:
             keep = keep_tile(seed_ptr, rows, first, P, threshold, ALIGNED, BLOCK_P)

@@ -3,6 +3,7 @@
 Shapes   parts (J, P, Q) fp32, out (P, Q); t (P, Q) with the derivative, bias (Q).
 Maths    v = s Σ_j parts[j] + bias, j ascending: the same bits every time
          out = v;  out and h = drop(f(v));  or out = drop(v) f'(t)
+         routed: v of a method is the sum of the parts of its own rows
 Traffic  reads J P Q of fp32, writes P Q. The parts are mostly still in the L2 cache.
 """
 
@@ -124,4 +125,61 @@ def reduce_pair(parts: Tensor, first: Tensor, second: Tensor) -> None:
         return
     reduce_pair_kernel[(cdiv(2 * size, PAIR_BLOCK),)](
         parts, first, second, parts.shape[0], size, BLOCK_J=8, BLOCK_N=PAIR_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+@launched
+@triton.jit
+def reduce_routed_kernel(
+    parts_ptr,
+    span_ptr,
+    method_ptr,
+    first_ptr,
+    second_ptr,
+    rows,
+    each,
+    heads,
+    P,
+    K,
+    D,
+    BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # one program owns BLOCK_N elements of one head of one method, of both tensors
+    g = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    first = tl.load(method_ptr + 2 * g)
+    size = tl.load(method_ptr + 2 * g + 1) * D
+    offs = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    whole = tl.cast(heads, tl.int64) * P * D
+    a = tl.zeros((BLOCK_N,), tl.float32)
+    b = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, rows * each, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        inside = j < rows * each
+        span = span_ptr + 2 * (j // each)
+        keys = tl.load(span + 1, mask=inside, other=0)
+        mine = (tl.load(span, mask=inside, other=-1) == first) & (keys > 0)
+        place = parts_ptr + j.to(tl.int64)[:, None] * (2 * whole) + head.to(tl.int64) * P * D
+        place += offs[None, :]
+        mask = mine[:, None] & (offs < size)[None, :]
+        a += tl.sum(tl.load(place, mask=mask, other=0.0), 0)
+        b += tl.sum(tl.load(place + whole, mask=mask, other=0.0), 0)
+    to = (head.to(tl.int64) * K + first) * D + offs
+    tl.store(first_ptr + to, a.to(first_ptr.dtype.element_ty), mask=offs < size)
+    tl.store(second_ptr + to, b.to(second_ptr.dtype.element_ty), mask=offs < size)
+
+
+def reduce_routed(
+    parts: Tensor, spans: Tensor, methods: Tensor, first: Tensor, second: Tensor
+) -> None:
+    """:func:`reduce_pair` for the keys of many methods: ``parts`` (B each, 2, heads, P, D) of the
+    batch's rows, whose keys ``spans`` (B, 2) names; each sum has the parts of its method's rows.
+    ``first`` and ``second`` (heads, K, D) hold the keys of ``methods`` (G, 2) behind each other."""
+    count, _, heads, P, D = parts.shape
+    rows, K = spans.shape[0], first.shape[1]
+    grid = (methods.shape[0] * heads, cdiv(P * D, PAIR_BLOCK))
+    reduce_routed_kernel[grid](
+        parts, spans, methods, first, second, rows, count // rows, heads, P, K, D,
+        BLOCK_J=8, BLOCK_N=PAIR_BLOCK, num_warps=4,
     )  # fmt: skip

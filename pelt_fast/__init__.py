@@ -22,7 +22,10 @@ if TYPE_CHECKING:
         prompt,
     )
     from pelt_fast.compose.merge import merge, unmerge
+    from pelt_fast.compose.method_store import MethodStore
     from pelt_fast.compose.named_methods import active, inject_named, set_active
+    from pelt_fast.compose.route import route
+    from pelt_fast.compose.together import add_method, drop_method
     from pelt_fast.config import Modification, PeltConfig
     from pelt_fast.formats.adapterhub_reader import load_adapterhub
     from pelt_fast.formats.adapterhub_writer import export_adapterhub
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from pelt_fast.injection.inject import eject, inject
     from pelt_fast.injection.reference_model import reference_model
     from pelt_fast.integrations.accelerate_peft import accelerate_peft, restore_peft
+    from pelt_fast.integrations.several.runs import MethodRun
+    from pelt_fast.integrations.several.train import train_several
     from pelt_fast.layouts.layout import (
         AttentionLayout,
         FFNLayout,
@@ -58,7 +63,10 @@ _HOMES = {
         "prompt",
     ),
     "compose.merge": ("merge", "unmerge"),
+    "compose.method_store": ("MethodStore",),
     "compose.named_methods": ("active", "inject_named", "set_active"),
+    "compose.route": ("route",),
+    "compose.together": ("add_method", "drop_method"),
     "config": ("Modification", "PeltConfig"),
     "formats.adapterhub_reader": ("load_adapterhub",),
     "formats.adapterhub_writer": ("export_adapterhub",),
@@ -72,6 +80,8 @@ _HOMES = {
     "injection.inject": ("eject", "inject"),
     "injection.reference_model": ("reference_model",),
     "integrations.accelerate_peft": ("accelerate_peft", "restore_peft"),
+    "integrations.several.runs": ("MethodRun",),
+    "integrations.several.train": ("train_several",),
     "layouts.layout": (
         "AttentionLayout",
         "FFNLayout",
@@ -88,6 +98,8 @@ __all__ = [
     "AttentionLayout",
     "FFNLayout",
     "Layout",
+    "MethodRun",
+    "MethodStore",
     "Modification",
     "PeltConfig",
     "PromptLayout",
@@ -96,10 +108,12 @@ __all__ = [
     "accelerate_peft",
     "active",
     "adapter",
+    "add_method",
     "backend",
     "bitfit",
     "count_parameters",
     "disabled",
+    "drop_method",
     "eject",
     "explain",
     "export_adapterhub",
@@ -121,8 +135,10 @@ __all__ = [
     "push_to_hub",
     "reference_model",
     "restore_peft",
+    "route",
     "save",
     "set_active",
+    "train_several",
     "unmerge",
 ]
 

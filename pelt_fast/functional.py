@@ -9,7 +9,8 @@ layer, as for ``F.linear``; inside an op it is off.
 from pelt_fast.ops.adapter.api import parallel_adapter, sequential_adapter
 from pelt_fast.ops.beside.api import ffn_adapter_beside, lora_beside
 from pelt_fast.ops.lora.api import lora_linear
-from pelt_fast.ops.prefix_attention.api import prefix_attention
+from pelt_fast.ops.prefix_attention.api import prefix_attention, routed_prefix_attention
+from pelt_fast.ops.routed.api import routed_beside
 from pelt_fast.ops.widened_ffn.api import ffn_parallel_adapter
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "lora_linear",
     "parallel_adapter",
     "prefix_attention",
+    "routed_beside",
+    "routed_prefix_attention",
     "sequential_adapter",
 ]

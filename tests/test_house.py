@@ -146,6 +146,12 @@ BROKEN = [
         {"pelt_fast/ops/lora/helpers.py": ""},
         "pelt_fast.ops.lora: helpers is a sixth file",
     ),
+    (
+        "an_op_goes_one_way",
+        {"pelt_fast/ops/routed/segments.py": "",
+         "pelt_fast/ops/routed/cpu.py": "from .segments import segments_of"},
+        "pelt_fast.ops.routed.cpu -> pelt_fast.ops.routed.segments: cpu imports ops/common alone",
+    ),
     ("an_op_is_five_files", {"pelt_fast/ops/low_rank.py": ""},
      "pelt_fast.ops.low_rank: ops holds folders alone"),
     ("files_are_short", {"csrc/cpu/rank.cpp": "\n" * 351},
@@ -154,6 +160,14 @@ BROKEN = [
         "few_positional_parameters",
         {"pelt_fast/modules/lora.py": "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ..."},
         "pelt_fast.modules.lora.f: 9 positional parameters, at most 8",
+    ),
+    (
+        "saved_tensors_are_read_once",
+        {
+            "pelt_fast/ops/lora/op.py": "def backward(ctx, dy):\n"
+            "    return ctx.saved_tensors[0], ctx.saved_tensors[1]"
+        },
+        "pelt_fast.ops.lora.op.backward: reads saved_tensors 2 times, at most once",
     ),
     ("functions_are_short", {"pelt_fast/env.py": ("def f():\n" + "    x = 1\n" * 26) * 3},
      "the median function has 27 lines, at most 25"),

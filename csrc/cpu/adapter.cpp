@@ -11,8 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
-#include "blocks.h"
-#include "elementwise.h"
+#include "bottleneck.h"
 
 namespace pelt_fast {
 namespace {
@@ -30,26 +29,6 @@ struct Adapter {
   Mask mask;
 };
 
-// h = mask * f(t), and slope = mask * f'(t) where it is not null; zeros past the rank.
-PELT_FAST_INLINE void bottleneck(Activation activation, const Mask& mask, Tile& h, Tile* slope,
-                                 int64_t rank, int64_t row, int rows) {
-  alignas(64) Row factor;
-  const int64_t pad = padded(rank);
-  for (int i = 0; i < rows; ++i) {
-    for (int64_t j = pad; j < kColumns; ++j) h[i][j] = 0;
-    if (slope == nullptr) {
-      values(activation, h[i]);
-    } else {
-      slopes(activation, h[i], (*slope)[i]);
-    }
-    if (mask.threshold == 0) continue;
-    draw_row(factor, mask, rank, row + i, 0);
-    for (int64_t j = 0; j < pad; ++j) h[i][j] *= factor[j];
-    if (slope != nullptr)
-      for (int64_t j = 0; j < pad; ++j) (*slope)[i][j] *= factor[j];
-  }
-}
-
 template <int W, typename T>
 PELT_FAST_INLINE void adapter_one(const Adapter& g, int64_t index) {
   alignas(64) Tile h;
@@ -57,8 +36,8 @@ PELT_FAST_INLINE void adapter_one(const Adapter& g, int64_t index) {
   const Block block = block_of(index, g.rows, g.depth);
   for (int i = 0; i < kRows; ++i) std::memcpy(h[i], g.down_bias, pad * sizeof(float));
   down_block<W, T>(h, g.x, g.down, pad, kWhole, block);
-  if (g.t.data != nullptr) store_narrow<T>(h, g.t, block.row, block.rows, g.rank);
-  bottleneck(g.activation, g.mask, h, nullptr, g.rank, block.row, block.rows);
+  if (g.t.data != nullptr) store_narrow<T>(h, g.t, block, g.rank);
+  bottleneck(g.activation, g.mask, h, nullptr, g.rank, block);
   scale_rows(h, pad, g.scale);
   up_block<W, T>(h, g.rank, g.up, g.up_bias, g.base, g.y, kWhole, block_of(index, g.rows, g.width));
 }
@@ -95,8 +74,8 @@ PELT_FAST_INLINE void backward_one(const AdapterBackward& g, const Part& part, i
   alignas(64) Tile h, slope, dt;
   const int64_t pad = padded(g.rank);
   const Block wide = block_of(index, g.rows, g.width), deep = block_of(index, g.rows, g.depth);
-  load_narrow<T>(h, g.t, wide.row, wide.rows, g.rank);
-  bottleneck(g.activation, g.mask, h, &slope, g.rank, wide.row, wide.rows);
+  load_narrow<T>(h, g.t, wide, g.rank);
+  bottleneck(g.activation, g.mask, h, &slope, g.rank, wide);
   clear(dt, pad);
   up_backward_block<W, T>(g.need_dt ? &dt : nullptr, &h, g.dy, g.up, part.d_up, part.d_up_bias, pad,
                           wide);
@@ -105,7 +84,8 @@ PELT_FAST_INLINE void backward_one(const AdapterBackward& g, const Part& part, i
     for (int64_t j = 0; j < pad; ++j) dt[i][j] *= g.scale * slope[i][j];
   if (part.d_down_bias != nullptr) add_columns<W>(part.d_down_bias, dt, wide.rows, pad);
   if (part.d_down == nullptr && g.dx.data == nullptr) return;
-  down_backward_block<W, T>(dt, g.rank, g.down, g.residual, g.dx, g.x, part.d_down, kWhole, deep);
+  down_backward_block<W, T>(dt, g.rank, pad, g.down, g.residual, g.dx, g.x, part.d_down, kWhole,
+                            deep);
 }
 
 // Parts [first, last) of the rows.

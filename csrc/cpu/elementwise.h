@@ -108,8 +108,8 @@ inline Activation activation_of(int64_t number) {
 using Row = float[kColumns];
 
 template <Activation A>
-PELT_FAST_INLINE void values_of(Row& x) {
-  for (int j = 0; j < kColumns; ++j) {
+PELT_FAST_INLINE void values_of(Row& x, int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j) {
     float value, slope;
     evaluate<A>(x[j], value, slope);
     x[j] = value;
@@ -117,8 +117,8 @@ PELT_FAST_INLINE void values_of(Row& x) {
 }
 
 template <Activation A>
-PELT_FAST_INLINE void values_and_slopes_of(Row& x, Row& slope) {
-  for (int j = 0; j < kColumns; ++j) {
+PELT_FAST_INLINE void values_and_slopes_of(Row& x, Row& slope, int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j) {
     float value;
     evaluate<A>(x[j], value, slope[j]);
     x[j] = value;
@@ -126,15 +126,16 @@ PELT_FAST_INLINE void values_and_slopes_of(Row& x, Row& slope) {
 }
 
 // x = f(x)
-PELT_FAST_INLINE void values(Activation activation, Row& x) {
-#define PELT_FAST_CALL(A) values_of<A>(x)
+PELT_FAST_INLINE void values(Activation activation, Row& x, int64_t columns = kColumns) {
+#define PELT_FAST_CALL(A) values_of<A>(x, columns)
   PELT_FAST_BY_ACTIVATION(activation, PELT_FAST_CALL)
 #undef PELT_FAST_CALL
 }
 
 // x = f(x), slope = f'(x)
-PELT_FAST_INLINE void slopes(Activation activation, Row& x, Row& slope) {
-#define PELT_FAST_CALL(A) values_and_slopes_of<A>(x, slope)
+PELT_FAST_INLINE void slopes(Activation activation, Row& x, Row& slope,
+                             int64_t columns = kColumns) {
+#define PELT_FAST_CALL(A) values_and_slopes_of<A>(x, slope, columns)
   PELT_FAST_BY_ACTIVATION(activation, PELT_FAST_CALL)
 #undef PELT_FAST_CALL
 }

@@ -6,6 +6,9 @@
 //          o = exp(lse - l) o + W v, lse = l;  added: W = softmax S or relu S, o = o + W v
 //          dW = do vᵀ;  dS = W (dW - δ), δ = Σ do o (gated) or Σ W dW; relu: dS = dW where S > 0
 //          dq += scale dS k;  dk = scale dSᵀ q;  dv = Wᵀ do, parts of rows added in their order
+// Spans    the keys and values of several methods lie behind each other in k and v; `spans` (B, 2)
+//          has the first key and the number of keys of each batch row's prefix. Nothing of a row
+//          without keys is read or written. Without spans all rows have all keys.
 // Traffic  forward q, o read, o written; backward q, do, o, dq read, dq written. Scores stay in
 //          cache, kRows queries at a time.
 
@@ -18,28 +21,53 @@ namespace {
 
 constexpr int64_t kParts = 8;  // of the rows of a head, at most
 
+// One head of one method's keys and values in fp32, padded with zeros, as the products read them.
+// A thread packs them when it comes to them: work goes by heads, so that they serve all rows of the
+// method and stay in cache.
+struct Packed {
+  float *kt, *k, *v, *vt;  // (padded D, pad) and (pad, padded D); the keys times scale
+  const MethodPrefix* method = nullptr;
+  int64_t group = -1;
+  bool holds(const MethodPrefix& m, int64_t of) const { return method == &m && group == of; }
+};
+
+PELT_FAST_INLINE void pack(const Prefix& g, const MethodPrefix& m, int64_t group, const Heads& from,
+                           bool transposed, float scale, float* to) {
+  const int64_t wide = padded(g.dim), down = transposed ? 1 : wide, along = transposed ? m.pad : 1;
+  std::fill_n(to, m.pad * wide, 0.0f);
+  for (int64_t i = 0; i < m.length; ++i) {
+    const float* row = from.at<float>(0, group, m.first + i);
+    float* out = to + i * down;
+    if (!transposed && from.column == 1) {
+      for (int64_t j = 0; j < g.dim; ++j) out[j] = scale * row[j];
+    } else {
+      for (int64_t j = 0; j < g.dim; ++j) out[j * along] = scale * row[j * from.column];
+    }
+  }
+}
+
 // Scores of kRows queries, in `s`; the queries stay in `q`.
 template <int W, typename T>
-PELT_FAST_INLINE void score(const Prefix& g, const T* from, int64_t group, Tile& q, Scores& s,
+PELT_FAST_INLINE void score(const Prefix& g, const Packed& p, const T* from, Tile& q, Scores& s,
                             int rows) {
-  const int64_t pad = padded(g.length), wide = padded(g.dim);
+  const int64_t pad = p.method->pad;
   load(q, from, g.q.row, rows, static_cast<int>(g.dim));
   for (int i = 0; i < kRows; ++i) std::memset(s[i], 0, pad * sizeof(float));
-  product<W>(&s[0][0], kMaxPrefix, &q[0][0], kColumns, g.kt + group * wide * pad, pad, kRows, pad,
-             g.dim);
+  product<W>(&s[0][0], kMaxPrefix, &q[0][0], kColumns, p.kt, pad, kRows, pad, g.dim);
 }
 
 template <int W, typename T>
-PELT_FAST_INLINE void merge_block(const Prefix& g, int64_t b, int64_t h, int64_t t) {
+PELT_FAST_INLINE void merge_block(const Prefix& g, const Packed& p, int64_t b, int64_t h,
+                                  int64_t t) {
   alignas(64) Tile q;
   alignas(64) Scores s;
   float lse[kRows] = {}, kept[kRows];
   const int rows = static_cast<int>(std::min<int64_t>(kRows, g.queries - t));
-  const int64_t group = h / (g.heads / g.groups), pad = padded(g.length), wide = padded(g.dim);
-  score<W, T>(g, g.q.at<T>(b, h, t), group, q, s, rows);
+  const int64_t wide = padded(g.dim);
+  score<W, T>(g, p, g.q.at<T>(b, h, t), q, s, rows);
   float* own = g.lse.at<float>(b, h, t);
   for (int i = 0; i < rows; ++i) lse[i] = own[i * g.lse.row];
-  weigh<W>(g, s, lse, kept, rows, false);
+  weigh<W>(g, *p.method, s, lse, kept, rows, false);
   T* o = g.o.at<T>(b, h, t);
   load(q, o, g.o.row, rows, static_cast<int>(g.dim));
   if (g.gated) {
@@ -49,27 +77,35 @@ PELT_FAST_INLINE void merge_block(const Prefix& g, int64_t b, int64_t h, int64_t
       own[i * g.lse.row] = lse[i];
     }
   }
-  product<W>(&q[0][0], kColumns, &s[0][0], kMaxPrefix, g.v + group * pad * wide, wide, kRows, wide,
-             g.length);
+  product<W>(&q[0][0], kColumns, &s[0][0], kMaxPrefix, p.v, wide, kRows, wide, p.method->length);
   store<T>(q, nullptr, 0, o, g.o.row, rows, static_cast<int>(g.dim));
 }
 
 template <int W>
 PELT_FAST_INLINE void merge(const Prefix& g, int64_t first, int64_t last) {
-  const int64_t blocks = g.blocks();
+  const int64_t blocks = g.blocks(), size = g.packed_floats();
+  const auto routed = static_cast<int64_t>(g.routing.rows.size());
+  const Buffer copies = buffer(2 * size);
+  Packed p{copies.get(), nullptr, copies.get() + size, nullptr};
   for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t t = unit % blocks * kRows, h = unit / blocks % g.heads;
-    const int64_t b = unit / blocks / g.heads;
-    PELT_FAST_BY_TYPE(g.dtype, merge_block<W, T>(g, b, h, t))
+    const int64_t t = unit % blocks * kRows, h = unit / blocks / routed, group = g.group(h);
+    const int64_t row = unit / blocks % routed, b = g.routing.rows[row];
+    const MethodPrefix& m = g.routing.method(row);
+    if (!p.holds(m, group)) {
+      pack(g, m, group, g.own_k, true, g.scale, p.kt);
+      pack(g, m, group, g.own_v, false, 1, p.v);
+      p.method = &m, p.group = group;
+    }
+    PELT_FAST_BY_TYPE(g.dtype, merge_block<W, T>(g, p, b, h, t))
   }
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(merge, Prefix)
 
 // dS over dW in place.
 template <int W>
-PELT_FAST_INLINE void score_gradient(const Prefix& g, Scores& d, const Scores& w,
-                                     const float* delta, int rows) {
-  const auto pad = static_cast<int>(padded(g.length));
+PELT_FAST_INLINE void score_gradient(const Prefix& g, const MethodPrefix& m, Scores& d,
+                                     const Scores& w, const float* delta, int rows) {
+  const auto pad = static_cast<int>(m.pad);
   for (int i = 0; i < rows; ++i) {
     float* to = d[i];
     const float* weight = w[i];
@@ -83,88 +119,130 @@ PELT_FAST_INLINE void score_gradient(const Prefix& g, Scores& d, const Scores& w
 }
 
 template <int W, typename T>
-PELT_FAST_INLINE void backward_block(const Prefix& g, int64_t b, int64_t h, int64_t t, float* dk,
-                                     float* dv) {
+PELT_FAST_INLINE void backward_block(const Prefix& g, const Packed& p, int64_t b, int64_t h,
+                                     int64_t t, float* dk, float* dv) {
   alignas(64) Tile q, d_o, other;
   alignas(64) Scores w, d;
   float lse[kRows] = {}, delta[kRows];
   const int rows = static_cast<int>(std::min<int64_t>(kRows, g.queries - t));
   const auto dim = static_cast<int>(g.dim);
-  const int64_t group = h / (g.heads / g.groups), pad = padded(g.length), wide = padded(g.dim);
+  const MethodPrefix& m = *p.method;
+  const int64_t wide = padded(g.dim);
   const float* own = g.lse.at<float>(b, h, t);
   for (int i = 0; i < rows; ++i) lse[i] = own[i * g.lse.row];
-  score<W, T>(g, g.q.at<T>(b, h, t), group, q, w, rows);
-  weigh<W>(g, w, lse, delta, rows, g.gated);
+  score<W, T>(g, p, g.q.at<T>(b, h, t), q, w, rows);
+  weigh<W>(g, m, w, lse, delta, rows, g.gated);
   load(d_o, g.d_o.at<T>(b, h, t), g.d_o.row, rows, dim);
   if (g.gated) {
     load(other, g.o.at<T>(b, h, t), g.o.row, rows, dim);
     for (int i = 0; i < rows; ++i) delta[i] = dot<W>(d_o[i], other[i], wide);
   }
-  for (int i = 0; i < kRows; ++i) std::memset(d[i], 0, pad * sizeof(float));
-  product<W>(&d[0][0], kMaxPrefix, &d_o[0][0], kColumns, g.vt + group * wide * pad, pad, kRows, pad,
-             g.dim);
-  score_gradient<W>(g, d, w, delta, rows);
-  product<W, true>(dv, wide, &w[0][0], kMaxPrefix, &d_o[0][0], kColumns, pad, wide, rows);
-  product<W, true>(dk, wide, &d[0][0], kMaxPrefix, &q[0][0], kColumns, pad, wide, rows);
+  for (int i = 0; i < kRows; ++i) std::memset(d[i], 0, m.pad * sizeof(float));
+  product<W>(&d[0][0], kMaxPrefix, &d_o[0][0], kColumns, p.vt, m.pad, kRows, m.pad, g.dim);
+  score_gradient<W>(g, m, d, w, delta, rows);
+  product<W, true>(dv, wide, &w[0][0], kMaxPrefix, &d_o[0][0], kColumns, m.pad, wide, rows);
+  product<W, true>(dk, wide, &d[0][0], kMaxPrefix, &q[0][0], kColumns, m.pad, wide, rows);
   if (g.dq.data == nullptr) return;
   T* dq = g.dq.at<T>(b, h, t);
   clear(other, wide);
-  product<W>(&other[0][0], kColumns, &d[0][0], kMaxPrefix, g.k + group * pad * wide, wide, kRows,
-             wide, g.length);
+  product<W>(&other[0][0], kColumns, &d[0][0], kMaxPrefix, p.k, wide, kRows, wide, m.length);
   store<T>(other, dq, g.dq.row, dq, g.dq.row, rows, dim);
 }
 
-template <int W>
-PELT_FAST_INLINE void backward(const Prefix& g, int64_t first, int64_t last) {
-  const int64_t blocks = g.blocks(), size = padded(g.length) * padded(g.dim);
-  for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t h = unit / g.part_count, part = unit % g.part_count;
-    float *dk = g.parts + unit * 2 * size, *dv = dk + size;
-    std::fill_n(dk, 2 * size, 0.0f);
-    const int64_t end = std::min((part + 1) * g.part_blocks, g.batch * blocks);
-    for (int64_t i = part * g.part_blocks; i < end; ++i) {
-      const int64_t b = i / blocks, t = i % blocks * kRows;
-      PELT_FAST_BY_TYPE(g.dtype, backward_block<W, T>(g, b, h, t, dk, dv))
+// A part of one method's blocks of rows, in their order, and its sums: dk, dv (pad, padded D).
+// Which blocks is of the shape alone, never of the threads or of the other methods.
+struct Part {
+  const MethodPrefix* method;
+  int64_t first, last;
+  int64_t place;  // of its sums; -1: it is the method's only one
+};
+
+struct Parts {
+  const Prefix& prefix;
+  float *dk, *dv;  // (H, P, D)
+  std::vector<Part> all;
+  int64_t floats;  // of the sums of one head
+  float* sums;
+};
+
+Parts parts_of(const Prefix& g, float* dk, float* dv) {
+  Parts parts{g, dk, dv, {}, 0, nullptr};
+  for (const MethodPrefix& m : g.routing.methods) {
+    const int64_t blocks = (m.last_row - m.first_row) * g.blocks();
+    const int64_t count = std::max<int64_t>(1, std::min(kParts, blocks / 8));
+    const int64_t step = (blocks + count - 1) / count;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = std::min(i * step, blocks), last = std::min(first + step, blocks);
+      parts.all.push_back({&m, first, last, count == 1 ? -1 : parts.floats});
+      if (count > 1) parts.floats += 2 * m.pad * padded(g.dim);
     }
   }
+  return parts;
 }
-PELT_FAST_FOR_EACH_INSTRUCTION_SET(backward, Prefix)
 
-// All heads of a prefix, (rows, columns) padded, a head after the other.
-Buffer packed_heads(const Tensor& p, bool transposed, float scale) {
-  const int64_t groups = p.size(0), length = p.size(1), dim = p.size(2);
-  const int64_t rows = padded(transposed ? dim : length),
-                columns = padded(transposed ? length : dim);
-  Buffer out = buffer(groups * rows * columns);
-  std::fill_n(out.get(), groups * rows * columns, 0.0f);
-  const auto* data = static_cast<const float*>(p.const_data_ptr());
-  const int64_t by_group = p.stride(0), by_row = p.stride(1), by_column = p.stride(2);
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t i = 0; i < length; ++i)
-      for (int64_t j = 0; j < dim; ++j)
-        out[(g * rows + (transposed ? j : i)) * columns + (transposed ? i : j)] =
-            scale * data[g * by_group + i * by_row + j * by_column];
-  return out;
+// One part's sums of one head into dk and dv; the method's first part begins them.
+PELT_FAST_INLINE void add_up(const Parts& parts, const Part& part, int64_t h, const float* sums) {
+  const Prefix& g = parts.prefix;
+  const MethodPrefix& m = *part.method;
+  const int64_t wide = padded(g.dim);
+  for (int which = 0; which < 2; ++which) {
+    float* out = (which == 0 ? parts.dk : parts.dv) + (h * g.length + m.first) * g.dim;
+    const float* from = sums + which * m.pad * wide;
+    const float factor = which == 0 ? g.scale : 1.0f;
+    for (int64_t i = 0; i < m.length; ++i)
+      for (int64_t j = 0; j < g.dim; ++j) {
+        const float before = part.first == 0 ? 0.0f : out[i * g.dim + j];
+        out[i * g.dim + j] = before + factor * from[i * wide + j];
+      }
+  }
 }
+
+template <int W>
+PELT_FAST_INLINE void backward(const Parts& parts, int64_t first, int64_t last) {
+  const Prefix& g = parts.prefix;
+  const auto count = static_cast<int64_t>(parts.all.size());
+  const int64_t blocks = g.blocks(), size = g.packed_floats();
+  const Buffer copies = buffer(5 * size);
+  Packed p{copies.get(), copies.get() + size, nullptr, copies.get() + 2 * size};
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t h = unit / count, group = g.group(h);
+    const Part& part = parts.all[unit % count];
+    const MethodPrefix& m = *part.method;
+    if (!p.holds(m, group)) {
+      pack(g, m, group, g.own_k, true, g.scale, p.kt);
+      pack(g, m, group, g.own_k, false, g.scale, p.k);
+      pack(g, m, group, g.own_v, true, 1, p.vt);
+      p.method = &m, p.group = group;
+    }
+    const bool alone = part.place < 0;
+    float* dk = alone ? copies.get() + 3 * size : parts.sums + h * parts.floats + part.place;
+    float* dv = dk + m.pad * padded(g.dim);
+    std::fill_n(dk, 2 * (dv - dk), 0.0f);
+    for (int64_t i = part.first; i < part.last; ++i) {
+      const int64_t b = g.routing.rows[m.first_row + i / blocks], t = i % blocks * kRows;
+      PELT_FAST_BY_TYPE(g.dtype, backward_block<W, T>(g, p, b, h, t, dk, dv))
+    }
+    if (alone) add_up(parts, part, h, dk);
+  }
+}
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(backward, Parts)
 
 void prefix_merge_(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, double scale, bool relu,
-                   bool gated) {
-  Prefix g = checked(q, lse, k, v, relu, gated);
+                   bool gated, std::optional<Tensor> spans) {
+  Prefix g = checked(q, lse, k, v, relu, gated, spans);
+  g.scale = static_cast<float>(scale);
   g.o = heads_of("o", o, q, g.dtype);
-  if (g.queries <= kFewQueries && g.dim % kPad == 0 && k.stride(2) == 1 && v.stride(2) == 1) {
-    g.own_k = prefix_rows(k), g.own_v = prefix_rows(v), g.scale = static_cast<float>(scale);
+  if (g.queries <= kFewQueries && g.dim % kPad == 0 && k.stride(2) == 1 && v.stride(2) == 1)
     return merge_few_queries(g);
-  }
-  const Buffer kt = packed_heads(k, true, static_cast<float>(scale)),
-               vs = packed_heads(v, false, 1);
-  g.kt = kt.get(), g.v = vs.get();
-  run(merge_for_this_machine, g, g.batch * g.heads * g.blocks(), 4);
+  const auto rows = static_cast<int64_t>(g.routing.rows.size());
+  run(merge_for_this_machine, g, rows * g.heads * g.blocks(), 4);
 }
 
 void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o, Tensor q,
                       Tensor k, Tensor v, Tensor o, Tensor lse, double scale, bool relu,
-                      bool gated) {
-  Prefix g = checked(q, lse, k, v, relu, gated);
+                      bool gated, std::optional<Tensor> spans) {
+  Prefix g = checked(q, lse, k, v, relu, gated, spans);
+  g.scale = static_cast<float>(scale);
   g.o = heads_of("o", o, q, g.dtype);
   g.d_o = heads_of("d_o", d_o, q, g.dtype);
   if (dq.has_value()) g.dq = heads_of("dq", *dq, q, g.dtype);
@@ -174,29 +252,17 @@ void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o
                         t->scalar_type() == ScalarType::Float,
                     "dk and dv must be contiguous float32 (", g.heads, ", ", g.length, ", ", g.dim,
                     "), got ", shape_of(*t));
-  const auto factor = static_cast<float>(scale);
-  const Buffer kt = packed_heads(k, true, factor), ks = packed_heads(k, false, factor);
-  const Buffer vt = packed_heads(v, true, 1);
-  g.kt = kt.get(), g.k = ks.get(), g.vt = vt.get();
-  const int64_t blocks = g.batch * g.blocks(), size = padded(g.length) * padded(g.dim);
-  g.part_count = std::max<int64_t>(1, std::min(kParts, blocks / 8));
-  g.part_blocks = (blocks + g.part_count - 1) / g.part_count;
-  const Buffer parts = buffer(g.heads * g.part_count * 2 * size);
-  g.parts = parts.get();
-  run(backward_for_this_machine, g, g.heads * g.part_count, 1);
-  for (int64_t h = 0; h < g.heads; ++h) {
-    for (int which = 0; which < 2; ++which) {
-      auto* out = static_cast<float*>((which == 0 ? dk : dv).mutable_data_ptr());
-      out += h * g.length * g.dim;
-      std::fill_n(out, g.length * g.dim, 0.0f);
-      for (int64_t p = 0; p < g.part_count; ++p) {
-        const float* part = g.parts + ((h * g.part_count + p) * 2 + which) * size;
-        for (int64_t i = 0; i < g.length; ++i)
-          for (int64_t j = 0; j < g.dim; ++j)
-            out[i * g.dim + j] += (which == 0 ? factor : 1.0f) * part[i * padded(g.dim) + j];
-      }
-    }
-  }
+  Parts parts = parts_of(g, static_cast<float*>(dk.mutable_data_ptr()),
+                         static_cast<float*>(dv.mutable_data_ptr()));
+  const Buffer sums = buffer(g.heads * parts.floats);
+  parts.sums = sums.get();
+  run(backward_for_this_machine, parts, g.heads * static_cast<int64_t>(parts.all.size()), 1);
+  const int64_t grain = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, parts.floats));
+  torch::stable::parallel_for(0, g.heads, grain, [&](int64_t first, int64_t last) {
+    for (int64_t h = first; h < last; ++h)
+      for (const Part& part : parts.all)
+        if (part.place >= 0) add_up(parts, part, h, parts.sums + h * parts.floats + part.place);
+  });
 }
 
 }  // namespace
@@ -205,11 +271,12 @@ void prefix_backward_(std::optional<Tensor> dq, Tensor dk, Tensor dv, Tensor d_o
 STABLE_TORCH_LIBRARY_FRAGMENT(pelt_fast_cpp, m) {
   m.def(
       "prefix_merge_(Tensor(a!) o, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, float scale,"
-      " bool relu, bool gated) -> ()");
+      " bool relu, bool gated, Tensor? spans=None) -> ()");
   m.def(
       "prefix_backward_(Tensor(a!)? dq, Tensor(b!) dk, Tensor(c!) dv, Tensor d_o, Tensor q, Tensor "
       "k,"
-      " Tensor v, Tensor o, Tensor lse, float scale, bool relu, bool gated) -> ()");
+      " Tensor v, Tensor o, Tensor lse, float scale, bool relu, bool gated, Tensor? spans=None) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pelt_fast_cpp, CPU, m) {

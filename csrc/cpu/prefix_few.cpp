@@ -16,20 +16,21 @@ namespace {
 
 // out = exp(lse - l) out + W v of one query, q times scale; lse = l if gated.
 template <int W>
-PELT_FAST_INLINE void merge_one(const Prefix& g, int64_t h, const float* q, float* out,
-                                float& lse) {
+PELT_FAST_INLINE void merge_one(const Prefix& g, const MethodPrefix& m, int64_t h, const float* q,
+                                float* out, float& lse) {
   using Vector = typename VectorOf<W>::type;
   alignas(64) Scores s;
   float joint[kRows] = {}, kept[kRows];
-  const int64_t group = h / (g.heads / g.groups);
-  for (int64_t p = 0; p < g.length; ++p) s[0][p] = dot<W>(q, g.own_k.at<float>(0, group, p), g.dim);
-  for (int64_t p = g.length; p < padded(g.length); ++p) s[0][p] = 0;
+  const int64_t group = g.group(h);
+  for (int64_t p = 0; p < m.length; ++p)
+    s[0][p] = dot<W>(q, g.own_k.at<float>(0, group, m.first + p), g.dim);
+  for (int64_t p = m.length; p < m.pad; ++p) s[0][p] = 0;
   joint[0] = lse;
-  weigh<W>(g, s, joint, kept, 1, false);
+  weigh<W>(g, m, s, joint, kept, 1, false);
   const float factor = g.gated ? kept[0] : 1.0f;
   for (int64_t j = 0; j < g.dim; ++j) out[j] *= factor;
-  for (int64_t p = 0; p < g.length; ++p) {
-    const float* row = g.own_v.at<float>(0, group, p);
+  for (int64_t p = 0; p < m.length; ++p) {
+    const float* row = g.own_v.at<float>(0, group, m.first + p);
     for (int64_t j = 0; j < g.dim; j += W)
       *reinterpret_cast<Vector*>(out + j) += s[0][p] * *reinterpret_cast<const Vector*>(row + j);
   }
@@ -51,7 +52,7 @@ PELT_FAST_INLINE float attend_one(const Prefix& g, int64_t b, int64_t h, const f
                                   float* out) {
   using Vector = typename VectorOf<W>::type;
   alignas(64) float scores[kMaxPrefix], buffer[kColumns];
-  const int64_t group = h / (g.heads / g.groups);
+  const int64_t group = g.group(h);
   float most = -std::numeric_limits<float>::infinity(), total = 0;
   std::fill_n(out, g.dim, 0.0f);
   for (int64_t first = 0; first < g.keys; first += kMaxPrefix) {
@@ -79,7 +80,8 @@ PELT_FAST_INLINE float attend_one(const Prefix& g, int64_t b, int64_t h, const f
 
 // One query: without keys of a context, o and lse are what the caller has of it.
 template <int W, typename T>
-PELT_FAST_INLINE void query(const Prefix& g, int64_t b, int64_t h, int64_t t) {
+PELT_FAST_INLINE void query(const Prefix& g, const MethodPrefix& m, int64_t b, int64_t h,
+                            int64_t t) {
   alignas(64) float q[kColumns], out[kColumns];
   const T* from = g.q.at<T>(b, h, t);
   T* o = g.o.at<T>(b, h, t);
@@ -90,7 +92,7 @@ PELT_FAST_INLINE void query(const Prefix& g, int64_t b, int64_t h, int64_t t) {
   } else {
     for (int64_t j = 0; j < g.dim; ++j) out[j] = to_float(o[j]);
   }
-  merge_one<W>(g, h, q, out, lse);
+  merge_one<W>(g, m, h, q, out, lse);
   for (int64_t j = 0; j < g.dim; ++j) assign(o[j], out[j]);
 }
 
@@ -98,16 +100,17 @@ template <int W>
 PELT_FAST_INLINE void few(const Prefix& g, int64_t first, int64_t last) {
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t t = unit % g.queries, h = unit / g.queries % g.heads;
-    const int64_t b = unit / g.queries / g.heads;
-    PELT_FAST_BY_TYPE(g.dtype, query<W, T>(g, b, h, t))
+    const int64_t row = unit / g.queries / g.heads, b = g.routing.rows[row];
+    PELT_FAST_BY_TYPE(g.dtype, query<W, T>(g, g.routing.method(row), b, h, t))
   }
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(few, Prefix)
 
-// Attention of a few queries over prefix and context, which no mask hides: a decoder's step.
+// Attention of a few queries over prefix and context, which no mask hides: a decoder's step. Rows
+// of no prefix are left as they are.
 void prefix_few_queries_(Tensor o, Tensor lse, Tensor q, Tensor context_k, Tensor context_v,
-                         Tensor k, Tensor v, double scale) {
-  Prefix g = checked(q, lse, k, v, false, true);
+                         Tensor k, Tensor v, double scale, std::optional<Tensor> spans) {
+  Prefix g = checked(q, lse, k, v, false, true, spans);
   g.o = heads_of("o", o, q, g.dtype);
   PELT_FAST_CHECK(
       g.queries <= kFewQueries && g.dim % kPad == 0 && k.stride(2) == 1 && v.stride(2) == 1,
@@ -120,7 +123,6 @@ void prefix_few_queries_(Tensor o, Tensor lse, Tensor q, Tensor context_k, Tenso
                   ") with S at least 1, got ", shape_of(context_k));
   g.context_k = heads_of("context_k", context_k, context_k, g.dtype);
   g.context_v = heads_of("context_v", context_v, context_k, g.dtype);
-  g.own_k = prefix_rows(k), g.own_v = prefix_rows(v);
   g.scale = static_cast<float>(scale), g.keys = context_k.size(2);
   merge_few_queries(g);
 }
@@ -128,8 +130,10 @@ void prefix_few_queries_(Tensor o, Tensor lse, Tensor q, Tensor context_k, Tenso
 }  // namespace
 
 void merge_few_queries(const Prefix& g) {
-  const int64_t grain = std::max<int64_t>(1, 2048 / (g.keys + g.length));
-  run(few_for_this_machine, g, g.batch * g.heads * g.queries, grain);
+  const auto rows = static_cast<int64_t>(g.routing.rows.size());
+  const int64_t keys = std::max<int64_t>(1, g.keys + g.routing.longest);
+  const int64_t grain = std::max<int64_t>(1, 2048 / keys);
+  run(few_for_this_machine, g, rows * g.heads * g.queries, grain);
 }
 
 }  // namespace pelt_fast
@@ -137,7 +141,7 @@ void merge_few_queries(const Prefix& g) {
 STABLE_TORCH_LIBRARY_FRAGMENT(pelt_fast_cpp, m) {
   m.def(
       "prefix_few_queries_(Tensor(a!) o, Tensor(b!) lse, Tensor q, Tensor context_k,"
-      " Tensor context_v, Tensor k, Tensor v, float scale) -> ()");
+      " Tensor context_v, Tensor k, Tensor v, float scale, Tensor? spans=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pelt_fast_cpp, CPU, m) {

@@ -28,7 +28,7 @@ PELT_FAST_INLINE void down_one(const Down& g, const Block& block) {
   const int64_t pad = padded(g.rank);
   for (int i = 0; i < kRows; ++i) std::memcpy(s[i], g.bias, pad * sizeof(float));
   down_block<W, T>(s, g.x, g.a, pad, g.mask, block);
-  store_narrow<T>(s, g.s, block.row, block.rows, g.rank);
+  store_narrow<T>(s, g.s, block, g.rank);
 }
 
 // Blocks [first, last).
@@ -52,8 +52,9 @@ struct DownBackward {
 template <int W, typename T>
 PELT_FAST_INLINE void down_backward_one(const DownBackward& g, float* part, const Block& block) {
   alignas(64) Tile ds;
-  load_narrow<T>(ds, g.ds, block.row, block.rows, g.rank);
-  down_backward_block<W, T>(ds, g.rank, g.a, g.base, g.dx, g.x, part, g.mask, block);
+  load_narrow<T>(ds, g.ds, block, g.rank);
+  down_backward_block<W, T>(ds, g.rank, padded(g.rank), g.a, g.base, g.dx, g.x, part, g.mask,
+                            block);
 }
 
 // Parts [first, last) of the rows.

@@ -25,7 +25,7 @@ struct Up {
 template <int W, typename T>
 PELT_FAST_INLINE void up_one(const Up& g, const Block& block) {
   alignas(64) Tile h;
-  load_narrow<T>(h, g.h, block.row, block.rows, g.rank);
+  load_narrow<T>(h, g.h, block, g.rank);
   scale_rows(h, padded(g.rank), g.scale);
   up_block<W, T>(h, g.rank, g.b, g.bias, g.base, g.out, g.mask, block);
 }
@@ -54,12 +54,12 @@ PELT_FAST_INLINE void up_backward_one(const UpBackward& g, float* part, float* b
   alignas(64) Tile h, dh;
   const int64_t pad = padded(g.rank);
   const bool need_dh = g.dh.data != nullptr;
-  if (part != nullptr) load_narrow<T>(h, g.h, block.row, block.rows, g.rank);
+  if (part != nullptr) load_narrow<T>(h, g.h, block, g.rank);
   if (need_dh) clear(dh, pad);
   up_backward_block<W, T>(need_dh ? &dh : nullptr, &h, g.dy, g.b, part, bias, pad, block);
   if (!need_dh) return;
   scale_rows(dh, pad, g.scale);
-  store_narrow<T>(dh, g.dh, block.row, block.rows, g.rank);
+  store_narrow<T>(dh, g.dh, block, g.rank);
 }
 
 // Parts [first, last) of the rows.

@@ -133,8 +133,8 @@ PELT_FAST_INLINE void load(Tile& tile, const T* x, int64_t stride, int rows, int
   }
 }
 
-PELT_FAST_INLINE void clear(Tile& tile, int64_t columns) {
-  for (int i = 0; i < kRows; ++i) std::memset(tile[i], 0, columns * sizeof(float));
+PELT_FAST_INLINE void clear(Tile& tile, int64_t columns, int64_t rows = kRows) {
+  for (int64_t i = 0; i < rows; ++i) std::memset(tile[i], 0, columns * sizeof(float));
 }
 
 // 0 or 1 / (1 - p) for kColumns elements of row `row` of a tensor `width` wide, from `column` on.
@@ -153,12 +153,6 @@ PELT_FAST_INLINE void draw_row(float* to, const Mask& mask, int64_t width, int64
   const uint16_t* from = lanes + skip;
 #pragma GCC unroll 1
   for (int j = 0; j < kColumns; ++j) to[j] = from[j] >= threshold ? kept : 0.0f;
-}
-
-// The same for a tile.
-PELT_FAST_INLINE void draw(Tile& factor, const Mask& mask, int64_t width, int64_t row,
-                           int64_t column, int rows) {
-  for (int i = 0; i < rows; ++i) draw_row(factor[i], mask, width, row + i, column);
 }
 
 PELT_FAST_INLINE void multiply(Tile& tile, const Tile& factor, int rows) {
@@ -182,17 +176,11 @@ PELT_FAST_INLINE void store(const Tile& tile, const T* base, int64_t base_stride
   }
 }
 
-// Whether a product can be added to the tensor itself: whole rows of fp32, whole vectors.
-template <typename T>
-PELT_FAST_INLINE bool fits_in_place(int rows, int columns) {
-  return std::is_same<T, float>::value && rows == kRows && columns % kPad == 0;
-}
-
 // out = base + start in every row; either may be missing.
 PELT_FAST_INLINE void begin(float* out, int64_t stride, const float* base, int64_t base_stride,
-                            const float* start, int columns) {
+                            const float* start, int rows, int columns) {
   if (base == out && start == nullptr) return;
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < rows; ++i) {
     float* row = out + i * stride;
     const float* from = base == nullptr ? start : base + i * base_stride;
     if (from == nullptr) {

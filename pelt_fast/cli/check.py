@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--json FILE, --device, --op."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    ops = ("lora", "adapter", "ffn", "beside", "prefix")
+    ops = ("lora", "adapter", "ffn", "beside", "routed", "prefix")
     parser.add_argument("--op", choices=ops, help="only this op")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pelt_fast.injection.disabled import refuse_disabled
 from pelt_fast.injection.folded_weights import Overwritten, set_back, set_parameter, unfold
 from pelt_fast.injection.handles import carrier_of
-from pelt_fast.injection.record import Injection, Site, injection_of
+from pelt_fast.injection.record import Injection, Site, injection_of, refuse_together
 from pelt_fast.injection.shared_weights import holders_of, refuse_shared
 from pelt_fast.layouts.names import parameters_of
 from pelt_fast.modules import LoRALinear, ParallelFFNAdapter
@@ -56,6 +56,7 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
     handle, model = model, carrier_of(model)
     injection = injection_of(model)
     refuse_disabled(injection, "merge")
+    refuse_together(injection, "merge")
     folded = _sites_to_fold(model, injection, widen_ffn)
     before: list[Overwritten] = []
     with torch.no_grad():

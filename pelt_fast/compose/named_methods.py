@@ -28,6 +28,7 @@ from pelt_fast.modules.hooked import at_hand, holders
 from pelt_fast.presets import method as preset
 
 from .method_sum import UPDATE, Kept, sum_config, sum_tensors
+from .together import activate_together, are_together, put_together
 
 _CHILD = "pelt_named_methods"  # the child of the model that holds the named methods
 
@@ -77,11 +78,13 @@ def inject_named(
     *,
     layout: Layout | None = None,
     pack: bool = True,
+    together: bool = False,
 ) -> nn.Module:
     """Put several methods into a model, each under a name. The first one is active.
 
     :func:`set_active` chooses another one, or a weighted sum. :func:`pelt_fast.save` writes the
-    active method; :func:`pelt_fast.eject` takes out all of them.
+    active method; :func:`pelt_fast.eject` takes out all of them. With ``together=True`` all of them
+    stay in the model and train, and :func:`pelt_fast.route` chooses one for each row of a batch.
 
     Args:
         model: as for :func:`pelt_fast.inject`.
@@ -89,6 +92,8 @@ def inject_named(
             that :func:`pelt_fast.save` wrote.
         layout: as for :func:`pelt_fast.inject`.
         pack: as for :func:`pelt_fast.inject`.
+        together: whether the methods are in the model at the same time. ``pack`` then has no
+            effect: the frozen weights keep their own storage.
 
     Returns:
         ``model``.
@@ -121,6 +126,11 @@ def inject_named(
         finally:
             eject(model)
     named.weights = {next(iter(configs)): 1.0}
+    if together:
+        put_together(model, named.kept, layout)
+        named.kept = {name: Kept(kept.config, {}, {}) for name, kept in named.kept.items()}
+        _attach(model, named)
+        return handle
     _apply(model, named, _target_of(named, named.weights, model))
     _attach(model, named)
     return handle
@@ -173,6 +183,10 @@ def set_active(model: nn.Module, weights: str | dict[str, float]) -> nn.Module:
     _check_weights(named, weights)
     if injection_of(model).merged:
         raise ValueError("this model is merged into its base: unmerge it before set_active")
+    if are_together(model):
+        activate_together(model, single_of(weights))
+        named.weights = weights
+        return handle
     if named.single is not None:
         named.kept[named.single] = _capture(model)
     before = _target_of(named, named.weights, model)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pelt_fast.injection.handles import carrier_of
-from pelt_fast.injection.record import injection_of
+from pelt_fast.injection.record import injection_of, refuse_together
 from pelt_fast.layouts.lookup import base_of
 from pelt_fast.modules import LoRALinear, PrefixBank
 
@@ -50,6 +50,7 @@ def export_adapterhub(model: nn.Module, folder: str | os.PathLike, name: str = "
     """
     model = carrier_of(model)
     injection = injection_of(model)
+    refuse_together(injection, "export_adapterhub")
     parts, tensors = configs_of(model, injection.config), {}
     names = {module: path for path, module in model.named_modules()}
     for site in injection.sites:

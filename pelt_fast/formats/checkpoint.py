@@ -19,6 +19,7 @@ from pelt_fast.config import PeltConfig
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.injection.handles import carrier_of, refuse_second
 from pelt_fast.injection.inject import eject, inject
+from pelt_fast.injection.inject_together import TogetherInjection
 from pelt_fast.injection.record import Injection, injection_of
 from pelt_fast.injection.trained_names import head_names
 from pelt_fast.layouts.layout import Layout
@@ -39,7 +40,11 @@ logger = logging.getLogger("pelt_fast")
 
 
 def save(
-    model: nn.Module, folder: str | os.PathLike, *, include_trained: bool | None = None
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    include_trained: bool | None = None,
+    method: str | None = None,
 ) -> None:
     """Write the method of a model to a folder. The base is not written.
 
@@ -53,9 +58,11 @@ def save(
             of the method (embeddings of new tokens, a norm). True writes them, and :func:`load`
             restores them and lets them train. False leaves them out. None leaves them out, with a
             warning that names them.
+        method: of methods that are in the model together (:func:`pelt_fast.inject_named`), the one
+            to write; None is the active one.
 
     Raises:
-        ValueError: nothing is injected, or the method is merged.
+        ValueError: nothing is injected, the method is merged, or no method has that name.
         OSError: the disk refuses. A checkpoint that was in the folder is then still whole.
 
     Saved:
@@ -69,13 +76,15 @@ def save(
     injection = injection_of(model)
     if injection.merged:
         raise ValueError("this model is merged into its base: unmerge it before save")
-    tensors = method_tensors(model)
+    method = _named(injection, method)
+    config = injection.config if method is None else injection.methods[method]
+    tensors = method_tensors(model, method)
     unfrozen = _unfrozen_to_save(model, injection, include_trained)
     tensors |= {name: whole(parameters_of(model)[name]) for name in unfrozen}
     tensors = {name: t.contiguous().cpu() for name, t in tensors.items()}
     if not writes(model):
         return
-    description = _description(model, tensors, unfrozen)
+    description = _description(model, config, tensors, unfrozen)
     writers = {
         WEIGHTS_FILE: lambda to: save_file(tensors, to, metadata={"format": "pt"}),
         CONFIG_FILE: lambda to: to.write_text(json.dumps(description, indent=2) + "\n"),
@@ -102,12 +111,29 @@ def _unfrozen_to_save(
     return unfrozen if include_trained else []
 
 
-def _description(model: nn.Module, tensors: dict[str, Tensor], unfrozen: list[str]) -> dict:
+def _named(injection: Injection, method: str | None) -> str | None:
+    """The method to write, where several are in the model together."""
+    if isinstance(injection, TogetherInjection):
+        method = injection.active if method is None else injection.known(method)
+        if method is None:
+            raise ValueError("the base alone is active: save(model, folder, method=name) names one")
+        return method
+    if method is not None:
+        raise ValueError(
+            f"method={method!r}: this model has {injection.config.name!r} alone, or one of several"
+            " at a time: set_active chooses it"
+        )
+    return None
+
+
+def _description(
+    model: nn.Module, config: PeltConfig, tensors: dict[str, Tensor], unfrozen: list[str]
+) -> dict:
     """The content of the JSON file."""
     architecture, name = identity(model)
     return {
         "format_version": FORMAT_VERSION,
-        "config": injection_of(model).config.as_dict(),
+        "config": config.as_dict(),
         "base": {
             "architecture": architecture,
             "name": name,
@@ -214,6 +240,17 @@ def load(
         raise
     copy_tensors(model, tensors)
     return handle
+
+
+def read_method(
+    model: nn.Module, folder: str | os.PathLike
+) -> tuple[PeltConfig, dict[str, Tensor]]:
+    """The config and the tensors of a saved method, checked against the base of ``model``."""
+    config, description = read_config(folder)
+    _check_base(model, description["base"], folder)
+    tensors = _read_saved(Path(folder), description)
+    _check_sizes(config, tensors, folder)
+    return config, tensors
 
 
 def _check_base(model: nn.Module, base: dict, folder) -> None:

@@ -11,7 +11,7 @@ from pelt_fast.config import Modification
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.injection.explain import explain
 from pelt_fast.injection.handles import carrier_of
-from pelt_fast.injection.record import injection_of
+from pelt_fast.injection.record import injection_of, refuse_together
 from pelt_fast.layouts.layout import Layout
 from pelt_fast.layouts.names import check_model
 
@@ -24,6 +24,7 @@ CARD = "README.md"
 def model_card(model: nn.Module, repo_id: str = "OWNER/NAME") -> str:
     """The card of an injected model: its base, its method, the sizes, and how to use it."""
     model = carrier_of(model)
+    refuse_together(injection_of(model), "push_to_hub")
     config, explanation = injection_of(model).config, explain(model)
     architecture, known_as = identity(model)
     name, count = known_as or architecture, explanation.count

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast.injection.handles import carrier_of
+from pelt_fast.injection.method_names import plain_name
 from pelt_fast.injection.record import Injection, injection_of
 from pelt_fast.layouts.names import is_method, modules_of, parameters_of
 from pelt_fast.modules import PrefixBank
@@ -12,10 +13,15 @@ from pelt_fast.modules.hooked import at_hand, holders
 from .sharded import is_sharded, like, resharded, whole
 
 
-def method_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The method, prefixes as their keys and values (L, 2, H, P, D), and the trained task head."""
+def method_tensors(model: nn.Module, method: str | None = None) -> dict[str, Tensor]:
+    """The method, prefixes as their keys and values (L, 2, H, P, D), and the trained task head. Of
+    several methods that are in the model together, the one that is named."""
     model = carrier_of(model)
     injection = injection_of(model)
+    if method is not None:
+        named = _method_tensors(model, injection).items()
+        plain = {plain_name(name, method): tensor for name, tensor in named}
+        return {name: tensor for name, tensor in plain.items() if name is not None}
     names = {name for name, _ in model.named_parameters()}
     if not injection.config.is_full:
         names = {name for name in names if is_method(name) or name in injection.own_trained}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pelt_fast.injection.handles import carrier_of
-from pelt_fast.injection.record import injection_of
+from pelt_fast.injection.record import injection_of, refuse_together
 from pelt_fast.layouts.lookup import base_of
 from pelt_fast.layouts.names import parameters_of
 from pelt_fast.modules import LoRALinear, PrefixBank, Prompt
@@ -52,6 +52,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     """
     model = carrier_of(model)
     injection = injection_of(model)
+    refuse_together(injection, "export_peft")
     sites = list(dict.fromkeys(site.module for site in injection.sites))
     kinds = {type(site) for site in sites}
     if injection.biases or len(kinds) != 1 or not kinds <= _WRITERS.keys():

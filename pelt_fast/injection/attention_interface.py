@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelt_fast import functional
 from pelt_fast.modules import PrefixSlice, QuerySlice
+from pelt_fast.modules.routed_slice import RoutedSlice
 from pelt_fast.ops.common.backends import backend
 from pelt_fast.ops.common.bundles import QKV, Form, Prefix, Scores
 from pelt_fast.ops.common.heads import context_scores, expand_heads
@@ -24,6 +25,7 @@ from pelt_fast.ops.prefix_attention.op import attention_with_prefix
 
 from .attention_keywords import KNOWN, check_given, check_known
 from .record import Injection
+from .routed_attention import attend_together
 
 SLICE = "pelt_prefix_slice"  # attribute of an attention module that carries a prefix
 WRAPPED = ("sdpa", "eager")
@@ -114,6 +116,10 @@ def _biased(mask: Tensor | None, bias: Tensor | None, causal: bool, query, key) 
 def _slice_of(module: nn.Module) -> PrefixSlice | QuerySlice | None:
     """The prefix of an attention module, if it acts now."""
     site = module.__dict__.get(SLICE)
+    if isinstance(site, RoutedSlice):
+        site = site.now()
+        if isinstance(site, RoutedSlice):
+            return site
     if site is None or not site.on:
         return None
     switch = site.switched.switch
@@ -122,6 +128,9 @@ def _slice_of(module: nn.Module) -> PrefixSlice | QuerySlice | None:
 
 def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
     """Attention with the prefix (B, T, H, D), contiguous; q, k, v (B, H or Hkv, T or S, D)."""
+    if isinstance(site, RoutedSlice):
+        given = dict(mask=mask, causal=causal, dropout=dropout, scaling=scaling)
+        return attend_together(module, site, QKV(q, k, v), **given).transpose(1, 2)
     prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
     prefix_k, prefix_v = prefix_k.to(q.device), prefix_v.to(q.device)  # layers on many devices
     qkv, prefix = QKV(q, k, v), Prefix(prefix_k, prefix_v)

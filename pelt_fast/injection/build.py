@@ -40,7 +40,7 @@ def _build_lora(model, modification, stacks, injection) -> None:
     made: dict[nn.Module, str] = {}
     for target in lora_targets(model, modification, stacks):
         linear = target.linear
-        if LORA in host_of(linear)._modules:
+        if injection.changes.child(host_of(linear), LORA) is not None:
             continue  # tied q and k: another modification put one on this layer
         shares_matrix = isinstance(linear, ProjectionView) and linear.which is not None
         linear = _joined_view(linear, injection) if shares_matrix else linear
@@ -58,11 +58,11 @@ def _build_lora(model, modification, stacks, injection) -> None:
 
 def _joined_view(view: ProjectionView, injection: Injection) -> ProjectionView:
     """The view, registered with the joined projection that runs instead of its owner."""
-    if JOINED not in view.owner._modules:
+    joined = injection.changes.child(view.owner, JOINED)
+    if joined is None:
         joined = JoinedProjection(view.owner)
         injection.changes.add(view.owner, JOINED, joined)
         injection.changes.call(view.owner, joined.__call__)
-    joined = view.owner._modules[JOINED]
     return joined._modules.get(view.name) or joined.part(view)
 
 
@@ -88,8 +88,10 @@ def _build_prompt(model, modification, stacks, injection) -> None:
             weight, width = weight_of(embedded), shape_of(embedded)[1]
         dtype = trained_dtype(injection.config, weight)
         prompt = Prompt(modification, width, device_of(embedded), dtype)
-        injection.changes.add(find(base, stack.owner), "pelt_prompt", prompt)
-        attach_prompt(base, stack, prompt, injection)
+        in_front = injection.changes.put_in_front(find(base, stack.owner), prompt)
+        if in_front is not None:  # else another method's prompt is there, and shares its hooks
+            with injection.changes.for_all():
+                attach_prompt(base, stack, in_front, injection)
         name = f"{stack.owner}.embeddings".removeprefix(".")
         injection.sites.append(Site(name, "prompt", "prompt", prompt))
 

@@ -59,7 +59,7 @@ def _add_bank(
     heads, width = key_heads_of(target.layer, layout), shape_of(key)[1]
     bank = PrefixBank(len(served), heads, head_dim, width, modification,
                       device_of(key), trained_dtype(injection.config, weight_of(key)))  # fmt: skip
-    changes.add(owner, _free_name(owner, _bank_name(layout.kind, modification)), bank)
+    changes.add(owner, _free_name(owner, _bank_name(layout.kind, modification), injection), bank)
     _check_in_each_forward(owner, injection)
     changes.hook(owner.register_forward_pre_hook(bank.before_stack))
     changes.hook(owner.register_forward_hook(bank.runs.end))
@@ -78,10 +78,10 @@ def _bank_name(kind: str, modification: Modification) -> str:
     return f"pelt_{kind}_prefix{first}"
 
 
-def _free_name(owner: nn.Module, name: str) -> str:
+def _free_name(owner: nn.Module, name: str, injection: Injection) -> str:
     """A child name that is free: numbered where two stacks of one owner would have the same."""
     free, number = name, 2
-    while free in owner._modules:
+    while injection.changes.child(owner, free) is not None:
         free, number = f"{name}_{number}", number + 1
     return free
 

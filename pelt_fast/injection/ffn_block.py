@@ -82,6 +82,17 @@ def take_block(
 ) -> FFNBlock:
     """The block of a layer, for a site that runs instead of it. If the layer spells it out, the
     layer's own projections and dropouts are made to do nothing, and are watched."""
+    known = injection.blocks.get((target.layer, layout.entry))
+    if known is None:
+        known = injection.blocks[target.layer, layout.entry] = _block(
+            base, target, layout, injection
+        )
+    return known
+
+
+def _block(
+    base: nn.Module, target: TargetLayer, layout: FFNLayout, injection: Injection
+) -> FFNBlock:
     layer = target.layer
     if layout.is_container:
         return describe_block(base, layer, layout)

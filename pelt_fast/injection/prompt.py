@@ -10,6 +10,12 @@ window as far as the window reaches, like tokens in their positions. They have n
 (as in the paper's code). Under rotary positions, which are relative, they have the first P, and the
 tokens follow. Token embeddings come from the stack's own input embeddings, with the hooks on them.
 With a cache the prompt is put in front once, when the cache is empty (``prompt_cache``).
+
+Several methods in one model share these hooks. Where the rows of a batch are under several of them,
+as many virtual tokens as the longest prompt has are put in front of every row. A row with a shorter
+prompt, or with none, has its own right in front of its tokens; those in front of them are hidden by
+the padding mask, as tokens padded left are. So a model that gives a row padded left what it gives
+the row alone gives each row what its own prompt alone gives.
 """
 
 from torch import nn
@@ -17,6 +23,7 @@ from torch import nn
 from pelt_fast.layouts.layout import StackLayout
 from pelt_fast.layouts.lookup import find
 from pelt_fast.modules import Prompt
+from pelt_fast.modules.routed_prompt import RoutedPrompt
 
 from .prompt_front import Front, LayerFront, NormFront
 from .prompt_tokens import DecoderFront, EncoderFront
@@ -25,7 +32,7 @@ from .undo_log import UndoLog
 
 
 def attach_prompt(
-    base: nn.Module, stack: StackLayout, prompt: Prompt, injection: Injection
+    base: nn.Module, stack: StackLayout, prompt: Prompt | RoutedPrompt, injection: Injection
 ) -> None:
     """Register the hooks that put ``prompt`` in front of ``stack``."""
     layout, changes, owner = stack.prompt, injection.changes, find(base, stack.owner)
@@ -54,7 +61,11 @@ def _attach_to_norm(base: nn.Module, path: str, front: NormFront, changes: UndoL
 
 
 def _token_front(
-    base: nn.Module, stack: StackLayout, prompt: Prompt, strips: bool, changes: UndoLog
+    base: nn.Module,
+    stack: StackLayout,
+    prompt: Prompt | RoutedPrompt,
+    strips: bool,
+    changes: UndoLog,
 ) -> Front:
     path = stack.prompt.positions
     positions = None if path is None else find(base, path)

@@ -5,31 +5,33 @@ without the virtual tokens. So ``get_seq_length`` leaves them out, except for th
 that is running with the prompt in front. The mark is an attribute of the cache: it is copied and
 pickled with it, and stays through crops, reordering and resets. Keys that the present prompt did
 not make are refused: those of a cache without a mark, of another prompt, or of this one before it
-was trained, loaded or exchanged.
+was trained, loaded or exchanged. Where prompts of several methods begin a cache, the method of each
+row is remembered too (``held_routes``).
 """
 
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+
+from pelt_fast.modules.prompt import Prompt
+from pelt_fast.modules.routed_prompt import MixedPrompt
+
+from .held_routes import check_routes, forget_routes, hold_routes, mixed_length
 
 _MARK = "_pelt_prompt"
 _ANEW = "start with an empty cache"
 
 
 class HeldPrompt:
-    """The mark: the prompt (P, d) whose keys come first in a cache's ``layers``."""
+    """The mark: the prompt whose ``length`` keys come first in a cache's ``layers``."""
 
-    def __init__(self, layers: list, rows: Tensor):
+    def __init__(self, layers: list, prompt: Prompt | MixedPrompt):
         # the layers, not the cache: a reference cycle would keep the memory until it is collected
-        self.layers, self.rows = layers, rows.detach().clone()
+        self.layers, self.length = layers, prompt.length
+        self.rows = {m: rows.detach().clone() for m, rows in prompt.embeddings.items()}
         self.running = False  # whether the stack that put the prompt there is running
-
-    @property
-    def length(self) -> int:
-        """P."""
-        return self.rows.shape[0]
 
     def whole(self, layer_idx: int = 0) -> int:
         """The number of keys of a layer, or of the next one that counts them."""
@@ -52,8 +54,8 @@ class HeldPrompt:
             )
         return self.whole(layer_idx)
 
-    def check(self, prompt: Tensor) -> None:
-        """ValueError unless the layers begin with ``prompt`` and hold equally many keys."""
+    def check(self, prompts: dict[int | None, Tensor]) -> None:
+        """ValueError unless the layers begin with ``prompts`` and hold equally many keys."""
         lengths = {self.whole(i) for i in range(len(self.layers))} - {0}
         if self.running or len(lengths) > 1:
             raise ValueError(
@@ -66,69 +68,90 @@ class HeldPrompt:
             )
         if torch.compiler.is_compiling():
             return  # a graph cannot read values
-        if self.rows.shape != prompt.shape or not torch.equal(self.rows.to(prompt), prompt):
+        if not all(_equal(self.rows[m], rows) for m, rows in prompts.items() if m in self.rows):
             raise ValueError(
                 f"this cache begins with another prompt of {self.length} virtual tokens, or with"
                 f" this one before it changed: {_ANEW}"
             )
 
 
-def given_cache(kwargs: dict, length: int) -> Cache | None:
-    """The cache of a stack's own keys among a call's arguments. Raises ValueError for a static one,
-    which has no room for ``length`` more keys."""
+def _equal(held: Tensor, now: Tensor) -> bool:
+    return held.shape == now.shape and torch.equal(held.to(now), now)
+
+
+def given_cache(kwargs: dict) -> Cache | None:
+    """The cache of a stack's own keys among a call's arguments."""
     cache = kwargs.get("cache")
-    cache = _self_attention(kwargs.get("past_key_values") if cache is None else cache)
+    return _self_attention(kwargs.get("past_key_values") if cache is None else cache)
+
+
+def held_by(cache: Cache, prompt: Prompt | MixedPrompt, like: Tensor) -> HeldPrompt:
+    """The mark of the cache that a forward with the rows of ``like`` was given; an empty cache gets
+    one. Raises ValueError for keys that ``prompt`` did not make, and for a static cache, which has
+    no room for more of them."""
     if isinstance(cache, StaticCache):
         raise ValueError(
-            f"a static cache has no place for the {length} virtual tokens of this prompt: use the"
-            " dynamic cache (cache_implementation=None)"
+            f"a static cache has no place for the {prompt.length} virtual tokens of this prompt:"
+            " use the dynamic cache (cache_implementation=None)"
         )
-    return cache
-
-
-def held_by(cache: Cache, prompt: nn.Module) -> HeldPrompt:
-    """The mark of the cache that a forward was given; an empty cache gets one. Raises ValueError
-    for keys that ``prompt`` did not make."""
     held = cache.__dict__.get(_MARK)
     if cache.get_seq_length() == 0 and (held is None or held.whole() == 0):
-        return mark(cache, prompt)
+        return mark(cache, prompt, like)
     if held is None:
         raise ValueError(
             f"this cache holds {cache.get_seq_length()} keys and no mark of a prompt: it was filled"
             f" before inject, by another model or by hand. {_ANEW.capitalize()}; to use one twice,"
             " take copy.deepcopy(cache) of what this model filled"
         )
-    held.check(prompt.embedding)
+    check_routes(cache, prompt, like)
+    held.check(prompt.embeddings)
     return held
 
 
-def mark(cache: Cache, prompt: nn.Module) -> HeldPrompt:
-    """Mark a cache that begins with ``prompt``."""
-    held = HeldPrompt(cache.layers, prompt.embedding)
+def mark(cache: Cache, prompt: Prompt | MixedPrompt, like: Tensor) -> HeldPrompt:
+    """Mark a cache that begins with ``prompt`` in front of each row of ``like``."""
+    held = HeldPrompt(cache.layers, prompt)
     setattr(cache, _MARK, held)
     cache.get_seq_length = partial(HeldPrompt.tokens, held)  # a graph can return no bound method
     cache.get_query_offset = partial(HeldPrompt.offset, held)
+    hold_routes(cache, prompt, like)
     return held
 
 
-def mark_returned(outputs, prompt: nn.Module) -> None:
+def forget(cache: Cache | None) -> None:
+    """Remove the mark of a cache that is empty again, for a forward in which no prompt acts."""
+    held = None if cache is None else cache.__dict__.get(_MARK)
+    if held is not None and held.whole() == 0:
+        for name in (_MARK, "get_seq_length", "get_query_offset"):
+            cache.__dict__.pop(name, None)
+        forget_routes(cache)
+
+
+def mark_returned(outputs, prompt: Prompt | MixedPrompt, like: Tensor) -> None:
     """Mark the caches among a model's outputs that the model made itself."""
     for value in outputs.values() if hasattr(outputs, "values") else outputs:
         if isinstance(value, Cache) and _MARK not in _self_attention(value).__dict__:
-            mark(_self_attention(value), prompt)
+            mark(_self_attention(value), prompt, like)
 
 
-def check_cross_keys(kwargs: dict, states: Tensor | None) -> None:
-    """ValueError for a decoder's cache whose cross-attention keys have another length than the
-    encoder outputs ``states``: they were made without the prompt."""
+def cross_cache(kwargs: dict) -> DynamicCache | None:
+    """The cache of a decoder's cross-attention keys."""
     cross = getattr(kwargs.get("cache"), "cross_attention_cache", None)
-    if states is None or not isinstance(cross, DynamicCache):
-        return
+    return cross if isinstance(cross, DynamicCache) else None
+
+
+def check_cross_keys(cross: DynamicCache, prompt: Prompt | MixedPrompt, states: Tensor) -> None:
+    """ValueError for cross-attention keys of another length than the encoder outputs ``states``:
+    they were made without the prompt. Or under other routes, which an empty cache remembers."""
     if cross.get_seq_length() not in (0, states.shape[1]):
         raise ValueError(
             f"this cache holds {cross.get_seq_length()} keys of an encoder that returned"
             f" {states.shape[1]} now, the prompt's among them: {_ANEW}"
         )
+    if cross.get_seq_length() == 0:
+        hold_routes(cross, prompt, states)
+    elif mixed_length(cross) is not None:
+        check_routes(cross, prompt, states)
 
 
 def _self_attention(cache: Cache | None) -> Cache | None:

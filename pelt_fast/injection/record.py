@@ -26,11 +26,14 @@ class Injection:
     ``sites`` are in the order in which they were built. ``changes`` takes everything back.
     """
 
+    together = False  # whether several methods are in the model (inject_together)
+
     def __init__(self, config: PeltConfig, pack: bool = True):
         self.config, self.pack = config, pack
         self.layout: Layout | None = None  # where it is not a row of the table
         self.discovered = False  # whether that layout was found on the model itself
         self.sites: list[Site] = []
+        self.blocks: dict = {}  # the feed-forward blocks that sites run, by layer and entry
         self.head: list[str] = []  # names of the task head's parameters
         self.biases: list[str] = []  # names of the base's biases that the method trains
         self.trainable_before: dict[str, bool] = {}  # requires_grad, by parameter name
@@ -60,3 +63,12 @@ class Injection:
 def injection_of(model: nn.Module) -> Injection:
     """The injection of the model that carries the method of ``model`` (``handles.carrier_of``)."""
     return carrier_of(model)._pelt
+
+
+def refuse_together(injection: Injection, call: str) -> None:
+    """ValueError for a call that is for one method, where several are in the model."""
+    if injection.together:
+        raise ValueError(
+            f"{call} is for one method, and several are in this model together: write the one that"
+            " is wanted with save(model, folder, method=name), and load it alone"
+        )

@@ -4,12 +4,18 @@ A change is made and recorded in one call. ``undo`` takes the changes back, the 
 log is part of the model (``model._pelt.changes``): it is copied and pickled with it.
 """
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from torch import nn
 
 from pelt_fast.modules.hooked import give_back, put
 from pelt_fast.modules.late import Taken
+from pelt_fast.modules.prompt import Prompt
+from pelt_fast.modules.routed_prompt import RoutedPrompt
+
+PROMPT = "pelt_prompt"  # the child of a stack's owner that holds its prompt
 
 
 class _Absent:
@@ -104,6 +110,20 @@ class UndoLog:
     def add(self, owner: nn.Module, name: str, child: nn.Module) -> None:
         """Register ``child`` under ``owner``."""
         self._changes.append(ChildChange(owner, name, child))
+
+    def put_in_front(self, owner: nn.Module, prompt: Prompt) -> Prompt | RoutedPrompt | None:
+        """Register the prompt of a stack. Returns what hooks must put in front of the stack; None
+        where they do so already."""
+        self.add(owner, PROMPT, prompt)
+        return prompt
+
+    def for_all(self) -> AbstractContextManager:
+        """In this block changes are made that methods share."""
+        return contextlib.nullcontext()
+
+    def child(self, owner: nn.Module, name: str) -> nn.Module | None:
+        """The child of this name that the method which is built now has, or None."""
+        return owner._modules.get(name)
 
     def hook(self, handle) -> None:
         """Record the handle of a hook."""

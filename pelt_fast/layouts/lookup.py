@@ -9,7 +9,7 @@ from pelt_fast.modules.projection_view import view_of
 
 from .known_forwards import own_file, why_foreign
 from .layout import FFNLayout, Layout, StackLayout
-from .names import compiled_from
+from .names import compiled_from, is_method
 from .parts import Parts, used, used_of
 from .table import ROWS, rows_of
 
@@ -155,7 +155,7 @@ def task_head(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: child
         for name, child in model.named_children()
-        if compiled_from(child) is not base
+        if compiled_from(child) is not base and not is_method(name)
         and all(module is not embeddings for module in child.modules())
         and (is_told or name in _HEADS) and not _is_part(name, child)
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """What torch's checkpoints run again in backward, after the block of the forward has ended."""
 
+import contextlib
 import sys
 import types
 from collections.abc import Callable
@@ -12,25 +13,40 @@ Context = Callable[[], AbstractContextManager]
 
 
 class RunAgain:
-    """A checkpointed function. It runs in a context of its own."""
+    """A checkpointed function. It runs in contexts of its own, one for each ``key``."""
 
-    def __init__(self, function: Callable, context: Context):
-        self.function, self.context = function, context
+    def __init__(self, function: Callable):
+        self.function, self.contexts = function, {}
 
     def __call__(self, *args, **kwargs):
-        with self.context():
+        with contextlib.ExitStack() as stack:
+            for context in self.contexts.values():
+                stack.enter_context(context())
             return self.function(*args, **kwargs)
 
 
-def run_again_in(context: Context) -> None:
-    """Make the checkpoint that is running, if any, run its function again in ``context``."""
-    found = _without_reentry() if torch.is_grad_enabled() else _with_reentry()
+def run_again_in(key: object, context: Context) -> None:
+    """Make the checkpoint that is running, if any, run its function again in ``context``. The first
+    context of a ``key`` holds."""
+    found = _running()
     if found is None:
         return
     owner, name = found
     function = getattr(owner, name)
     if not isinstance(function, RunAgain):
-        setattr(owner, name, RunAgain(function, context))
+        function = RunAgain(function)
+        setattr(owner, name, function)
+    function.contexts.setdefault(key, context)
+
+
+def in_checkpoint() -> bool:
+    """Whether a checkpoint is running its function for the first time."""
+    return _running() is not None
+
+
+def _running() -> tuple[object, str] | None:
+    """The owner and the name of the function that the running checkpoint will run again."""
+    return _without_reentry() if torch.is_grad_enabled() else _with_reentry()
 
 
 def _without_reentry() -> tuple[object, str] | None:

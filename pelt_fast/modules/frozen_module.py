@@ -15,6 +15,7 @@ from .projection_view import LORA, holds_numbers, host_of, is_readable
 # the forwards that compute x Wᵀ + b alone, as their classes define them; not those patched later
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
 QUANTISED = "its weight is quantised"
+OWN = "pelt_own"  # the child of a module that holds the parameters that several methods have there
 
 
 def foreign_forward(module: nn.Module) -> Callable | None:
@@ -111,6 +112,8 @@ class FrozenModule:
             return QUANTISED
         if is_away(self._holder):
             return "its weight is offloaded"
+        if OWN in self._holder._modules:
+            return "several methods have their own biases there"
         foreign = self.foreign or foreign_forward(self.module)
         if foreign is not None:
             return f"the layer's forward was replaced by another library ({described(foreign)})"
@@ -139,8 +142,11 @@ class FrozenModule:
     def bare(self, *args, **kwargs):
         """The module's own forward alone, inside the hook that loads its weights."""
         module = host_of(self.module)
-        own = self.foreign or type(module).forward.__get__(module)
-        return run(self._holder, own, args, kwargs)
+        forward = self.foreign or type(module).forward.__get__(module)
+        own = module._modules.get(OWN)
+        if own is None:
+            return run(self._holder, forward, args, kwargs)
+        return own.run(module, forward, args, kwargs)
 
 
 class Foldable(nn.Module):

@@ -58,6 +58,10 @@ class MultiHeadAdapter(_Heads):
         x = self.kept_input.take()
         if self.switch.any_block and self.switch.is_off():
             return self.frozen(heads)
+        return self.frozen(heads + self.update(x).view_as(heads))
+
+    def update(self, x: Tensor) -> Tensor:
+        """s ReLU(x_h Dᵀ) U of every head (B, T, H D)."""
         count, _, dim = self.down_weight.shape
         q = x.unflatten(-1, (count, dim)).transpose(1, 2)  # (B, H, T, D)
         nothing = q.new_empty(q.shape[0], count, 0, dim)
@@ -65,7 +69,7 @@ class MultiHeadAdapter(_Heads):
             q, nothing, nothing, self.down_weight, self.scale * self.up_weight, scale=1.0,
             form="relu", composition="add", dropout_p=in_force(self.dropout),
         )  # fmt: skip
-        return self.frozen(heads + update.transpose(1, 2).flatten(2).view_as(heads))
+        return update.transpose(1, 2).flatten(2)
 
 
 class QueryHeads(_Heads):

@@ -58,6 +58,14 @@ class JoinedProjection(nn.Module):
             self._stacked(sites), scale=1.0, dropout_p=probabilities.pop(),
         )  # fmt: skip
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float, float]:
+        """lora_a (sum of R, K), lora_b (N, sum of R), the scale and the dropout of all parts as one
+        update of the whole projection."""
+        sites = [(part.which, part._modules[LORA]) for part in self.children()
+                 if LORA in part._modules]  # fmt: skip
+        lora_a = torch.cat([site.lora_a for _, site in sites])
+        return lora_a, self._stacked(sites), 1.0, in_force(sites[0][1].dropout)
+
     def _stacked(self, sites: list) -> Tensor:
         """The second factors (N, sum of R) on a block diagonal, scaled."""
         ranks = [site.lora_a.shape[0] for _, site in sites]

@@ -68,7 +68,7 @@ def view_of(owner: nn.Module, name: str, config) -> ProjectionView:
     the rows from a to b, and "a-b%p" these rows of each p. An existing part is reused."""
     name, _, numbers = name.partition("=")
     fused = owner._modules.get(JOINED)
-    if fused is not None and name in fused._modules:
+    if isinstance(getattr(fused, name, None), ProjectionView):
         return fused._modules[name]
     if isinstance(owner, nn.Linear) and not is_readable(owner):
         raise ValueError(

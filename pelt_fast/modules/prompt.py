@@ -12,6 +12,7 @@ class Prompt(nn.Module):
     """``embedding`` (P, d), normal 0.02: virtual tokens at the start of every row of a batch."""
 
     switch: Switch = ALWAYS_ON
+    hides = False  # every row sees every virtual token
 
     def __init__(self, modification: Modification, width: int, device, dtype: torch.dtype):
         super().__init__()
@@ -23,6 +24,24 @@ class Prompt(nn.Module):
     def length(self) -> int:
         """P."""
         return self.embedding.shape[0]
+
+    @property
+    def embeddings(self) -> dict[int | None, Tensor]:
+        """What a cache remembers of the prompt, by method: there is one."""
+        return {None: self.embedding}
+
+    def now(self, length: int | None = None) -> "Prompt | None":
+        """What acts in this forward: this prompt, or None where the method is off. ``length`` is
+        for prompts of several methods."""
+        return None if self.switch.is_off() else self
+
+    def visible(self, mask: Tensor) -> Tensor:
+        """The columns (B, P) of the virtual tokens in a padding mask (B, T), in its dtype."""
+        return mask.new_ones(mask.shape[0], self.length)
+
+    def methods(self, rows: int, device: torch.device) -> Tensor | None:
+        """The method of each row; None: all rows are under one."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """[prompt; x] for x (B, T, d), in x's dtype."""

@@ -38,7 +38,24 @@ class Eager:
                 self.stance = None
 
 
-_EAGER = Eager()
+EAGER = Eager()
+
+
+class RunsEagerly:
+    """Compiled models run eagerly from now on, until :meth:`end` or until nobody holds this."""
+
+    def __init__(self):
+        self.open = True
+        EAGER.begin()
+
+    def end(self) -> None:
+        """They may run their graphs again."""
+        if self.open:
+            self.open = False
+            EAGER.end()
+
+    def __del__(self):
+        self.end()
 
 
 class Switch:
@@ -63,7 +80,7 @@ class Switch:
             return True
         if not self._depth.local.value:
             return False
-        run_again_in(self.turned_off)
+        run_again_in(self, self.turned_off)
         return True
 
     @contextlib.contextmanager
@@ -82,14 +99,14 @@ class Switch:
             self._end()
 
     def _begin(self, find_instead: Callable[[], list[BaseParameters]] | None) -> None:
-        _EAGER.begin()
+        EAGER.begin()
         try:
             with self._lock:
                 if not self._blocks:
                     self._put(self.instead if find_instead is None else find_instead())
                 self._blocks += 1
         except BaseException:
-            _EAGER.end()
+            EAGER.end()
             raise
 
     def _put(self, instead: list[BaseParameters]) -> None:
@@ -108,7 +125,7 @@ class Switch:
                 self.any_block = False
                 for parameters in self.instead:
                     parameters.give_back()
-        _EAGER.end()
+        EAGER.end()
 
     def __reduce__(self):
         return type(self), ()

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from .adapter import adapter_case
 from .case import Case
 from .lora import lora_case
-from .prefix_attention import prefix_case
+from .prefix_attention import prefix_case, routed_prefix_case
+from .routed import routed_case
 from .widened_ffn import ffn_case
 
 
@@ -22,6 +23,9 @@ def cases(sizes: tuple[int, int, int, int] = (37, 52, 44, 5)) -> Iterator[Case]:
         yield lora_case(*sizes, p, beside=True)
         yield ffn_case(*sizes, p, gated=False, beside=True)
         yield ffn_case(*sizes, p, gated=True, separate=True, beside=True)
+        for adapter in (False, True):
+            yield routed_case(*sizes, p, adapter)
         for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
             yield prefix_case(p, form, composition, causal=form == "softmax", masked=p == 0)
+            yield routed_prefix_case(p, form, composition)
         yield prefix_case(p, "softmax", "gated", causal=False, masked=True)

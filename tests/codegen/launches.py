@@ -17,6 +17,8 @@ from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
 from pelt_fast.kernels.tiles import HALF
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
+from pelt_fast.ops.common import bundles
+from pelt_fast.ops.routed import gpu as many
 
 M, K, N, F = 8192, 4096, 4096, 14336
 RANKS = (4, 8, 16, 64, 512)
@@ -188,6 +190,33 @@ def heads(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                     )  # fmt: skip
 
 
+def routed_heads(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    """A prefix for each row of the batch."""
+    name = str(dtype).removeprefix("torch.")
+    B, H, T, dim = 16, 16, 1024, 64
+    q, lse = empty(B, T, H, dim, dtype=dtype).transpose(1, 2), empty(B, H, T, dtype=torch.float32)
+    prefix = [empty(H, 4 * 200, dim, dtype=torch.float32) for _ in range(2)]
+    spans, methods = (empty(n, 2, dtype=torch.int64) for n in (B, 4))
+    for length in (30, 200):
+        for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
+            for seed in (None, SEED) if composition == "gated" else (None,):
+                p = 0.0 if seed is None else P
+                settings = dict(
+                    scale=0.1, form=form, composition=composition, dropout_p=p, seed=seed,
+                    spans=spans, longest=length,
+                )  # fmt: skip
+                tag = f"P={length} {form} {composition} {name} p={p}"
+                yield Launch(
+                    f"prefix routed {tag}",
+                    lambda s=settings: prefix_merge(q, *prefix, q, lse, q, **s), True,
+                )  # fmt: skip
+                yield Launch(
+                    f"prefix_bwd routed {tag}",
+                    lambda s=settings: prefix_merge_bwd(
+                        q, q, *prefix, q, lse, q, methods=methods, **s), True,
+                )  # fmt: skip
+
+
 def tail(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     name = str(dtype).removeprefix("torch.")
     x, weight = empty(M, K, dtype=dtype), empty(N, K, dtype=dtype)
@@ -259,6 +288,45 @@ def norms(target: str, dtype: torch.dtype) -> Iterator[Launch]:
         )  # fmt: skip
 
 
+def routed(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    """Methods of several ranks; where 8 divides none of them, not streaming."""
+    name = str(dtype).removeprefix("torch.")
+    x, dy = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype)
+    for ranks in ([8, 16, 32], [3, 100], [8, 512]):
+        weights = routed_factors(ranks, dtype, K, N)
+        for seeds, activation in (
+            (None, "identity"),
+            (torch.empty(3, 2, dtype=torch.int64), "gelu"),
+        ):
+            calls = routed_calls(x, dy, weights, ranks, seeds, activation)
+            for call_name, call in calls.items():
+                tag = f"R={ranks} {activation} {name} p={0.0 if seeds is None else P}"
+                yield Launch(f"{call_name} {tag}", call)
+
+
+def routed_factors(ranks: list[int], dtype: torch.dtype, k: int, n: int) -> tuple:
+    total = sum(ranks)
+    down = bundles.RoutedDown(*(empty(*s, dtype=torch.float32) for s in ((total, k), (total,))))
+    shapes = (n * total,), (len(ranks), n)
+    return down, bundles.RoutedUp(*(empty(*s, dtype=torch.float32) for s in shapes))
+
+
+def routed_calls(x, dy, factors, ranks, seeds, activation: str) -> dict[str, Callable]:
+    """The four ops. Their numbers of the host are read, the segments are not."""
+    (down, up), most = factors, max(ranks)
+    t = torch.empty_like(x[:, :1]).expand(-1, most) if x.is_meta else x.new_empty(len(x), most)
+    where = bundles.Segments(torch.empty(16, 4, dtype=torch.int64, device=x.device), ranks)
+    drop = bundles.RoutedDropout([] if seeds is None else [P] * len(ranks), seeds)
+    transform = bundles.RoutedTransform(activation, [2.0] * len(ranks))
+    needs = [True] * 3
+    return dict(
+        routed_down=lambda: many.down_forward(x, down, where, drop),
+        routed_down_bwd=lambda: many.down_backward(t, x, x, down[0], where, drop, needs),
+        routed_up=lambda: many.up_forward(dy, t, up, where, transform, drop),
+        routed_up_bwd=lambda: many.up_backward(dy, t, up[0], where, transform, drop, needs),
+    )
+
+
 def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """Sizes of 1 (which the launcher makes constants), and sizes that divide nothing."""
     name = str(dtype).removeprefix("torch.")
@@ -301,6 +369,10 @@ def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 prefix_merge(q, *prefix, None, None, q, composition=composition, **common)
                 prefix_merge_bwd(q, q, *prefix, q, lse, q, composition=composition, **common)
 
+            factors = routed_factors([r], dtype, k, n)
+            for call in routed_calls(x, dy, factors, [r], SEED.view(1, 2), "silu").values():
+                call()
+
         yield Launch(f"ugly {m}x{k}x{n} R={r} {name}", calls)
 
 
@@ -319,6 +391,8 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     prefix = [torch.empty(2, 30, k, device="meta") for _ in range(2)]
     lse = torch.empty(2, 2, m, device="meta")
     attention = dict(scale=0.1, form="softmax", composition="gated")
+    spans = torch.empty(2, 2, dtype=torch.int64, device="meta")
+    routed = dict(attention, spans=spans, longest=30)
     common = dict(gated=False, ffn_activation="gelu", activation="relu")
     calls = dict(
         rank_down=lambda: rank_down(x, a), rank_down_bwd=lambda: rank_down_bwd(s, x, torch.float32),
@@ -332,6 +406,8 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
         ffn_act_bwd=lambda: ffn_act_bwd(act, act, act, "silu"),
         prefix=lambda: prefix_merge(q, *prefix, q, lse, q, **attention),
         prefix_bwd=lambda: prefix_merge_bwd(q, q, *prefix, q, lse, q, **attention),
+        routed=lambda: prefix_merge(q, *prefix, q, lse, q, **routed),
+        routed_bwd=lambda: prefix_merge_bwd(q, q, *prefix, q, lse, q, methods=spans, **routed),
     )  # fmt: skip
     for name, call in calls.items():
         yield Launch(f"huge {name}", call)
@@ -340,7 +416,7 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
 def launches(target: str) -> Iterator[Launch]:
     """All of them, for one target."""
     for dtype in (torch.bfloat16, torch.float32):
-        for family in (low_rank, adapters, norms, tail, widened_ffn, heads):
+        for family in (low_rank, routed, adapters, norms, tail, widened_ffn, heads, routed_heads):
             yield from family(target, dtype)
         if target == "sm90" and dtype == torch.bfloat16:
             yield from ugly(target, dtype)

@@ -1,4 +1,4 @@
-"""How large a file, a function and a list of parameters may be."""
+"""How large a file, a function and a list of parameters may be, and what a backward may read."""
 
 import ast
 from collections.abc import Iterator
@@ -43,6 +43,17 @@ def functions_are_short(root: Path) -> Iterator[str]:
         yield f"the median function has {median(lengths):g} lines, at most {MEDIAN}"
 
 
+def saved_tensors_are_read_once(root: Path) -> Iterator[str]:
+    """A backward reads its saved tensors once: a checkpoint gives them once."""
+    for name, function in _host_functions(root):
+        reads = [
+            node for node in ast.walk(function)
+            if isinstance(node, ast.Attribute) and node.attr == "saved_tensors"
+        ]  # fmt: skip
+        if len(reads) > 1:
+            yield f"{name}.{function.name}: reads saved_tensors {len(reads)} times, at most once"
+
+
 def _host_functions(root: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
     """Every function outside kernels, with the name of its file."""
     for name, path in files(root).items():
@@ -53,4 +64,6 @@ def _host_functions(root: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
                 yield name, node
 
 
-RULES = (files_are_short, few_positional_parameters, functions_are_short)
+RULES = (
+    files_are_short, few_positional_parameters, functions_are_short, saved_tensors_are_read_once,
+)  # fmt: skip

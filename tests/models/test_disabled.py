@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import pelt_fast
 from pelt_fast import Modification, PeltConfig
 from pelt_fast.modules.base_parameters import BaseParameters
-from pelt_fast.modules.switch import _EAGER
+from pelt_fast.modules.switch import EAGER
 from tests.models.test_parity import small_method
 from tests.small import MODELS, bert, gpt2, inputs, llama, randomise, t5
 from tests.threads import in_a_thread, together
@@ -130,7 +130,7 @@ def test_a_block_that_cannot_begin_leaves_nothing(fails_at, monkeypatch):
         pass
     assert all(module._parameters is table for module, table in zip(model.modules(), tables))
     assert not model._pelt.switch.any_block
-    assert _EAGER.stance is None and not _EAGER.blocks
+    assert EAGER.stance is None and not EAGER.blocks
     assert torch.equal(run(model, batch), own)
 
 

@@ -6,6 +6,8 @@ import torch
 from pelt_fast.kernels import config
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
+from pelt_fast.ops.common.batch import Mask
+from pelt_fast.ops.common.bundles import Dropout
 from pelt_fast.ops.common.heads import heads_last_empty
 from pelt_fast.ops.prefix_attention import reference
 
@@ -48,14 +50,17 @@ def make(shape, dtype, hidden=False):
     return q, pk, pv, context_o, context_lse
 
 
-def oracle(q, pk, pv, context_o, context_lse, scale, form, composition, p, row):
-    """The definition on a given context, in the tensors' own dtype."""
+def oracle(q, pk, pv, context_o, context_lse, scale, form, composition, p, row, factor=None):
+    """The definition on a given context, in the tensors' own dtype. ``factor``: that of the dropout,
+    by default of a whole batch."""
     heads, kind = q.shape[1], q.dtype
     pk, pv = (reference.expand_heads(t.to(kind), heads) for t in (pk, pv))
     z = scale * q @ pk.transpose(-1, -2)
     own = context_lse.to(torch.promote_types(kind, torch.float32))
     context_o = context_o.masked_fill((own == float("-inf")).unsqueeze(-1), 0)
-    factor = reference._drop_factor(z, p, None if row is None else row.view(1, 2), 0, 0)
+    if factor is None:
+        drop = Dropout(p, None if row is None else row.view(1, 2))
+        factor = reference._drop_factor(z, drop, 0, Mask(range(z.shape[0]), z.shape[-1]))
     if composition == "add":
         w = torch.softmax(z, -1) if form == "softmax" else z.clamp_min(0)
         return context_o + (factor * w) @ pv, own

@@ -162,8 +162,35 @@ def ffn_beside(make: Draw) -> tuple:
     return run, tensors, arguments
 
 
+def routed(make: Draw) -> tuple:
+    """Methods of drawn ranks, a few rows of the batch for each, some of none."""
+    count, k, n = make.draw(st.integers(1, 4)), make.draw(sizes), make.draw(sizes)
+    routes = make.draw(st.lists(st.integers(-1, count - 1), max_size=6))
+    lead = (len(routes) * make.draw(st.sampled_from([1, 2, 40])), make.draw(st.integers(1, 3)))
+    tensors = dict(x=make.frozen(*lead, k), base=make.frozen(*lead, n))
+    for i in range(count):
+        r = make.draw(ranks)
+        tensors |= {
+            f"down_weights{i}": make.trained(r, k, scale=k**-0.5),
+            f"up_weights{i}": make.trained(n, r, scale=r**-0.5),
+            f"down_biases{i}": make.maybe(make.trained(r)),
+            f"up_biases{i}": make.maybe(make.trained(n)),
+        }  # fmt: skip
+
+    def run(x, base, **rest):
+        lists = ("down_weights", "up_weights", "down_biases", "up_biases")
+        given = {name: [rest.pop(f"{name}{i}") for i in range(count)] for name in lists}
+        return functional.routed_beside(x, base, torch.tensor(routes).long(), **given, **rest)
+
+    return run, tensors, dict(
+        scales=[make.draw(st.floats(-4, 4)) for _ in range(count)],
+        activation=make.draw(st.sampled_from(ACTIVATIONS)),
+        input_dropout_p=make.draw(drops), dropout_p=[make.draw(drops) for _ in range(count)],
+    )  # fmt: skip
+
+
 FAMILIES = {"lora": lora, "adapter": adapter, "ffn": ffn, "prefix": prefix}
-BESIDE = {"lora beside": lora_beside, "ffn beside": ffn_beside}
+BESIDE = {"lora beside": lora_beside, "ffn beside": ffn_beside, "routed": routed}
 FROZEN = {"weight", "bias", "in_weight", "in_bias", "out_weight", "out_bias", "gate_weight",
           "gate_bias"}  # fmt: skip
 

@@ -14,7 +14,12 @@ from pelt_fast.ops.common import dispatch as support
 from pelt_fast.ops.common.backends import active_backend
 from pelt_fast.ops.common.dropout import draw_seed
 from pelt_fast.ops.lora.op import lora_bwd, lora_fwd
-from pelt_fast.ops.prefix_attention.op import prefix_attention_bwd, prefix_attention_fwd
+from pelt_fast.ops.prefix_attention.op import (
+    prefix_attention_bwd,
+    prefix_attention_fwd,
+    routed_prefix_bwd,
+    routed_prefix_fwd,
+)
 from pelt_fast.ops.widened_ffn.op import ffn_bwd, ffn_fwd
 
 CPU = torch.device("cpu")
@@ -85,7 +90,17 @@ def prefix_arguments(p, transposed):
         yield prefix_attention_bwd, (torch.randn_like(q), *saved, *settings, [True] * 5)
 
 
-FAMILIES = [lora_arguments, adapter_arguments, ffn_arguments, prefix_arguments]
+def routed_arguments(p, transposed):
+    routes, lengths = torch.tensor([1, -1]), [2, 1]
+    for op, arguments in prefix_arguments(p, transposed):
+        if op is prefix_attention_fwd:
+            yield routed_prefix_fwd, (*arguments[:5], routes, lengths, *arguments[5:])
+            continue
+        do, *tensors = arguments
+        yield routed_prefix_bwd, (do, *tensors[:5], routes, lengths, *tensors[5:])
+
+
+FAMILIES = [lora_arguments, adapter_arguments, ffn_arguments, prefix_arguments, routed_arguments]
 
 
 @pytest.mark.parametrize("transposed", [False, True])

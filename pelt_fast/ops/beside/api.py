@@ -1,18 +1,15 @@
 """The public functions beside frozen layers: arguments are checked, then the ops run."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from pelt_fast.ops.common import arguments as check
 from pelt_fast.ops.common import dispatch
 from pelt_fast.ops.common.activations import ACTIVATIONS
+from pelt_fast.ops.common.arguments import Layer
 from pelt_fast.ops.common.bundles import Bottleneck, FFNSettings, LowRank
 from pelt_fast.ops.common.learned_scale import fold_scale
 
 from . import op
-
-Layer = Callable[[Tensor], Tensor]
 
 
 def lora_beside(
@@ -64,7 +61,7 @@ def lora_beside(
     check.update_scale(scale, 1)
     check.probability("dropout_p", dropout_p)
     dispatch.announce("beside", x.device)
-    layer = _checked("layer", layer, x, lora_b.shape[0], lora_b=lora_b)
+    layer = check.checked_layer("layer", layer, x, lora_b.shape[0], lora_b=lora_b)
     return op.lora_beside(
         layer, x, LowRank(lora_a, lora_b, float(scale)), float(dropout_p), training
     )
@@ -157,24 +154,8 @@ def ffn_adapter_beside(
     )  # fmt: skip
     small = dict(up_weight=up_weight, up_bias=up_bias)
     layers = op.FrozenLayers(
-        _checked("in_layer", in_layer, x, "F"),
-        None if gate_layer is None else _checked("gate_layer", gate_layer, x, "F"),
-        _checked("out_layer", out_layer, x, up_weight.shape[0], **small),
+        check.checked_layer("in_layer", in_layer, x, "F"),
+        None if gate_layer is None else check.checked_layer("gate_layer", gate_layer, x, "F"),
+        check.checked_layer("out_layer", out_layer, x, up_weight.shape[0], **small),
     )
     return op.ffn_beside(x, adapter_x, layers, weights, settings, training)
-
-
-def _checked(
-    name: str, layer: Layer, x: Tensor, outputs: int | str, **weights: Tensor | None
-) -> Layer:
-    """``layer``, whose output is checked: its shape (``outputs`` may be free, as in
-    ``arguments.tensor``), its dtype, and the dtype of the second half's weights beside it."""
-
-    def run(inputs: Tensor) -> Tensor:
-        base = layer(inputs)
-        check.activation_tensor(f"the output of {name}", base, 1)
-        check.tensor(f"the output of {name}", base, (*x.shape[:-1], outputs), x)
-        check.trainable_dtype(base, **weights)
-        return base
-
-    return run

@@ -2,6 +2,7 @@
 value it had and the values that are allowed."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from .activations import ACTIVATIONS
 from .bundles import Bottleneck
 from .dispatch import DTYPES
 from .library import autocasts
+
+Layer = Callable[[Tensor], Tensor]
 
 
 def cast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -133,3 +136,26 @@ def bottleneck_shapes(
     same_dtype("up_weight", up_weight, up_bias=up_bias)
     update_scale(scale, channels)
     choice("activation", activation, ACTIVATIONS)
+
+
+def layer_output(
+    name: str, base: Tensor, x: Tensor, outputs: int | str, **weights: Tensor | None
+) -> None:
+    """Check what a layer returned for ``x``: its shape (``outputs`` may be free, as in
+    :func:`tensor`), its dtype, and the dtype of the second half's weights beside it."""
+    activation_tensor(name, base, 1)
+    tensor(name, base, (*x.shape[:-1], outputs), x)
+    trainable_dtype(base, **weights)
+
+
+def checked_layer(
+    name: str, layer: Layer, x: Tensor, outputs: int | str, **weights: Tensor | None
+) -> Layer:
+    """``layer``, whose output :func:`layer_output` checks."""
+
+    def run(inputs: Tensor) -> Tensor:
+        base = layer(inputs)
+        layer_output(f"the output of {name}", base, x, outputs, **weights)
+        return base
+
+    return run

@@ -118,6 +118,45 @@ class FFNSettings(NamedTuple):
     seed: Tensor | None
 
 
+class Segments(NamedTuple):
+    """Which rows run which method. ``segments`` (S, 4) int64 on the activation's device: first row,
+    rows, method (-1: none), first row among the method's own rows. Segments are disjoint, in any
+    order. ``ranks``: R_g of each method, 0 for a method that has nothing here."""
+
+    segments: Tensor
+    ranks: Sequence[int]
+
+
+class RoutedDown(NamedTuple):
+    """The first halves of many methods: the D_g below each other (sum R_g, K), the d_g behind each
+    other (sum R_g) or None."""
+
+    down_weights: Tensor
+    down_biases: Tensor | None
+
+
+class RoutedUp(NamedTuple):
+    """The second halves of many methods: the U_g (N, R_g), each flattened, behind each other
+    (N sum R_g), and the u_g (G, N) or None."""
+
+    up_weights: Tensor
+    up_biases: Tensor | None
+
+
+class RoutedDropout(NamedTuple):
+    """The dropouts of many methods: p_g (empty: none acts) and the seeds (G, 2) int64."""
+
+    probabilities: Sequence[float]
+    seeds: Tensor | None
+
+
+class RoutedTransform(NamedTuple):
+    """What happens between the two halves of every method, and the scale of each update."""
+
+    activation: str
+    scales: Sequence[float]
+
+
 class QKV(NamedTuple):
     """Queries (B, H, T, D), keys and values (B, Hkv, S, D)."""
 
@@ -131,6 +170,20 @@ class Prefix(NamedTuple):
 
     prefix_k: Tensor
     prefix_v: Tensor
+
+
+class RoutedPrefix(NamedTuple):
+    """The trainable keys and values of several methods, and the method of each row of the batch.
+
+    ``prefix_k`` and ``prefix_v`` are (Hkv, sum P, D): the methods' own behind each other, in order.
+    ``routes`` (B) int64: the method of each row of q, -1 for none. ``lengths``: the P of each
+    method, 0 if it has no prefix here.
+    """
+
+    prefix_k: Tensor
+    prefix_v: Tensor
+    routes: Tensor
+    lengths: Sequence[int]
 
 
 class Scores(NamedTuple):
@@ -160,12 +213,13 @@ class AttentionOutput(NamedTuple):
 
 
 NOTHING = {kind: (None,) * len(kind._fields) for kind in (
-    FrozenFFN, FFNSettings, Packed, Transform, Dropout, Scores, Form,
+    FrozenFFN, FFNSettings, Packed, Transform, Dropout, Scores, Form, Segments, RoutedDropout,
+    RoutedTransform,
 )}  # fmt: skip
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", str: "str",
-    Sequence[bool]: "bool[]",
+    Sequence[bool]: "bool[]", Sequence[int]: "int[]", Sequence[float]: "float[]",
 }  # fmt: skip
 
 

@@ -41,8 +41,8 @@ def plan(
     dtype: torch.dtype = torch.float32,
     size: int = 1,
 ) -> Plan:
-    """The plan of ``op`` ("lora", "adapter", "ffn", "beside" or "prefix") on ``device``, for
-    activations of ``dtype`` and a rank or prefix length ``size``."""
+    """The plan of ``op`` ("lora", "adapter", "ffn", "beside", "routed" or "prefix") on ``device``,
+    for activations of ``dtype`` and a rank or prefix length ``size``."""
     if active_backend() == "reference":
         return Plan("reference", "backend('reference') was asked for")
     kind = device.type

@@ -16,7 +16,9 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); 7 r
 smallest count that passes BigCrush.
 """
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -45,12 +47,33 @@ BLOCK_ELEMENTS_ELSEWHERE = 1 << 26
 MIN_ROWS = 16
 
 
+class _Source(threading.local):
+    """Where a thread's seeds come from: a function of their count, or None: torch's generator."""
+
+    draw: Callable[[int], Tensor] | None = None
+
+
+_source = _Source()
+
+
+@contextlib.contextmanager
+def seeds_from(draw: Callable[[int], Tensor]) -> Iterator[None]:
+    """In this block the seeds of this thread are what ``draw(count)`` gives, (count, 2)."""
+    before, _source.draw = _source.draw, draw
+    try:
+        yield
+    finally:
+        _source.draw = before
+
+
 def draw_seed(device: torch.device, count: int = 1) -> Tensor:
     """Draw ``count`` seeds from torch's generator: int64, shape (count, 2), rows (key, offset).
 
     Called outside the op, so that recomputation under checkpointing, torch.compile and CUDA
     graphs use the same seed. On an accelerator nothing is synchronised.
     """
+    if not torch.compiler.is_compiling() and _source.draw is not None:
+        return _source.draw(count).to(device)
     return torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=device)
 
 

@@ -32,6 +32,8 @@ def expand_heads(kv: Tensor, heads: int) -> Tensor:
 
 def reduce_heads(grad: Tensor, kv_heads: int) -> Tensor:
     """The transpose of :func:`expand_heads`."""
+    if grad.shape[-3] == kv_heads:
+        return grad
     *batch, heads, length, dim = grad.shape
     return grad.reshape(*batch, kv_heads, heads // kv_heads, length, dim).sum(-3)
 

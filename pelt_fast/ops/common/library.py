@@ -75,7 +75,7 @@ class Op:
         path: str,
         kernels: str,
         *,
-        size: tuple[str, int] | None,
+        size: tuple[str, int | None] | None,
         any_strides: Sequence[str] = (),
         without: Callable | None = None,
     ) -> None:
@@ -84,13 +84,13 @@ class Op:
         Args:
             path: "module:function", imported (and Triton with it) on the first call.
             kernels: the name whose rules ``dispatch.unsupported`` checks.
-            size: the argument and the dim whose length is the rank or the prefix length; None if
-                the op has neither.
+            size: the argument and the dim whose length is the rank or the prefix length, or None
+                instead of the dim if the argument is a list of them; None if the op has neither.
             any_strides: weights that only GEMMs read (GPT-2 stores them transposed).
             without: what runs if the kernels cannot, ``cpu`` by default. The reason is logged
                 once, or raised under strict.
         """
-        sized, dim = (0, None) if size is None else (self.arguments.index(size[0]), size[1])
+        length_of = _length_of(self.arguments, size)
         free = {self.arguments.index(name) for name in any_strides}
         otherwise = self.cpu if without is None else from_flat(without)
         loaded: list[Callable] = []
@@ -100,8 +100,7 @@ class Op:
                 _upright(args[i]) if i in free else args[i]
                 for i in self.tensors if args[i] is not None
             ]  # fmt: skip
-            length = 1 if dim is None else args[sized].shape[dim]
-            reason = dispatch.unsupported(kernels, tensors, length)
+            reason = dispatch.unsupported(kernels, tensors, length_of(args))
             if reason is not None:
                 dispatch.fall_back(f"{kernels}: running on library kernels, because {reason}")
                 return otherwise(*args)
@@ -151,6 +150,18 @@ class Op:
             or torch.autograd._profiler_enabled()
             or not _PLAIN.issuperset([type(args[i]) for i in self.tensors])
         )
+
+
+def _length_of(
+    arguments: Sequence[str], size: tuple[str, int | None] | None
+) -> Callable[[tuple], int]:
+    """The rank or prefix length of an op's arguments (:meth:`Op.on_gpu`)."""
+    if size is None:
+        return lambda args: 1
+    index, dim = arguments.index(size[0]), size[1]
+    if dim is None:
+        return lambda args: max((1, *args[index]))
+    return lambda args: args[index].shape[dim]
 
 
 _NOTHING_TO_DO = contextlib.nullcontext()

@@ -7,127 +7,119 @@ exact dq, dk, dv. The prefix part runs in C++ (csrc/cpu/prefix.cpp). Without C++
 batch rows are the rows of one matrix for each head, in blocks that stay in cache.
 Traffic  in addition to attention without a prefix: q, o read and o written forward; q, o, do, dq
          read and dq written backward. Flops (S + P) / S of the attention's.
+Routed   the same of the rows that have a prefix, each with its own P; the methods' keys and values
+         are read where they are, and none of a method without rows.
 
 A few queries that no mask restricts, as in a decoder's step, need one call: C++ attends over prefix
-and context (csrc/cpu/prefix_few.cpp).
+and context (csrc/cpu/prefix_few.cpp). A row of no prefix has what the flash kernel makes.
 If the flash kernel cannot run (attention dropout), the specification runs in blocks. Without a
 context only the prefix part runs.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from pelt_fast.ops.common.batch import methods_of, output_of, prefix_at, spans_of
 from pelt_fast.ops.common.bundles import (
     QKV,
     AttentionOutput,
     Dropout,
     Form,
     Prefix,
+    RoutedPrefix,
     Scores,
     absent,
 )
-from pelt_fast.ops.common.dropout import block_elements
 from pelt_fast.ops.common.heads import (
     additive_mask,
-    expand_heads,
     heads_last,
     heads_last_empty,
     no_rng,
     reduce_heads,
 )
 from pelt_fast.ops.common.passes import covers_rows, cpp
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from pelt_fast.ops.common.prefix_blocks import flash, gradients_by_blocks, merge_by_blocks
 
 MAX_PREFIX, MAX_HEAD_DIM = 256, 128  # kMaxPrefix and kColumns of csrc/cpu
 FEW_QUERIES, HEAD_DIM_STEP = 8, 16  # kFewQueries and kPad of csrc/cpu
-PREFIX_SHARE = 8  # a step of the prefix part has 1 / 8 of the scores of a whole block
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """(B, H, T, D) as (H, B T, D): a view if x has the memory layout of the models."""
-    return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)
-
-
-def _rows_by_head(lse: Tensor) -> Tensor:
-    """(B, H, T) as (H, B T)."""
-    return _by_head(lse.unsqueeze(-1)).squeeze(-1)
-
-
-def _prefix_blocks(q: Tensor, length: int) -> Iterator[slice]:
-    """Slices of the B T queries of every head."""
-    batch, heads, queries, _ = q.shape
-    step = max(16, block_elements(q.device) // max(PREFIX_SHARE * heads * length, 1))
-    rows = batch * queries
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
-
-
-def with_rows(t: Tensor) -> Tensor:
-    """t with its last dim contiguous: torch's CPU flash kernel assumes this without a check."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def uses_flash(q: Tensor, dropout_p: float) -> bool:
-    """Whether the context, if there is one, can run on torch's CPU flash kernel."""
-    return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0
-
-
-def _prefix_weights(form: str, scores: Tensor, lse: Tensor) -> Tensor:
-    """f of the scores (H, P, rows): queries last, so that reductions over the few prefix keys run
-    along whole vectors. A prefix is always visible: lse is finite."""
-    return scores.clamp_min(0) if form == "relu" else torch.exp(scores - lse.unsqueeze(-2))
-
-
-def _context(qkv: QKV, scores: Scores) -> tuple[Tensor, Tensor]:
-    """o, laid out (B, T, H, D), and lse of the context, -inf for rows that see no key."""
-    q, k, v = qkv
-    if not k.numel():
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return heads_last_empty(q).zero_(), q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
-    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
-    o, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scores.scale)
-    o, lse = heads_last(o), lse.contiguous()
-    if hidden is not None:
-        lse.masked_fill_(hidden, float("-inf"))
-    return o, lse
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def prefix_attention_forward(
     qkv: QKV, prefix: Prefix, scores: Scores, form: Form, drop: Dropout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, gated, scale = qkv.q, form.composition == "gated", scores.scale
-    if not uses_flash(q, drop.dropout_p):
+    if not _uses_flash(q, drop.dropout_p):
         return NotImplemented
-    if gated and _is_step(qkv, prefix, scores):
+    if gated and _is_step(qkv, prefix, prefix.prefix_k.shape[1], scores):
         return _step(qkv, prefix, scale)
-    qkv = QKV(*map(with_rows, qkv))
+    qkv = QKV(*map(_with_rows, qkv))
     q = qkv.q
-    o, lse = _context(qkv, scores)
+    o, lse = _context_attention(qkv, scores)
     context_o, rng = absent(q) if gated else o.clone(), no_rng(q, drop.seed)
-    if covers_rows(q) and prefix.prefix_k.shape[1] <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM:
-        pk, pv = prefix.prefix_k.detach().float(), prefix.prefix_v.detach().float()
-        cpp.prefix_merge_(o, lse, q, pk, pv, scale, form.form == "relu", gated)
-        return o, lse, context_o, rng
-    queries, out, own = _by_head(q), _by_head(o), _rows_by_head(lse)
-    prefix = Prefix(*(p.to(lse.dtype) for p in prefix))
-    by_scores = form.form == "relu" or o.dtype != lse.dtype
-    if by_scores:
-        pk, pv = (expand_heads(p, q.shape[1]) for p in prefix)
-        prefix = Prefix(scale * pk, pv)
-    for rows in _prefix_blocks(q, prefix.prefix_k.shape[1]):
-        block = queries[:, rows], out[:, rows], own[:, rows]
-        if by_scores:
-            _merge_scores(*block, prefix, form)
-        else:
-            _merge_outputs(*block, prefix, scale, form.composition)
-    lse = own.view(lse.shape[1], lse.shape[0], lse.shape[2]).transpose(0, 1).contiguous()
-    return o, lse, context_o, rng
+    return o, _merge(q, o, lse, prefix, scale, form), context_o, rng
 
 
-def _is_step(qkv: QKV, prefix: Prefix, scores: Scores) -> bool:
+def routed_prefix_forward(
+    qkv: QKV, prefix: RoutedPrefix, scores: Scores, form: Form, drop: Dropout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gated, longest = form.composition == "gated", max(prefix.lengths, default=0)
+    if not _uses_flash(qkv.q, drop.dropout_p):
+        return NotImplemented
+    if gated and _is_step(qkv, prefix, longest, scores):
+        return _routed_step(qkv, prefix, scores.scale)
+    qkv = QKV(*map(_with_rows, qkv))
+    q = qkv.q
+    o, lse = _context_attention(qkv, scores)
+    context_o = absent(q) if gated else o.clone()
+    if longest and _covered(q, longest):
+        _merge_by_cpp(q, o, lse, prefix, scores.scale, form)
+    elif longest:
+        for rows, keys in methods_of(prefix):
+            own = heads_last(o[rows])
+            lse[rows] = _merge(
+                heads_last(q[rows]), own, lse[rows], prefix_at(prefix, keys), scores.scale, form
+            )
+            o[rows] = own
+    return o, lse, context_o, no_rng(q, drop.seed)
+
+
+def _covered(q: Tensor, length: int) -> bool:
+    """Whether C++ takes a prefix of this length beside q."""
+    return covers_rows(q) and length <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM
+
+
+def _merge_by_cpp(
+    q: Tensor, o: Tensor, lse: Tensor, prefix: Prefix | RoutedPrefix, scale: float, form: Form
+) -> None:
+    kind = form.form == "relu", form.composition == "gated"
+    cpp.prefix_merge_(o, lse, q, *_fp32(prefix), scale, *kind, _spans(prefix))
+
+
+def _fp32(prefix: Prefix | RoutedPrefix) -> tuple[Tensor, Tensor]:
+    """Keys and values as C++ reads them."""
+    return prefix.prefix_k.detach().float(), prefix.prefix_v.detach().float()
+
+
+def _spans(prefix: Prefix | RoutedPrefix) -> Tensor | None:
+    return spans_of(prefix) if isinstance(prefix, RoutedPrefix) else None
+
+
+def _merge(q: Tensor, o: Tensor, lse: Tensor, prefix: Prefix, scale: float, form: Form) -> Tensor:
+    """Merge a prefix of all rows into ``o``, laid out (B, T, H, D), in place; return the lse."""
+    length = prefix.prefix_k.shape[1]
+    if length == 0:
+        return lse
+    if _covered(q, length):
+        _merge_by_cpp(q, o, lse, prefix, scale, form)
+        return lse
+    return merge_by_blocks(q, o, lse, prefix, scale, form)
+
+
+def _is_step(qkv: QKV, prefix: Prefix | RoutedPrefix, longest: int, scores: Scores) -> bool:
     """Whether C++ runs prefix and context in one call: a few queries that see every key, as in a
     decoder's step."""
     q, k, v = qkv
@@ -135,47 +127,36 @@ def _is_step(qkv: QKV, prefix: Prefix, scores: Scores) -> bool:
     if queries > FEW_QUERIES or scores.attn_mask is not None or (scores.is_causal and queries > 1):
         return False
     rows = q.stride(3) == k.stride(3) == v.stride(3) == 1 and dim % HEAD_DIM_STEP == 0
-    fits = dim <= MAX_HEAD_DIM and prefix.prefix_k.shape[1] <= MAX_PREFIX and k.shape[2] > 0
+    fits = dim <= MAX_HEAD_DIM and 0 < longest <= MAX_PREFIX and k.shape[2] > 0
     small = prefix.prefix_k.stride(2) == prefix.prefix_v.stride(2) == 1
     return rows and fits and small and covers_rows(q)
 
 
-def _step(qkv: QKV, prefix: Prefix, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _step(
+    qkv: QKV, prefix: Prefix | RoutedPrefix, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, nothing = qkv.q, absent(qkv.q)
     o = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    cpp.prefix_few_queries_(o, lse, *qkv, *(p.detach().float() for p in prefix), scale)
+    cpp.prefix_few_queries_(o, lse, *qkv, *_fp32(prefix), scale, _spans(prefix))
     return o, lse, nothing, q.new_empty(0, dtype=torch.int64)
 
 
-def _merge_outputs(
-    q: Tensor, out: Tensor, lse: Tensor, prefix: Prefix, scale: float, composition: str
-) -> None:
-    """Merge a block of rows as in the paper, (1 - λ) h + λ Δh. The flash kernel computes Δh, too;
-    λ = sigmoid(l_p - l_c)."""
-    update, prefix_lse = _flash(q[None], *(p[None] for p in prefix), 0.0, False, scale=scale)
-    if composition == "add":
-        out += update[0]
-        return
-    out.lerp_(update[0], torch.sigmoid(prefix_lse[0] - lse).unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, prefix_lse[0]))
-
-
-def _merge_scores(q: Tensor, out: Tensor, lse: Tensor, prefix: Prefix, form: Form) -> None:
-    """Merge a block of rows by its scores, in fp32 if q is less precise: Δh is not rounded
-    before it is added. The prefix's keys are scaled; the prefix has a head for each of q's."""
-    pk, pv = prefix
-    scores = pk @ q.to(lse.dtype).transpose(-1, -2)  # (H, P, rows)
-    prefix_lse = torch.logsumexp(scores, -2)
-    context = out.to(lse.dtype)
-    if form.composition == "gated":
-        joint = torch.logaddexp(lse, prefix_lse)
-        context *= torch.exp(lse - joint).unsqueeze(-1)
-        prefix_lse = joint
-        lse.copy_(joint)
-    context.baddbmm_(_prefix_weights(form.form, scores, prefix_lse).transpose(-1, -2), pv)
-    if context.dtype != out.dtype:
-        out.copy_(context)
+def _routed_step(
+    qkv: QKV, prefix: RoutedPrefix, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows of none, which C++ leaves, run on the kernel of attention without a prefix: runs of
+    them, so that no cache is copied."""
+    results = _step(qkv, prefix, scale)
+    first, lengths = 0, (*prefix.lengths, 0)
+    for length, run in groupby(prefix.routes.tolist(), lambda method: lengths[method] > 0):
+        rows = slice(first, first + len([*run]))
+        if not length:
+            parts = _context_attention(QKV(*(t[rows] for t in qkv)), Scores(None, False, scale))
+            for result, part in zip(results, parts):
+                result[rows] = part
+        first = rows.stop
+    return results
 
 
 def prefix_attention_backward(
@@ -188,105 +169,136 @@ def prefix_attention_backward(
     drop: Dropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not uses_flash(qkv.q, drop.dropout_p):
+    if not _uses_flash(qkv.q, drop.dropout_p):
         return NotImplemented
-    do, qkv = with_rows(do), QKV(*map(with_rows, qkv))
-    grads = [absent(do)] * 5
-    if needs[0] or needs[1] or needs[2]:
-        parts = _context_backward(do, qkv, output, scores, form.composition)
-        for i in range(3):
-            grads[i] = parts[i] if needs[i] else grads[i]
-    dq, length, dim = grads[0] if needs[0] else None, prefix.prefix_k.shape[1], qkv.q.shape[-1]
-    covered = covers_rows(qkv.q) and length <= MAX_PREFIX and dim <= MAX_HEAD_DIM
-    backward = _prefix_by_cpp if covered else _prefix_by_blocks
-    prefix_grads = backward(do, qkv.q, prefix, output, scores.scale, form, dq)
-    for i, (grad, like) in enumerate(zip(prefix_grads, prefix), 3):
-        if needs[i]:
-            grads[i] = reduce_heads(grad, prefix.prefix_k.shape[0]).to(like.dtype)
-    return tuple(grads)
+    do, qkv = _with_rows(do), QKV(*map(_with_rows, qkv))
+    grads = _of_context(do, qkv, output, scores, form, needs)
+    grads[3:] = _of_prefix(do, qkv.q, prefix, output, scores.scale, form, grads[0])
+    return _needed(grads, needs, do)
 
 
-def _context_backward(
-    do: Tensor, qkv: QKV, output: AttentionOutput, scores: Scores, composition: str
+def routed_prefix_backward(
+    do: Tensor,
+    qkv: QKV,
+    prefix: RoutedPrefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not _uses_flash(qkv.q, drop.dropout_p):
+        return NotImplemented
+    do, qkv = _with_rows(do), QKV(*map(_with_rows, qkv))
+    q, grads = qkv.q, _of_context(do, qkv, output, scores, form, needs)
+    longest = max(prefix.lengths, default=0)
+    if longest and _covered(q, longest):
+        grads[3:] = _of_prefix(do, q, prefix, output, scores.scale, form, grads[0])
+        return _needed(grads, needs, do)
+    grads[3:] = (torch.zeros_like(p, memory_format=torch.contiguous_format) for p in prefix[:2])
+    for rows, keys in methods_of(prefix):
+        if keys.start == keys.stop:
+            continue
+        own, dq = prefix_at(prefix, keys), None if grads[0] is None else heads_last(grads[0][rows])
+        parts = _of_prefix(do[rows], q[rows], own, output_of(output, rows), scores.scale, form, dq)
+        if dq is not None:
+            grads[0][rows] = dq
+        for grad, part in zip(grads[3:], parts):
+            grad[:, keys] = part
+    return _needed(grads, needs, do)
+
+
+def _needed(
+    grads: Sequence[Tensor | None], needs: Sequence[bool], do: Tensor
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv of the context, in the memory layout of the model."""
-    q, k, v = qkv
-    if not k.numel():
-        return tuple(heads_last_empty(like).zero_() for like in qkv)
-    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
-    lse = output.lse.transpose(1, 2).contiguous().transpose(1, 2)
-    if composition == "add" and hidden is not None:
-        lse = lse.masked_fill(hidden, 0)  # the value that the kernel itself returns for such a row
-    own = output.o if composition == "gated" else output.context_o
-    parts = _flash_backward(do, q, k, v, own, lse, 0.0, causal, attn_mask=mask, scale=scores.scale)
-    return tuple(map(heads_last, parts))
+    return tuple(grad if need else absent(do) for grad, need in zip(grads, needs, strict=True))
+
+
+def _of_context(
+    do: Tensor, qkv: QKV, output: AttentionOutput, scores: Scores, form: Form, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """dq, dk, dv of the context, if they are needed, and places for those of the prefix."""
+    if not any(needs[:3]):
+        return [None] * 5
+    own = output.o if form.composition == "gated" else output.context_o
+    parts = _context_gradients(do, qkv, own, output.lse, scores)
+    return [*(part if need else None for part, need in zip(parts, needs)), None, None]
+
+
+def _of_prefix(
+    do: Tensor,
+    q: Tensor,
+    prefix: Prefix | RoutedPrefix,
+    output: AttentionOutput,
+    scale: float,
+    form: Form,
+    dq: Tensor | None,
+) -> Iterator[Tensor]:
+    """Add the prefix's part to ``dq``, laid out (B, T, H, D), in place; return the gradients of the
+    keys and values. Many prefixes run in C++ only."""
+    covered = isinstance(prefix, RoutedPrefix) or _covered(q, prefix.prefix_k.shape[1])
+    by = _prefix_by_cpp if covered else gradients_by_blocks
+    grads = by(do, q, prefix, output, scale, form, dq)
+    if q.shape[1] != prefix.prefix_k.shape[0]:
+        grads = (reduce_heads(g, p.shape[0]) for g, p in zip(grads, prefix))
+    return (g.to(p.dtype) for g, p in zip(grads, prefix))
 
 
 def _prefix_by_cpp(
     do: Tensor,
     q: Tensor,
-    prefix: Prefix,
+    prefix: Prefix | RoutedPrefix,
     output: AttentionOutput,
     scale: float,
     form: Form,
     dq: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Add the prefix's part to ``dq`` in place; return dpk, dpv (H, P, D), summed over the batch
-    in one fixed order."""
-    (pk, pv), shape = prefix, (q.shape[1], *prefix.prefix_k.shape[1:])
-    dpk, dpv = q.new_empty(2, *shape, dtype=torch.float32)
-    do, o = with_rows(do), with_rows(output.o)
+    """dpk, dpv (H, P, D), summed over the rows in one fixed order; zeros for a prefix of no row."""
+    shape, spans = (q.shape[1], *prefix.prefix_k.shape[1:]), _spans(prefix)
+    make = q.new_empty if spans is None else q.new_zeros
+    dpk, dpv = (make(shape, dtype=torch.float32) for _ in range(2))
+    do, o = _with_rows(do), _with_rows(output.o)
     kind = (form.form == "relu", form.composition == "gated")
-    small = pk.detach().float(), pv.detach().float()
-    cpp.prefix_backward_(dq, dpk, dpv, do, q, *small, o, output.lse, scale, *kind)
+    cpp.prefix_backward_(dq, dpk, dpv, do, q, *_fp32(prefix), o, output.lse, scale, *kind, spans)
     return dpk, dpv
 
 
-def _prefix_by_blocks(
-    do: Tensor,
-    q: Tensor,
-    prefix: Prefix,
-    output: AttentionOutput,
-    scale: float,
-    form: Form,
-    dq: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The same by the library's GEMMs, in blocks of rows that stay in cache."""
-    (o, lse, _, _), heads, length = output, q.shape[1], prefix.prefix_k.shape[1]
-    pk, pv = (expand_heads(p.to(lse.dtype), heads) for p in prefix)
-    wide = Prefix(scale * pk, pv)
-    grads = torch.zeros_like(wide.prefix_k), torch.zeros_like(pv)
-    queries, outer, merged = (_by_head(t) for t in (q, do, o))
-    own, query_grads = _rows_by_head(lse), None if dq is None else _by_head(dq)
-    for rows in _prefix_blocks(q, length):
-        block = QKV(queries[:, rows], outer[:, rows], merged[:, rows])
-        d_scores = _block_backward(block, wide, own[:, rows], form, grads)
-        if query_grads is not None and query_grads.dtype == lse.dtype:
-            query_grads[:, rows].baddbmm_(d_scores.transpose(-1, -2), wide.prefix_k)
-        elif query_grads is not None:
-            query_grads[:, rows] += d_scores.transpose(-1, -2) @ wide.prefix_k
-    return grads[0].mul_(scale), grads[1]
+def _with_rows(t: Tensor) -> Tensor:
+    """t with its last dim contiguous: torch's CPU flash kernel assumes this without a check."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _block_backward(
-    block: QKV, prefix: Prefix, lse: Tensor, form: Form, grads: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Add the part of a block of rows (q, do, o) to the prefix's gradients; return the gradient of
-    its scores."""
-    q, do, o = block
-    qb, dob = q.to(lse.dtype), do.to(lse.dtype)
-    scores = prefix.prefix_k @ qb.transpose(-1, -2)  # (H, P, rows)
-    lse = lse if form.composition == "gated" else torch.logsumexp(scores, -2)
-    weights = _prefix_weights(form.form, scores, lse)
-    grads[1].baddbmm_(weights, dob)
-    d_weights = prefix.prefix_v @ dob.transpose(-1, -2)
-    if form.form == "relu":
-        d_scores = d_weights.mul_(scores > 0)
-    elif form.composition == "gated":
-        delta = (dob * o.to(lse.dtype)).sum(-1)
-        d_scores = d_weights.sub_(delta.unsqueeze(-2)).mul_(weights)
-    else:
-        delta = (d_weights * weights).sum(-2, keepdim=True)
-        d_scores = d_weights.sub_(delta).mul_(weights)
-    grads[0].baddbmm_(d_scores, qb)
-    return d_scores
+def _uses_flash(q: Tensor, dropout_p: float) -> bool:
+    """Whether the context, if there is one, can run on torch's CPU flash kernel."""
+    return q.device.type == "cpu" and dropout_p == 0 and q.numel() > 0
+
+
+def _context_attention(qkv: QKV, scores: Scores) -> tuple[Tensor, Tensor]:
+    """o, laid out (B, T, H, D), and lse of the context, -inf for rows that see no key."""
+    q, k, v = qkv
+    if not k.numel():
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return heads_last_empty(q).zero_(), q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
+    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
+    o, lse = flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scores.scale)
+    o, lse = heads_last(o), lse.contiguous()
+    if hidden is not None:
+        lse.masked_fill_(hidden, float("-inf"))
+    return o, lse
+
+
+def _context_gradients(
+    do: Tensor, qkv: QKV, o: Tensor, lse: Tensor, scores: Scores
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv of the context, in the memory layout of the model. lse is -inf in a row that sees
+    no key, neither of the context nor of a prefix."""
+    q, k, v = qkv
+    if not k.numel():
+        return tuple(heads_last_empty(like).zero_() for like in qkv)
+    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    if hidden is not None:
+        # the value that the kernel itself returns for such a row
+        lse = lse.masked_fill(lse == float("-inf"), 0)
+    parts = _flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scores.scale)
+    return tuple(map(heads_last, parts))

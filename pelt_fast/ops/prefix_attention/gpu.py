@@ -4,6 +4,8 @@ Shapes and maths are those of ``reference``.
 Traffic  in addition to attention without a prefix, in passes of B H T D: q, o_c, o forward 3; q,
          do, o, dq read and dq written backward 5 (P <= 64). Flops (S + P) / S of the attention's.
 Saved    q, k, v, o, lse, like attention without a prefix; added forms also save o_c.
+Routed   each row's prefix is read where it is; the routes are a tensor, which the host never reads.
+         o of a row of none is that of the context kernel, 0 where it sees no key.
 
 Context kernels. Flash runs 16-bit inputs without a mask, causal only if T = S, with grouped heads
 unchanged. On architectures of ``config.CONTEXT_KERNELS`` cuDNN's kernel replaces flash, if it takes
@@ -30,12 +32,14 @@ from torch.nn import functional as F
 from pelt_fast.kernels import config
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
+from pelt_fast.ops.common.batch import keys_of, spans_of
 from pelt_fast.ops.common.bundles import (
     QKV,
     AttentionOutput,
     Dropout,
     Form,
     Prefix,
+    RoutedPrefix,
     Scores,
     absent,
 )
@@ -61,6 +65,20 @@ def _left_to_cpu(q: Tensor, drop: Dropout) -> bool:
 def prefix_attention_forward(
     qkv: QKV, prefix: Prefix, scores: Scores, form: Form, drop: Dropout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(qkv, prefix, scores, form, drop)
+
+
+def routed_prefix_forward(
+    qkv: QKV, prefix: RoutedPrefix, scores: Scores, form: Form, drop: Dropout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    routing = dict(spans=spans_of(prefix), longest=max(prefix.lengths, default=0))
+    return _forward(qkv, Prefix(*prefix[:2]), scores, form, drop, **routing)
+
+
+def _forward(
+    qkv: QKV, prefix: Prefix, scores: Scores, form: Form, drop: Dropout, **routing
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``routing``: of the launcher, where each row has its own prefix."""
     q, k, _ = qkv
     if _left_to_cpu(q, drop):
         return NotImplemented
@@ -70,7 +88,7 @@ def prefix_attention_forward(
     o = heads_last_empty(q)
     lse = prefix_merge(
         q, *prefix, context_o, context_lse, o, scale=scores.scale, **form._asdict(),
-        dropout_p=drop.dropout_p, seed=None if drop.seed is None else drop.seed[0],
+        dropout_p=drop.dropout_p, seed=None if drop.seed is None else drop.seed[0], **routing,
     )  # fmt: skip
     kept = absent(q)
     if form.composition == "add":
@@ -91,6 +109,36 @@ def prefix_attention_backward(
     drop: Dropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward(do, qkv, prefix, output, scores, form, drop, needs)
+
+
+def routed_prefix_backward(
+    do: Tensor,
+    qkv: QKV,
+    prefix: RoutedPrefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    routing = dict(
+        spans=spans_of(prefix), methods=keys_of(prefix), longest=max(prefix.lengths, default=0)
+    )
+    return _backward(do, qkv, Prefix(*prefix[:2]), output, scores, form, drop, needs, **routing)
+
+
+def _backward(
+    do: Tensor,
+    qkv: QKV,
+    prefix: Prefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+    **routing,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, _ = qkv
     if _left_to_cpu(q, drop):
         return NotImplemented
@@ -105,7 +153,7 @@ def prefix_attention_backward(
     if needs[0] or needs[3] or needs[4]:
         prefix_grads = prefix_merge_bwd(
             do, q, *prefix, output.o, output.lse, dq, scale=scores.scale, **form._asdict(),
-            dropout_p=drop.dropout_p, seed=None if drop.seed is None else drop.seed[0],
+            dropout_p=drop.dropout_p, seed=None if drop.seed is None else drop.seed[0], **routing,
         )  # fmt: skip
         parts = (*parts, *prefix_grads)
     parts = (*parts, *[None] * (5 - len(parts)))

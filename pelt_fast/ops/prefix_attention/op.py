@@ -1,4 +1,5 @@
-"""Prefix attention's ops: schemas, fakes and autograd's Function."""
+"""Prefix attention's ops: schemas, fakes and autograd's Functions. One prefix is that of the whole
+batch; or each row of the batch has that of its own method."""
 
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from pelt_fast.ops.common.bundles import (
     Dropout,
     Form,
     Prefix,
+    RoutedPrefix,
     Scores,
     absent,
     unflatten,
@@ -34,8 +36,8 @@ def _forward_fake(qkv: QKV, prefix, scores, form: Form, drop: Dropout):
     return heads_last_empty(q), lse, context_o, rng
 
 
-def _backward_fake(do, qkv: QKV, prefix: Prefix, output, scores, form, drop, needs: Sequence[bool]):
-    grads = [*map(heads_last_empty, qkv), *map(torch.empty_like, prefix)]
+def _backward_fake(do, qkv: QKV, prefix, output, scores, form, drop, needs: Sequence[bool]):
+    grads = [*map(heads_last_empty, qkv), *map(torch.empty_like, prefix[:2])]
     return tuple(grad if need else absent(do) for grad, need in zip(grads, needs, strict=True))
 
 
@@ -55,7 +57,18 @@ for _op, _name, _plain in (
 ):
     _op.on_gpu(f"{GPU}:{_name}", "prefix", size=("prefix_k", 1), without=_plain)
 
+routed_prefix_fwd = Op("routed_prefix_fwd", reference.routed_prefix_forward, _forward_fake)
+routed_prefix_bwd = Op("routed_prefix_bwd", reference.routed_prefix_backward, _backward_fake)
+routed_prefix_fwd.on_cpu(cpu.routed_prefix_forward, reference.routed_prefix_forward_in_blocks)
+routed_prefix_bwd.on_cpu(cpu.routed_prefix_backward, reference.routed_prefix_backward_in_blocks)
+for _op, _name, _plain in (
+    (routed_prefix_fwd, "routed_prefix_forward", reference.routed_prefix_forward),
+    (routed_prefix_bwd, "routed_prefix_backward", reference.routed_prefix_backward),
+):
+    _op.on_gpu(f"{GPU}:{_name}", "prefix", size=("lengths", None), without=_plain)
+
 _arguments = unflatten(QKV, Prefix, Scores, Form, Dropout)
+_routed_arguments = unflatten(QKV, RoutedPrefix, Scores, Form, Dropout)
 
 
 class PrefixAttentionFunction(OpFunction):
@@ -92,10 +105,58 @@ class PrefixAttentionFunction(OpFunction):
         return prefix_attention_fwd(*args, backend=active.name)[0]
 
 
+class RoutedPrefixFunction(OpFunction):
+    """Attention of each row of the batch with the trainable keys and values of its own method.
+
+    Saves what :class:`PrefixAttentionFunction` saves, all methods' prefixes, and the routes.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        qkv, prefix, scores, form, drop = _routed_arguments(*args)
+        backend = active.name
+        output = routed_prefix_fwd(*args, backend=backend)
+        *small, lengths = prefix
+        ctx.save_for_backward(*qkv, *small, *output, scores.attn_mask, drop.seed)
+        ctx.settings = (scores.is_causal, scores.scale, *form, drop.dropout_p)
+        ctx.lengths, ctx.backend = lengths, backend
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        saved = ctx.saved_tensors  # read once: a checkpoint gives them once
+        tensors, (*output, attn_mask, seed) = saved[:6], saved[6:]
+        needs = list(ctx.needs_input_grad[:5])
+        do = do if do.stride(-1) == 1 else do.contiguous()
+        grads = routed_prefix_bwd(
+            do, *tensors, ctx.lengths, *output, attn_mask, *ctx.settings, seed, needs,
+            backend=ctx.backend,
+        )  # fmt: skip
+        nothing = (None, None, *NOTHING[Scores], *NOTHING[Form], *NOTHING[Dropout])
+        return *keep_needed(grads, needs), *nothing
+
+    @staticmethod
+    def infer(*args):
+        return routed_prefix_fwd(*args, backend=active.name)[0]
+
+
 def attention_with_prefix(
     qkv: QKV, prefix: Prefix, scores: Scores, form: Form, dropout_p: float, training: bool
 ) -> Tensor:
     """Prefix attention. The arguments were checked; the dropouts' seeds are drawn here."""
-    seed = draw_seeds(qkv.q, training, dropout_p, dropout_p) if dropout_p else None
-    drop = Dropout(0.0 if seed is None else dropout_p, seed)
+    drop = _drawn(qkv.q, dropout_p, training)
     return run(PrefixAttentionFunction, *qkv, *prefix, *scores, *form, *drop)
+
+
+def attention_with_routed_prefix(
+    qkv: QKV, prefix: RoutedPrefix, scores: Scores, form: Form, dropout_p: float, training: bool
+) -> Tensor:
+    """Attention with each row's own prefix (B, H, T, D), as :func:`attention_with_prefix`."""
+    drop = _drawn(qkv.q, dropout_p, training)
+    return run(RoutedPrefixFunction, *qkv, *prefix, *scores, *form, *drop)
+
+
+def _drawn(q: Tensor, dropout_p: float, training: bool) -> Dropout:
+    seed = draw_seeds(q, training, dropout_p, dropout_p) if dropout_p else None
+    return Dropout(0.0 if seed is None else dropout_p, seed)

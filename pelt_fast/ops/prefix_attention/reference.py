@@ -16,43 +16,65 @@ Saved    q, k, v, o, lse, like attention without a prefix, and prefix_k, prefix_
 The seed has two rows: prefix weights (B, H, T, P), context weights (B, H, T, S). The functions
 ``.._in_blocks`` compute the same, a block of the batch at a time: the scores in memory are those of
 one block, for any batch size.
+
+Routed: each row of the batch has the prefix of its own method, or none. The specification runs the
+rows of one method after those of another. The prefix weights' mask is as wide as the longest one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pelt_fast.ops.common.batch import (
+    Mask,
+    backward_in_blocks,
+    backward_results,
+    forward_in_blocks,
+    forward_results,
+    methods_of,
+    output_of,
+    prefix_at,
+    scores_of,
+    whole_batch,
+)
 from pelt_fast.ops.common.bundles import (
     QKV,
     AttentionOutput,
     Dropout,
     Form,
     Prefix,
+    RoutedPrefix,
     Scores,
     absent,
 )
-from pelt_fast.ops.common.dropout import block_elements, keep_mask, keep_scale
+from pelt_fast.ops.common.dropout import keep_mask, keep_scale
 from pelt_fast.ops.common.heads import (
     context_scores,
     expand_heads,
     heads_last,
-    heads_last_empty,
     no_rng,
     reduce_heads,
     softmax_weights,
 )
 
 
-def _drop_factor(
-    weights: Tensor, p: float, seed: Tensor | None, row: int, first_batch: int
-) -> Tensor | float:
-    """The dropout factor of the weights (B, H, T, keys): 0 or 1 / (1 - p)."""
+def _drop_factor(weights: Tensor, drop: Dropout, kind: int, mask: Mask) -> Tensor | float:
+    """The dropout factor of the weights (B, H, T, keys): 0 or 1 / (1 - p). ``kind``: the row of the
+    seed, 0 of a prefix, 1 of the context."""
+    p, seed = drop
     if seed is None:
         return 1.0
-    start = first_batch * weights[0].numel()
-    keep = keep_mask(start, start + weights.numel(), p, seed[row])
-    return keep.view(weights.shape).to(weights.dtype).mul_(keep_scale(p))
+    _, heads, queries, keys = weights.shape
+    width = keys if kind else mask.width
+    size, rows = heads * queries * width, mask.rows
+    runs = [(row, row + 1) for row in rows]
+    if isinstance(rows, range):
+        runs = [(rows.start, rows.stop)]
+    parts = [keep_mask(first * size, last * size, p, seed[kind]) for first, last in runs]
+    keep = parts[0] if len(parts) == 1 else torch.cat(parts)
+    keep = keep.view(len(rows), heads, queries, width)[..., :keys]
+    return keep.to(weights.dtype).mul_(keep_scale(p))
 
 
 def _wide(qkv: QKV, prefix: Prefix, dtype: torch.dtype) -> tuple[QKV, Prefix]:
@@ -70,13 +92,14 @@ def prefix_attention_forward(
     form: Form,
     drop: Dropout,
     *,
-    first_batch: int = 0,
+    place: Mask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return o, lse (joint when gated, the context's when added), the context's own output (empty
     when gated) and a context kernel's dropout state (none here). Computed in at least fp32.
 
-    ``first_batch``: the index of q's first batch row in the larger batch of the dropout masks.
+    ``place``: where the dropout masks of these rows are, by default those of a whole batch.
     """
+    place = whole_batch(qkv.q, prefix) if place is None else place
     dtype, (attn_mask, is_causal, scale) = qkv.q.dtype, scores
     (q, k, v), (pk, pv) = _wide(qkv, prefix, torch.promote_types(dtype, torch.float32))
     context = context_scores(q, k, attn_mask, is_causal, scale)
@@ -90,8 +113,8 @@ def prefix_attention_forward(
     else:
         weights = prefixed.clamp_min(0)
     context = softmax_weights(context, lse)
-    context = (context * _drop_factor(context, *drop, 1, first_batch)) @ v
-    out = context + (weights * _drop_factor(weights, *drop, 0, first_batch)) @ pv
+    context = (context * _drop_factor(context, drop, 1, place)) @ v
+    out = context + (weights * _drop_factor(weights, drop, 0, place)) @ pv
     gated = form.composition == "gated"
     kept = absent(qkv.q) if gated else heads_last(context.to(dtype))
     return heads_last(out.to(dtype)), lse, kept, no_rng(q, drop.seed)
@@ -107,20 +130,21 @@ def prefix_attention_backward(
     drop: Dropout,
     needs: Sequence[bool],
     *,
-    first_batch: int = 0,
+    place: Mask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv, d_prefix_k, d_prefix_v; ``needs`` holds a flag for each.
 
     With the joint o and lse the two parts of a gated head are independent. Each is the softmax
     backward of its own keys, dS = P (dP - rowsum(do o)).
     """
+    place = whole_batch(qkv.q, prefix) if place is None else place
     kv_heads, lse, (attn_mask, is_causal, scale) = qkv.k.shape[1], output.lse, scores
     (q, k, v), (pk, pv) = _wide(qkv, prefix, lse.dtype)
     dow = do.to(lse.dtype)
     context = context_scores(q, k, attn_mask, is_causal, scale)
     prefixed = (scale * q) @ pk.transpose(-1, -2)
-    prefix_factor = _drop_factor(prefixed, *drop, 0, first_batch)
-    context_factor = _drop_factor(context, *drop, 1, first_batch)
+    prefix_factor = _drop_factor(prefixed, drop, 0, place)
+    context_factor = _drop_factor(context, drop, 1, place)
     own = output.o if form.composition == "gated" else output.context_o
     delta = (dow * own.to(lse.dtype)).sum(-1, keepdim=True)
     weights = softmax_weights(context, lse)
@@ -165,38 +189,75 @@ def _relu_backward(
     return scale * (d_scores @ k), scale * (d_scores.transpose(-1, -2) @ q), dv
 
 
-def _batch_blocks(q: Tensor, width: int) -> Iterator[slice]:
-    """Slices of the batch, each a block of scores, ``width`` for each query."""
-    batch, heads, queries, _ = q.shape
-    step = max(1, block_elements(q.device) // max(heads * queries * width, 1))
-    return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
+def _place(prefix: RoutedPrefix, rows: Tensor, drop: Dropout, whole: Sequence[int]) -> Mask:
+    """The place of one method's rows, if a dropout acts."""
+    places = [] if drop.seed is None else [whole[row] for row in rows.tolist()]
+    return Mask(places, max(prefix.lengths, default=0))
 
 
-def _scores_of(scores: Scores, batch: slice) -> Scores:
-    """The scores' settings for a block of the batch."""
-    mask = scores.attn_mask
-    if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
-        return scores._replace(attn_mask=mask[batch])
-    return scores
+def routed_prefix_forward(
+    qkv: QKV,
+    prefix: RoutedPrefix,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    *,
+    place: Mask | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`prefix_attention_forward` of each method's rows with its own prefix; without a prefix,
+    attention itself."""
+    whole = range(qkv.q.shape[0]) if place is None else place.rows
+    results = forward_results(qkv.q, form, drop)
+    for rows, keys in methods_of(prefix):
+        block, own = QKV(*(t[rows] for t in qkv)), _place(prefix, rows, drop, whole)
+        parts = prefix_attention_forward(
+            block, prefix_at(prefix, keys), scores_of(scores, rows), form, drop, place=own
+        )
+        for result, part in zip(results[: 2 if form.composition == "gated" else 3], parts):
+            result[rows] = part
+    return tuple(results)
+
+
+def routed_prefix_backward(
+    do: Tensor,
+    qkv: QKV,
+    prefix: RoutedPrefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+    *,
+    place: Mask | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`prefix_attention_backward` of each method's rows. A method without rows has gradients
+    of zeros."""
+    whole = range(do.shape[0]) if place is None else place.rows
+    grads = backward_results(do, qkv, prefix, needs)
+    for rows, keys in methods_of(prefix):
+        block, own = QKV(*(t[rows] for t in qkv)), _place(prefix, rows, drop, whole)
+        parts = prefix_attention_backward(
+            do[rows], block, prefix_at(prefix, keys), output_of(output, rows),
+            scores_of(scores, rows), form, drop, needs, place=own,
+        )  # fmt: skip
+        for i, (grad, part) in enumerate(zip(grads, parts)):
+            if needs[i]:
+                grad[rows if i < 3 else (slice(None), keys)] = part
+    return tuple(grads)
 
 
 def prefix_attention_forward_in_blocks(
     qkv: QKV, prefix: Prefix, scores: Scores, form: Form, drop: Dropout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`prefix_attention_forward`, a block of the batch at a time."""
-    q, gated = qkv.q, form.composition == "gated"
-    wide = torch.promote_types(q.dtype, torch.float32)
-    o = heads_last_empty(q)
-    lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
-    context_o = absent(q) if gated else heads_last_empty(q)
-    for batch in _batch_blocks(q, qkv.k.shape[2] + prefix.prefix_k.shape[1]):
-        block = QKV(*(t[batch] for t in qkv))
-        o[batch], lse[batch], kept, _ = prefix_attention_forward(
-            block, prefix, _scores_of(scores, batch), form, drop, first_batch=batch.start
-        )
-        if not gated:
-            context_o[batch] = kept
-    return o, lse, context_o, no_rng(q, drop.seed)
+    return forward_in_blocks(prefix_attention_forward, qkv, prefix, scores, form, drop)
+
+
+def routed_prefix_forward_in_blocks(
+    qkv: QKV, prefix: RoutedPrefix, scores: Scores, form: Form, drop: Dropout
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`routed_prefix_forward`, a block of the batch at a time."""
+    return forward_in_blocks(routed_prefix_forward, qkv, prefix, scores, form, drop)
 
 
 def prefix_attention_backward_in_blocks(
@@ -209,25 +270,21 @@ def prefix_attention_backward_in_blocks(
     drop: Dropout,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`prefix_attention_backward`, a block of the batch at a time; sums d_prefix_k, _v."""
-    gated = form.composition == "gated"
-    grads = [absent(do) for _ in range(5)]
-    for i, like in enumerate(qkv):
-        if needs[i]:
-            grads[i] = heads_last_empty(like)
-    for i in (3, 4):
-        if needs[i]:
-            grads[i] = torch.zeros_like(prefix.prefix_k, memory_format=torch.contiguous_format)
-    for batch in _batch_blocks(qkv.q, qkv.k.shape[2] + prefix.prefix_k.shape[1]):
-        own = output.context_o if gated else output.context_o[batch]
-        block_output = AttentionOutput(output.o[batch], output.lse[batch], own, output.context_rng)
-        block = prefix_attention_backward(
-            do[batch], QKV(*(t[batch] for t in qkv)), prefix, block_output,
-            _scores_of(scores, batch), form, drop, needs, first_batch=batch.start,
-        )  # fmt: skip
-        for i in range(5):
-            if needs[i] and i < 3:
-                grads[i][batch] = block[i]
-            elif needs[i]:
-                grads[i] += block[i]
-    return tuple(grads)
+    """:func:`prefix_attention_backward`, a block of the batch at a time."""
+    settings = scores, form, drop, needs
+    return backward_in_blocks(prefix_attention_backward, do, qkv, prefix, output, *settings)
+
+
+def routed_prefix_backward_in_blocks(
+    do: Tensor,
+    qkv: QKV,
+    prefix: RoutedPrefix,
+    output: AttentionOutput,
+    scores: Scores,
+    form: Form,
+    drop: Dropout,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`routed_prefix_backward`, a block of the batch at a time."""
+    settings = scores, form, drop, needs
+    return backward_in_blocks(routed_prefix_backward, do, qkv, prefix, output, *settings)

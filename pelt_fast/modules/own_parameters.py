@@ -1,0 +1,75 @@
+"""Task heads and biases of several methods: each row of a batch runs with those of its method."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .methods import Methods
+from .routing import Routes
+
+_ADDS_BIAS = (nn.Linear, Conv1D, nn.LayerNorm)
+
+
+class OwnParameters(nn.Module):
+    """The parameters that one method has instead of a module's, by their names there."""
+
+    def __init__(self, values: dict[str, Tensor]):
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+
+class RoutedOwn(Methods):
+    """Runs the forward of a module with the parameters of each row's method."""
+
+    def run(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict):
+        """The output of ``module``, whose own forward is ``forward``."""
+        routes = self.routing.now()
+        if self.switch.any_block and self.switch.is_off():
+            return forward(*args, **kwargs)
+        if routes.single is not None:
+            own = self.of(routes.single)
+            return forward(*args, **kwargs) if own is None else _with(module, own, args, kwargs)
+        y = forward(*args, **kwargs)
+        if type(module) in _ADDS_BIAS and self._are_biases:
+            return y + self._bias_rows(module.bias, routes, y)
+        return self._by_method(module, routes, y, args, kwargs)
+
+    @property
+    def _are_biases(self) -> bool:
+        return all(list(own._parameters) == ["bias"] for own in self._modules.values())
+
+    def _bias_rows(self, bias: Tensor, routes: Routes, y: Tensor) -> Tensor:
+        """b_g - b of the method of each row."""
+        changes = [torch.zeros_like(bias)] * (self.routing.count + 1)  # the last one: of none
+        for method, own in self.sites.items():
+            changes[method] = own.bias.to(bias.dtype) - bias
+        rows = torch.stack(changes)[routes.of(y.shape[0], y.device)]
+        return rows.view(y.shape[0], *(1,) * (y.dim() - 2), y.shape[-1]).to(y.dtype)
+
+    def _by_method(
+        self, module: nn.Module, routes: Routes, y: Tensor, args: tuple, kwargs: dict
+    ) -> Tensor:
+        for method, own in self.sites.items():
+            rows = routes.rows(method, y.shape[0], y.device)
+            if rows.numel():
+                part = [_rows_of(value, rows, y.shape[0]) for value in args]
+                named = {key: _rows_of(value, rows, y.shape[0]) for key, value in kwargs.items()}
+                y = y.index_copy(0, rows, _with(module, own, tuple(part), named).to(y.dtype))
+        return y
+
+
+def _rows_of(value, rows: Tensor, count: int):
+    """The rows of an argument that has ``count`` of them."""
+    of_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
+    return value[rows] if of_batch else value
+
+
+def _with(module: nn.Module, own: OwnParameters, args: tuple, kwargs: dict):
+    """The class's forward of ``module`` with other parameters."""
+    stand_in = copy.copy(module)
+    stand_in.__dict__["_parameters"] = {**module._parameters, **own._parameters}
+    return type(module).forward(stand_in, *args, **kwargs)
