@@ -208,6 +208,33 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def column_sums(x):
+    """The sums over the rows of a tile; their number is a power of two, at least 2.
+
+    By halves: each exchange moves a tile through shared memory without bank conflicts. ``tl.sum``
+    over rows that several warps hold stores numbers of one bank, up to 32 at once.
+    """
+    return _pair_sums(tl.trans(x))
+
+
+@triton.jit
+def _pair_sums(x):
+    if x.shape[1] == 2:
+        low, high = tl.split(x)
+        return low + high
+    else:
+        low, high = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        return _pair_sums(low + high)
+
+
+@triton.jit
+def fold(x, ROWS: tl.constexpr):
+    """The sums of every ROWS-th row of a tile, [ROWS, columns]. A thread that holds all of them, as
+    in the layout of a load of 16 bytes a thread if ROWS is 16, sums without an exchange."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), 0)
+
+
+@triton.jit
 def load_rows(ptr, stride, offs, limit, offs_d, D):
     """A tile [offs, offs_d] of a matrix with ``limit`` rows and D columns."""
     mask = (offs < limit)[:, None] & (offs_d < D)[None, :]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelt_fast.kernels.common import dot
+from pelt_fast.kernels.common import column_sums, dot, fold
 from pelt_fast.kernels.config import cdiv, padded, pick
 from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.rank_down import rank_down_parts
@@ -159,8 +159,8 @@ def norm_gradients_kernel(
     mask_k = offs_k < K
     weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    d_weight = tl.zeros((BLOCK_K,), tl.float32)
-    d_bias = tl.zeros((BLOCK_K,), tl.float32)
+    d_weight = tl.zeros((8, BLOCK_K), tl.float32)
+    d_bias = tl.zeros((8, BLOCK_K), tl.float32)
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
@@ -177,10 +177,11 @@ def norm_gradients_kernel(
         d_down = g * weight[None, :] + total[:, None] * bias[None, :]
         place = d_down_ptr + rows * K + offs_k[None, :]
         tl.store(place, d_down.to(d_down_ptr.dtype.element_ty), mask=inside)
-        d_weight += tl.sum(down * g, 0)
-        d_bias += tl.sum(down * total[:, None], 0)
+        d_weight += fold(down * g, 8)
+        d_bias += fold(down * total[:, None], 8)
         once = offs_r < tl.where(tl.program_id(0) == 0, R, 0)
         tl.store(d_down_bias_ptr + offs_r, total.to(d_down_bias_ptr.dtype.element_ty), mask=once)
+    d_weight, d_bias = column_sums(d_weight), column_sums(d_bias)
     tl.store(d_weight_ptr + offs_k, d_weight.to(d_weight_ptr.dtype.element_ty), mask=mask_k)
     tl.store(d_bias_ptr + offs_k, d_bias.to(d_bias_ptr.dtype.element_ty), mask=mask_k)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelt_fast.kernels.common import bottleneck, dot, keep_tile, load_mask
+from pelt_fast.kernels.common import bottleneck, column_sums, dot, fold, keep_tile, load_mask
 from pelt_fast.kernels.config import cdiv, padded, pick, split
 from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.reduce import reduce_parts
@@ -145,7 +145,8 @@ def rank_up_bwd_kernel(
             other=0.0,
         ).to(dy_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    # running sums of every 16th row: a thread holds all of them, so that no tile needs an exchange
+    total = tl.zeros((16, BLOCK_N), tl.float32)
     dy_place = dy_ptr + offs_m[:, None] * stride_dm + offs_n[None, :]
     for m in range(0, part_m, BLOCK_M):
         rows = offs_m + m
@@ -171,13 +172,16 @@ def rank_up_bwd_kernel(
                 h *= kept
             db = dot(tl.trans(dy), h.to(dy.dtype), db)
         if HAS_BIAS:
-            total += tl.sum(dy.to(tl.float32), 0)
+            total += fold(dy.to(tl.float32), 16)
         dy_place += BLOCK_M * tl.cast(stride_dm, tl.int64)
     if NEED_DB:
         place = db_ptr + (part * N + offs_n)[:, None] * R + offs_r[None, :]
         tl.store(place, db, mask=(offs_n < N)[:, None] & mask_r)
     if HAS_BIAS:
-        tl.store(d_bias_ptr + part * N + offs_n, total, mask=offs_n < N)
+        # exact fp32 products leave no registers for more
+        exact: tl.constexpr = dy_ptr.dtype.element_ty == tl.float32
+        sums = tl.sum(total, 0) if exact else column_sums(total)
+        tl.store(d_bias_ptr + part * N + offs_n, sums, mask=offs_n < N)
 
 
 def rank_up(

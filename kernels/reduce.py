@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pelt_fast.kernels.common import derivative, keep_tile, store_rank
+from pelt_fast.kernels.common import column_sums, derivative, fold, keep_tile, store_rank
 from pelt_fast.kernels.config import cdiv
 from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
@@ -104,13 +104,14 @@ def reduce_pair_kernel(
     parts_ptr, first_ptr, second_ptr, J, N, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
+    pair = tl.zeros((2, BLOCK_N), tl.float32)  # of the even and of the odd parts
     for start in range(0, J, BLOCK_J):
         # BLOCK_J loads at a time: single loads would each wait for the one before
         j = start + tl.arange(0, BLOCK_J)
         place = parts_ptr + j.to(tl.int64)[:, None] * (2 * N) + offs[None, :]
         inside = (j < J)[:, None] & (offs < 2 * N)[None, :]
-        acc += tl.sum(tl.load(place, mask=inside, other=0.0), 0)
+        pair += fold(tl.load(place, mask=inside, other=0.0), 2)
+    acc = column_sums(pair)
     tl.store(first_ptr + offs, acc.to(first_ptr.dtype.element_ty), mask=offs < N)
     second = (offs >= N) & (offs < 2 * N)
     tl.store(second_ptr + offs - N, acc.to(second_ptr.dtype.element_ty), mask=second)
