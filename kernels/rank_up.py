@@ -145,8 +145,10 @@ def rank_up_bwd_kernel(
             other=0.0,
         ).to(dy_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    # running sums of every 16th row: a thread holds all of them, so that no tile needs an exchange
-    total = tl.zeros((16, BLOCK_N), tl.float32)
+    # running sums of every 16th row: a thread holds all of them, so that no tile needs an exchange;
+    # exact fp32 products leave no registers for that
+    SUMS: tl.constexpr = 1 if dy_ptr.dtype.element_ty == tl.float32 else 16
+    total = tl.zeros((SUMS, BLOCK_N), tl.float32)
     dy_place = dy_ptr + offs_m[:, None] * stride_dm + offs_n[None, :]
     for m in range(0, part_m, BLOCK_M):
         rows = offs_m + m
@@ -172,15 +174,13 @@ def rank_up_bwd_kernel(
                 h *= kept
             db = dot(tl.trans(dy), h.to(dy.dtype), db)
         if HAS_BIAS:
-            total += fold(dy.to(tl.float32), 16)
+            total += fold(dy.to(tl.float32), SUMS)
         dy_place += BLOCK_M * tl.cast(stride_dm, tl.int64)
     if NEED_DB:
         place = db_ptr + (part * N + offs_n)[:, None] * R + offs_r[None, :]
         tl.store(place, db, mask=(offs_n < N)[:, None] & mask_r)
     if HAS_BIAS:
-        # exact fp32 products leave no registers for more
-        exact: tl.constexpr = dy_ptr.dtype.element_ty == tl.float32
-        sums = tl.sum(total, 0) if exact else column_sums(total)
+        sums = tl.sum(total, 0) if SUMS == 1 else column_sums(total)
         tl.store(d_bias_ptr + part * N + offs_n, sums, mask=offs_n < N)
 
 

@@ -135,9 +135,9 @@ class RoutedLoRA(Methods):
         routes = self.routing.now()
         if self.switch.any_block and self.switch.is_off():
             return self.frozen.bare(x)
-        if routes.single is not None:
-            site = self.of(routes.single)
-            with self.routing.seeds_of(routes.single):
+        if routes.alone is not None:
+            site = self.of(routes.alone)
+            with self.routing.seeds_of(routes.alone):
                 return self.frozen.bare(x) if site is None else site(x)
         acting, factors = self.acting(routes), Factors(self.routing.count)
         if not acting:

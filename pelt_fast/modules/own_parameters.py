@@ -30,8 +30,8 @@ class RoutedOwn(Methods):
         routes = self.routing.now()
         if self.switch.any_block and self.switch.is_off():
             return forward(*args, **kwargs)
-        if routes.single is not None:
-            own = self.of(routes.single)
+        if routes.alone is not None:
+            own = self.of(routes.alone)
             return forward(*args, **kwargs) if own is None else _with(module, own, args, kwargs)
         y = forward(*args, **kwargs)
         if type(module) in _ADDS_BIAS and self._are_biases:
@@ -53,12 +53,11 @@ class RoutedOwn(Methods):
     def _by_method(
         self, module: nn.Module, routes: Routes, y: Tensor, args: tuple, kwargs: dict
     ) -> Tensor:
-        for method, own in self.sites.items():
+        for method, own in self.acting(routes):
             rows = routes.rows(method, y.shape[0], y.device)
-            if rows.numel():
-                part = [_rows_of(value, rows, y.shape[0]) for value in args]
-                named = {key: _rows_of(value, rows, y.shape[0]) for key, value in kwargs.items()}
-                y = y.index_copy(0, rows, _with(module, own, tuple(part), named).to(y.dtype))
+            part = [_rows_of(value, rows, y.shape[0]) for value in args]
+            named = {key: _rows_of(value, rows, y.shape[0]) for key, value in kwargs.items()}
+            y = y.index_copy(0, rows, _with(module, own, tuple(part), named).to(y.dtype))
         return y
 
 

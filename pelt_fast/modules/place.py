@@ -56,11 +56,11 @@ class Place:
         routes = self.routing.now()
         if self.switch.any_block and self.switch.is_off():
             return self._base(*args, **kwargs)
-        if routes.single is not None:
-            call = self._outermost(routes.single)
+        if routes.alone is not None:
+            call = self._outermost(routes.alone)
             if call is None:
                 return self._base(*args, **kwargs)
-            with self.routing.seeds_of(routes.single, draws_of(call.__self__)):
+            with self.routing.seeds_of(routes.alone, draws_of(call.__self__)):
                 return call(*args, **kwargs)
         return self._mixed(RoutedUpdate(self.routing, routes))(*args, **kwargs)
 

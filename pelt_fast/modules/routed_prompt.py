@@ -22,8 +22,8 @@ class RoutedPrompt(Methods):
         if self.switch.any_block and self.switch.is_off():
             return None
         routes = self.routing.now()
-        if routes.single is not None and length is None:
-            found = self.of(routes.single)
+        if routes.alone is not None and length is None:
+            found = self.of(routes.alone)
         else:
             found = self._mixed(routes, length)
         if found is None or not found.length:

@@ -29,8 +29,8 @@ class RoutedSlice:
         if self.switch.any_block and self.switch.is_off():
             return None
         routes = self.routes
-        if routes.single is not None:
-            return self.slices.get(routes.single)
+        if routes.alone is not None:
+            return self.slices.get(routes.alone)
         return self if any(self.routing.may_act(method, routes) for method in self.slices) else None
 
     @property

@@ -37,6 +37,12 @@ class Routes:
         self._tables: dict = {}
         self._version = methods._version
 
+    @property
+    def alone(self) -> int | None:
+        """The one method that a forward computes: that of all rows, if there is one. Where several
+        processes train there is none, because DDP waits for the gradients of every method."""
+        return None if needs_every_gradient() else self.single
+
     def of(self, rows: int, device: torch.device) -> Tensor:
         """The methods of the ``rows`` leading entries of a tensor, (rows) int64 on ``device``."""
         return self._table(("of", rows, device), lambda: self._spread(rows).to(device))
@@ -114,6 +120,12 @@ def _single(methods: Tensor) -> int | None:
     return first if bool((methods == first).all()) else None
 
 
+def needs_every_gradient() -> bool:
+    """Whether a method without rows has gradients of zero here, and not none."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several and torch.is_grad_enabled()
+
+
 def _draw(generator: torch.Generator, count: int) -> Tensor:
     """Seeds (count, 2) from a generator. A checkpoint around this call draws them again."""
     if in_checkpoint():
@@ -188,11 +200,9 @@ class Routing:
 
     @staticmethod
     def may_act(method: int, routes: Routes) -> bool:
-        """Whether a method has to be computed: it may have rows. Where several processes train, one
-        without rows here has gradients of zero, because DDP waits for each gradient."""
-        if routes.present is None or method in routes.present:
-            return True
-        return torch.is_grad_enabled() and torch.distributed.is_initialized()
+        """Whether a method has to be computed: it may have rows, or its gradients are waited for."""
+        present = routes.present
+        return present is None or method in present or needs_every_gradient()
 
     @contextlib.contextmanager
     def using(self, routes: Routes | None) -> Iterator[None]:
@@ -248,6 +258,6 @@ class MethodSwitch:
         if self.switch.any_block and self.switch.is_off():
             return True
         routes = self.routing.now()
-        if routes.single is not None:
-            return routes.single != self.method
+        if routes.alone is not None:
+            return routes.alone != self.method
         return not self.routing.may_act(self.method, routes)
