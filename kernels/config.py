@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from pelt_fast.kernels import tuned
-from pelt_fast.kernels.tiles import MAX_RANK, TABLES, Row, Tile
+from pelt_fast.kernels.tile import Row, Tile
+from pelt_fast.kernels.tiles import MAX_RANK, TABLES
 
 # the largest rank at which our kernel should beat the library's GEMM and its extra passes: our
 # kernel is for bandwidth-bound products, the library for those with many flops a byte. Unmeasured;

@@ -20,7 +20,7 @@ from torch import Tensor
 from pelt_fast.kernels.common import dot, keep_tile, load_rows
 from pelt_fast.kernels.config import cdiv, padded, pick
 from pelt_fast.kernels.launch import launched
-from pelt_fast.kernels.tiles import Tile
+from pelt_fast.kernels.tile import Tile
 from pelt_fast.ops.common import dropout as philox
 
 

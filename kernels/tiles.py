@@ -9,48 +9,15 @@ which instructions issue. ``make gpu PART=tune`` measures candidates and writes 
 ``tuned.py``, which is read first. Products in fp32 are exact: they run on the FMA units.
 """
 
-from dataclasses import dataclass
+from pelt_fast.kernels.routed_tiles import ROUTED
+from pelt_fast.kernels.tile import HALF, MAX_RANK, SINGLE, Row, Tile
 
-MAX_RANK = 1024
 MAX_PREFIX = 1024
 MAX_HEAD_DIM = 256
-HALF, SINGLE = 16, 32  # bits of an element
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Blocks of one program, its warps and its pipeline depth; 0 if a kernel has no such dim.
-
-    ``programs`` is the number a processor that ``config.split`` aims at, if a kernel splits its
-    loop.
-    """
-
-    block_m: int
-    block_n: int = 0
-    block_k: int = 0
-    block_r: int = 0
-    num_warps: int = 4
-    num_stages: int = 3
-    programs: int = 2
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """The options Triton's launcher takes."""
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: the tile for elements of ``bits`` and sizes up to ``limit``, and why."""
-
-    bits: int
-    limit: int
-    tile: Tile
-    why: str
-
 
 # fmt: off
 TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
+    **ROUTED,
     "rank_down": {
         "sm80": (
             Row(HALF, 32, Tile(128, block_k=64, block_r=32, num_warps=8, num_stages=4),
@@ -164,50 +131,6 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
             Row(SINGLE, MAX_RANK, Tile(32, 32, block_r=16, num_warps=4, num_stages=2),
                 "fp32: small tiles, no spills; counted: "
                 "sm80 2.13 by shared, issue 45 %; sm90 3.20 by shared, issue 45 %"),
-        ),
-    },
-    "routed_down": {  # the class is the largest rank of the batch; rows are gathered
-        "sm100": (
-            Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=2),
-                "as elsewhere; unmeasured"),
-            Row(HALF, MAX_RANK, Tile(64, block_k=64, block_r=64, num_warps=8, num_stages=2),
-                "as elsewhere, no spills; unmeasured"),
-        ),
-        "any": (
-            Row(HALF, 32, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=2),
-                "as rank_down; unmeasured"),
-            Row(HALF, MAX_RANK, Tile(64, block_k=64, block_r=64, num_warps=4, num_stages=2),
-                "as rank_down, narrow blocks of ranks: small methods skip the others; unmeasured"),
-            Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
-                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
-        ),
-    },
-    "routed_down_bwd": {
-        "any": (
-            Row(HALF, MAX_RANK, Tile(64, block_k=128, block_r=32, num_warps=4, num_stages=3),
-                "rows are found first: three stages are two deep; unmeasured"),
-            Row(SINGLE, MAX_RANK, Tile(32, block_k=32, block_r=32, num_warps=4, num_stages=2),
-                "as rank_down_bwd; unmeasured"),
-        ),
-    },
-    "routed_up": {
-        "sm80": (
-            Row(HALF, MAX_RANK, Tile(64, 64, block_r=32, num_warps=4, num_stages=1),
-                "half as wide, no spills; unmeasured"),
-        ),
-        "any": (
-            Row(HALF, MAX_RANK, Tile(64, 128, block_r=32, num_warps=8, num_stages=1),
-                "a loop over few ranks: no pipeline; rows and mask in registers; unmeasured"),
-            Row(SINGLE, MAX_RANK, Tile(32, 64, block_r=16, num_warps=4, num_stages=1),
-                "exact fp32 runs on the FMA units: small tiles, no spills; unmeasured"),
-        ),
-    },
-    "routed_up_bwd": {
-        "any": (
-            Row(HALF, MAX_RANK, Tile(64, 64, block_r=32, num_warps=4, num_stages=3),
-                "rows are found first: three stages are two deep; unmeasured"),
-            Row(SINGLE, MAX_RANK, Tile(16, 32, block_r=32, num_warps=4, num_stages=2),
-                "as rank_up_bwd; unmeasured"),
         ),
     },
     "prefix": {  # the class is the padded head dim

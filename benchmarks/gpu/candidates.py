@@ -10,13 +10,15 @@ from dataclasses import replace
 import torch
 
 from pelt_fast.kernels import config
-from pelt_fast.kernels.tiles import HALF, TABLES, Tile
+from pelt_fast.kernels.tile import HALF, Tile
+from pelt_fast.kernels.tiles import TABLES
 
-from .kernel_cases import KernelCase, Sizes, cases
+from .kernel_case import KernelCase, Sizes
+from .kernel_cases import cases
 
 PROGRAMS = (2, 4, 8)
 SPLIT = ("rank_down", "rank_down_norm", "rank_down_bwd", "rank_down_bwd_norm", "rank_up_bwd",
-         "prefix_bwd")  # fmt: skip
+         "prefix_bwd", "routed_down", "routed_down_bwd", "routed_up_bwd")  # fmt: skip
 
 # the family of cases that reads a table; first the kernels that are farthest from their floor
 FAMILY = {
@@ -34,6 +36,10 @@ FAMILY = {
     "tail_gemm": "tail",
     "tail_gemm_masked": "tail",
     "tail_gemm_descriptor": "tail",
+    "routed_up_bwd": "routed",
+    "routed_down": "routed",
+    "routed_down_bwd": "routed",
+    "routed_up": "routed",
 }
 
 # table: the dims of a block, blocks -> (warps, stages). Left out is what on sm90 spills, does not
@@ -87,13 +93,17 @@ GRIDS = {
     "tail_gemm": ("mnk", GEMM),
     "tail_gemm_masked": ("mnk", MASKED),
     "tail_gemm_descriptor": ("mnk", MASKED),
+    "routed_down": ("mk", {(32, 128): THREE, (64, 64): THREE, (64, 128): THREE}),
+    "routed_down_bwd": ("mk", {(32, 128): THREE, (64, 64): THREE, (64, 128): THREE}),
+    "routed_up": ("mn", {(32, 128): TWO, (64, 64): TWO, (64, 128): TWO}),
+    "routed_up_bwd": ("mn", {(32, 64): THREE, (64, 64): THREE, (64, 128): THREE}),
 }  # fmt: skip
 
 
 def candidates(table: str) -> list[Tile]:
     """The tiles that are compiled."""
     dims, blocks = GRIDS[table]
-    block_r = 32 if table.startswith("tail") else 64
+    block_r = 32 if table.startswith(("tail", "routed")) else 64
     fixed = {} if table in ("prefix", "prefix_bwd", "widened_ffn") else {"block_r": block_r}
     return [
         Tile(**{f"block_{dim}": size for dim, size in zip(dims, block)}, **fixed,

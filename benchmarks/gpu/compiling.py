@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.common import REPOSITORY
 from pelt_fast.kernels import config
-from pelt_fast.kernels.tiles import Tile
+from pelt_fast.kernels.tile import Tile
 
 from . import fused
 from .candidates import FAMILY, candidates, cases_of, name_of, variants
-from .kernel_cases import KernelCase, Sizes
+from .kernel_case import KernelCase, Sizes
 from .numerics import environment
 from .record import Record
 from .reporter import LOST

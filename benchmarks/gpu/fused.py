@@ -13,7 +13,7 @@ from pelt_fast.ops.adapter import cpu
 from pelt_fast.ops.common.bundles import AdapterNorm, Bottleneck, Transform
 from pelt_fast.ops.common.gradients import weight_gradient
 
-from .kernel_cases import Sizes
+from .kernel_case import Sizes
 
 RANKS = (16, 64, 128)
 Pair = tuple[Callable[[], object], Callable[[], object]]

@@ -1,7 +1,6 @@
 """Every kernel on one input: ours, the same in plain PyTorch, the bytes and flops of its file."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,47 +16,10 @@ from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
-from pelt_fast.ops.common import dropout as philox
 from pelt_fast.ops.common.activations import activate, derivative
 
-P = 0.1
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of the cases; the defaults are those of the targets."""
-
-    m: int = 8192
-    k: int = 4096
-    inner: int = 14336
-    batch: int = 16
-    heads: int = 16
-    queries: int = 1024
-    dim: int = 64
-    ranks: tuple[int, ...] = (16, 64)
-    prefixes: tuple[int, ...] = (30, 200)
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """``ours()`` and ``plain(drop)`` return the same tensors; ``drop(x, row)`` is the dropout."""
-
-    kernel: str
-    name: str
-    ours: Callable[[], tuple[Tensor, ...]]
-    plain: Callable[[Callable], tuple[Tensor, ...]]
-    bytes: float
-    flops: float
-
-
-def same_mask(seed: Tensor) -> Callable:
-    """The dropout of the definition, for the check."""
-    return lambda x, p: philox.dropout(x, p, seed)
-
-
-def torchs(x: Tensor, p: float) -> Tensor:
-    """torch's own dropout, for the time."""
-    return F.dropout(x, p)
+from .kernel_case import KernelCase, P, Sizes, drawn
+from .routed_cases import routed
 
 
 def cases(
@@ -70,13 +32,9 @@ def cases(
         yield from FAMILIES[name](device, sizes, dtype, seed)
 
 
-def _randn(device, dtype):
-    return lambda *shape, of=dtype: torch.randn(*shape, device=device).to(of)
-
-
 def low_rank(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
     """rank_down, rank_up, their backward, the mask."""
-    randn, M, K = _randn(device, dtype), sizes.m, sizes.k
+    randn, M, K = drawn(device, dtype), sizes.m, sizes.k
     x, e = randn(M, K), dtype.itemsize
     for R in sizes.ranks:
         a, b = randn(R, K, of=torch.float32) / K**0.5, randn(K, R, of=torch.float32)
@@ -121,7 +79,7 @@ def _packed(keep: Tensor) -> Tensor:
 
 def adapters(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
     """The adapter in one kernel."""
-    randn, M, K, e = _randn(device, dtype), sizes.m, sizes.k, dtype.itemsize
+    randn, M, K, e = drawn(device, dtype), sizes.m, sizes.k, dtype.itemsize
     x, base = randn(M, K), randn(M, K)
     norm = randn(K, of=torch.float32), randn(K, of=torch.float32)
     for R in sizes.ranks:
@@ -143,7 +101,7 @@ def adapters(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
 
 def norms(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
     """A LayerNorm in front of a rank-R product: forward, dx, the small gradients."""
-    randn, M, K, e = _randn(device, dtype), sizes.m, sizes.k, dtype.itemsize
+    randn, M, K, e = drawn(device, dtype), sizes.m, sizes.k, dtype.itemsize
     x, norm = randn(M, K) + 1, [randn(K, of=torch.float32) for _ in range(2)]
     weight, bias = norm
     for R in sizes.ranks:
@@ -176,7 +134,7 @@ def norms(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
 
 def tail(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
     """The frozen GEMM with its rank tail, both variants, both directions."""
-    randn, M, K, R = _randn(device, dtype), sizes.m, sizes.k, sizes.ranks[0]
+    randn, M, K, R = drawn(device, dtype), sizes.m, sizes.k, sizes.ranks[0]
     e = dtype.itemsize
     x, w, s, u = randn(M, K), randn(K, K) / K**0.5, randn(M, R), randn(R, K, of=torch.float32)
     bytes_, flops = e * (2 * M * K + K * K), 2 * M * K * (K + R)
@@ -198,7 +156,7 @@ def tail(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
 
 def widened(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
     """The two-segment activation."""
-    randn, M, I, R, e = _randn(device, dtype), sizes.m, sizes.inner, 512, dtype.itemsize
+    randn, M, I, R, e = drawn(device, dtype), sizes.m, sizes.inner, 512, dtype.itemsize
     for gated in (False, True):
         f = "silu" if gated else "gelu"
         first = I * (2 if gated else 1)
@@ -248,7 +206,7 @@ def widened(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
 
 def separate(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
     """The activation between projections that are layers of their own."""
-    randn, M, I, e = _randn(device, dtype), sizes.m, sizes.inner, dtype.itemsize
+    randn, M, I, e = drawn(device, dtype), sizes.m, sizes.inner, dtype.itemsize
     z, da = randn(M, I), randn(M, I)
     for gate in (None, randn(M, I)):
         f, extra = ("gelu", 0) if gate is None else ("silu", 1)
@@ -282,7 +240,7 @@ def separate(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
 
 def heads(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
     """The merge of a prefix and its backward, on a context of random numbers."""
-    randn, e = _randn(device, dtype), dtype.itemsize
+    randn, e = drawn(device, dtype), dtype.itemsize
     B, H, T, D = sizes.batch, sizes.heads, sizes.queries, sizes.dim
     q, do, context = (randn(B, T, H, D).transpose(1, 2) for _ in range(3))
     own, scale = randn(B, H, T, of=torch.float32), D**-0.5
@@ -326,5 +284,5 @@ def heads(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
 
 FAMILIES = {
     family.__name__: family
-    for family in (low_rank, adapters, norms, tail, widened, separate, heads)
+    for family in (low_rank, routed, adapters, norms, tail, widened, separate, heads)
 }

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from benchmarks.common import table
 
-from .kernel_cases import KernelCase, Sizes, cases, same_mask, torchs
+from .kernel_case import KernelCase, Sizes, same_mask, torchs
+from .kernel_cases import cases
 from .measure import floor_milliseconds, floors, milliseconds
 from .record import Record
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pelt_fast.kernels import config, tuned
-from pelt_fast.kernels.tiles import HALF, Tile
+from pelt_fast.kernels.tile import HALF, Tile
 
 TYPES = {
     "TILES": "dict[str, dict[str, tuple]]",

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.common import REPOSITORY
 
-from .kernel_cases import Sizes, cases
+from .kernel_case import Sizes
+from .kernel_cases import cases
 from .numerics import environment
 from .record import Record
 from .toolkit import found
@@ -17,7 +18,8 @@ TOOLS = ("memcheck", "racecheck")
 ERROR = 9  # the exit status of a tool that found something
 AT_ONCE = 5  # processes: most of their time is start-up and compiling
 SMALL = Sizes(m=200, k=136, inner=264, batch=2, heads=2, queries=70, dim=64)
-FAMILIES = ("adapter", "rank_down", "rank_up", "mask_bits", "tail_gemm", "widened", "prefix")
+FAMILIES = ("adapter", "rank_down", "rank_up", "mask_bits", "tail_gemm", "widened", "prefix",
+            "routed")  # fmt: skip
 
 
 def run(record: Record, device: torch.device) -> int:

@@ -16,12 +16,13 @@ import torch
 
 from benchmarks.common import REPOSITORY, table
 from pelt_fast.kernels import config
-from pelt_fast.kernels.tiles import HALF, MAX_RANK, Tile
+from pelt_fast.kernels.tile import HALF, Tile
+from pelt_fast.kernels.tiles import MAX_RANK
 
 from . import fused
 from .candidates import FAMILY, candidates, cases_of, limit_of, name_of, size_of, variants
 from .compiling import Compilation
-from .kernel_cases import KernelCase, Sizes, same_mask
+from .kernel_case import KernelCase, Sizes, same_mask
 from .kernels import off
 from .layers import Forced, Layer, Layers, gradient_of, layers, step
 from .measure import graph_milliseconds, milliseconds

@@ -7,7 +7,7 @@ an equal config, are written into the existing tensors: nothing is compiled agai
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pelt_fast.config import PeltConfig
 from pelt_fast.deprecated import renamed_keyword
-from pelt_fast.formats.checkpoint import load
+from pelt_fast.formats.checkpoint import load, read_method
 from pelt_fast.formats.method_tensors import copy_tensors, fold_banks, method_tensors
+from pelt_fast.injection.class_layer import check_num_labels, new_class_tensors
 from pelt_fast.injection.count import method_modules
 from pelt_fast.injection.handles import carrier_of, elsewhere, refuse_second
 from pelt_fast.injection.inject import eject, inject
@@ -28,7 +29,7 @@ from pelt_fast.modules.hooked import at_hand, holders
 from pelt_fast.presets import method as preset
 
 from .method_sum import UPDATE, Kept, sum_config, sum_tensors
-from .together import activate_together, are_together, put_together
+from .together import activate_together, are_together, classes_of, put_together
 
 _CHILD = "pelt_named_methods"  # the child of the model that holds the named methods
 
@@ -79,6 +80,7 @@ def inject_named(
     layout: Layout | None = None,
     pack: bool = True,
     together: bool = False,
+    num_labels: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """Put several methods into a model, each under a name. The first one is active.
 
@@ -94,13 +96,17 @@ def inject_named(
         pack: as for :func:`pelt_fast.inject`.
         together: whether the methods are in the model at the same time. ``pack`` then has no
             effect: the frozen weights keep their own storage.
+        num_labels: for methods that are together, the number of classes of those whose task head
+            has another one than the model. That of a saved method is the saved head's. A forward
+            with rows of unlike numbers returns a list as ``logits``, a tensor for each row, and
+            takes no ``labels``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no method, full fine-tuning among them, or what inject and load refuse. The
-            model is unchanged.
+        ValueError: no method, full fine-tuning among them, ``num_labels`` that has no meaning, or
+            what inject and load refuse. The model is unchanged.
         FileNotFoundError: a folder holds no saved method.
 
     Example:
@@ -115,8 +121,11 @@ def inject_named(
             raise ValueError(f"{name!r} is full fine-tuning, which leaves no base for the others")
     handle, model = model, unwrapped(model)
     refuse_second(model)
-    named = NamedMethods(layout, pack)
+    named, classes = NamedMethods(layout, pack), dict(num_labels or {})
+    _check_classes(classes, configs, together)
     for name, config in configs.items():
+        if together and _has_own_classes(model, name, config, classes, named):
+            continue
         if isinstance(config, os.PathLike):
             load(model, Path(config), **named.options)
         else:
@@ -127,13 +136,43 @@ def inject_named(
             eject(model)
     named.weights = {next(iter(configs)): 1.0}
     if together:
-        put_together(model, named.kept, layout)
+        put_together(model, named.kept, layout, classes)
         named.kept = {name: Kept(kept.config, {}, {}) for name, kept in named.kept.items()}
         _attach(model, named)
         return handle
     _apply(model, named, _target_of(named, named.weights, model))
     _attach(model, named)
     return handle
+
+
+def _check_classes(classes: dict[str, int], methods: dict, together: bool) -> None:
+    if classes and not together:
+        raise ValueError("num_labels needs together=True: one method at a time has the base's head")
+    unknown = sorted(classes.keys() - methods.keys())
+    if unknown:
+        raise ValueError(f"num_labels names {unknown[0]!r}; the methods are {', '.join(methods)}")
+
+
+def _has_own_classes(
+    model: nn.Module, name: str, method, classes: dict[str, int], named: NamedMethods
+) -> bool:
+    """Whether a method has another number of classes than the model. If so, keep it in ``named``
+    and its number in ``classes``."""
+    config, tensors = method, None
+    if isinstance(method, os.PathLike):
+        config, tensors = read_method(model, method)
+    count = classes_of(model, name, classes.pop(name, None), tensors)
+    if count is None:
+        return False
+    check_num_labels(model, name, config, count)
+    if tensors is None:
+        inject(model, config, **named.options)
+        try:
+            tensors = _capture(model).trained | new_class_tensors(model, count)
+        finally:
+            eject(model)
+    named.kept[name], classes[name] = Kept(config, tensors, {}), count
+    return True
 
 
 def active(model: nn.Module) -> dict[str, float]:

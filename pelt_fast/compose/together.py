@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pelt_fast.config import PeltConfig
 from pelt_fast.formats.checkpoint import read_method
+from pelt_fast.injection.class_layer import other_num_labels
 from pelt_fast.injection.disabled import refuse_disabled
 from pelt_fast.injection.handles import carrier_of
 from pelt_fast.injection.inject_together import (
@@ -32,18 +33,31 @@ def are_together(model: nn.Module) -> bool:
     return isinstance(injection_of(carrier_of(model)), TogetherInjection)
 
 
-def put_together(model: nn.Module, kept: dict[str, Kept], layout: Layout | None) -> None:
-    """Put methods into ``model`` with their tensors. The first one is active."""
+def put_together(
+    model: nn.Module,
+    kept: dict[str, Kept],
+    layout: Layout | None,
+    num_labels: dict[str, int] | None = None,
+) -> None:
+    """Put methods into ``model`` with their tensors. The first one is active. ``num_labels``: of
+    those that have another number of classes than the model."""
     for name in kept:
         _check_name(name)
-    injection = inject_together(model, {name: k.config for name, k in kept.items()}, layout)
+    configs = {name: method.config for name, method in kept.items()}
+    injection = inject_together(model, configs, layout, num_labels or {})
     for name, method in kept.items():
         fill(model, name, method.trained)
     if kept:
         injection.routing.default = _all_rows(injection, next(iter(kept)))
 
 
-def add_method(model: nn.Module, name: str, method: str | PeltConfig | os.PathLike) -> nn.Module:
+def add_method(
+    model: nn.Module,
+    name: str,
+    method: str | PeltConfig | os.PathLike,
+    *,
+    num_labels: int | None = None,
+) -> nn.Module:
     """Put one more named method into a model, beside those that are in it together.
 
     The others stay as they are, with what they learned; the base is not touched. The cost is the
@@ -54,6 +68,8 @@ def add_method(model: nn.Module, name: str, method: str | PeltConfig | os.PathLi
         name: the new method's name, without a dot.
         method: a preset's name, a :class:`PeltConfig`, or the ``Path`` of a folder that
             :func:`pelt_fast.save` wrote.
+        num_labels: the number of classes of the method's task head, as for
+            :func:`pelt_fast.inject_named`. None: that of the saved head, or of the model.
 
     Returns:
         ``model``.
@@ -75,8 +91,9 @@ def add_method(model: nn.Module, name: str, method: str | PeltConfig | os.PathLi
     config, tensors = _read(carrier, method)
     if config.is_full:
         raise ValueError(f"{name!r} is full fine-tuning, which leaves no base for the others")
+    num_labels = classes_of(carrier, name, num_labels, tensors)
     with injection.routing.gate.changing():
-        build_method(carrier, name, config, injection)
+        build_method(carrier, name, config, injection, num_labels)
         if tensors is not None:
             try:
                 fill(carrier, name, tensors)
@@ -85,6 +102,22 @@ def add_method(model: nn.Module, name: str, method: str | PeltConfig | os.PathLi
                 raise
         settle(carrier, injection)
     return model
+
+
+def classes_of(
+    model: nn.Module, name: str, num_labels: int | None, tensors: dict[str, Tensor] | None
+) -> int | None:
+    """The number of classes of a method, if it is not the model's. ValueError if its saved tensors
+    have another one than what was asked for."""
+    own = getattr(getattr(model, "config", None), "num_labels", None)
+    saved = None if tensors is None else other_num_labels(model, tensors)
+    if num_labels is None or tensors is None:
+        return saved if num_labels in (None, own) else num_labels
+    if num_labels != (own if saved is None else saved):
+        raise ValueError(
+            f"num_labels of {name!r} is {num_labels}, and its saved task head is of {saved or own}"
+        )
+    return saved
 
 
 def drop_method(model: nn.Module, name: str) -> nn.Module:

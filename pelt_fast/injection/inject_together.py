@@ -6,12 +6,14 @@ from pelt_fast.config import PeltConfig
 from pelt_fast.layouts.layout import Layout
 from pelt_fast.layouts.lookup import base_of, find
 from pelt_fast.layouts.names import parameters_of
+from pelt_fast.modules.class_counts import ClassCounts
 from pelt_fast.modules.decision import DecidesOnce
 from pelt_fast.modules.kept_input import KeptInput
 from pelt_fast.modules.routing import MethodSwitch, Routing
 
 from .build import BUILDERS
 from .checks import check
+from .class_layer import check_num_labels
 from .described import described
 from .handles import mark
 from .inject import _restore
@@ -53,20 +55,25 @@ class TogetherInjection(Injection):
 
 
 def inject_together(
-    model: nn.Module, methods: dict[str, PeltConfig], layout: Layout | None
+    model: nn.Module,
+    methods: dict[str, PeltConfig],
+    layout: Layout | None,
+    num_labels: dict[str, int],
 ) -> TogetherInjection:
     """Put methods into a model, each beside the others. The base is frozen, and the first method
-    acts on all rows until :func:`pelt_fast.route` says otherwise."""
+    acts on all rows until :func:`pelt_fast.route` says otherwise. ``num_labels``: of the methods
+    that have another number of classes than the model."""
     injection = TogetherInjection(layout)
     try:
         own_configs(model, injection)
         _freeze(model, injection)
         begin = model.register_forward_pre_hook(injection.routing.begin, with_kwargs=True)
         injection.changes.hook(begin)
+        _count_classes(model, injection)
         end = model.register_forward_hook(injection.routing.end, always_call=True)
         injection.changes.hook(end)
         for name, config in methods.items():
-            build_method(model, name, config, injection)
+            build_method(model, name, config, injection, num_labels.get(name))
         settle(model, injection)
     except BaseException:
         injection.changes.method = None
@@ -98,24 +105,49 @@ def remove_method(model: nn.Module, name: str, injection: TogetherInjection) -> 
     injection.changes.drop(name)
     number = injection.routing.ids.pop(name)
     injection.routing.generators.pop(number, None)
+    injection.classes.by_method.pop(number, None)
     del injection.methods[name], injection.own[name]
     injection.sites = [s for s in injection.sites if s.details.get("method") != name]
     settle(model, injection)
 
 
+def _count_classes(model: nn.Module, injection: TogetherInjection) -> None:
+    """Let the model return what its methods' numbers of classes ask for."""
+    usual = getattr(getattr(model, "config", None), "num_labels", None)
+    classes = ClassCounts(injection.routing, injection.switch, usual)
+    injection.classes = classes
+    before = model.register_forward_pre_hook(classes.refuse_labels, with_kwargs=True)
+    injection.changes.hook(before)
+    injection.changes.hook(model.register_forward_hook(classes.split))
+
+
 def build_method(
-    model: nn.Module, name: str, config: PeltConfig, injection: TogetherInjection
+    model: nn.Module,
+    name: str,
+    config: PeltConfig,
+    injection: TogetherInjection,
+    num_labels: int | None = None,
 ) -> None:
     """Build the sites of one more method. If that fails, it leaves nothing behind."""
+    if num_labels is not None:
+        check_num_labels(model, name, config, num_labels)
     try:
-        _build(model, name, config, injection)
+        _build(model, name, config, injection, num_labels)
+        if num_labels is not None:
+            injection.classes.by_method[injection.routing.ids[name]] = num_labels
     except BaseException:
         injection.changes.drop(name)
         del injection.routing.ids[name]
         raise
 
 
-def _build(model: nn.Module, name: str, config: PeltConfig, injection: TogetherInjection) -> None:
+def _build(
+    model: nn.Module,
+    name: str,
+    config: PeltConfig,
+    injection: TogetherInjection,
+    num_labels: int | None,
+) -> None:
     injection.routing.id_of(name)
     injection.config, injection.changes.method = config, name
     first = len(injection.sites)
@@ -123,7 +155,7 @@ def _build(model: nn.Module, name: str, config: PeltConfig, injection: TogetherI
         stacks = described(model, injection.given_layout, injection)
         check(model, config, stacks)
         injection.methods[name] = config
-        injection.own[name] = add_own_parameters(model, config, stacks, injection)
+        injection.own[name] = add_own_parameters(model, config, stacks, injection, num_labels)
         for form, build in BUILDERS.items():
             for modification in config.modifications:
                 if modification.form == form:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .methods import Methods
@@ -57,8 +58,15 @@ class RoutedOwn(Methods):
             rows = routes.rows(method, y.shape[0], y.device)
             part = [_rows_of(value, rows, y.shape[0]) for value in args]
             named = {key: _rows_of(value, rows, y.shape[0]) for key, value in kwargs.items()}
-            y = y.index_copy(0, rows, _with(module, own, tuple(part), named).to(y.dtype))
+            found = _with(module, own, tuple(part), named).to(y.dtype)
+            y = _widened(y, found).index_copy(0, rows, _widened(found, y))
         return y
+
+
+def _widened(y: Tensor, other: Tensor) -> Tensor:
+    """``y`` with -inf in place of the classes that it does not have and ``other`` has."""
+    lacking = other.shape[-1] - y.shape[-1]
+    return F.pad(y, (0, lacking), value=-torch.inf) if lacking > 0 else y
 
 
 def _rows_of(value, rows: Tensor, count: int):

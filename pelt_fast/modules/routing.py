@@ -200,7 +200,7 @@ class Routing:
 
     @staticmethod
     def may_act(method: int, routes: Routes) -> bool:
-        """Whether a method has to be computed: it may have rows, or its gradients are waited for."""
+        """Whether a method has to be computed: it may have rows, or DDP waits for it."""
         present = routes.present
         return present is None or method in present or needs_every_gradient()
 

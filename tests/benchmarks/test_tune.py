@@ -14,7 +14,8 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.record import Record
 from pelt_fast.kernels import config, tuned
-from pelt_fast.kernels.tiles import TABLES, Tile
+from pelt_fast.kernels.tile import Tile
+from pelt_fast.kernels.tiles import TABLES
 
 from .tiny import CPU, TINY
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import shapes
-from benchmarks.gpu.kernel_cases import Sizes
+from benchmarks.gpu.kernel_case import Sizes
 from benchmarks.subjects import Setting
 
 WIDTHS = {"bart": ("bart-large", 64), "llama": ("llama-3-8b", 64), "t5": ("t5-base", 64),

@@ -15,7 +15,7 @@ from pelt_fast.kernels.norm import moments, norm_bwd, norm_gradients
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
-from pelt_fast.kernels.tiles import HALF
+from pelt_fast.kernels.tile import HALF
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
 from pelt_fast.ops.common import bundles
 from pelt_fast.ops.routed import gpu as many

@@ -25,7 +25,9 @@ def built(architecture: str):
     torch.manual_seed(0)
     model = MODELS[architecture](dropout=0.0)
     methods = {
-        name: preset if preset == "bitfit" else pelt_fast.methods()[preset].replace(size=4, dropout=0.0)
+        name: preset
+        if preset == "bitfit"
+        else pelt_fast.methods()[preset].replace(size=4, dropout=0.0)
         for name, preset in METHODS.items()
     }
     return randomise(pelt_fast.inject_named(model, methods, together=True)).double().train()

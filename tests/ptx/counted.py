@@ -43,7 +43,7 @@ class Row:
 
 def sizes():
     """Shapes that whole tiles fill, small enough for the machine."""
-    from benchmarks.gpu.kernel_cases import Sizes
+    from benchmarks.gpu.kernel_case import Sizes
 
     return Sizes(m=256, k=512, inner=1024, batch=1, heads=2, queries=128, dim=64)
 

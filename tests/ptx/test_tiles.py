@@ -6,7 +6,8 @@ pytest.importorskip("triton")
 
 import numpy as np
 
-from pelt_fast.kernels.tiles import TABLES, Tile
+from pelt_fast.kernels.tile import Tile
+from pelt_fast.kernels.tiles import TABLES
 
 from . import sampled, tile_words
 from .parser import parse

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-from pelt_fast.kernels.tiles import HALF, TABLES, Row, Tile
+from pelt_fast.kernels.tile import HALF, Row, Tile
+from pelt_fast.kernels.tiles import TABLES
 
 TARGETS = ("sm80", "sm90")
 MOST = 7  # tiles beside the row's own

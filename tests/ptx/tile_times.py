@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.common import RESULTS
-from pelt_fast.kernels.tiles import Tile
+from pelt_fast.kernels.tile import Tile
 
 from .emulate import table
 from .tile_words import Counted, named

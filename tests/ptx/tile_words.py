@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pelt_fast.kernels.tiles import Tile
+from pelt_fast.kernels.tile import Tile
 
 from .emulate import table
 from .pages import put

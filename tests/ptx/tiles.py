@@ -17,7 +17,7 @@ from dataclasses import asdict, astuple
 
 import torch
 
-from pelt_fast.kernels.tiles import Tile
+from pelt_fast.kernels.tile import Tile
 
 from . import tile_times, tile_words
 from .peaks import PEAKS
@@ -28,7 +28,7 @@ from .tile_words import Counted, read, write
 
 def sizes(place: Place):
     """The shapes of the targets; fewer programs where one walks through many tiles, and shorter loops in fp32."""
-    from benchmarks.gpu.kernel_cases import Sizes
+    from benchmarks.gpu.kernel_case import Sizes
 
     few = {"tail_gemm_descriptor": dict(m=2048)}.get(place.table, {})
     short = dict(k=1024) if place.row.bits == 32 else {}
@@ -45,11 +45,11 @@ def untouched() -> Iterator[None]:
     def empty(device, dtype):
         return lambda *shape, of=dtype: torch.empty(*shape, dtype=of)
 
-    kept, kernel_cases._randn = kernel_cases._randn, empty
+    kept, kernel_cases.drawn = kernel_cases.drawn, empty
     try:
         yield
     finally:
-        kernel_cases._randn = kept
+        kernel_cases.drawn = kept
 
 
 class Sampling:

@@ -105,8 +105,14 @@ def without_labels(model: nn.Module, batch: dict) -> dict:
 
 
 def losses_of(
-    loss: Loss, logits: Tensor, labels: Tensor, counts: Sequence[int], config
+    loss: Loss, logits: Tensor | list[Tensor], labels: Tensor, counts: Sequence[int], config
 ) -> list[Tensor]:
-    """The loss of each of the parts of a batch, which have these numbers of rows."""
-    parts = zip(logits.split(list(counts)), labels.split(list(counts)), strict=True)
+    """The loss of each of the parts of a batch, which have these numbers of rows. ``logits`` is a
+    list of rows where methods have unlike numbers of classes."""
+    if isinstance(logits, list):
+        rows = iter(logits)
+        each = [torch.stack([next(rows) for _ in range(count)]) for count in counts]
+    else:
+        each = logits.split(list(counts))
+    parts = zip(each, labels.split(list(counts)), strict=True)
     return [loss(own, wanted, config) for own, wanted in parts]

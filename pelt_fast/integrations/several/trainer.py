@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from pelt_fast.compose.route import route, routing_of
+from pelt_fast.compose.together import together_of
 from pelt_fast.layouts.names import modules_of
 
 from ..trainer import PeltTrainer
@@ -59,15 +60,25 @@ class SeveralTrainer(PeltTrainer):
         batch = self._prepare_inputs(dict(self._collate(features)))
         names = [name for name, own in rows.items() for _ in own]
         self._seed(rows)
+        if self._loss is None:
+            self._loss = self._loss_of(model, batch, names)
         with route(self._plain_model(), names):
-            if self._loss is None:
-                self._loss = loss_of(model, batch, self.model.config)
             outputs = model(**without_labels(self.model, batch))
         counts = [len(own) for own in rows.values()]
         found = losses_of(self._loss, outputs.logits, batch["labels"], counts, self.model.config)
         self._losses = dict(zip(rows, (loss.detach() for loss in found)))
         total = torch.stack([torch.where(loss.isfinite(), loss, 0) for loss in found]).sum()
         return (total, outputs) if return_outputs else total
+
+    def _loss_of(self, model: nn.Module, batch: dict, names: list[str]) -> Loss:
+        """The kind of the model's loss. A method with another number of classes cannot show it: the
+        base then does, with labels that it has."""
+        plain = self._plain_model()
+        if together_of(plain).classes.by_method:
+            known = batch["labels"].clamp(max=self.model.config.num_labels - 1)
+            batch, names = {**batch, "labels": known}, [None] * len(names)
+        with route(plain, names):
+            return loss_of(model, batch, self.model.config)
 
     def _rows_that_train(self, step: Step) -> dict[str, list]:
         return {n: rows for n, rows in step.rows.items() if self.methods.by_name[n].trains}
