@@ -54,22 +54,33 @@ class RoutedOwn(Methods):
     def _by_method(
         self, module: nn.Module, routes: Routes, y: Tensor, args: tuple, kwargs: dict
     ) -> Tensor:
-        for method, own in self.acting(routes):
-            rows = routes.rows(method, y.shape[0], y.device)
-            part = [_rows_of(value, rows, y.shape[0]) for value in args]
-            named = {key: _rows_of(value, rows, y.shape[0]) for key, value in kwargs.items()}
-            found = _with(module, own, tuple(part), named).to(y.dtype)
-            y = _widened(y, found).index_copy(0, rows, _widened(found, y))
+        count, acting = y.shape[0], self.acting(routes)
+        width = y.shape[-1] + max((_more_classes(module, own) for _, own in acting), default=0)
+        y = _widened(y, width)
+        for method, own in acting:
+
+            def compute(rows: Tensor | slice, own=own) -> Tensor:
+                part = tuple(_rows_of(value, rows, count) for value in args)
+                named = {key: _rows_of(value, rows, count) for key, value in kwargs.items()}
+                return _widened(_with(module, own, part, named), width).to(y.dtype)
+
+            y = routes.put(method, y, compute)
         return y
 
 
-def _widened(y: Tensor, other: Tensor) -> Tensor:
-    """``y`` with -inf in place of the classes that it does not have and ``other`` has."""
-    lacking = other.shape[-1] - y.shape[-1]
-    return F.pad(y, (0, lacking), value=-torch.inf) if lacking > 0 else y
+def _more_classes(module: nn.Module, own: OwnParameters) -> int:
+    """How many classes more than ``module`` a method has; 0 if fewer, or if it gives no classes."""
+    weight = own._parameters.get("weight")
+    return 0 if weight is None else max(0, weight.shape[0] - module.weight.shape[0])
 
 
-def _rows_of(value, rows: Tensor, count: int):
+def _widened(y: Tensor, width: int) -> Tensor:
+    """``y`` with -inf in place of the classes that its method does not have."""
+    lacking = width - y.shape[-1]
+    return F.pad(y, (0, lacking), value=-torch.inf) if lacking else y
+
+
+def _rows_of(value, rows: Tensor | slice, count: int):
     """The rows of an argument that has ``count`` of them."""
     of_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
     return value[rows] if of_batch else value

@@ -10,7 +10,7 @@ from .adapter import Bottleneck
 from .ffn import ParallelFFNAdapter
 from .late import in_force
 from .methods import NO_DROPOUT, Factors
-from .routing import Routes, Routing, needs_every_gradient
+from .routing import Routes, Routing
 
 WIDENED_DRAWS = 3  # seeds that the widened block draws: its bottleneck's, and two of the block's
 Sites = dict[int, nn.Module]  # by the ids of their methods
@@ -66,28 +66,25 @@ class RoutedUpdate:
     def _alone(
         self, method: int, site: Bottleneck, base: Tensor, x: Tensor, sequential: bool
     ) -> Tensor:
-        rows = self._rows(method, base)
-        if rows is None:
-            return base
-        with self.routing.seeds_of(method, draws_of(site)):
-            if sequential:
-                return base.index_copy(0, rows, site.sequential(x[rows]))
-            return base.index_copy(0, rows, site.parallel(base[rows], x[rows]))
+        def compute(rows: Tensor | slice) -> Tensor:
+            with self.routing.seeds_of(method, draws_of(site)):
+                if sequential:
+                    return site.sequential(x[rows])
+                return site.parallel(base[rows], x[rows])
+
+        return self.routes.put(method, base, compute)
 
     def of_heads(self, sites: Sites, base: Tensor, x: Tensor) -> Tensor:
         """base + Δ_g(x) by head, in the rows of each method g."""
+        y = base
         for method, site in sites.items():
-            rows = self._rows(method, base)
-            if rows is not None:
-                with self.routing.seeds_of(method):
-                    update = site.update(x[rows])
-                base = base.index_copy(0, rows, base[rows] + update)
-        return base
 
-    def _rows(self, method: int, base: Tensor) -> Tensor | None:
-        """The rows of ``base`` under a method; None if the method has nothing to compute."""
-        rows = self.routes.rows(method, base.shape[0], base.device)
-        return rows if rows.numel() or needs_every_gradient() else None
+            def compute(rows: Tensor | slice, method=method, site=site) -> Tensor:
+                with self.routing.seeds_of(method):
+                    return base[rows] + site.update(x[rows])
+
+            y = self.routes.put(method, y, compute)
+        return y
 
 
 def draws_of(site: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Which method acts on each row of a batch: the routes of the forwards of one thread."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -58,6 +58,17 @@ class Routes:
         if self.methods.device.type != "cpu":
             return None
         return self._table(("present",), lambda: set(self.methods.tolist()))
+
+    def put(self, method: int, y: Tensor, compute: Callable[[Tensor | slice], Tensor]) -> Tensor:
+        """y, with ``compute(rows)`` in the rows under a method. Where a CUDA graph is captured the
+        host cannot ask which rows these are: all are computed, and the method's are taken."""
+        if capturing():
+            own = (self.of(y.shape[0], y.device) == method).view(-1, *[1] * (y.dim() - 1))
+            return torch.where(own, compute(slice(None)), y)
+        rows = self.rows(method, y.shape[0], y.device)
+        if not rows.numel() and not needs_every_gradient():
+            return y
+        return y.index_copy(0, rows, compute(rows))
 
     def rows(self, method: int, rows: int, device: torch.device) -> Tensor:
         """The indices of the leading entries that are under a method."""
@@ -118,6 +129,11 @@ def _single(methods: Tensor) -> int | None:
         return None
     first = int(methods[0])
     return first if bool((methods == first).all()) else None
+
+
+def capturing() -> bool:
+    """Whether the kernels that are launched now become part of a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def needs_every_gradient() -> bool:

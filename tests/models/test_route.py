@@ -10,6 +10,7 @@ import torch
 import pelt_fast
 from pelt_fast.injection.method_names import parameters_of_method
 from pelt_fast.injection.record import injection_of
+from pelt_fast.modules import routing
 from tests.models.test_parity import small_method
 from tests.small import MODELS, MORE, inputs, randomise
 
@@ -353,3 +354,13 @@ def test_explain_and_counts_know_every_method(tmp_path):
     sites = [len(pelt_fast.explain(model).sites) for model in several.alone.values()]
     assert len(pelt_fast.explain(several.model).sites) == sum(sites)
     assert "several methods" in str(pelt_fast.explain(several.model))
+
+
+@pytest.mark.parametrize("architecture", ["bart", "roberta", "llama"])
+def test_a_captured_graph_computes_all_rows_and_takes_each_methods(
+    architecture, tmp_path, monkeypatch
+):
+    """What is not known on the host: which rows a site that runs by itself has."""
+    several = three(architecture, ("houlsby", "multi_head_parallel_adapter", "pfeiffer"), tmp_path)
+    monkeypatch.setattr(routing, "capturing", lambda: True)
+    several.check(ROUTES)

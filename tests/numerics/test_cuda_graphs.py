@@ -11,21 +11,20 @@ from tests.small import llama, randomise, roberta
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def captured(model, ids, labels):
-    """A step of ``model`` as a graph, and its loss."""
+def captured(step, model):
+    """A step of ``model`` as a graph, and what it returns."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # what is made once is made here
             model.zero_grad()
-            model(input_ids=ids, labels=labels).loss.backward()
+            step()
     torch.cuda.current_stream().wait_stream(stream)
     model.zero_grad()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-    return graph, loss
+        result = step()
+    return graph, result
 
 
 @pytest.mark.parametrize("method", ["lora", "scaled_parallel_adapter"])
@@ -38,7 +37,13 @@ def test_replays_draw_anew_and_repeat_from_a_seed(make, method):
     randomise(pelt_fast.inject(model, small_method(method, dropout=0.3))).cuda().train()
     ids = torch.randint(4, 61, (3, 9), device="cuda")
     labels = torch.randint(0, 3, (3,), device="cuda") if make is roberta else ids
-    graph, loss = captured(model, ids, labels)
+
+    def step() -> torch.Tensor:
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        return loss
+
+    graph, loss = captured(step, model)
 
     def replay() -> tuple[float, list[torch.Tensor]]:
         for parameter in model.parameters():
@@ -56,3 +61,38 @@ def test_replays_draw_anew_and_repeat_from_a_seed(make, method):
     again, same = replay()
     assert one == again and all(torch.equal(a, b) for a, b in zip(grads, same))
     assert any(g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("make", [llama, roberta], ids=["llama", "roberta"])
+def test_a_captured_step_reads_the_routes_that_are_written_later(make):
+    torch.manual_seed(0)
+    model = make(dropout=0.0)
+    methods = {name: small_method(name) for name in ("lora", "mam", "houlsby")}
+    pelt_fast.inject_named(model, methods, together=True)
+    randomise(model).cuda().eval()
+    ids = torch.randint(4, 61, (4, 9), device="cuda")
+    routes = torch.tensor([0, 1, -1, 2], device="cuda")
+
+    def step() -> torch.Tensor:
+        logits = model(input_ids=ids).logits
+        logits.square().sum().backward()
+        return logits
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        return found
+
+    pelt_fast.route(model, routes)
+    graph, logits = captured(step, model)
+    gradients()
+    for new in ([2, 2, 0, 1], [-1, 0, -1, 1], [1, 1, 1, 1]):
+        routes.copy_(torch.tensor(new))
+        graph.replay()
+        replayed, found = logits.clone(), gradients()
+        with pelt_fast.route(model, torch.tensor(new, device="cuda")):
+            torch.testing.assert_close(replayed, step())
+        for name, expected in gradients().items():
+            torch.testing.assert_close(found[name], expected, msg=name)
