@@ -27,6 +27,7 @@ from pelt_fast.kernels.routed import (
     BLOCK_METHODS,
     Rows,
     masks,
+    rank_of,
     routed_reduce,
     routed_reduce_rows,
     tile_of,
@@ -58,6 +59,7 @@ def routed_down_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     DROP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    R_ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,7 +69,7 @@ def routed_down_fwd_kernel(
     # one program owns a tile of T of one method, or of one part of it when the loop over K is split
     tiles_r = tl.cdiv(R, BLOCK_R)
     g, first, start, count = tile_of(starts_ptr, tl.program_id(0) // tiles_r, BLOCK_M, G, BLOCK_G)
-    rank = tl.load(methods_ptr + 2 * g)
+    rank = rank_of(methods_ptr, g, R_ALIGNED)
     first_r = (tl.program_id(0) % tiles_r) * BLOCK_R
     if (g >= G) | (first_r >= rank):
         return
@@ -125,6 +127,7 @@ def routed_down_bwd_kernel_dd(
     stride_xm,
     DROP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    R_ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -133,7 +136,7 @@ def routed_down_bwd_kernel_dd(
     # one program owns a tile of dD of one method for one part of its rows
     part = tl.program_id(2)
     g, first, start, count = tile_of(starts_ptr, part, part_m, G, BLOCK_G)
-    rank = tl.load(methods_ptr + 2 * g)
+    rank = rank_of(methods_ptr, g, R_ALIGNED)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     if (g >= G) | (tl.program_id(0) * BLOCK_R >= rank):
         return
@@ -175,6 +178,7 @@ def routed_sum_kernel(
     G,
     part_m,
     stride_dm,
+    R_ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -182,7 +186,7 @@ def routed_sum_kernel(
     # the sum of one part of the rows of one method
     part = tl.program_id(0)
     g, first, start, count = tile_of(starts_ptr, part, part_m, G, BLOCK_G)
-    rank = tl.load(methods_ptr + 2 * g)
+    rank = rank_of(methods_ptr, g, R_ALIGNED)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     if (g >= G) | (tl.program_id(1) * BLOCK_R >= rank):
         return
@@ -211,8 +215,8 @@ def routed_down(x: Tensor, down: RoutedDown, rows: Rows, drop: RoutedDropout) ->
         x, weights, biases, out, rows.order, rows.starts, rows.methods, *tables,
         M, K, R, len(rows.ranks), part_blocks * tile.block_k, x.stride(0), weights.stride(0), R,
         HAS_BIAS=biases is not None, DROP=drop.seeds is not None, ALIGNED=K % 8 == 0,
-        SPLIT=parts > 1, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r,
-        BLOCK_G=BLOCK_METHODS, **tile.launch,
+        R_ALIGNED=rows.aligned, SPLIT=parts > 1, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
+        BLOCK_R=block_r, BLOCK_G=BLOCK_METHODS, **tile.launch,
     )  # fmt: skip
     if parts > 1:
         routed_reduce_rows(out, t, rows, bias=biases)
@@ -234,8 +238,9 @@ def routed_down_bwd(
     routed_down_bwd_kernel_dd[(blocks[1], blocks[0], parts.shape[0])](
         dt, x, parts, rows.order, rows.starts, rows.methods, *tables,
         K, len(rows.ranks), part_m, R * K, dt.stride(0), x.stride(0),
-        DROP=drop.seeds is not None, ALIGNED=K % 8 == 0, BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k, BLOCK_R=block_r, BLOCK_G=BLOCK_METHODS, **tile.launch,
+        DROP=drop.seeds is not None, ALIGNED=K % 8 == 0, R_ALIGNED=rows.aligned,
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=block_r, BLOCK_G=BLOCK_METHODS,
+        **tile.launch,
     )  # fmt: skip
     dd = x.new_empty(total, K, dtype=dtype)
     routed_reduce(parts, dd, rows, part_m, K)
@@ -251,7 +256,7 @@ def routed_bias(dt: Tensor, dtype: torch.dtype, rows: Rows) -> Tensor:
     parts = dt.new_empty(rows.tiles(part_m), R, dtype=torch.float32)
     routed_sum_kernel[(parts.shape[0], cdiv(R, block_r))](
         dt, parts, rows.order, rows.starts, rows.methods, R, len(rows.ranks), part_m, dt.stride(0),
-        BLOCK_M=64, BLOCK_R=block_r, BLOCK_G=BLOCK_METHODS, num_warps=4,
+        R_ALIGNED=rows.aligned, BLOCK_M=64, BLOCK_R=block_r, BLOCK_G=BLOCK_METHODS, num_warps=4,
     )  # fmt: skip
     d_bias = dt.new_empty(total, dtype=dtype)
     routed_reduce(parts, d_bias, rows, part_m, 1)

@@ -54,7 +54,7 @@ class RoutedOwn(Methods):
     def _by_method(
         self, module: nn.Module, routes: Routes, y: Tensor, args: tuple, kwargs: dict
     ) -> Tensor:
-        count, acting = y.shape[0], self.acting(routes)
+        count, dtype, acting = y.shape[0], y.dtype, self.acting(routes)
         width = y.shape[-1] + max((_more_classes(module, own) for _, own in acting), default=0)
         y = _widened(y, width)
         for method, own in acting:
@@ -62,7 +62,7 @@ class RoutedOwn(Methods):
             def compute(rows: Tensor | slice, own=own) -> Tensor:
                 part = tuple(_rows_of(value, rows, count) for value in args)
                 named = {key: _rows_of(value, rows, count) for key, value in kwargs.items()}
-                return _widened(_with(module, own, part, named), width).to(y.dtype)
+                return _widened(_with(module, own, part, named), width).to(dtype)
 
             y = routes.put(method, y, compute)
         return y

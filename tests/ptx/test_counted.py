@@ -10,10 +10,9 @@ SECTORS, WAVEFRONTS = 1.05, 1.25  # over the least
 # kernels that need more today (sectors, wavefronts), and what makes it
 KNOWN = {
     "rank_down_bwd_kernel_da": (1.15, WAVEFRONTS),  # bits of the mask: narrow rows at R = 16
-    "rank_up_bwd_kernel": (1.15, 2.7),  # the bias is a sum over the rows of a tile
+    "rank_up_bwd_kernel": (1.15, WAVEFRONTS),  # narrow rows of h at R = 16
+    "routed_down_fwd_kernel": (1.6, 1.6),  # the fp32 parts of a split
     "norm_bwd_kernel_dx": (1.45, 1.4),  # fp32 factors beside 16-bit activations
-    "norm_gradients_kernel": (SECTORS, 4.9),  # sums over the rows of a tile
-    "reduce_pair_kernel": (SECTORS, 3.6),  # sums over the parts
     "prefix_fwd_kernel": (1.85, WAVEFRONTS),  # an fp32 prefix whose length fills no tile
     "prefix_bwd_kernel": (1.35, WAVEFRONTS),
     "prefix_bwd_kernel_dq": (1.75, WAVEFRONTS),
