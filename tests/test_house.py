@@ -169,6 +169,11 @@ BROKEN = [
         },
         "pelt_fast.ops.lora.op.backward: reads saved_tensors 2 times, at most once",
     ),
+    (
+        "a_struct_has_a_name_of_its_own",
+        {"csrc/cpu/a.h": "struct Method {\n", "csrc/cpu/b.h": "struct Method {\n"},
+        "csrc/cpu/b.h: struct Method is in csrc/cpu/a.h too",
+    ),
     ("functions_are_short", {"pelt_fast/env.py": ("def f():\n" + "    x = 1\n" * 26) * 3},
      "the median function has 27 lines, at most 25"),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """How large a file, a function and a list of parameters may be, and what a backward may read."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -54,6 +55,16 @@ def saved_tensors_are_read_once(root: Path) -> Iterator[str]:
             yield f"{name}.{function.name}: reads saved_tensors {len(reads)} times, at most once"
 
 
+def a_struct_has_a_name_of_its_own(root: Path) -> Iterator[str]:
+    """No two headers of csrc define a struct of one name: the linker would take either of them."""
+    known: dict[str, Path] = {}
+    for path in sorted((root / "csrc").rglob("*.h")) + sorted((root / "csrc").rglob("*.cuh")):
+        for name in dict.fromkeys(re.findall(r"^struct (\w+) ", path.read_text(), re.MULTILINE)):
+            other = known.setdefault(name, path)
+            if other is not path:
+                yield f"{path.relative_to(root)}: struct {name} is in {other.relative_to(root)} too"
+
+
 def _host_functions(root: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
     """Every function outside kernels, with the name of its file."""
     for name, path in files(root).items():
@@ -66,4 +77,5 @@ def _host_functions(root: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 RULES = (
     files_are_short, few_positional_parameters, functions_are_short, saved_tensors_are_read_once,
+    a_struct_has_a_name_of_its_own,
 )  # fmt: skip
