@@ -39,6 +39,9 @@ _COUNTED = {
 }
 
 
+_compiled: dict[tuple, "Machine"] = {}  # many launches make the same kernel
+
+
 @dataclass
 class Machine:
     """What one kernel became on one target."""
@@ -77,6 +80,15 @@ def _compile(kernel, target_name: str, args, kwargs) -> Machine:
     options, signature, constexprs, attrs = kernel._pack_args(
         backend, kwargs, bound, specialization, options
     )
+    key = (kernel.fn, target_name, *map(str, (signature, constexprs, attrs, options)))
+    if key not in _compiled:
+        _compiled[key] = _read(kernel, target_name, signature, constexprs, attrs, options)
+    return _compiled[key]
+
+
+def _read(kernel, target_name: str, signature, constexprs, attrs, options) -> Machine:
+    """Compile a kernel and read what it became."""
+    target = TARGETS[target_name]
     source = ASTSource(kernel, signature, constexprs, attrs)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     floats = [t.removeprefix("*") for t in signature.values() if t in ("*fp16", "*bf16", "*fp32")]
