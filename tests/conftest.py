@@ -27,3 +27,4 @@ def pytest_configure(config):
     # pytest-xdist runs a process a core: more threads would only fight
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that a test starts

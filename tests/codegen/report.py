@@ -5,8 +5,8 @@ docs/codegen.md. In its own process: a kernel that was interpreted cannot be com
 """
 
 import argparse
+import collections
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -25,13 +25,15 @@ TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 
 def compile_target(target: str, only: str = "", every: int = 1) -> Iterator[dict]:
     """A row for each kernel that the launches of ``target`` make, equal ones once; of ``every``
-    launches the first."""
+    launches of one launcher the first."""
     from . import aot
     from .launches import launches
 
-    seen = set()
-    for launch in itertools.islice(launches(target), None, None, every):
-        if not re.search(only, launch.name):
+    seen, passed = set(), collections.Counter()
+    for launch in launches(target):
+        launcher = launch.name.split()[0]
+        passed[launcher] += 1
+        if (passed[launcher] - 1) % every or not re.search(only, launch.name):
             continue
         for machine in aot.machines_of(launch.call, target):
             row = dataclasses.asdict(machine)
@@ -48,7 +50,9 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="launches whose name matches")
-    parser.add_argument("--every", type=int, default=1, help="of so many launches the first")
+    parser.add_argument(
+        "--every", type=int, default=1, help="of so many launches of a launcher the first"
+    )
     options = parser.parse_args()
     if options.target:
         rows = []
