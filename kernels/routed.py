@@ -11,7 +11,6 @@ Traffic  rows      S (M + G) / BLOCK_M x 4 numbers, from the L2 cache; writes 4 
                    that have rows, only their own ranks
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from pelt_fast.kernels.config import cdiv, padded
 from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 from pelt_fast.ops.common.bundles import RoutedDropout, Segments
-from pelt_fast.ops.common.parts import first_rows
+from pelt_fast.ops.common.parts import constant, first_rows
 
 BLOCK_METHODS = 64
 BLOCK_SIZE = 1024
@@ -48,13 +47,6 @@ class Rows(NamedTuple):
     def tiles(self, size: int) -> int:
         """How many tiles of ``size`` rows of one method there can be, without those of none."""
         return cdiv(self.order.shape[0], size) + self.most
-
-
-# without a limit, because a CUDA graph holds their addresses
-@functools.cache
-def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host on the device; copied once for equal numbers."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def masks(drop: RoutedDropout) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

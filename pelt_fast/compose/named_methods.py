@@ -107,6 +107,7 @@ def inject_named(
     Raises:
         ValueError: no method, full fine-tuning among them, ``num_labels`` that has no meaning, or
             what inject and load refuse. The model is unchanged.
+        TypeError: ``num_labels`` is no mapping.
         FileNotFoundError: a folder holds no saved method.
 
     Example:
@@ -121,8 +122,8 @@ def inject_named(
             raise ValueError(f"{name!r} is full fine-tuning, which leaves no base for the others")
     handle, model = model, unwrapped(model)
     refuse_second(model)
+    _check_classes(num_labels, configs, together)
     named, classes = NamedMethods(layout, pack), dict(num_labels or {})
-    _check_classes(classes, configs, together)
     for name, config in configs.items():
         if together and _has_own_classes(model, name, config, classes, named):
             continue
@@ -145,7 +146,12 @@ def inject_named(
     return handle
 
 
-def _check_classes(classes: dict[str, int], methods: dict, together: bool) -> None:
+def _check_classes(classes: Mapping[str, int] | None, methods: dict, together: bool) -> None:
+    if classes is None:
+        return
+    if not isinstance(classes, Mapping):
+        kind = type(classes).__name__
+        raise TypeError(f"num_labels must map names of methods to numbers of classes, got {kind}")
     if classes and not together:
         raise ValueError("num_labels needs together=True: one method at a time has the base's head")
     unknown = sorted(classes.keys() - methods.keys())

@@ -168,6 +168,13 @@ def test_bad_numbers_are_refused_before_anything_changes(architecture, given, me
     assert set(model.state_dict()) == before and not hasattr(model, "_pelt")
 
 
+def test_a_number_without_a_name_is_refused():
+    model = classifier("roberta")
+    with pytest.raises(TypeError, match=r"num_labels must map names of methods to .*, got int"):
+        pelt_fast.inject_named(model, METHODS, together=True, num_labels=3)
+    assert not hasattr(model, "_pelt")
+
+
 def test_labels_another_saved_number_and_a_shared_head_are_refused(tmp_path):
     model = several("roberta")
     batch = inputs(model, batch=2)

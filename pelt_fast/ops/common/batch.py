@@ -3,8 +3,6 @@
 Shapes are those of prefix attention's ``reference``.
 """
 
-import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from .bundles import QKV, AttentionOutput, Dropout, Form, Prefix, RoutedPrefix, Scores, absent
 from .dropout import block_elements
 from .heads import heads_last_empty, no_rng
+from .parts import constant, first_rows
 
 
 class Mask(NamedTuple):
@@ -45,24 +44,21 @@ def methods_of(prefix: RoutedPrefix) -> Iterator[tuple[Tensor, slice]]:
         first += length
 
 
-@functools.lru_cache(maxsize=256)
-def _keys_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The first key and the number of keys of each method, and of none before them."""
-    firsts = itertools.accumulate((0, *lengths))
-    table = [(0, 0), *zip(firsts, lengths)]
-    return torch.tensor(table, dtype=torch.int64, device=device)
+def _keys(prefix: RoutedPrefix) -> Tensor:
+    """The first key among all and the number of keys: of none, then of each method, int64."""
+    pairs = ((0, 0), *zip(first_rows(prefix.lengths), prefix.lengths))
+    return constant(pairs, torch.int64, prefix.routes.device)
 
 
 def keys_of(prefix: RoutedPrefix) -> Tensor:
     """The first key among all and the number of keys of each method (G, 2), int64."""
-    return _keys_of(tuple(prefix.lengths), prefix.routes.device)[1:]
+    return _keys(prefix)[1:]
 
 
 def spans_of(prefix: RoutedPrefix) -> Tensor:
     """The same of each row's prefix (B, 2), on the device of the routes, which are not read on the
     host."""
-    table = _keys_of(tuple(prefix.lengths), prefix.routes.device)
-    return table.index_select(0, prefix.routes + 1)
+    return _keys(prefix).index_select(0, prefix.routes + 1)
 
 
 def prefix_at(prefix: RoutedPrefix, keys: slice) -> Prefix:

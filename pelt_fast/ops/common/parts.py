@@ -1,5 +1,6 @@
 """The rows of a batch by method: what the routed ops walk through."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,13 @@ def first_rows(ranks: Sequence[int]) -> list[int]:
         firsts.append(total)
         total += rank
     return firsts
+
+
+# without a limit, because a CUDA graph holds their addresses
+@functools.cache
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on the device; copied once for equal numbers."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def drop_of(drop: RoutedDropout, method: int) -> tuple[float, Tensor | None]:
