@@ -133,7 +133,7 @@ def native() -> dict:
     system = [
         flag for path in include_paths() for flag in ("-isystem", path)
     ]  # no warnings of torch's
-    flags = ["-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
+    flags = ["-std=c++17", "-ffp-contract=fast", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi",
              f"-DTORCH_TARGET_VERSION={nvcc.TORCH_TARGET}", *level]  # fmt: skip
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     headers = ["csrc/check.h", "csrc/tensors.h", *sorted(map(str, Path("csrc/cpu").glob("*.h")))]

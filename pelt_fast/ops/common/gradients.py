@@ -11,7 +11,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .bundles import Dropout, FFNMatrices, Transform
 from .dropout import cpp_mask, drop_, drop_factor, row_blocks
-from .passes import MAX_RANK, NO_MASK, activate, covers_rows, cpp, cpp_weight
+from .passes import MAX_RANK, NO_MASK, activate, covers_rows, cpp, cpp_weight, library_is_faster
 
 
 def fill(grads: list[Tensor], indices: Sequence[int], values: Iterable[Tensor | None]) -> None:
@@ -53,18 +53,20 @@ def activation_backward(
     For a gated unit, ``dt`` gets drop(grad) linear f'(t), and ``grad`` becomes drop(grad) f(t), the
     gradient of ``linear``.
     """
-    as_is = name == "identity" and linear is None and seed is None
-    if not as_is and (covers_rows(t) if covered is None else covered):
+    alone = linear is None and seed is None
+    slower = alone and library_is_faster(name, t)
+    if not slower and (covers_rows(t) if covered is None else covered):
         mask = NO_MASK if seed is None else cpp_mask(p, seed)
         return cpp.activate_backward_(grad, t, linear, dt, ACTIVATIONS.index(name), *mask)
     drop_(grad, p, seed)
     if linear is None:
-        return _library_backward(name, grad, t)
-    _library_backward(name, torch.mul(grad, linear, out=dt), t)
+        return library_backward(name, grad, t)
+    library_backward(name, torch.mul(grad, linear, out=dt), t)
     return grad.mul_(activate(name, t, covered=covered))
 
 
-def _library_backward(name: str, grad: Tensor, t: Tensor) -> Tensor:
+def library_backward(name: str, grad: Tensor, t: Tensor) -> Tensor:
+    """grad f'(t), written over ``grad``, by torch."""
     aten = torch.ops.aten
     if name == "relu":
         aten.threshold_backward.grad_input(grad, t, 0, grad_input=grad)
