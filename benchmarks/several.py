@@ -4,9 +4,9 @@
 
 BART of 2 + 2 layers of 768, 16 rows, no dropout. A step is zero_grad, forward and backward. The
 floor is the step of one method of the same sizes on the whole batch (``inject``). Beside it: that
-method among the others, all rows under it; the rows spread over the methods, neighbours together and
-in turn; one step for each method on its share of the rows; and PEFT's mixed batch of LoRA, which
-runs forward alone. The steps take turns.
+method among the others, all rows under it; the rows spread over the methods, neighbours together
+and in turn; one step for each method on its share of the rows; and PEFT's mixed batch of LoRA,
+which runs forward alone. The steps take turns.
 """
 
 import copy

@@ -108,7 +108,7 @@ def activate(
     if out is None:
         out = torch.empty_like(t, memory_format=torch.contiguous_format)
     alone = linear is None and seed is None
-    slower = alone and library_is_faster(name, t) or (name == "gelu" and t.element_size() == 2)
+    slower = (alone and library_is_faster(name, t)) or (name == "gelu" and t.element_size() == 2)
     if not slower and (covers_rows(t) if covered is None else covered):
         mask = NO_MASK if seed is None else cpp_mask(p, seed)
         return cpp.activate_(out, t, linear, ACTIVATIONS.index(name), *mask)
