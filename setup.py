@@ -133,8 +133,9 @@ def native() -> dict:
     system = [
         flag for path in include_paths() for flag in ("-isystem", path)
     ]  # no warnings of torch's
-    flags = ["-std=c++17", "-ffp-contract=fast", "-fno-trapping-math",  # vectors of `x < 0 ? a : b`
-             "-Wall", "-Wextra", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={nvcc.TORCH_TARGET}", *level]  # fmt: skip
+    vectors = ["-ffp-contract=fast", "-fno-trapping-math"]  # of a * b + c, and of x < 0 ? a : b
+    flags = ["-std=c++17", *vectors, "-Wall", "-Wextra", "-Wno-psabi",
+             f"-DTORCH_TARGET_VERSION={nvcc.TORCH_TARGET}", *level]  # fmt: skip
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     headers = ["csrc/check.h", "csrc/tensors.h", *sorted(map(str, Path("csrc/cpu").glob("*.h")))]
     module = CppExtension(
