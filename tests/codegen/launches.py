@@ -1,12 +1,11 @@
 """Every launch the codegen suite compiles: each kernel, each row of its table, each variant."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
 from pelt_fast.kernels.adapter import adapter
-from pelt_fast.kernels.config import FUSED_RANK, rows
+from pelt_fast.kernels.config import FUSED_RANK
 from pelt_fast.kernels.ffn_act import ffn_act, ffn_act_bwd
 from pelt_fast.kernels.heads import prefix_merge
 from pelt_fast.kernels.heads_bwd import prefix_merge_bwd
@@ -17,39 +16,10 @@ from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.tail_gemm import tail_gemm
 from pelt_fast.kernels.tile import HALF
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
-from pelt_fast.ops.common import bundles
-from pelt_fast.ops.routed import gpu as many
 
-M, K, N, F = 8192, 4096, 4096, 14336
-RANKS = (4, 8, 16, 64, 512)
-P = 0.1
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One call of a launcher; ``streaming``: its kernels should move 16 bytes an access."""
-
-    name: str
-    call: Callable[[], object]
-    streaming: bool = False
-
-
-def empty(*shape, dtype=torch.bfloat16):
-    """Memory that is never touched."""
-    return torch.empty(*shape, dtype=dtype)
-
-
-SEED = torch.empty(2, dtype=torch.int64)
-
-
-def reachable(kernel: str, target: str, bits: int) -> Iterator[int]:
-    """A size in each row of the table that ``target`` can reach, as ``config.pick`` looks."""
-    seen = 0
-    for arch in (target, "any"):
-        for row in rows(kernel, arch):
-            if row.bits == bits and row.limit > seen:
-                yield row.limit
-                seen = row.limit
+from .edge_launches import huge, ugly
+from .launch import RANKS, SEED, F, K, Launch, M, N, P, empty, reachable
+from .routed_launches import routed, routed_heads
 
 
 def _ranks(kernel: str, target: str, bits: int, dropped: bool) -> list[int]:
@@ -190,33 +160,6 @@ def heads(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                     )  # fmt: skip
 
 
-def routed_heads(target: str, dtype: torch.dtype) -> Iterator[Launch]:
-    """A prefix for each row of the batch."""
-    name = str(dtype).removeprefix("torch.")
-    B, H, T, dim = 16, 16, 1024, 64
-    q, lse = empty(B, T, H, dim, dtype=dtype).transpose(1, 2), empty(B, H, T, dtype=torch.float32)
-    prefix = [empty(H, 4 * 200, dim, dtype=torch.float32) for _ in range(2)]
-    spans, methods = (empty(n, 2, dtype=torch.int64) for n in (B, 4))
-    for length in (30, 200):
-        for form, composition in (("softmax", "gated"), ("softmax", "add"), ("relu", "add")):
-            for seed in (None, SEED) if composition == "gated" else (None,):
-                p = 0.0 if seed is None else P
-                settings = dict(
-                    scale=0.1, form=form, composition=composition, dropout_p=p, seed=seed,
-                    spans=spans, longest=length,
-                )  # fmt: skip
-                tag = f"P={length} {form} {composition} {name} p={p}"
-                yield Launch(
-                    f"prefix routed {tag}",
-                    lambda s=settings: prefix_merge(q, *prefix, q, lse, q, **s), True,
-                )  # fmt: skip
-                yield Launch(
-                    f"prefix_bwd routed {tag}",
-                    lambda s=settings: prefix_merge_bwd(
-                        q, q, *prefix, q, lse, q, methods=methods, **s), True,
-                )  # fmt: skip
-
-
 def tail(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     name = str(dtype).removeprefix("torch.")
     x, weight = empty(M, K, dtype=dtype), empty(N, K, dtype=dtype)
@@ -286,131 +229,6 @@ def norms(target: str, dtype: torch.dtype) -> Iterator[Launch]:
             f"norm_gradients R={r} {name}",
             lambda t=t, down=down: norm_gradients(t, x, few, down, weight, bias), True,
         )  # fmt: skip
-
-
-def routed(target: str, dtype: torch.dtype) -> Iterator[Launch]:
-    """Methods of several ranks; where 8 divides none of them, not streaming."""
-    name = str(dtype).removeprefix("torch.")
-    x, dy = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype)
-    for ranks in ([8, 16, 32], [3, 100], [8, 512]):
-        weights = routed_factors(ranks, dtype, K, N)
-        for seeds, activation in (
-            (None, "identity"),
-            (torch.empty(3, 2, dtype=torch.int64), "gelu"),
-        ):
-            calls = routed_calls(x, dy, weights, ranks, seeds, activation)
-            for call_name, call in calls.items():
-                tag = f"R={ranks} {activation} {name} p={0.0 if seeds is None else P}"
-                yield Launch(f"{call_name} {tag}", call)
-
-
-def routed_factors(ranks: list[int], dtype: torch.dtype, k: int, n: int) -> tuple:
-    total = sum(ranks)
-    down = bundles.RoutedDown(*(empty(*s, dtype=torch.float32) for s in ((total, k), (total,))))
-    shapes = (n * total,), (len(ranks), n)
-    return down, bundles.RoutedUp(*(empty(*s, dtype=torch.float32) for s in shapes))
-
-
-def routed_calls(x, dy, factors, ranks, seeds, activation: str) -> dict[str, Callable]:
-    """The four ops. Their numbers of the host are read, the segments are not."""
-    (down, up), most = factors, max(ranks)
-    t = torch.empty_like(x[:, :1]).expand(-1, most) if x.is_meta else x.new_empty(len(x), most)
-    where = bundles.Segments(torch.empty(16, 4, dtype=torch.int64, device=x.device), ranks)
-    drop = bundles.RoutedDropout([] if seeds is None else [P] * len(ranks), seeds)
-    transform = bundles.RoutedTransform(activation, [2.0] * len(ranks))
-    needs = [True] * 3
-    return dict(
-        routed_down=lambda: many.down_forward(x, down, where, drop),
-        routed_down_bwd=lambda: many.down_backward(t, x, x, down[0], where, drop, needs),
-        routed_up=lambda: many.up_forward(dy, t, up, where, transform, drop),
-        routed_up_bwd=lambda: many.up_backward(dy, t, up[0], where, transform, drop, needs),
-    )
-
-
-def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
-    """Sizes of 1 (which the launcher makes constants), and sizes that divide nothing."""
-    name = str(dtype).removeprefix("torch.")
-    for m, k, n, r in ((1, 1, 1, 1), (5, 17, 23, 3)):
-
-        def calls(m=m, k=k, n=n, r=r):
-            x, dy, s = empty(m, k, dtype=dtype), empty(m, n, dtype=dtype), empty(m, r, dtype=dtype)
-            a, b = empty(r, k, dtype=torch.float32), empty(n, r, dtype=torch.float32)
-            d, u = empty(r, dtype=torch.float32), empty(n, dtype=torch.float32)
-            for drop in (dict(), dict(dropout_p=P, seed=SEED)):
-                rank_down(x, a, d, activation="gelu_tanh", **drop)
-                rank_down_bwd(s, x, torch.float32, with_bias=True, **drop)
-                if r <= FUSED_RANK["rank_up_bwd"]:
-                    rank_up_bwd(dy, s, b, activation="silu", need_bias=True, **drop)
-                tail_gemm(x, empty(n, k, dtype=dtype).t(), s, b.t(), bias=u.to(dtype), **drop)
-                adapter(x, dy, a, d, b, u, norm=(empty(k), empty(k)), activation="tanh", **drop)
-            few, norm = empty(2, m, dtype=torch.float32), (empty(k), empty(k))
-            rank_down(x, a, d, norm=(moments(x), *norm))
-            norm_bwd(s, s, x, a, d, *norm, x)
-            norm_gradients(s, x, few, a, *norm)
-            rank_up(s, b, dy, bias=u, base_dropout_p=P, seed=SEED)
-            rank_up(s, a.t(), x, out=x, update_dropout_p=P, seed=SEED)
-            dropout(x, P, SEED)
-            pre = empty(m, k + r, dtype=dtype)
-            common = dict(
-                gated=False, ffn_activation="relu", activation="silu", seed_h=SEED, dropout_p=P
-            )
-            widened_act(pre, pre, k, r, **common)
-            widened_act_bwd(pre, pre, s, k, r, scale=1.0, **common)
-            widened_act_bwd(None, s, s, 0, r, scale=1.0, **common)
-            for gate in (None, x):
-                ffn_act_bwd(ffn_act(x, gate, "silu"), x, gate, "silu", dropout_p=P, seed=SEED)
-            q, lse = (
-                empty(1, m, 1, k, dtype=dtype).transpose(1, 2),
-                empty(1, 1, m, dtype=torch.float32),
-            )
-            prefix = [empty(1, r, k, dtype=torch.float32) for _ in range(2)]
-            common = dict(scale=0.1, form="softmax", dropout_p=P, seed=SEED)
-            for composition in ("gated", "add"):
-                prefix_merge(q, *prefix, None, None, q, composition=composition, **common)
-                prefix_merge_bwd(q, q, *prefix, q, lse, q, composition=composition, **common)
-
-            factors = routed_factors([r], dtype, k, n)
-            for call in routed_calls(x, dy, factors, [r], SEED.view(1, 2), "silu").values():
-                call()
-
-        yield Launch(f"ugly {m}x{k}x{n} R={r} {name}", calls)
-
-
-def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
-    """Rows 2^33 elements apart: offsets no 32 bits hold."""
-
-    def far(*shape):
-        strides = (*(2**33 for _ in shape[:-1]), 1)
-        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-
-    m, k, r, f = 64, 64, 16, 128
-    x, dy, s, base = far(m, k), far(m, k), far(m, r), far(m, k)
-    a, b, d, u = (torch.empty(*n, device="meta") for n in ((r, k), (k, r), (r,), (k,)))
-    norm = (torch.empty(k, device="meta"), torch.empty(k, device="meta"))
-    pre, act, q = far(m, f + r), far(m, f + r), far(2, 2, m, k)
-    prefix = [torch.empty(2, 30, k, device="meta") for _ in range(2)]
-    lse = torch.empty(2, 2, m, device="meta")
-    attention = dict(scale=0.1, form="softmax", composition="gated")
-    spans = torch.empty(2, 2, dtype=torch.int64, device="meta")
-    routed = dict(attention, spans=spans, longest=30)
-    common = dict(gated=False, ffn_activation="gelu", activation="relu")
-    calls = dict(
-        rank_down=lambda: rank_down(x, a), rank_down_bwd=lambda: rank_down_bwd(s, x, torch.float32),
-        rank_up=lambda: rank_up(s, b, base, out=base), rank_up_bwd=lambda: rank_up_bwd(dy, s, b),
-        adapter=lambda: adapter(x, base, a, d, b, u), moments=lambda: moments(x),
-        norm_bwd=lambda: norm_bwd(s, s, x, a, d, *norm, dy),
-        tail_gemm=lambda: tail_gemm(x, far(k, k).t(), s, b.t()),
-        widened_act=lambda: widened_act(pre, act, f, r, **common),
-        widened_act_bwd=lambda: widened_act_bwd(pre, act, s, f, r, scale=1.0, **common),
-        ffn_act=lambda: ffn_act(act, act, "silu"),
-        ffn_act_bwd=lambda: ffn_act_bwd(act, act, act, "silu"),
-        prefix=lambda: prefix_merge(q, *prefix, q, lse, q, **attention),
-        prefix_bwd=lambda: prefix_merge_bwd(q, q, *prefix, q, lse, q, **attention),
-        routed=lambda: prefix_merge(q, *prefix, q, lse, q, **routed),
-        routed_bwd=lambda: prefix_merge_bwd(q, q, *prefix, q, lse, q, methods=spans, **routed),
-    )  # fmt: skip
-    for name, call in calls.items():
-        yield Launch(f"huge {name}", call)
 
 
 def launches(target: str) -> Iterator[Launch]:
