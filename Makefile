@@ -64,7 +64,7 @@ asan: $(VENV)/test
 	PELT_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)-temp
 	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -c /dev/null \
-	  --import-mode=importlib $(abspath tests/ops/test_native_products.py tests/ops/test_native_few.py tests/ops/test_native_routed.py tests/ops/test_native.py) $(PYTEST)
+	  --import-mode=importlib $(abspath tests/ops/test_native_products.py tests/ops/test_native_attention.py tests/ops/test_native_few.py tests/ops/test_native_routed.py tests/ops/test_native.py) $(PYTEST)
 
 fuzz: $(VENV)/test
 	PELT_FAST_FUZZ=2500 $(BIN)/python -m pytest -n auto tests/ops/test_fuzz.py

@@ -1,4 +1,5 @@
-"""Figures of a result file: bars of ratio to the frozen floor, memory, traffic, prediction.
+"""Figures of a result file: bars of ratio to the frozen floor, memory, traffic, prediction; the cost
+of many methods as curves.
 
 SVG, the same bytes for the same file and matplotlib.
 """
@@ -28,7 +29,8 @@ def draw_entries(part: str, entries: list[dict], folder: Path) -> list[Path]:
     for title, bars, unit, line in FIGURES[part.split("-")[0]](entries):
         if bars:
             path = folder / f"{part}-{title.split(',')[0].replace(' ', '-')}.svg"
-            _bars(title, bars, unit, line, path)
+            draws = _curves if part == "several" else _bars
+            draws(title, bars, unit, line, path)
             paths.append(path)
     return paths
 
@@ -58,11 +60,7 @@ def _models(entries: list[dict]) -> list[Figure]:
 
 
 def _several(entries: list[dict]) -> list[Figure]:
-    bars: dict[str, dict[str, float]] = {}
-    for row in several.ratios(entries):
-        if not row["provider"].startswith(several.FORWARD):
-            bars.setdefault(row["method"], {})[row["provider"]] = row["ratio"]
-    return [("several methods, a training step", bars, "one method alone = 1", 1.0)]
+    return [("cost, a training step", several.curves(entries), "one method alone = 1", 1.0)]
 
 
 def _traffic(entries: list[dict]) -> list[Figure]:
@@ -118,6 +116,33 @@ def _bars(
         axes.axvline(line, color="gray", linestyle=":")
     handles = [matplotlib.patches.Patch(color=colours[p], label=p) for p in providers]
     axes.legend(handles=handles, fontsize=7, loc="best")
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _curves(
+    title: str, curves: dict[str, dict[str, float]], unit: str, line: float | None, path: Path
+) -> None:
+    """One curve a row, over the number of methods."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "pelt_fast"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 4.0), layout="constrained")
+    counts = sorted({int(count) for curve in curves.values() for count in curve})
+    for name, curve in curves.items():
+        axes.plot([int(count) for count in curve], list(curve.values()), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xlabel("methods in the model, in a batch of 16 rows")
+    axes.set_ylabel(unit)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=10)
+    if line is not None:
+        axes.axhline(line, color="gray", linestyle=":")
+    axes.legend(fontsize=7, loc="best")
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 

@@ -21,6 +21,7 @@ from benchmarks import (
     model,
     predict,
     profile,
+    several,
     targets,
     traffic,
 )
@@ -42,7 +43,7 @@ SHOWN = ("mam", "lora_qv_ffn", "scaled_parallel_adapter", "houlsby", "prefix", "
 COMPARED = ("pelt_fast", "plain PyTorch", "PEFT")
 # numbers of the notes below README's table
 FOOTNOTES = {("prefix", "PEFT"): " (1)", ("houlsby", "pelt_fast"): " (2)"}
-FIGURES = ("layer-bart-large", HEADLINE, "equal", "traffic", "predict-h200")
+FIGURES = ("layer-bart-large", HEADLINE, "equal", "several", "traffic", "predict-h200")
 
 
 def _measured(result: dict, text: str) -> str:
@@ -114,6 +115,11 @@ def _equal() -> str:
     return _measured(result, model.report(result["entries"]))
 
 
+def _several() -> str:
+    result = newest("several")
+    return _measured(result, several.report(result["entries"]))
+
+
 def _profile() -> str:
     result = newest("profile")
     return _measured(result, profile.report(result["entries"]))
@@ -132,7 +138,7 @@ def _targets() -> str:
 
 def _commands() -> str:
     """The command and the commit of each table on the page."""
-    names = (*parts("model-"), *parts("layer-"), "equal", "profile", "predict-h200", "traffic")
+    names = (*parts("model-"), *parts("layer-"), "equal", "several", "profile", "predict-h200", "traffic")
     rows = [[part, f"`{result['machine']['command']}`", result["machine"]["commit"]]
             for part in names for result in not_superseded(part)]  # fmt: skip
     return table(["part", "command", "commit in the file's name"], rows)
@@ -195,7 +201,7 @@ def _where(config: PeltConfig) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "methods": _methods, "demo": _demo, "cost": _cost, "decode": _decode, "traffic": _traffic,
     "targets": _targets, "layers": _layers, "models": _models, "equal": _equal,
-    "profile": _profile, "predicted": _predicted, "commands": _commands,
+    "several": _several, "profile": _profile, "predicted": _predicted, "commands": _commands,
     "gpu-proof": gpu_report.proof, "gpu-layers": _gpu_layers, "gpu-models": _gpu_models,
     "line counts": _line_counts,
 }  # fmt: skip

@@ -11,6 +11,7 @@ which runs forward alone. The steps take turns.
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from statistics import median
 
@@ -186,6 +187,16 @@ def report(entries: list[dict]) -> str:
         for row in ratios(entries)
     ]
     return table(header, rows)
+
+
+def curves(entries: list[dict]) -> dict[str, dict[str, float]]:
+    """A training step's ratio by the number of methods: a curve for each method and kind of step."""
+    found: dict[str, dict[str, float]] = {}
+    for row in ratios(entries):
+        match = re.fullmatch(r"(\d+),? (.*)", row["provider"])
+        if match:
+            found.setdefault(f"{row['method']}: {match[2]}", {"1": 1.0})[match[1]] = row["ratio"]
+    return found
 
 
 def ratios(entries: list[dict]) -> list[dict]:

@@ -47,13 +47,16 @@ inline void check_threshold(int64_t threshold) {
                   threshold);
 }
 
+inline Seed seed_at(const uint64_t* words) {
+  return {{static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[0] >> 32)},
+          {static_cast<uint32_t>(words[1]), static_cast<uint32_t>(words[1] >> 32)}};
+}
+
 inline Seed seed_of(const Tensor& seed) {
   PELT_FAST_CHECK(seed.is_cpu() && seed.scalar_type() == ScalarType::Long && seed.numel() == 2 &&
                       seed.is_contiguous(),
                   "seed must be int64 (2) on the CPU");
-  const auto* words = static_cast<const uint64_t*>(seed.const_data_ptr());
-  return {{static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[0] >> 32)},
-          {static_cast<uint32_t>(words[1]), static_cast<uint32_t>(words[1] >> 32)}};
+  return seed_at(static_cast<const uint64_t*>(seed.const_data_ptr()));
 }
 
 inline Mask mask_of(const std::optional<Tensor>& seed, int64_t threshold, double scale) {

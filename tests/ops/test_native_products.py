@@ -343,7 +343,7 @@ def test_every_instruction_set(level):
     best = native.facts()["instruction set"]
     if LEVELS.index(level) >= LEVELS.index(best):
         pytest.skip("what the other tests run" if level == best else f"this machine has {best}")
-    others = ("test_native_few.py", "test_native.py")
+    others = ("test_native_attention.py", "test_native_few.py", "test_native.py")
     files = [__file__, *(os.path.join(os.path.dirname(__file__), name) for name in others)]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(

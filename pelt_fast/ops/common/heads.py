@@ -59,24 +59,28 @@ def context_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
 
 
 def additive_mask(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, bool, Tensor | None]:
     """The mask and causal flag for a library kernel, and the rows (.., T) that see no key.
 
-    The kernel takes a mask of q's dtype or its causal flag, not both. Its causal mask is aligned
-    top left. It returns lse 0 for a row that sees no key.
+    The kernel takes a mask of q's dtype (or ``dtype``) or its causal flag, not both. Its causal
+    mask is aligned top left. It returns lse 0 for a row that sees no key.
     """
-    queries, keys = q.shape[2], k.shape[2]
+    queries, keys, dtype = q.shape[2], k.shape[2], dtype or q.dtype
     if mask is None and (not causal or queries == keys):
         return None, causal, None
     if mask is None or mask.dtype == torch.bool:
         visible = causal_mask(queries, keys, q.device) if causal else None
         if mask is not None:
             visible = mask if visible is None else mask & visible
-        additive = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        additive = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
         hidden = ~visible.any(-1)
     else:
-        additive = mask.to(q.dtype)
+        additive = mask.to(dtype)
         if causal:
             visible = causal_mask(queries, keys, q.device)
             additive = additive.masked_fill(~visible, float("-inf"))

@@ -12,8 +12,8 @@ Routed   the same of the rows that have a prefix, each with its own P; the metho
 
 A few queries that no mask restricts, as in a decoder's step, need one call: C++ attends over prefix
 and context (csrc/cpu/prefix_few.cpp). A row of no prefix has what the flash kernel makes.
-If the flash kernel cannot run (attention dropout), the specification runs in blocks. Without a
-context only the prefix part runs.
+If the flash kernel cannot run (attention dropout), ``dropped_attention`` does; without C++ the
+specification, in blocks. Without a context only the prefix part runs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from pelt_fast.ops.common import dropped_attention
 from pelt_fast.ops.common.batch import methods_of, output_of, prefix_at, spans_of
 from pelt_fast.ops.common.bundles import (
     QKV,
@@ -53,7 +54,7 @@ def prefix_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, gated, scale = qkv.q, form.composition == "gated", scores.scale
     if not _uses_flash(q, drop.dropout_p):
-        return NotImplemented
+        return _dropped_forward(qkv, prefix, scores, form, drop)
     if gated and _is_step(qkv, prefix, prefix.prefix_k.shape[1], scores):
         return _step(qkv, prefix, scale)
     qkv = QKV(*map(_with_rows, qkv))
@@ -68,7 +69,7 @@ def routed_prefix_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gated, longest = form.composition == "gated", max(prefix.lengths, default=0)
     if not _uses_flash(qkv.q, drop.dropout_p):
-        return NotImplemented
+        return _dropped_forward(qkv, prefix, scores, form, drop)
     if gated and _is_step(qkv, prefix, longest, scores):
         return _routed_step(qkv, prefix, scores.scale)
     qkv = QKV(*map(_with_rows, qkv))
@@ -85,6 +86,16 @@ def routed_prefix_forward(
             )
             o[rows] = own
     return o, lse, context_o, no_rng(q, drop.seed)
+
+
+def _dropped_forward(qkv: QKV, *settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    takes = dropped_attention.takes(qkv.q)
+    return dropped_attention.forward(qkv, *settings) if takes else NotImplemented
+
+
+def _dropped_backward(do: Tensor, qkv: QKV, *settings) -> tuple[Tensor, ...]:
+    takes = dropped_attention.takes(qkv.q)
+    return dropped_attention.backward(do, qkv, *settings) if takes else NotImplemented
 
 
 def _covered(q: Tensor, length: int) -> bool:
@@ -170,7 +181,7 @@ def prefix_attention_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not _uses_flash(qkv.q, drop.dropout_p):
-        return NotImplemented
+        return _dropped_backward(do, qkv, prefix, output, scores, form, drop, needs)
     do, qkv = _with_rows(do), QKV(*map(_with_rows, qkv))
     grads = _of_context(do, qkv, output, scores, form, needs)
     grads[3:] = _of_prefix(do, qkv.q, prefix, output, scores.scale, form, grads[0])
@@ -188,7 +199,7 @@ def routed_prefix_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not _uses_flash(qkv.q, drop.dropout_p):
-        return NotImplemented
+        return _dropped_backward(do, qkv, prefix, output, scores, form, drop, needs)
     do, qkv = _with_rows(do), QKV(*map(_with_rows, qkv))
     q, grads = qkv.q, _of_context(do, qkv, output, scores, form, needs)
     longest = max(prefix.lengths, default=0)

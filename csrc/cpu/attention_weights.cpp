@@ -1,0 +1,326 @@
+// The weights of an attention with dropout over a context and a prefix, from their scores, and the
+// gradients of these scores: what is between the library's products.
+//
+// Shapes   context (H, T, S), prefix (H, T, P), contiguous, of some heads of one row of the batch;
+//          lse, delta (H, T); mask (H, T, S), added to the context's scores, its last stride 1.
+//          Any S and P, also 0.
+// Maths    C = scale c + mask,  Z = scale z;  l = logsumexp of both if gated, else l_c of C
+//          forward   c = drop(exp(C - l)),  z = drop(f(Z)): exp(Z - l), or softmax, or ReLU if added
+//          backward  with w and f(Z) before dropout, m the mask, dw = dz what comes back:
+//                    dc = scale w (m dw - delta),  c = m w;  likewise z, whose own
+//                    delta is Σ m f(Z) dz if a softmax of its own, and 0 with 1[Z > 0] for w if ReLU
+//          Masks are Philox's of weights (B, H, T, S) and (B, H, T, width), drawn in registers;
+//          `first` is the row of context's first row among B H T.
+// Traffic  each score read and written once; a row stays in cache for its three passes.
+
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+#include "exp.h"
+
+namespace pelt_fast {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Weights {
+  float *context, *prefix, *d_context, *d_prefix, *lse;
+  const float *delta, *mask;
+  int64_t queries, keys, length;      // T, S, P
+  int64_t mask_of_head, mask_of_row;  // strides
+  int64_t first, width;               // of the masks: the first row; how wide that of the prefix is
+  float scale;
+  bool causal, relu, gated;
+  Mask drop_prefix, drop_context;
+};
+
+// Largest and sum of n floats; -inf and 0 of none.
+template <int W>
+PELT_FAST_INLINE float highest(const float* row, int64_t n) {
+  const int64_t whole = n / W * W;
+  float most = whole > 0 ? most_of<W>(row, whole) : -kInfinity;
+  for (int64_t j = whole; j < n; ++j) most = row[j] > most ? row[j] : most;
+  return most;
+}
+template <int W>
+PELT_FAST_INLINE float total(const float* row, int64_t n) {
+  const int64_t whole = n / W * W;
+  float sum = sum_of<W>(row, whole);
+  for (int64_t j = whole; j < n; ++j) sum += row[j];
+  return sum;
+}
+
+// row = scale row + mask; a causal query sees its own key and those before.
+PELT_FAST_INLINE void finish_context(const Weights& g, float* row, int64_t h, int64_t t) {
+  const float* mask =
+      g.mask == nullptr ? nullptr : g.mask + h * g.mask_of_head + t * g.mask_of_row;
+  const int64_t seen = g.causal ? std::min(t + 1, g.keys) : g.keys;
+  if (mask == nullptr) {
+    for (int64_t j = 0; j < seen; ++j) row[j] *= g.scale;
+  } else {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < seen; ++j) row[j] = g.scale * row[j] + mask[j];
+  }
+  for (int64_t j = seen; j < g.keys; ++j) row[j] = -kInfinity;
+}
+
+PELT_FAST_INLINE void multiply_all(float* row, int64_t n, float by) {
+  for (int64_t j = 0; j < n; ++j) row[j] *= by;
+}
+
+PELT_FAST_INLINE void exponentials_of_kPad(float* row, float shift) {
+#pragma GCC unroll 1
+  for (int j = 0; j < kPad; ++j) row[j] = exp32(row[j] - shift);
+}
+
+// row = exp(row - shift), what is left over of vectors too in vectors: prefixes are short.
+PELT_FAST_INLINE void exponentials(float* row, int64_t n, float shift) {
+  int64_t j = 0;
+  for (; j + kPad <= n; j += kPad) exponentials_of_kPad(row + j, shift);
+  if (j == n) return;
+  alignas(64) float rest[kPad] = {};
+  std::memcpy(rest, row + j, (n - j) * sizeof(float));
+  exponentials_of_kPad(rest, shift);
+  std::memcpy(row + j, rest, (n - j) * sizeof(float));
+}
+
+PELT_FAST_INLINE float or_zero(float x) { return x == -kInfinity ? 0.0f : x; }
+
+// factor = the mask for `columns` elements of a row from `column` on; ones if nothing is dropped.
+PELT_FAST_INLINE void factors(float* factor, const Mask& mask, int64_t width, int64_t row,
+                              int64_t column) {
+  if (mask.threshold > 0) return draw_row(factor, mask, width, row, column);
+  for (int j = 0; j < kColumns; ++j) factor[j] = 1.0f;
+}
+
+// row *= by * mask
+PELT_FAST_INLINE void drop_row(float* row, int64_t n, float by, const Mask& mask, int64_t width,
+                               int64_t place) {
+  alignas(64) float factor[kColumns];
+  for (int64_t column = 0; column < n; column += kColumns) {
+    factors(factor, mask, width, place, column);
+    float* at = row + column;
+    const int64_t count = std::min<int64_t>(kColumns, n - column);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) at[j] *= by * factor[j];
+  }
+}
+
+PELT_FAST_INLINE void rectify(float* row, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) row[j] = row[j] < 0 ? 0.0f : row[j];
+}
+
+// One query of one head.
+template <int W>
+PELT_FAST_INLINE void weigh_row(const Weights& g, int64_t at) {
+  float *c = g.context + at * g.keys, *z = g.prefix + at * g.length;
+  finish_context(g, c, at / g.queries, at % g.queries);
+  multiply_all(z, g.length, g.scale);
+  const bool softmax = !g.gated && !g.relu;
+  const float most_c = highest<W>(c, g.keys), most_z = highest<W>(z, g.length);
+  const float most = g.gated && most_z > most_c ? most_z : most_c;
+  exponentials(c, g.keys, or_zero(most));
+  float sum = total<W>(c, g.keys), by = 1;
+  if (g.gated) {
+    exponentials(z, g.length, or_zero(most));
+    sum += total<W>(z, g.length);
+  } else if (softmax) {
+    exponentials(z, g.length, or_zero(most_z));
+    by = 1.0f / total<W>(z, g.length);
+  } else {
+    rectify(z, g.length);
+  }
+  const float inverse = most == -kInfinity ? 0.0f : 1.0f / sum;
+  g.lse[at] = most == -kInfinity ? most : most + log32(sum);
+  drop_row(c, g.keys, inverse, g.drop_context, g.keys, g.first + at);
+  drop_row(z, g.length, g.gated ? inverse : by, g.drop_prefix, g.width, g.first + at);
+}
+
+template <int W>
+PELT_FAST_INLINE void weigh(const Weights& g, int64_t first, int64_t last) {
+  for (int64_t at = first; at < last; ++at) weigh_row<W>(g, at);
+}
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(weigh, Weights)
+
+// w = m w,  d = scale w (m d - delta), of the weights before dropout.
+PELT_FAST_INLINE void gradients_of(float* w, float* d, int64_t n, const Mask& mask, int64_t width,
+                                   int64_t place, float delta, float scale) {
+  alignas(64) float factor[kColumns];
+  for (int64_t column = 0; column < n; column += kColumns) {
+    factors(factor, mask, width, place, column);
+    float *weight = w + column, *grad = d + column;
+    const int64_t count = std::min<int64_t>(kColumns, n - column);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) {
+      const float kept = factor[j] * weight[j];
+      grad[j] = scale * (kept * grad[j] - weight[j] * delta);
+      weight[j] = kept;
+    }
+  }
+}
+
+// The same of f(z) = ReLU: d = scale m d where z > 0.
+PELT_FAST_INLINE void gradients_of_relu(float* z, float* d, int64_t n, const Mask& mask,
+                                        int64_t width, int64_t place, float scale) {
+  alignas(64) float factor[kColumns];
+  for (int64_t column = 0; column < n; column += kColumns) {
+    factors(factor, mask, width, place, column);
+    float *score = z + column, *grad = d + column;
+    const int64_t count = std::min<int64_t>(kColumns, n - column);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) {
+      const float positive = score[j] > 0 ? scale * factor[j] : 0.0f;
+      grad[j] *= positive;
+      score[j] = score[j] < 0 ? 0.0f : score[j] * factor[j];
+    }
+  }
+}
+
+// Σ m w d of a row, of the weights before dropout. Overwrites nothing.
+template <int W>
+PELT_FAST_INLINE float delta_of(const float* w, const float* d, int64_t n, const Mask& mask,
+                                int64_t width, int64_t place) {
+  alignas(64) float factor[kColumns];
+  float sum = 0;
+  for (int64_t column = 0; column < n; column += kColumns) {
+    factors(factor, mask, width, place, column);
+    const int64_t count = std::min<int64_t>(kColumns, n - column);
+    for (int64_t j = 0; j < count; ++j) factor[j] *= w[column + j] * d[column + j];
+    sum += total<W>(factor, count);
+  }
+  return sum;
+}
+
+template <int W>
+PELT_FAST_INLINE void backward_row(const Weights& g, int64_t at) {
+  float *c = g.context + at * g.keys, *z = g.prefix + at * g.length;
+  float *dc = g.d_context + at * g.keys, *dz = g.d_prefix + at * g.length;
+  const float shift = or_zero(g.lse[at]);
+  const int64_t place = g.first + at;
+  finish_context(g, c, at / g.queries, at % g.queries);
+  exponentials(c, g.keys, shift);
+  gradients_of(c, dc, g.keys, g.drop_context, g.keys, place, g.delta[at], g.scale);
+  multiply_all(z, g.length, g.scale);
+  if (!g.gated && g.relu)
+    return gradients_of_relu(z, dz, g.length, g.drop_prefix, g.width, place, g.scale);
+  float delta = g.delta[at];
+  if (g.gated) {
+    exponentials(z, g.length, shift);
+  } else {
+    exponentials(z, g.length, or_zero(highest<W>(z, g.length)));
+    multiply_all(z, g.length, 1.0f / total<W>(z, g.length));
+    delta = delta_of<W>(z, dz, g.length, g.drop_prefix, g.width, place);
+  }
+  gradients_of(z, dz, g.length, g.drop_prefix, g.width, place, delta, g.scale);
+}
+
+template <int W>
+PELT_FAST_INLINE void backward(const Weights& g, int64_t first, int64_t last) {
+  for (int64_t at = first; at < last; ++at) backward_row<W>(g, at);
+}
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(backward, Weights)
+
+// A contiguous fp32 tensor of this shape on the CPU.
+float* floats(const char* name, const Tensor& t, const Tensor& like, int64_t dims) {
+  bool fits = t.dim() == dims;
+  for (int64_t i = 0; fits && i < dims; ++i) fits = t.size(i) == like.size(i);
+  PELT_FAST_CHECK(fits, name, " must have the shape of ", shape_of(like), " in ", dims,
+                  " dimensions, got ", shape_of(t));
+  PELT_FAST_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
+                  " must be float32, contiguous, on the CPU");
+  return static_cast<float*>(const_cast<void*>(t.const_data_ptr()));
+}
+
+Weights arguments(const Tensor& context, const Tensor& prefix, const Tensor& lse,
+                  const std::optional<Tensor>& mask, bool causal, double scale, bool relu,
+                  bool gated, const std::optional<Tensor>& seed, int64_t threshold,
+                  double keep_scale, int64_t first, int64_t width) {
+  Weights g{};
+  PELT_FAST_CHECK(context.dim() == 3, "context must have shape (H, T, S), got ",
+                  shape_of(context));
+  PELT_FAST_CHECK(prefix.dim() == 3 && prefix.size(0) == context.size(0) &&
+                      prefix.size(1) == context.size(1),
+                  "prefix must have shape (", context.size(0), ", ", context.size(1), ", P), got ",
+                  shape_of(prefix));
+  g.context = floats("context", context, context, 3);
+  g.prefix = floats("prefix", prefix, prefix, 3);
+  g.lse = floats("lse", lse, context, 2);
+  g.queries = context.size(1), g.keys = context.size(2), g.length = prefix.size(2);
+  PELT_FAST_CHECK(!causal || g.queries == g.keys, "causal needs T = S, got ", g.queries, " and ",
+                  g.keys);
+  PELT_FAST_CHECK(first >= 0 && width >= g.length, "first must be at least 0 and width at least ",
+                  g.length, ", got ", first, " and ", width);
+  if (mask.has_value()) {
+    bool fits = mask->dim() == 3 && mask->is_cpu() && mask->scalar_type() == ScalarType::Float;
+    for (int64_t i = 0; fits && i < 3; ++i) fits = mask->size(i) == context.size(i);
+    PELT_FAST_CHECK(fits && (g.keys <= 1 || mask->stride(2) == 1),
+                    "mask must be float32 ", shape_of(context), " with contiguous rows, got ",
+                    shape_of(*mask));
+    g.mask = static_cast<const float*>(mask->const_data_ptr());
+    g.mask_of_head = mask->stride(0), g.mask_of_row = mask->stride(1);
+  }
+  g.first = first, g.width = width, g.scale = static_cast<float>(scale);
+  g.causal = causal, g.relu = relu, g.gated = gated;
+  if (seed.has_value()) {
+    PELT_FAST_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long &&
+                        seed->is_contiguous() && seed->dim() == 2 && seed->size(0) == 2 &&
+                        seed->size(1) == 2,
+                    "seed must be int64 (2, 2) on the CPU, got ", shape_of(*seed));
+    check_threshold(threshold);
+    const auto* words = static_cast<const uint64_t*>(seed->const_data_ptr());
+    const auto kept = static_cast<float>(keep_scale);
+    g.drop_prefix = {seed_at(words), static_cast<uint32_t>(threshold), kept};
+    g.drop_context = {seed_at(words + 2), static_cast<uint32_t>(threshold), kept};
+  }
+  return g;
+}
+
+// Rows a thread is worth waking for.
+int64_t grain(const Weights& g) {
+  return 1 + (1 << 13) / std::max<int64_t>(g.keys + g.length, 1);
+}
+
+Tensor attention_weights_(Tensor context, Tensor prefix, Tensor lse, std::optional<Tensor> mask,
+                          bool causal, double scale, bool relu, bool gated,
+                          std::optional<Tensor> seed, int64_t threshold, double keep_scale,
+                          int64_t first, int64_t width) {
+  const Weights g = arguments(context, prefix, lse, mask, causal, scale, relu, gated, seed,
+                              threshold, keep_scale, first, width);
+  run(weigh_for_this_machine, g, context.size(0) * g.queries, grain(g));
+  return context;
+}
+
+Tensor attention_weights_backward_(Tensor context, Tensor prefix, Tensor d_context,
+                                   Tensor d_prefix, Tensor lse, Tensor delta,
+                                   std::optional<Tensor> mask, bool causal, double scale,
+                                   bool relu, bool gated, std::optional<Tensor> seed,
+                                   int64_t threshold, double keep_scale, int64_t first,
+                                   int64_t width) {
+  Weights g = arguments(context, prefix, lse, mask, causal, scale, relu, gated, seed, threshold,
+                        keep_scale, first, width);
+  g.d_context = floats("d_context", d_context, context, 3);
+  g.d_prefix = floats("d_prefix", d_prefix, prefix, 3);
+  g.delta = floats("delta", delta, context, 2);
+  run(backward_for_this_machine, g, context.size(0) * g.queries, grain(g));
+  return d_context;
+}
+
+}  // namespace
+}  // namespace pelt_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pelt_fast_cpp, m) {
+  m.def(
+      "attention_weights_(Tensor(a!) context, Tensor(b!) prefix, Tensor(c!) lse, Tensor? mask,"
+      " bool causal, float scale, bool relu, bool gated, Tensor? seed, int threshold,"
+      " float keep_scale, int first, int width) -> Tensor(a!)");
+  m.def(
+      "attention_weights_backward_(Tensor(a!) context, Tensor(b!) prefix, Tensor(c!) d_context,"
+      " Tensor(d!) d_prefix, Tensor lse, Tensor delta, Tensor? mask, bool causal, float scale,"
+      " bool relu, bool gated, Tensor? seed, int threshold, float keep_scale, int first, int width)"
+      " -> Tensor(c!)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pelt_fast_cpp, CPU, m) {
+  m.impl("attention_weights_", TORCH_BOX(&pelt_fast::attention_weights_));
+  m.impl("attention_weights_backward_", TORCH_BOX(&pelt_fast::attention_weights_backward_));
+}
