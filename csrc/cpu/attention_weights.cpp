@@ -1,16 +1,16 @@
 // The weights of an attention with dropout over a context and a prefix, from their scores, and the
 // gradients of these scores: what is between the library's products.
 //
-// Shapes   context (H, T, S), prefix (H, T, P), contiguous, of some heads of one row of the batch;
-//          lse, delta (H, T); mask (H, T, S), added to the context's scores, its last stride 1.
-//          Any S and P, also 0.
+// Shapes   context (N, T, S), prefix (N, T, P), contiguous: some heads of a row of the batch, or all
+//          heads of some rows; lse, delta (N, T); mask (rows, heads, T, S) for N = rows x heads,
+//          added to the context's scores, its last stride 1. Any S and P, also 0.
 // Maths    C = scale c + mask,  Z = scale z;  l = logsumexp of both if gated, else l_c of C
 //          forward   c = drop(exp(C - l)),  z = drop(f(Z)): exp(Z - l), or softmax, or ReLU if added
 //          backward  with w and f(Z) before dropout, m the mask, dw = dz what comes back:
 //                    dc = scale w (m dw - delta),  c = m w;  likewise z, whose own
 //                    delta is Σ m f(Z) dz if a softmax of its own, and 0 with 1[Z > 0] for w if ReLU
-//          Masks are Philox's of weights (B, H, T, S) and (B, H, T, width), drawn in registers;
-//          `first` is the row of context's first row among B H T.
+//          Masks are Philox's of weights (B, H, T, S) and (B, H, T, width), drawn for a
+//          block of rows at once; `first` is the row of context's first row among B H T.
 // Traffic  each score read and written once; a row stays in cache for its three passes.
 
 #include <torch/csrc/stable/library.h>
@@ -26,8 +26,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct Weights {
   float *context, *prefix, *d_context, *d_prefix, *lse;
   const float *delta, *mask;
-  int64_t queries, keys, length;      // T, S, P
-  int64_t mask_of_head, mask_of_row;  // strides
+  int64_t queries, keys, length;  // T, S, P
+  int64_t heads, mask_strides[3];  // of the mask
   int64_t first, width;               // of the masks: the first row; how wide that of the prefix is
   float scale;
   bool causal, relu, gated;
@@ -50,10 +50,13 @@ PELT_FAST_INLINE float total(const float* row, int64_t n) {
   return sum;
 }
 
-// row = scale row + mask; a causal query sees its own key and those before.
-PELT_FAST_INLINE void finish_context(const Weights& g, float* row, int64_t h, int64_t t) {
-  const float* mask =
-      g.mask == nullptr ? nullptr : g.mask + h * g.mask_of_head + t * g.mask_of_row;
+// Row `at` is scale row + mask; a causal query sees its own key and those before.
+PELT_FAST_INLINE void finish_context(const Weights& g, float* row, int64_t at) {
+  const int64_t head = at / g.queries, t = at % g.queries;
+  const float* mask = g.mask;
+  if (mask != nullptr)
+    mask += head / g.heads * g.mask_strides[0] + head % g.heads * g.mask_strides[1] +
+            t * g.mask_strides[2];
   const int64_t seen = g.causal ? std::min(t + 1, g.keys) : g.keys;
   if (mask == nullptr) {
     for (int64_t j = 0; j < seen; ++j) row[j] *= g.scale;
@@ -86,35 +89,65 @@ PELT_FAST_INLINE void exponentials(float* row, int64_t n, float shift) {
 
 PELT_FAST_INLINE float or_zero(float x) { return x == -kInfinity ? 0.0f : x; }
 
-// factor = the mask for `columns` elements of a row from `column` on; ones if nothing is dropped.
-PELT_FAST_INLINE void factors(float* factor, const Mask& mask, int64_t width, int64_t row,
-                              int64_t column) {
-  if (mask.threshold > 0) return draw_row(factor, mask, width, row, column);
-  for (int j = 0; j < kColumns; ++j) factor[j] = 1.0f;
+constexpr int kDraws = 32;              // side by side in vectors
+constexpr int64_t kElements = 1 << 12;  // of the masks of a block of rows, where a row has no more
+
+// to = the mask of `count` elements from `start` on: 0 or 1 / (1 - p); ones if nothing is dropped.
+PELT_FAST_INLINE void draw(float* to, const Mask& mask, int64_t start, int64_t count) {
+  if (mask.threshold == 0) {
+    for (int64_t j = 0; j < count; ++j) to[j] = 1.0f;
+    return;
+  }
+  uint16_t lanes[kDraws * kLanes];
+  const auto threshold = static_cast<uint16_t>(mask.threshold);
+  const float kept = mask.scale;
+  for (int64_t done = 0; done < count;) {
+    const int64_t at = start + done, skip = at % kLanes;
+    const int64_t some = std::min<int64_t>(kDraws * kLanes - skip, count - done);
+    draw_lanes<kDraws>(mask.seed, at / kLanes, lanes);
+    const uint16_t* from = lanes + skip;
+    float* out = to + done;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < some; ++j) out[j] = from[j] >= threshold ? kept : 0.0f;
+    done += some;
+  }
 }
 
-// row *= by * mask
-PELT_FAST_INLINE void drop_row(float* row, int64_t n, float by, const Mask& mask, int64_t width,
-                               int64_t place) {
-  alignas(64) float factor[kColumns];
-  for (int64_t column = 0; column < n; column += kColumns) {
-    factors(factor, mask, width, place, column);
-    float* at = row + column;
-    const int64_t count = std::min<int64_t>(kColumns, n - column);
-#pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) at[j] *= by * factor[j];
+// The masks of a block of rows, drawn at once: rows are short, and a draw is for eight elements.
+struct Factors {
+  Buffer context, prefix;
+  int64_t keys, width, rows;
+
+  explicit Factors(const Weights& g)
+      : keys(g.keys),
+        width(g.width),
+        rows(std::max<int64_t>(1, kElements / std::max<int64_t>({g.keys, g.width, 1}))) {
+    context = buffer(rows * keys);
+    prefix = buffer(rows * width);
   }
+};
+
+PELT_FAST_INLINE void draw(const Weights& g, Factors& f, int64_t first, int64_t rows) {
+  draw(f.context.get(), g.drop_context, (g.first + first) * f.keys, rows * f.keys);
+  draw(f.prefix.get(), g.drop_prefix, (g.first + first) * f.width, rows * f.width);
+}
+
+// row *= by * factor
+PELT_FAST_INLINE void drop_row(float* row, int64_t n, float by, const float* factor) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) row[j] *= by * factor[j];
 }
 
 PELT_FAST_INLINE void rectify(float* row, int64_t n) {
   for (int64_t j = 0; j < n; ++j) row[j] = row[j] < 0 ? 0.0f : row[j];
 }
 
-// One query of one head.
+// One query of one head, and the masks of its weights.
 template <int W>
-PELT_FAST_INLINE void weigh_row(const Weights& g, int64_t at) {
+PELT_FAST_INLINE void weigh_row(const Weights& g, int64_t at, const float* drop_context,
+                                const float* drop_prefix) {
   float *c = g.context + at * g.keys, *z = g.prefix + at * g.length;
-  finish_context(g, c, at / g.queries, at % g.queries);
+  finish_context(g, c, at);
   multiply_all(z, g.length, g.scale);
   const bool softmax = !g.gated && !g.relu;
   const float most_c = highest<W>(c, g.keys), most_z = highest<W>(z, g.length);
@@ -132,91 +165,90 @@ PELT_FAST_INLINE void weigh_row(const Weights& g, int64_t at) {
   }
   const float inverse = most == -kInfinity ? 0.0f : 1.0f / sum;
   g.lse[at] = most == -kInfinity ? most : most + log32(sum);
-  drop_row(c, g.keys, inverse, g.drop_context, g.keys, g.first + at);
-  drop_row(z, g.length, g.gated ? inverse : by, g.drop_prefix, g.width, g.first + at);
+  drop_row(c, g.keys, inverse, drop_context);
+  drop_row(z, g.length, g.gated ? inverse : by, drop_prefix);
 }
 
 template <int W>
 PELT_FAST_INLINE void weigh(const Weights& g, int64_t first, int64_t last) {
-  for (int64_t at = first; at < last; ++at) weigh_row<W>(g, at);
+  Factors f(g);
+  for (int64_t block = first; block < last; block += f.rows) {
+    const int64_t rows = std::min(f.rows, last - block);
+    draw(g, f, block, rows);
+    for (int64_t i = 0; i < rows; ++i)
+      weigh_row<W>(g, block + i, f.context.get() + i * f.keys, f.prefix.get() + i * f.width);
+  }
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(weigh, Weights)
 
 // w = m w,  d = scale w (m d - delta), of the weights before dropout.
-PELT_FAST_INLINE void gradients_of(float* w, float* d, int64_t n, const Mask& mask, int64_t width,
-                                   int64_t place, float delta, float scale) {
-  alignas(64) float factor[kColumns];
-  for (int64_t column = 0; column < n; column += kColumns) {
-    factors(factor, mask, width, place, column);
-    float *weight = w + column, *grad = d + column;
-    const int64_t count = std::min<int64_t>(kColumns, n - column);
+PELT_FAST_INLINE void gradients_of(float* w, float* d, int64_t n, const float* factor, float delta,
+                                   float scale) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) {
-      const float kept = factor[j] * weight[j];
-      grad[j] = scale * (kept * grad[j] - weight[j] * delta);
-      weight[j] = kept;
-    }
+  for (int64_t j = 0; j < n; ++j) {
+    const float kept = factor[j] * w[j];
+    d[j] = scale * (kept * d[j] - w[j] * delta);
+    w[j] = kept;
   }
 }
 
 // The same of f(z) = ReLU: d = scale m d where z > 0.
-PELT_FAST_INLINE void gradients_of_relu(float* z, float* d, int64_t n, const Mask& mask,
-                                        int64_t width, int64_t place, float scale) {
-  alignas(64) float factor[kColumns];
-  for (int64_t column = 0; column < n; column += kColumns) {
-    factors(factor, mask, width, place, column);
-    float *score = z + column, *grad = d + column;
-    const int64_t count = std::min<int64_t>(kColumns, n - column);
+PELT_FAST_INLINE void gradients_of_relu(float* z, float* d, int64_t n, const float* factor,
+                                        float scale) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) {
-      const float positive = score[j] > 0 ? scale * factor[j] : 0.0f;
-      grad[j] *= positive;
-      score[j] = score[j] < 0 ? 0.0f : score[j] * factor[j];
-    }
+  for (int64_t j = 0; j < n; ++j) {
+    d[j] *= z[j] > 0 ? scale * factor[j] : 0.0f;
+    z[j] = z[j] < 0 ? 0.0f : z[j] * factor[j];
   }
 }
 
-// Σ m w d of a row, of the weights before dropout. Overwrites nothing.
+// Σ m w d of a row, of the weights before dropout.
 template <int W>
-PELT_FAST_INLINE float delta_of(const float* w, const float* d, int64_t n, const Mask& mask,
-                                int64_t width, int64_t place) {
-  alignas(64) float factor[kColumns];
+PELT_FAST_INLINE float delta_of(const float* w, const float* d, int64_t n, const float* factor) {
+  using Vector = typename VectorOf<W>::type;
+  Vector sums = {};
+  int64_t j = 0;
+  for (; j + W <= n; j += W)
+    sums += *reinterpret_cast<const Vector*>(factor + j) *
+            *reinterpret_cast<const Vector*>(w + j) * *reinterpret_cast<const Vector*>(d + j);
   float sum = 0;
-  for (int64_t column = 0; column < n; column += kColumns) {
-    factors(factor, mask, width, place, column);
-    const int64_t count = std::min<int64_t>(kColumns, n - column);
-    for (int64_t j = 0; j < count; ++j) factor[j] *= w[column + j] * d[column + j];
-    sum += total<W>(factor, count);
-  }
+  for (int i = 0; i < W; ++i) sum += sums[i];
+  for (; j < n; ++j) sum += factor[j] * w[j] * d[j];
   return sum;
 }
 
 template <int W>
-PELT_FAST_INLINE void backward_row(const Weights& g, int64_t at) {
+PELT_FAST_INLINE void backward_row(const Weights& g, int64_t at, const float* drop_context,
+                                   const float* drop_prefix) {
   float *c = g.context + at * g.keys, *z = g.prefix + at * g.length;
   float *dc = g.d_context + at * g.keys, *dz = g.d_prefix + at * g.length;
   const float shift = or_zero(g.lse[at]);
-  const int64_t place = g.first + at;
-  finish_context(g, c, at / g.queries, at % g.queries);
+  finish_context(g, c, at);
   exponentials(c, g.keys, shift);
-  gradients_of(c, dc, g.keys, g.drop_context, g.keys, place, g.delta[at], g.scale);
+  gradients_of(c, dc, g.keys, drop_context, g.delta[at], g.scale);
   multiply_all(z, g.length, g.scale);
   if (!g.gated && g.relu)
-    return gradients_of_relu(z, dz, g.length, g.drop_prefix, g.width, place, g.scale);
+    return gradients_of_relu(z, dz, g.length, drop_prefix, g.scale);
   float delta = g.delta[at];
   if (g.gated) {
     exponentials(z, g.length, shift);
   } else {
     exponentials(z, g.length, or_zero(highest<W>(z, g.length)));
     multiply_all(z, g.length, 1.0f / total<W>(z, g.length));
-    delta = delta_of<W>(z, dz, g.length, g.drop_prefix, g.width, place);
+    delta = delta_of<W>(z, dz, g.length, drop_prefix);
   }
-  gradients_of(z, dz, g.length, g.drop_prefix, g.width, place, delta, g.scale);
+  gradients_of(z, dz, g.length, drop_prefix, delta, g.scale);
 }
 
 template <int W>
 PELT_FAST_INLINE void backward(const Weights& g, int64_t first, int64_t last) {
-  for (int64_t at = first; at < last; ++at) backward_row<W>(g, at);
+  Factors f(g);
+  for (int64_t block = first; block < last; block += f.rows) {
+    const int64_t rows = std::min(f.rows, last - block);
+    draw(g, f, block, rows);
+    for (int64_t i = 0; i < rows; ++i)
+      backward_row<W>(g, block + i, f.context.get() + i * f.keys, f.prefix.get() + i * f.width);
+  }
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(backward, Weights)
 
@@ -236,7 +268,7 @@ Weights arguments(const Tensor& context, const Tensor& prefix, const Tensor& lse
                   bool gated, const std::optional<Tensor>& seed, int64_t threshold,
                   double keep_scale, int64_t first, int64_t width) {
   Weights g{};
-  PELT_FAST_CHECK(context.dim() == 3, "context must have shape (H, T, S), got ",
+  PELT_FAST_CHECK(context.dim() == 3, "context must have shape (N, T, S), got ",
                   shape_of(context));
   PELT_FAST_CHECK(prefix.dim() == 3 && prefix.size(0) == context.size(0) &&
                       prefix.size(1) == context.size(1),
@@ -251,13 +283,15 @@ Weights arguments(const Tensor& context, const Tensor& prefix, const Tensor& lse
   PELT_FAST_CHECK(first >= 0 && width >= g.length, "first must be at least 0 and width at least ",
                   g.length, ", got ", first, " and ", width);
   if (mask.has_value()) {
-    bool fits = mask->dim() == 3 && mask->is_cpu() && mask->scalar_type() == ScalarType::Float;
-    for (int64_t i = 0; fits && i < 3; ++i) fits = mask->size(i) == context.size(i);
-    PELT_FAST_CHECK(fits && (g.keys <= 1 || mask->stride(2) == 1),
-                    "mask must be float32 ", shape_of(context), " with contiguous rows, got ",
-                    shape_of(*mask));
+    bool fits = mask->dim() == 4 && mask->is_cpu() && mask->scalar_type() == ScalarType::Float &&
+                mask->size(0) * mask->size(1) == context.size(0) &&
+                mask->size(2) == g.queries && mask->size(3) == g.keys;
+    PELT_FAST_CHECK(fits && (g.keys <= 1 || mask->stride(3) == 1),
+                    "mask must be float32 (rows, heads, ", g.queries, ", ", g.keys, ") of ",
+                    context.size(0), " heads with contiguous rows, got ", shape_of(*mask));
     g.mask = static_cast<const float*>(mask->const_data_ptr());
-    g.mask_of_head = mask->stride(0), g.mask_of_row = mask->stride(1);
+    g.heads = std::max<int64_t>(mask->size(1), 1);
+    for (int i = 0; i < 3; ++i) g.mask_strides[i] = mask->stride(i);
   }
   g.first = first, g.width = width, g.scale = static_cast<float>(scale);
   g.causal = causal, g.relu = relu, g.gated = gated;

@@ -113,13 +113,15 @@ def test_a_prefix_for_each_row(routes, form):
 
 
 def test_many_pieces_are_one(monkeypatch):
-    """Blocks of any size give the bits of a block."""
+    """Pieces of any size draw the masks of the whole."""
     qkv, prefix = inputs((2, 4, 2, 9, 10, 8, 5), torch.float32)
     call = (qkv, prefix, Scores(None, False, 0.4), FORMS[0], drawn())
     whole = dropped_attention.forward(*call)
-    monkeypatch.setattr(dropped_attention, "block_elements", lambda device: 1)
-    pieces = dropped_attention.forward(*call)
-    assert all(torch.equal(a, b) for a, b in zip(whole, pieces))
+    for elements in (1, 300, 600):  # two heads, two heads, a row
+        monkeypatch.setattr(dropped_attention, "block_elements", lambda device, n=elements: n)
+        pieces = dropped_attention.forward(*call)
+        for a, b in zip(whole, pieces):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def weights(context=(2, 3, 4), prefix=(2, 3, 5), lse=(2, 3), mask=None, causal=False, seed=None,
@@ -131,11 +133,11 @@ def weights(context=(2, 3, 4), prefix=(2, 3, 5), lse=(2, 3), mask=None, causal=F
 
 
 @pytest.mark.parametrize("wrong, said", [
-    (dict(context=(3, 4)), r"context must have shape \(H, T, S\), got \(3, 4\)"),
+    (dict(context=(3, 4)), r"context must have shape \(N, T, S\), got \(3, 4\)"),
     (dict(prefix=(2, 4, 5)), r"prefix must have shape \(2, 3, P\), got \(2, 4, 5\)"),
     (dict(lse=(2, 4)), "lse must have the shape of"),
     (dict(causal=True), "causal needs T = S, got 3 and 4"),
-    (dict(mask=torch.zeros(2, 3, 5)), r"mask must be float32 \(2, 3, 4\)"),
+    (dict(mask=torch.zeros(1, 2, 3, 5)), r"mask must be float32 \(rows, heads, 3, 4\) of 2 heads"),
     (dict(seed=torch.zeros(2, dtype=torch.int64)), r"seed must be int64 \(2, 2\) on the CPU"),
     (dict(seed=torch.zeros(2, 2, dtype=torch.int64), threshold=70000), "threshold must be in"),
     (dict(first=-1), "first must be at least 0 and width at least 5, got -1 and 5"),
