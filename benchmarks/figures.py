@@ -1,5 +1,5 @@
-"""Figures of a result file: bars of ratio to the frozen floor, memory, traffic, prediction; the cost
-of many methods as curves.
+"""Figures of a result file: bars of ratio to the frozen floor, memory, traffic, prediction; curves
+of the cost of many methods.
 
 SVG, the same bytes for the same file and matplotlib.
 """

@@ -138,7 +138,8 @@ def _targets() -> str:
 
 def _commands() -> str:
     """The command and the commit of each table on the page."""
-    names = (*parts("model-"), *parts("layer-"), "equal", "several", "profile", "predict-h200", "traffic")
+    alone = "equal", "several", "profile", "predict-h200", "traffic"
+    names = *parts("model-"), *parts("layer-"), *alone
     rows = [[part, f"`{result['machine']['command']}`", result["machine"]["commit"]]
             for part in names for result in not_superseded(part)]  # fmt: skip
     return table(["part", "command", "commit in the file's name"], rows)

@@ -190,7 +190,8 @@ def report(entries: list[dict]) -> str:
 
 
 def curves(entries: list[dict]) -> dict[str, dict[str, float]]:
-    """A training step's ratio by the number of methods: a curve for each method and kind of step."""
+    """A training step's ratio by the number of methods: a curve for each method and kind of
+    step."""
     found: dict[str, dict[str, float]] = {}
     for row in ratios(entries):
         match = re.fullmatch(r"(\d+),? (.*)", row["provider"])
