@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import arguments, layer, model, peers, several, text
+from . import arguments, doubts, layer, model, peers, several, text
 from .record import Record
 from .subjects import Setting
 
@@ -46,11 +46,14 @@ def run(options: argparse.Namespace) -> int:
     act.wanted(plan)  # names are checked before anything is written
     peers.chosen(options.peer)
     torch.manual_seed(0)
+    load = doubts.loaded(doubts.busy_cores())
     record = _record(options, _part(options, plan.models))
     try:
         act.run(plan, record, progress=sys.stderr.isatty())
     finally:  # an interrupted run keeps and shows its entries
         _finish(options, record, act.report)
+        for doubt in filter(None, (load, doubts.spread(record.entries))):
+            print(f"read these numbers with care: {doubt}")
     return 0
 
 

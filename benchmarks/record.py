@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from benchmarks import doubts
 from benchmarks.common import dump, machine, result_path
 
 
@@ -11,6 +12,7 @@ class Record:
     keeps its entries. ``left`` lists what was left out for lack of time.
 
     ``path`` is the user's own choice, a file that does not exist yet; without it a name is made.
+    Without both it goes to ``benchmarks/results``; ValueError if ``doubts`` has one then.
     """
 
     def __init__(
@@ -22,6 +24,8 @@ class Record:
     ):
         if path is not None and path.exists():
             raise ValueError(f"{path} exists, and results are never written over: choose another")
+        if path is None and folder is None:
+            doubts.check()
         self.started = time.monotonic()
         self.seconds = seconds
         self.result: dict = {"part": name, "finished": False, "entries": [], "left": []}
