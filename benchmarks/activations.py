@@ -4,7 +4,7 @@
 
 No gate and no dropout: the C++ ops do those in the same pass, the library in one more each. The
 results go into a tensor that is there. The floor is the memory: in fp32 8 bytes an element forward,
-12 backward. ``passes.library_is_faster`` holds its conclusion.
+12 backward. ``passes.LIBRARY_IS_FASTER`` is its conclusion.
 """
 
 import argparse

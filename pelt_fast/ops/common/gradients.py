@@ -11,7 +11,15 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .bundles import Dropout, FFNMatrices, Transform
 from .dropout import cpp_mask, drop_, drop_factor, row_blocks
-from .passes import MAX_RANK, NO_MASK, activate, covers_rows, cpp, cpp_weight, library_is_faster
+from .passes import (
+    LIBRARY_IS_FASTER,
+    MAX_RANK,
+    NO_MASK,
+    activate,
+    covers_rows,
+    cpp,
+    cpp_weight,
+)
 
 
 def fill(grads: list[Tensor], indices: Sequence[int], values: Iterable[Tensor | None]) -> None:
@@ -54,11 +62,12 @@ def activation_backward(
     gradient of ``linear``.
     """
     alone = linear is None and seed is None
-    slower = alone and library_is_faster(name, t)
+    slower = alone and name in LIBRARY_IS_FASTER
     if not slower and (covers_rows(t) if covered is None else covered):
         mask = NO_MASK if seed is None else cpp_mask(p, seed)
         return cpp.activate_backward_(grad, t, linear, dt, ACTIVATIONS.index(name), *mask)
-    drop_(grad, p, seed)
+    if seed is not None:
+        drop_(grad, p, seed)
     if linear is None:
         return library_backward(name, grad, t)
     library_backward(name, torch.mul(grad, linear, out=dt), t)

@@ -25,6 +25,11 @@ FEW_ROWS = 16  # a decoder's: the C++ packs its weight first (python -m benchmar
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_MASK = (None, 0, 1.0)  # the mask arguments of the C++ code if nothing is dropped
 
+# f without a gate and a mask that the library computes faster: on AVX2 it takes 0.7 of our time for
+# these, and twice our time for gelu_tanh and tanh (python -m benchmarks.activations)
+_ON_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+LIBRARY_IS_FASTER = ("identity", "relu", "gelu", "silu") if _ON_AVX2 else ("identity",)
+
 cpp = native.ops()
 
 
@@ -108,31 +113,16 @@ def activate(
     if out is None:
         out = torch.empty_like(t, memory_format=torch.contiguous_format)
     alone = linear is None and seed is None
-    slower = (alone and library_is_faster(name, t)) or (name == "gelu" and t.element_size() == 2)
+    slower = (alone and name in LIBRARY_IS_FASTER) or (name == "gelu" and t.element_size() == 2)
     if not slower and (covers_rows(t) if covered is None else covered):
         mask = NO_MASK if seed is None else cpp_mask(p, seed)
         return cpp.activate_(out, t, linear, ACTIVATIONS.index(name), *mask)
     if linear is None:
-        return drop_(library_activate(name, t, out), p, seed)
+        library_activate(name, t, out)
+        return out if seed is None else drop_(out, p, seed)
     over_linear = out.data_ptr() == linear.data_ptr()
     torch.mul(library_activate(name, t, t if over_linear else out), linear, out=out)
     return drop_(out, p, seed)
-
-
-@functools.cache
-def _faster_here() -> tuple[str, ...]:
-    """The activations that the library computes faster with this machine's instructions."""
-    narrow = native.why_missing() is None and native.facts()["instruction set"] == "avx2"
-    return ("identity", "relu", "gelu", "silu") if narrow else ("identity",)
-
-
-def library_is_faster(name: str, t: Tensor) -> bool:
-    """Whether f of t, with no gate and no mask, is faster in the library.
-
-    ``python -m benchmarks.activations`` measures: on AVX2 the library takes 0.7 of the C++ code's
-    time for relu, gelu and silu, and twice its time for gelu_tanh and tanh.
-    """
-    return t.device.type == "cpu" and name in _faster_here()
 
 
 def library_activate(name: str, t: Tensor, out: Tensor) -> Tensor:
