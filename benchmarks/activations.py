@@ -3,8 +3,8 @@
     python -m benchmarks.activations [--rows 1024] [--width 3072]
 
 No gate and no dropout: the C++ ops do those in the same pass, the library in one more each. The
-results go into a tensor that is there. The floor is the memory: in fp32 8 bytes an element forward,
-12 backward. ``passes.LIBRARY_IS_FASTER`` is its conclusion.
+results are written to a tensor that exists. The floor is the memory: in fp32 8 bytes an element
+forward, 12 backward. ``passes.LIBRARY_IS_FASTER`` is its conclusion.
 """
 
 import argparse

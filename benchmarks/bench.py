@@ -17,6 +17,7 @@ from .record import Record
 from .subjects import Setting
 
 RUNS = Path("runs/bench")
+FLOORS = ("frozen", several.ALONE)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         act.run(plan, record, progress=sys.stderr.isatty())
     finally:  # an interrupted run keeps and shows its entries
         _finish(options, record, act.report)
-        for doubt in filter(None, (load, doubts.spread(record.entries))):
+        for doubt in filter(None, (load, doubts.spread(record.entries, FLOORS))):
             print(f"read these numbers with care: {doubt}")
     return 0
 

@@ -49,7 +49,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     torch.manual_seed(0)
-    record = Record(PART, None if options.record else RUNS)
+    try:
+        record = Record(PART, None if options.record else RUNS)
+    except ValueError as error:
+        parser.error(str(error))
     run(record, options.repeats)
     print(layer.report(record.entries))
     print(f"wrote {record.path}")

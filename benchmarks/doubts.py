@@ -11,7 +11,6 @@ from .timing import quartiles
 
 MOST_BUSY = 0.25  # of the cores, by others
 MOST_SPREAD = 0.15  # of the median, between the quartiles of a floor's times
-FLOORS = ("frozen", "one method alone")
 
 
 def busy_cores(seconds: float = 0.5) -> float | None:
@@ -41,11 +40,11 @@ def loaded(busy: float | None, cores: int | None = None) -> str | None:
     return f"other processes keep {busy:.1f} of {cores} cores busy"
 
 
-def spread(entries: list[dict]) -> str | None:
-    """What to say if the times of a floor spread too far."""
+def spread(entries: list[dict], floors: tuple[str, ...]) -> str | None:
+    """What to say if the times of the providers ``floors`` spread too far."""
     worst = 0.0
     for entry in entries:
-        if entry.get("provider") in FLOORS and entry.get("seconds"):
+        if entry.get("provider") in floors and entry.get("seconds"):
             low, middle, high = quartiles(entry["seconds"])
             worst = max(worst, (high - low) / middle)
     if worst <= MOST_SPREAD:

@@ -85,16 +85,29 @@ FIGURES: dict[str, Callable[[list[dict]], list[Figure]]] = {
 }  # fmt: skip
 
 
-def _bars(
-    title: str, bars: dict[str, dict[str, float]], unit: str, line: float | None, path: Path
-) -> None:
-    """One group a row, one bar a provider; ours first and in one colour throughout."""
+def _pyplot():
+    """Pyplot without a window, whose figures have the same bytes every time."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "pelt_fast"
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _save(figure, path: Path) -> None:
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    _pyplot().close(figure)
+
+
+def _bars(
+    title: str, bars: dict[str, dict[str, float]], unit: str, line: float | None, path: Path
+) -> None:
+    """One group a row, one bar a provider; ours first and in one colour throughout."""
+    from matplotlib.patches import Patch
+
+    pyplot = _pyplot()
     providers = sorted({p for group in bars.values() for p in group}, key=_order)
     colours = {p: pyplot.get_cmap("tab10")(i % 10) for i, p in enumerate(providers)}
     count = sum(len(group) + 1 for group in bars.values())
@@ -114,22 +127,16 @@ def _bars(
     axes.set_title(title, fontsize=10)
     if line is not None:
         axes.axvline(line, color="gray", linestyle=":")
-    handles = [matplotlib.patches.Patch(color=colours[p], label=p) for p in providers]
+    handles = [Patch(color=colours[p], label=p) for p in providers]
     axes.legend(handles=handles, fontsize=7, loc="best")
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def _curves(
     title: str, curves: dict[str, dict[str, float]], unit: str, line: float | None, path: Path
 ) -> None:
     """One curve a row, over the number of methods."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "pelt_fast"
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(WIDTH, 4.0), layout="constrained")
     counts = sorted({int(count) for curve in curves.values() for count in curve})
     for name, curve in curves.items():
@@ -143,8 +150,7 @@ def _curves(
     if line is not None:
         axes.axhline(line, color="gray", linestyle=":")
     axes.legend(fontsize=7, loc="best")
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def _order(provider: str) -> tuple[int, str]:

@@ -72,7 +72,10 @@ def main() -> None:
     quiet()
     shape(options.model)
     torch.manual_seed(0)
-    record = Record("profile", None if options.record else RUNS)
+    try:
+        record = Record("profile", None if options.record else RUNS)
+    except ValueError as error:
+        parser.error(str(error))
     print(report(run(record, options.model, options.method)))
     print(f"wrote {record.path}")
 

@@ -48,18 +48,6 @@ PELT_FAST_INLINE void weigh_row(const Weights& g, int64_t at, const float* drop_
 }
 
 template <int W>
-PELT_FAST_INLINE void weigh(const Weights& g, int64_t first, int64_t last) {
-  DrawnMasks f(g);
-  for (int64_t block = first; block < last; block += f.rows) {
-    const int64_t rows = std::min(f.rows, last - block);
-    draw(g, f, block, rows);
-    for (int64_t i = 0; i < rows; ++i)
-      weigh_row<W>(g, block + i, f.context.get() + i * f.keys, f.prefix.get() + i * f.width);
-  }
-}
-PELT_FAST_FOR_EACH_INSTRUCTION_SET(weigh, Weights)
-
-template <int W>
 PELT_FAST_INLINE void backward_row(const Weights& g, int64_t at, const float* drop_context,
                                    const float* drop_prefix) {
   float *c = g.context + at * g.keys, *z = g.prefix + at * g.length;
@@ -82,15 +70,32 @@ PELT_FAST_INLINE void backward_row(const Weights& g, int64_t at, const float* dr
   gradients_of(z, dz, g.length, drop_prefix, delta, g.scale);
 }
 
-template <int W>
-PELT_FAST_INLINE void backward(const Weights& g, int64_t first, int64_t last) {
+// Rows [first, last), in blocks whose masks are drawn at once.
+template <int W, bool Backward>
+PELT_FAST_INLINE void each_row(const Weights& g, int64_t first, int64_t last) {
   DrawnMasks f(g);
   for (int64_t block = first; block < last; block += f.rows) {
     const int64_t rows = std::min(f.rows, last - block);
     draw(g, f, block, rows);
-    for (int64_t i = 0; i < rows; ++i)
-      backward_row<W>(g, block + i, f.context.get() + i * f.keys, f.prefix.get() + i * f.width);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float *context = f.context.get() + i * f.keys, *prefix = f.prefix.get() + i * f.width;
+      if constexpr (Backward)
+        backward_row<W>(g, block + i, context, prefix);
+      else
+        weigh_row<W>(g, block + i, context, prefix);
+    }
   }
+}
+
+template <int W>
+PELT_FAST_INLINE void weigh(const Weights& g, int64_t first, int64_t last) {
+  each_row<W, false>(g, first, last);
+}
+PELT_FAST_FOR_EACH_INSTRUCTION_SET(weigh, Weights)
+
+template <int W>
+PELT_FAST_INLINE void backward(const Weights& g, int64_t first, int64_t last) {
+  each_row<W, true>(g, first, last);
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(backward, Weights)
 

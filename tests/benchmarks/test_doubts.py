@@ -32,13 +32,14 @@ def test_what_is_said_of_a_load():
 
 def test_what_is_said_of_a_spread():
     steady = [dict(provider="frozen", seconds=[1.0, 1.05, 1.1])]
-    assert doubts.spread(steady) is None and doubts.spread([]) is None
+    assert doubts.spread(steady, ("frozen",)) is None and doubts.spread([], ("frozen",)) is None
+    assert doubts.spread([dict(provider="ours", seconds=[1.0, 2.0])], ()) is None
     wide = [
         dict(provider="frozen", seconds=[1.0, 1.0, 2.0, 2.0]),
         dict(provider="ours", seconds=[1.0]),
     ]
     assert (
-        doubts.spread(wide)
+        doubts.spread(wide, ("frozen",))
         == "the middle half of the floor's times spreads over 67% of their median"
     )
 

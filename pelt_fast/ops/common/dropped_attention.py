@@ -15,13 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
 from .batch import backward_results, forward_results, whole_batch
 from .bundles import QKV, AttentionOutput, Dropout, Form, Prefix, RoutedPrefix, Scores
 from .dropout import block_elements, cpp_mask
 from .heads import additive_mask, expand_heads, reduce_heads
 from .parts import first_rows
-from .passes import DTYPES, cpp
+from .passes import cpp
 
 
 class _Piece(NamedTuple):
@@ -49,12 +48,6 @@ class _Piece(NamedTuple):
     def by_row(self, part: Tensor) -> Tensor:
         """(n, ...) as (rows, heads, ...)"""
         return part.unflatten(0, (self.rows.stop - self.rows.start, -1))
-
-
-def takes(q: Tensor) -> bool:
-    """Whether the C++ pass takes attention of q."""
-    fits = q.device.type == "cpu" and q.dtype in DTYPES and q.numel() > 0
-    return fits and native.why_missing() is None
 
 
 def forward(

@@ -89,13 +89,13 @@ def routed_prefix_forward(
 
 
 def _dropped_forward(qkv: QKV, *settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    takes = dropped_attention.takes(qkv.q)
-    return dropped_attention.forward(qkv, *settings) if takes else NotImplemented
+    covered = covers_rows(qkv.q)
+    return dropped_attention.forward(qkv, *settings) if covered else NotImplemented
 
 
 def _dropped_backward(do: Tensor, qkv: QKV, *settings) -> tuple[Tensor, ...]:
-    takes = dropped_attention.takes(qkv.q)
-    return dropped_attention.backward(do, qkv, *settings) if takes else NotImplemented
+    covered = covers_rows(qkv.q)
+    return dropped_attention.backward(do, qkv, *settings) if covered else NotImplemented
 
 
 def _covered(q: Tensor, length: int) -> bool:
