@@ -62,7 +62,7 @@ def _add_bank(
     changes.add(owner, _free_name(owner, _bank_name(layout.kind, modification), injection), bank)
     _check_in_each_forward(owner, injection)
     changes.hook(owner.register_forward_pre_hook(bank.before_stack))
-    changes.hook(owner.register_forward_hook(bank.runs.end))
+    changes.hook(owner.register_forward_hook(bank.runs.end, always_call=True))
     return bank
 
 

@@ -43,7 +43,7 @@ def accelerate_prefix(peft_model: nn.Module, injection: Injection) -> None:
     owner = find(base, stacks[0].owner)
     injection.changes.hook(owner.register_forward_pre_hook(attention.still_wrapped))
     injection.changes.hook(owner.register_forward_pre_hook(bank.before_decoder, with_kwargs=True))
-    injection.changes.hook(owner.register_forward_hook(bank.after_decoder))
+    injection.changes.hook(owner.register_forward_hook(bank.after_decoder, always_call=True))
     injection.changes.set(peft_model, "forward", bank.forward)
     injection.changes.set(peft_model, "generate", bank.generate)
 

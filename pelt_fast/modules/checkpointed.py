@@ -3,10 +3,11 @@
 import contextlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+from torch.autograd.graph import Node
 from torch.utils import checkpoint
 
 Context = Callable[[], AbstractContextManager]
@@ -61,8 +62,16 @@ def _without_reentry() -> tuple[object, str] | None:
 
 def _with_reentry() -> tuple[object, str] | None:
     """A checkpoint with reentry is a function of autograd that runs without autograd."""
+    node = next(reentrant_nodes(), None)
+    return None if node is None else (node, "run_function")
+
+
+def reentrant_nodes() -> Iterator[Node]:
+    """The nodes of the checkpoints with reentry that are running, the inner ones first. Each lives
+    as long as the graph in which its function will run again."""
     code = checkpoint.CheckpointFunction.forward.__code__
     frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not code:
+    while frame is not None:
+        if frame.f_code is code:
+            yield frame.f_locals["ctx"]
         frame = frame.f_back
-    return None if frame is None else (frame.f_locals["ctx"], "run_function")

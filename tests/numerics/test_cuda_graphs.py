@@ -1,12 +1,12 @@
-"""A captured training step: every replay draws its own dropout mask, and the gradients of a replay
-are those of its mask; needs a GPU (make gpu PART=1 runs it)."""
+"""A captured training step: every replay draws its own dropout mask, the gradients of a replay are
+those of its mask, and eager steps may come before; needs a GPU (make gpu PART=1 runs it)."""
 
 import pytest
 import torch
 
 import pelt_fast
 from tests.models.test_parity import small_method
-from tests.small import llama, randomise, roberta
+from tests.small import gradients, llama, randomise, roberta
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -27,14 +27,13 @@ def captured(step, model):
     return graph, result
 
 
-@pytest.mark.parametrize("method", ["lora", "scaled_parallel_adapter"])
-@pytest.mark.parametrize("make", [llama, roberta], ids=["llama", "roberta"])
-def test_replays_draw_anew_and_repeat_from_a_seed(make, method):
+def trained(make, method: str, dropout: float):
+    """A small model with a method, and its training step."""
     torch.manual_seed(0)
     model = make(dropout=0.0)
     if make is roberta:
         model.config.problem_type = "single_label_classification"
-    randomise(pelt_fast.inject(model, small_method(method, dropout=0.3))).cuda().train()
+    randomise(pelt_fast.inject(model, small_method(method, dropout=dropout))).cuda().train()
     ids = torch.randint(4, 61, (3, 9), device="cuda")
     labels = torch.randint(0, 3, (3,), device="cuda") if make is roberta else ids
 
@@ -43,6 +42,13 @@ def test_replays_draw_anew_and_repeat_from_a_seed(make, method):
         loss.backward()
         return loss
 
+    return model, step
+
+
+@pytest.mark.parametrize("method", ["lora", "scaled_parallel_adapter", "mam"])
+@pytest.mark.parametrize("make", [llama, roberta], ids=["llama", "roberta"])
+def test_replays_draw_anew_and_repeat_from_a_seed(make, method):
+    model, step = trained(make, method, dropout=0.3)
     graph, loss = captured(step, model)
 
     def replay() -> tuple[float, list[torch.Tensor]]:
@@ -63,6 +69,32 @@ def test_replays_draw_anew_and_repeat_from_a_seed(make, method):
     assert any(g.abs().sum() > 0 for g in grads)
 
 
+@pytest.mark.parametrize("method", ["lora", "mam", "prefix", "prefix_nomlp"])
+@pytest.mark.parametrize("make", [llama, roberta], ids=["llama", "roberta"])
+def test_a_step_is_captured_after_eager_steps_on_the_default_stream(make, method):
+    """A node that adds up a gradient keeps the stream on which it was made: none of the eager steps
+    may be alive."""
+    model, step = trained(make, method, dropout=0.0)
+    for _ in range(2):
+        model.zero_grad()
+        wanted = step().item()  # the loss itself is gone
+    expected = gradients(model)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # on a stream of its own
+        loss = step()
+    for _ in range(2):
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        graph.replay()
+        torch.testing.assert_close(loss.item(), wanted)
+        found = gradients(model)
+        assert found.keys() == expected.keys()
+        for name, grad in expected.items():
+            torch.testing.assert_close(found[name], grad, msg=name)
+
+
 @pytest.mark.parametrize("make", [llama, roberta], ids=["llama", "roberta"])
 def test_a_captured_step_reads_the_routes_that_are_written_later(make):
     torch.manual_seed(0)
@@ -78,8 +110,8 @@ def test_a_captured_step_reads_the_routes_that_are_written_later(make):
         logits.square().sum().backward()
         return logits
 
-    def gradients() -> dict[str, torch.Tensor]:
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    def taken() -> dict[str, torch.Tensor]:
+        found = gradients(model)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
@@ -87,12 +119,12 @@ def test_a_captured_step_reads_the_routes_that_are_written_later(make):
 
     pelt_fast.route(model, routes)
     graph, logits = captured(step, model)
-    gradients()
+    taken()
     for new in ([2, 2, 0, 1], [-1, 0, -1, 1], [1, 1, 1, 1]):
         routes.copy_(torch.tensor(new))
         graph.replay()
-        replayed, found = logits.clone(), gradients()
+        replayed, found = logits.clone(), taken()
         with pelt_fast.route(model, torch.tensor(new, device="cuda")):
             torch.testing.assert_close(replayed, step())
-        for name, expected in gradients().items():
+        for name, expected in taken().items():
             torch.testing.assert_close(found[name], expected, msg=name)
