@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import REPOSITORY
+from benchmarks.common import REPOSITORY, newest
 
 from .record import Record
 from .reporter import LOST, VARIABLE
@@ -29,7 +29,8 @@ def environment() -> dict[str, str]:
 
 
 def collect(folder: str = "tests/numerics") -> list[str]:
-    """The names of the tests, the slow ones last."""
+    """The names of the tests: first those that the newest committed run did not prove, the slow
+    ones last."""
     command = [sys.executable, "-m", "pytest", folder, "--collect-only", "-q", "-o", "addopts="]
     ran = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True
@@ -37,7 +38,18 @@ def collect(folder: str = "tests/numerics") -> list[str]:
     names = [line for line in ran.stdout.splitlines() if "::" in line]
     if ran.returncode or not names:
         raise RuntimeError(f"pytest found no tests:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
-    return sorted(names, key=lambda name: SLOW in name)
+    unproved = _unproved()
+    return sorted(names, key=lambda name: (name not in unproved, SLOW in name))
+
+
+def _unproved() -> set[str]:
+    """The tests that the newest committed run missed or left out."""
+    try:
+        known = newest("gpu-numerics")
+    except FileNotFoundError:
+        return set()
+    missed = (e["test"] for e in known["entries"] if e.get("outcome") == "failed")
+    return {*known["left"], *missed}
 
 
 @dataclass

@@ -6,12 +6,16 @@ registered, and the matching mask function. An attention module with a
 ``prefix_attention`` (docs/maths.md#i4); any other runs the attention that the user chose. The
 prefix is in no cache, so that any cache and any decoding work. It has no positions, and the
 positions of the tokens do not change.
+
+The mask function of sdpa gives what the kernels add to the scores, once for all layers. Otherwise
+each layer would make it from a bool mask, forward and backward.
 """
 
 import inspect
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,7 +24,12 @@ from pelt_fast.modules import PrefixSlice, QuerySlice
 from pelt_fast.modules.routed_slice import RoutedSlice
 from pelt_fast.ops.common.backends import backend
 from pelt_fast.ops.common.bundles import QKV, Form, Prefix, Scores
-from pelt_fast.ops.common.heads import context_scores, expand_heads
+from pelt_fast.ops.common.heads import (
+    MASK_ALIGNMENT,
+    additive_mask,
+    context_scores,
+    expand_heads,
+)
 from pelt_fast.ops.prefix_attention.op import attention_with_prefix
 
 from .attention_keywords import KNOWN, check_given, check_known
@@ -179,6 +188,8 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, i
     weights."""
     site = _slice_of(module)
     if site is None:
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(query.dtype)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             is_causal=is_causal, **kwargs,
@@ -233,8 +244,18 @@ def _weights(site, query, key, mask, scaling) -> Tensor:
     return torch.softmax(scores, -1).to(query.dtype)
 
 
-for _choice, _function in (("sdpa", sdpa), ("eager", eager)):
-    ALL_ATTENTION_FUNCTIONS.register(_NAME.format(_choice), _function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(
-        _NAME.format(_choice), ALL_MASK_ATTENTION_FUNCTIONS[_choice]
-    )
+def sdpa_mask(*args, dtype: torch.dtype | None = None, **kwargs) -> Tensor | None:
+    """Registered for sdpa: its mask (B, 1, T, S), as what is added to the scores in the model's
+    ``dtype``. Rows begin at multiples of MASK_ALIGNMENT elements, as the GPU's kernels need."""
+    mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, dtype=dtype, **kwargs)
+    if mask is None or dtype is None or mask.dtype != torch.bool:
+        return mask
+    keys = mask.shape[-1]
+    room = -keys % MASK_ALIGNMENT if mask.is_cuda else 0
+    return additive_mask(F.pad(mask, (0, room)) if room else mask, dtype)[..., :keys]
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME.format("sdpa"), sdpa)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME.format("sdpa"), sdpa_mask)
+ALL_ATTENTION_FUNCTIONS.register(_NAME.format("eager"), eager)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME.format("eager"), ALL_MASK_ATTENTION_FUNCTIONS["eager"])

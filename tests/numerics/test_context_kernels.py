@@ -13,14 +13,20 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pelt_fast.kernels import config
-from pelt_fast.ops.common.heads import context_scores, expand_heads, heads_last
+from pelt_fast.ops.common.heads import (
+    MASK_ALIGNMENT,
+    additive_mask,
+    context_scores,
+    expand_heads,
+    heads_last,
+)
 from pelt_fast.ops.prefix_attention.gpu import context_forward, kernel_for
 from tests.flat import context_backward
 
 from .judge import COMPILED, DEVICE, check, dense
 
 HALF, SINGLE = (torch.float16, torch.bfloat16), (torch.float32,)
-# which the 16-bit kernels are told to be; "efficient" is what fp32, or a mask, leads to
+# which the 16-bit kernels are told to be; "efficient" is what fp32 leads to, or a mask without cuDNN
 KERNELS = (
     {"flash": HALF, "cudnn": HALF, "efficient": HALF + SINGLE} if COMPILED else {"cpu": SINGLE}
 )
@@ -34,7 +40,7 @@ class Problem:
 
     sizes: tuple[int, int, int, int, int, int]
     causal: bool = False
-    masked: bool = False
+    mask: str = ""  # "bool", or "added" to the scores
     layout: str = "heads last"
 
 
@@ -48,7 +54,12 @@ PROBLEMS = {
     "one query": Problem((2, 4, 2, 1, 40, 64)),
     "contiguous": Problem(SQUARE, layout="contiguous"),
     "of one projection": Problem(SQUARE, layout="of one projection"),
-    "hidden row": Problem((3, 4, 2, 9, 13, 16), causal=True, masked=True),
+    "masked": Problem(SQUARE, mask="bool"),
+    "mask of a layer": Problem((2, 4, 4, 48, 53, 64), mask="added"),
+    "masked, odd": Problem((2, 4, 4, 37, 53, 32), mask="bool"),
+    "masked, grouped": Problem((2, 4, 2, 64, 72, 64), mask="added", layout="of one projection"),
+    "hidden row": Problem((3, 4, 2, 9, 13, 16), causal=True, mask="bool"),
+    "causal, more keys": Problem((2, 4, 2, 24, 40, 64), causal=True),
 }
 
 
@@ -71,14 +82,17 @@ def make(problem: Problem, dtype) -> tuple[Tensor, ...]:
     return q, k, v, do, *(dense(heads, PREFIX, dim, dtype=dtype) for _ in range(2))
 
 
-def mask_of(problem: Problem) -> Tensor | None:
+def mask_of(problem: Problem, dtype) -> Tensor | None:
     """A mask with a row that sees nothing, or None."""
     batch, _, _, queries, keys, _ = problem.sizes
-    if not problem.masked:
+    if not problem.mask:
         return None
     mask = torch.rand(batch, 1, queries, keys, device=DEVICE) > 0.3
     mask[0, :, 2] = False
-    return mask
+    if problem.mask == "bool":
+        return mask
+    room = -keys % MASK_ALIGNMENT
+    return additive_mask(F.pad(mask, (0, room)), dtype)[..., :keys]
 
 
 def definition(q, k, v, pk, pv, scores, factor, kind):
@@ -150,7 +164,7 @@ def test_context_matches_fp64_each_way(name, p, kernel, dtype):
     problem = PROBLEMS[name]
     *tensors, pk, pv = make(problem, dtype)
     q, k, v, do = tensors
-    scores = (mask_of(problem), problem.causal, q.shape[-1] ** -0.5)
+    scores = (mask_of(problem, dtype), problem.causal, q.shape[-1] ** -0.5)
     with config.forced("context", kernel):
         runs(kernel, q, k, *scores[:2], p)
         if p and k.shape[2] > q.shape[-1]:

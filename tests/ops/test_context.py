@@ -12,6 +12,8 @@ CASES = {
     "flash": ("flash", torch.bfloat16, None, False),
     "flash causal": ("flash", torch.bfloat16, None, True),
     "cudnn": ("cudnn", torch.bfloat16, None, False),
+    "cudnn, bool mask": ("cudnn", torch.bfloat16, torch.bool, False),
+    "cudnn, additive mask, causal": ("cudnn", torch.bfloat16, torch.float32, True),
     "fp32": ("efficient", torch.float32, None, False),
     "bool mask": ("efficient", torch.bfloat16, torch.bool, False),
     "additive mask, causal": ("efficient", torch.bfloat16, torch.float32, True),
@@ -32,8 +34,9 @@ def test_context_calls_the_library_by_its_schema(name, p):
         q, do, o = (empty(B, T, H, D).transpose(1, 2) for _ in range(3))
         k, v = (empty(B, keys, G, D).transpose(1, 2) for _ in range(2))
         mask = None if mask_dtype is None else empty(B, 1, T, keys, dtype=mask_dtype)
-        without_dropout = kernel == "cudnn" and p > 0  # whose dropout has a step of 1 / 16
-        assert kernel_for(q, k, mask, causal, p) == ("flash" if without_dropout else kernel)
+        if kernel == "cudnn" and p > 0:  # whose dropout has a step of 1 / 16
+            kernel = "flash" if mask is None else "efficient"
+        assert kernel_for(q, k, mask, causal, p) == kernel
         out, lse, rng = context_forward(q, k, v, mask, causal, 0.2, p)
         assert out.shape == (B, H, T, D) and out.dtype == dtype
         assert lse.shape == (B, H, T) and lse.dtype == torch.float32

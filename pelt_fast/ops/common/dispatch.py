@@ -7,7 +7,7 @@ the reason. ``unsupported(...)`` is the rule of the Triton kernels alone.
 import functools
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,10 +64,10 @@ def unsupported(op: str, tensors: Sequence[Tensor], size: int) -> str | None:
     """Why the Triton kernels of ``op`` cannot take ``tensors``, or None."""
     # a context kernel's dropout state is int64 and may be on the CPU (``prefix_attention.gpu``)
     floating = [t for t in tensors if t.is_floating_point()]
-    device = floating[0].device
-    if any(t.device != device for t in floating):
+    device, dtypes = floating[0].device, {t.dtype for t in floating}
+    if len({t.device for t in floating}) > 1:
         return f"its tensors are on {sorted({str(t.device) for t in floating})}"
-    reason = _kernels_missing(device) or _size_or_dtype(op, [t.dtype for t in floating], size)
+    reason = _kernels_missing(device) or _size_or_dtype(op, dtypes, size)
     if reason is not None:
         return reason
     if op == "prefix":
@@ -77,12 +77,12 @@ def unsupported(op: str, tensors: Sequence[Tensor], size: int) -> str | None:
                 f"the kernels take a head dim up to {MAX_HEAD_DIM} that {step} divides, got {dim}"
             )
     for t in floating:
-        if t.dim() and t.stride(-1) != 1 and t.shape[-1] > 1 and t.numel():
+        if not t.is_contiguous() and t.stride(-1) != 1 and t.shape[-1] > 1 and t.numel():
             return f"the last dim of a tensor {tuple(t.shape)} has stride {t.stride(-1)}, not 1"
     return None
 
 
-def _size_or_dtype(op: str, dtypes: Sequence[torch.dtype], size: int) -> str | None:
+def _size_or_dtype(op: str, dtypes: Iterable[torch.dtype], size: int) -> str | None:
     what, most = ("prefix length", MAX_PREFIX) if op == "prefix" else ("rank", MAX_RANK)
     if not 1 <= size <= most:
         return f"the kernels take a {what} of 1 to {most}, got {size}"

@@ -17,6 +17,7 @@ smallest count that passes BigCrush.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 
@@ -98,11 +99,13 @@ def ffn_dropouts(settings: FFNSettings) -> tuple[Dropout, Dropout, Dropout]:
     return hidden, inner, output
 
 
+@functools.cache
 def threshold(p: float) -> int:
     """The smallest 16-bit lane that is kept at dropout probability ``p``."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 
+@functools.cache
 def keep_scale(p: float) -> float:
     """``1 / (1 - p)`` from the rounded ``p``."""
     return LEVELS / (LEVELS - threshold(p))

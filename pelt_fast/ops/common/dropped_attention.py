@@ -18,7 +18,7 @@ from torch import Tensor
 from .batch import backward_results, forward_results, whole_batch
 from .bundles import QKV, AttentionOutput, Dropout, Form, Prefix, RoutedPrefix, Scores
 from .dropout import block_elements, cpp_mask
-from .heads import additive_mask, expand_heads, reduce_heads
+from .heads import expand_heads, kernel_mask, reduce_heads
 from .parts import first_rows
 from .passes import cpp
 
@@ -153,7 +153,7 @@ class _Settings:
 
     def __init__(self, qkv: QKV, prefix, scores: Scores, form: Form, drop: Dropout):
         q, k, _ = qkv
-        mask, causal, _ = additive_mask(q, k, scores.attn_mask, scores.is_causal, torch.float32)
+        mask, causal = kernel_mask(q, k, scores.attn_mask, scores.is_causal, torch.float32)
         if mask is not None:
             mask = mask if mask.stride(-1) == 1 else mask.contiguous()
             mask = mask.expand(*q.shape[:3], k.shape[2])

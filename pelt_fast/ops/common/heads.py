@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+MASK_ALIGNMENT = 16  # elements: where rows of a mask begin for the GPU's kernels
+
 
 def heads_last(x: Tensor) -> Tensor:
     """x (B, H, T, D) laid out in memory as (B, T, H, D), as models store it; x itself if it has
@@ -58,36 +60,43 @@ def context_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
     return scores
 
 
-def additive_mask(
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to the scores: 0 for a visible key, else -inf."""
+    return torch.where(mask, mask.new_zeros((), dtype=dtype), float("-inf"))
+
+
+def kernel_mask(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
     causal: bool,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, bool, Tensor | None]:
-    """The mask and causal flag for a library kernel, and the rows (.., T) that see no key.
+) -> tuple[Tensor | None, bool]:
+    """The mask (B or 1, H or 1, T, S) and the causal flag for a library kernel.
 
     The kernel takes a mask of q's dtype (or ``dtype``) or its causal flag, not both. Its causal
-    mask is aligned top left. It returns lse 0 for a row that sees no key.
+    mask is aligned top left.
     """
     queries, keys, dtype = q.shape[2], k.shape[2], dtype or q.dtype
     if mask is None and (not causal or queries == keys):
-        return None, causal, None
-    if mask is None or mask.dtype == torch.bool:
-        visible = causal_mask(queries, keys, q.device) if causal else None
-        if mask is not None:
-            visible = mask if visible is None else mask & visible
-        additive = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
-        hidden = ~visible.any(-1)
+        return None, causal
+    visible = causal_mask(queries, keys, q.device) if causal else None
+    if mask is None:
+        mask = visible
+    elif mask.dtype == torch.bool:
+        mask = mask if visible is None else mask & visible
     else:
-        additive = mask.to(dtype)
-        if causal:
-            visible = causal_mask(queries, keys, q.device)
-            additive = additive.masked_fill(~visible, float("-inf"))
-        hidden = (additive == float("-inf")).all(-1)
-    while additive.dim() < 4:
-        additive, hidden = additive.unsqueeze(0), hidden.unsqueeze(0)
-    return additive.expand(-1, -1, queries, keys), False, hidden.expand(-1, -1, queries)
+        mask = mask.to(dtype)
+        mask = mask if visible is None else mask.masked_fill(~visible, float("-inf"))
+    if mask.dtype == torch.bool:
+        mask = additive_mask(mask, dtype)
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask.expand(-1, -1, queries, keys), False
+
+
+def hidden_rows(mask: Tensor) -> Tensor:
+    """The rows (B or 1, H or 1, T) of an additive mask that see no key."""
+    return (mask == float("-inf")).all(-1)
 
 
 def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:

@@ -35,9 +35,10 @@ from pelt_fast.ops.common.bundles import (
     absent,
 )
 from pelt_fast.ops.common.heads import (
-    additive_mask,
     heads_last,
     heads_last_empty,
+    hidden_rows,
+    kernel_mask,
     no_rng,
     reduce_heads,
 )
@@ -290,11 +291,11 @@ def _context_attention(qkv: QKV, scores: Scores) -> tuple[Tensor, Tensor]:
     if not k.numel():
         wide = torch.promote_types(q.dtype, torch.float32)
         return heads_last_empty(q).zero_(), q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
-    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
+    mask, causal = kernel_mask(q, k, scores.attn_mask, scores.is_causal)
     o, lse = flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scores.scale)
     o, lse = heads_last(o), lse.contiguous()
-    if hidden is not None:
-        lse.masked_fill_(hidden, float("-inf"))
+    if mask is not None:  # the kernel returns 0 for a row that sees no key
+        lse.masked_fill_(hidden_rows(mask), float("-inf"))
     return o, lse
 
 
@@ -306,9 +307,9 @@ def _context_gradients(
     q, k, v = qkv
     if not k.numel():
         return tuple(heads_last_empty(like).zero_() for like in qkv)
-    mask, causal, hidden = additive_mask(q, k, scores.attn_mask, scores.is_causal)
+    mask, causal = kernel_mask(q, k, scores.attn_mask, scores.is_causal)
     lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    if hidden is not None:
+    if mask is not None:
         # the value that the kernel itself returns for such a row
         lse = lse.masked_fill(lse == float("-inf"), 0)
     parts = _flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scores.scale)

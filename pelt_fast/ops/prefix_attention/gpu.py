@@ -8,11 +8,11 @@ Routed   each row's prefix is read where it is; the routes are a tensor, which t
          o of a row of none is that of the context kernel, 0 where it sees no key.
 
 Context kernels. Flash runs 16-bit inputs without a mask, causal only if T = S, with grouped heads
-unchanged. On architectures of ``config.CONTEXT_KERNELS`` cuDNN's kernel replaces flash, if it takes
-the input. The memory-efficient kernel runs inputs with a mask or in fp32, with grouped heads
-expanded. On a CPU torch's CPU flash kernel runs, and ``cpu`` runs attention dropout. All take K and
-V in the model's layout and return the log-sum-exp. Their backward gets the merged o and the joint
-lse, and returns the context's exact gradients (docs/maths.md#i4).
+unchanged. On architectures of ``config.CONTEXT_KERNELS`` cuDNN's kernel runs 16-bit inputs that it
+takes, with and without a mask. The memory-efficient kernel runs the others: a mask, or fp32, with
+grouped heads expanded. On a CPU torch's CPU flash kernel runs, and ``cpu`` runs attention dropout.
+All take K and V in the model's layout and return the log-sum-exp. Their backward gets the merged o
+and the joint lse, and returns the context's exact gradients (docs/maths.md#i4).
 
 Layout: o, the context's own o and every gradient are stored as (B, T, H, D). Two of the backward
 kernels need this. The memory-efficient one assumes that the rows of o are H D apart, and ignores
@@ -44,15 +44,16 @@ from pelt_fast.ops.common.bundles import (
     absent,
 )
 from pelt_fast.ops.common.heads import (
-    additive_mask,
+    MASK_ALIGNMENT,
     expand_heads,
     heads_last,
     heads_last_empty,
+    hidden_rows,
+    kernel_mask,
     no_rng,
 )
 
 aten = torch.ops.aten
-MASK_ALIGNMENT = 16  # elements: rows of the mask start on 32 bytes
 LSE_ALIGNMENT = 32  # the memory-efficient backward reads its lse in blocks
 CUDNN_HEAD_DIM = 128  # 1 / 16 is the step of its dropout: it runs no dropout here
 
@@ -148,7 +149,8 @@ def _backward(
     elif any(needs[:3]):
         own = output.o if form.composition == "gated" else output.context_o
         context = AttentionOutput(own, output.lse, own, output.context_rng)
-        parts = context_backward(do, qkv, context, scores, drop.dropout_p)
+        every_row_sees = form.composition == "gated" and not routing  # its prefix at least
+        parts = context_backward(do, qkv, context, scores, drop.dropout_p, every_row_sees)
     dq = parts[0] if needs[0] else None
     if needs[0] or needs[3] or needs[4]:
         prefix_grads = prefix_merge_bwd(
@@ -170,11 +172,13 @@ def kernel_for(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, p: float
     """The name of the library kernel that takes this context."""
     if q.device.type == "cpu":
         return "cpu"
-    square = q.shape[2] == k.shape[2]
-    if mask is not None or q.dtype == torch.float32 or (causal and not square):
+    if q.dtype == torch.float32:
         return "efficient"
     kernel = config.context_kernel(q.device)
-    return "flash" if kernel == "cudnn" and not _cudnn_takes(q, k, p) else kernel
+    if kernel == "cudnn" and _cudnn_takes(q, k, p):
+        return "cudnn"
+    masked = mask is not None or (causal and q.shape[2] != k.shape[2])
+    return "efficient" if masked or kernel == "efficient" else "flash"
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, p: float) -> bool:
@@ -204,13 +208,13 @@ def context_forward(
             q, k, v, p, causal, False, scale=scale
         )
         return o, lse, state.view(torch.int64) if p > 0 else None
+    bias, causal = kernel_mask(q, k, mask, causal)
     if kernel == "cudnn":
         o, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
+            q, k, v, bias, True, 0.0, causal, False, scale=scale
         )
-        return o, lse[..., 0], None
-    bias, causal, hidden = additive_mask(q, k, mask, causal)
-    if kernel == "cpu":
+        lse = lse[..., 0]
+    elif kernel == "cpu":
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=bias, scale=scale
         )
@@ -222,16 +226,21 @@ def context_forward(
         )
         lse = lse[..., : q.shape[2]]
         rng = torch.stack([seed, offset]) if p > 0 else None
-    if hidden is not None:
-        lse.masked_fill_(hidden, float("-inf"))
+    if bias is not None:
+        lse.masked_fill_(hidden_rows(bias), float("-inf"))
     return o, lse, rng
 
 
 def context_backward(
-    do: Tensor, qkv: QKV, output: AttentionOutput, scores: Scores, p: float
+    do: Tensor,
+    qkv: QKV,
+    output: AttentionOutput,
+    scores: Scores,
+    p: float,
+    every_row_sees: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv of the context, in the memory layout of the model, from o and lse
-    (B, H, T), which may be the merged ones."""
+    (B, H, T), which may be the merged ones. ``every_row_sees``: lse is finite in every row."""
     (q, k, v), (o, lse, _, rng), (mask, causal, scale) = qkv, output, scores
     kernel, queries, keys = kernel_for(q, k, mask, causal, p), q.shape[2], k.shape[2]
     if p == 0:
@@ -243,29 +252,29 @@ def context_backward(
             do, q, k, v, o, lse, None, None, queries, keys, p, causal, rng.view(torch.uint64),
             offset.view(torch.uint64), scale=scale,
         )  # fmt: skip
-    elif kernel == "cudnn":
+        return tuple(heads_last(grad) for grad in grads)
+    bias, causal = kernel_mask(q, k, mask, causal)
+    if bias is not None and not every_row_sees:
+        # a row that sees no key: with any finite lse its weight is exp(-inf) = 0
+        lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
+    if kernel == "cudnn":
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            heads_last(do), q, k, v, o, lse.unsqueeze(-1), seed, offset, None, None, None,
+            heads_last(do), q, k, v, o, lse.unsqueeze(-1), seed, offset, bias, None, None,
             queries, keys, 0.0, causal, scale=scale,
         )  # fmt: skip
+    elif kernel == "cpu":
+        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, o, lse, 0.0, causal, attn_mask=bias, scale=scale
+        )
     else:
-        bias, causal, hidden = additive_mask(q, k, mask, causal)
-        if hidden is not None:
-            # a row that sees no key: with any finite lse its weight is exp(-inf) = 0
-            lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        if kernel == "cpu":
-            lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, q, k, v, o, lse, 0.0, causal, attn_mask=bias, scale=scale
-            )
-        else:
-            wide = (expand_heads(t, q.shape[1]) for t in (k, v))
-            dq, *grads = aten._scaled_dot_product_efficient_attention_backward(
-                do, q, *wide, _aligned(bias, q), o,
-                F.pad(lse, (0, -queries % LSE_ALIGNMENT), value=float("inf")),
-                seed, offset, p, [True, True, True, False], causal, scale=scale,
-            )  # fmt: skip
-            grads = (dq, *(_reduced(grad, k.shape[1]) for grad in grads[:2]))
+        wide = (expand_heads(t, q.shape[1]) for t in (k, v))
+        dq, *grads = aten._scaled_dot_product_efficient_attention_backward(
+            do, q, *wide, _aligned(bias, q), o,
+            F.pad(lse, (0, -queries % LSE_ALIGNMENT), value=float("inf")),
+            seed, offset, p, [True, True, True, False], causal, scale=scale,
+        )  # fmt: skip
+        grads = (dq, *(_reduced(grad, k.shape[1]) for grad in grads[:2]))
     return tuple(heads_last(grad) for grad in grads)
 
 
@@ -281,6 +290,8 @@ def _aligned(bias: Tensor | None, q: Tensor) -> Tensor | None:
     """The mask (.., T, S) for every head; its rows are aligned as the kernel needs."""
     if bias is None:
         return None
-    keys = bias.shape[-1]
-    padded = F.pad(bias, (0, -keys % MASK_ALIGNMENT))
-    return padded.expand(*q.shape[:2], -1, -1)[..., :keys]
+    *strides, step = bias.stride()
+    if step != 1 or any(n % MASK_ALIGNMENT for n in (*strides, bias.storage_offset())):
+        keys = bias.shape[-1]
+        bias = F.pad(bias, (0, -keys % MASK_ALIGNMENT))[..., :keys]
+    return bias.expand(*q.shape[:2], -1, -1)
