@@ -5,8 +5,10 @@ tables is refused, too.
 """
 
 import ast
+import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 
 from torch import nn
 
@@ -63,7 +65,7 @@ def check_known(module: nn.Module) -> None:
     read from the module, and for attention sinks that it holds."""
     if getattr(module, "sinks", None) is not None:
         raise ValueError(_message(module, "sinks"))
-    for name, expression in _named(type(module)):
+    for name, expression in _named(inspect.unwrap(type(module).forward)):
         if name not in UNDERSTOOD and name not in HARMLESS and _value(module, expression):
             raise ValueError(_message(module, name))
 
@@ -76,10 +78,11 @@ def _message(module: nn.Module, name: str) -> str:
     )
 
 
-def _named(kind: type) -> list[tuple[str, ast.expr]]:
+@functools.lru_cache(maxsize=256)  # reading the source takes longer than building the method
+def _named(forward: Callable) -> list[tuple[str, ast.expr]]:
     """The keywords, with their expressions, in an attention's call of its function."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return []  # no source: check_given runs at the first forward
     return calls(tree)
