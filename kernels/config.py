@@ -140,6 +140,11 @@ def processors(device: torch.device) -> int:
     return _processors(device.index) if device.type == "cuda" else 4
 
 
+def warps(threads: int, device: torch.device) -> int:
+    """The warps of so many threads: AMD's have 64."""
+    return threads // (64 if architecture(device).startswith("gfx") else 32)
+
+
 def pick(kernel: str, bits: int, size: int, device: torch.device) -> Tile:
     """The tile of ``kernel`` for elements of ``bits`` and the class size (rank, prefix length)."""
     if kernel in _forced:

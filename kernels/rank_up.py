@@ -20,7 +20,7 @@ from torch import Tensor
 from pelt_fast.kernels.common import bottleneck, column_sums, dot, fold, keep_tile, load_mask
 from pelt_fast.kernels.config import cdiv, padded, pick, split
 from pelt_fast.kernels.launch import launched
-from pelt_fast.kernels.reduce import reduce_parts
+from pelt_fast.kernels.reduce import reduce_groups, reduce_parts
 from pelt_fast.ops.common import dropout as philox
 
 
@@ -254,7 +254,7 @@ def rank_up_bwd(
 
     dt_parts = workspace(columns, M, R, needed=need_dt)
     db_parts = workspace(parts, N, R, needed=need_db)
-    bias_parts = workspace(parts, 1, N, needed=need_bias)
+    bias_parts = workspace(parts, N, needed=need_bias)
     rank_up_bwd_kernel[(columns, parts)](
         dy, t, b, seed, dt_parts, db_parts, bias_parts,
         philox.threshold(dropout_p), philox.keep_scale(dropout_p),
@@ -263,18 +263,15 @@ def rank_up_bwd(
         DROP=seed is not None, ALIGNED=R % 8 == 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=padded(R), **tile.launch,
     )  # fmt: skip
-    db = d_bias = None
-    if need_dt:
-        dt = dy.new_empty(M, R) if dt is None else dt
+    plain = activation == "identity" and seed is None
+    if need_dt and dt is None:
+        dt = dy.new_empty(M, R)
+    db = dy.new_empty(N, R, dtype=b.dtype) if need_db else None
+    d_bias = dy.new_empty(N, dtype=b.dtype) if need_bias else None
+    if need_dt and not plain:
         reduce_parts(
-            dt_parts, dt, scale=scale, t=None if activation == "identity" and seed is None else t,
-            activation=activation, dropout_p=dropout_p, seed=seed,
+            dt_parts, dt, scale=scale, t=t, activation=activation, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-    if need_db:
-        db = dy.new_empty(N, R, dtype=b.dtype)
-        reduce_parts(db_parts, db, scale=scale)
-    if need_bias:
-        d_bias = dy.new_empty(1, N, dtype=b.dtype)
-        reduce_parts(bias_parts, d_bias, scale=scale)
-        d_bias = d_bias.view(N)
+    groups = [(dt_parts if plain else None, dt), (db_parts, db), (bias_parts, d_bias)]
+    reduce_groups(groups, scale=scale)
     return dt, db, d_bias

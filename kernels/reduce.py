@@ -3,21 +3,27 @@
 Shapes   parts (J, P, Q) fp32, out (P, Q); t (P, Q) with the derivative, bias (Q).
 Maths    v = s Σ_j parts[j] + bias, j ascending: the same bits every time
          out = v;  out and h = drop(f(v));  or out = drop(v) f'(t)
+         groups: up to three such sums without an epilogue, one launch: the same bits as three
          routed: v of a method is the sum of the parts of its own rows
 Traffic  reads J P Q of fp32, writes P Q. The parts are mostly still in the L2 cache.
 """
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import column_sums, derivative, fold, keep_tile, store_rank
-from pelt_fast.kernels.config import cdiv
+from pelt_fast.kernels.config import cdiv, warps
 from pelt_fast.kernels.launch import launched
 from pelt_fast.ops.common import dropout as philox
 
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 128
 PAIR_BLOCK = 256
+# a thread sums four numbers: accesses of 16 bytes, and as many threads as there can be
+GROUPS, GROUP_THREADS = 3, 128
+GROUP_BLOCK = 4 * GROUP_THREADS
 
 
 @launched
@@ -95,6 +101,100 @@ def reduce_parts(
         HAS_BIAS=bias is not None, HAS_H=h is not None, HAS_DERIVATIVE=t is not None,
         ACTIVATION=activation, DROP=seed is not None, ALIGNED=Q % 8 == 0,
         BLOCK_P=BLOCK_ROWS, BLOCK_Q=BLOCK_COLUMNS, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def reduce_block(
+    parts_ptr,
+    out_ptr,
+    block,
+    scale,
+    J,
+    N,
+    Q,
+    stride_op,
+    STRIDED: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of the elements of out = scale Σ_j parts[j], both read as (N) each."""
+    offs = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = offs < N
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, J, BLOCK_J):
+        # j ascending, and several loads in flight: none waits for the sum before
+        for i in tl.static_range(BLOCK_J):
+            j = tl.cast(start + i, tl.int64)
+            acc += tl.load(parts_ptr + j * N + offs, mask=inside & (j < J), other=0.0)
+    acc *= tl.cast(scale, tl.float32)
+    place = out_ptr + (offs // Q * stride_op + offs % Q if STRIDED else offs)
+    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@launched
+@triton.jit
+def reduce_groups_kernel(
+    first_ptr,
+    second_ptr,
+    third_ptr,
+    first_out_ptr,
+    second_out_ptr,
+    third_out_ptr,
+    scale,
+    first_j,
+    second_j,
+    third_j,
+    first_n,
+    second_n,
+    third_n,
+    Q,
+    stride_op,
+    COUNT: tl.constexpr,
+    STRIDED: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # the programs of the groups one after another; out of the first has rows of Q, if STRIDED
+    block = tl.program_id(0)
+    blocks = tl.cdiv(first_n, BLOCK_N)
+    if block < blocks:
+        reduce_block(
+            first_ptr, first_out_ptr, block, scale, first_j, first_n, Q, stride_op, STRIDED,
+            BLOCK_J, BLOCK_N,
+        )  # fmt: skip
+    elif COUNT > 1:
+        block -= blocks
+        blocks = tl.cdiv(second_n, BLOCK_N)
+        if block < blocks:
+            reduce_block(
+                second_ptr, second_out_ptr, block, scale, second_j, second_n, 1, 1, False,
+                BLOCK_J, BLOCK_N,
+            )  # fmt: skip
+        elif COUNT > 2:
+            reduce_block(
+                third_ptr, third_out_ptr, block - blocks, scale, third_j, third_n, 1, 1, False,
+                BLOCK_J, BLOCK_N,
+            )  # fmt: skip
+
+
+def reduce_groups(
+    groups: Sequence[tuple[Tensor | None, Tensor | None]], *, scale: float = 1.0
+) -> None:
+    """Write scale Σ_j parts[j] to out for up to three pairs (parts, out), in one launch, the bits
+    of :func:`reduce_parts`. A pair without parts is absent. ``parts`` (J, ...) and out are
+    contiguous; the first pair's out, a matrix, may have any stride between its rows."""
+    groups = [pair for pair in groups if pair[0] is not None and pair[1].numel()]
+    if not groups:
+        return
+    parts, outs = zip(*groups, *[(None, None)] * (GROUPS - len(groups)))
+    sizes = [0 if out is None else out.numel() for out in outs]
+    strided = not outs[0].is_contiguous()
+    row, stride = (outs[0].shape[1], outs[0].stride(0)) if strided else (1, 1)
+    reduce_groups_kernel[(sum(cdiv(size, GROUP_BLOCK) for size in sizes),)](
+        *parts, *outs, scale, *(0 if part is None else part.shape[0] for part in parts), *sizes,
+        row, stride, COUNT=len(groups), STRIDED=strided,
+        BLOCK_J=8, BLOCK_N=GROUP_BLOCK, num_warps=warps(GROUP_THREADS, outs[0].device),
     )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 rank_down(x, a, d, activation="gelu_tanh", **drop)
                 rank_down_bwd(s, x, torch.float32, with_bias=True, **drop)
                 if r <= FUSED_RANK["rank_up_bwd"]:
-                    rank_up_bwd(dy, s, b, activation="silu", need_bias=True, **drop)
+                    for f in ("silu", "identity"):
+                        rank_up_bwd(dy, s, b, activation=f, need_bias=True, **drop)
                 tail_gemm(x, empty(n, k, dtype=dtype).t(), s, b.t(), bias=u.to(dtype), **drop)
                 adapter(x, dy, a, d, b, u, norm=(empty(k), empty(k)), activation="tanh", **drop)
             few, norm = empty(2, m, dtype=torch.float32), (empty(k), empty(k))
@@ -43,6 +44,7 @@ def ugly(target: str, dtype: torch.dtype) -> Iterator[Launch]:
             rank_up(s, b, dy, bias=u, base_dropout_p=P, seed=SEED)
             rank_up(s, a.t(), x, out=x, update_dropout_p=P, seed=SEED)
             dropout(x, P, SEED)
+            dropout(x, P, SEED, bias=empty(k), out=x)
             pre = empty(m, k + r, dtype=dtype)
             common = dict(
                 gated=False, ffn_activation="relu", activation="silu", seed_h=SEED, dropout_p=P
@@ -89,7 +91,9 @@ def huge(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     common = dict(gated=False, ffn_activation="gelu", activation="relu")
     calls = dict(
         rank_down=lambda: rank_down(x, a), rank_down_bwd=lambda: rank_down_bwd(s, x, torch.float32),
-        rank_up=lambda: rank_up(s, b, base, out=base), rank_up_bwd=lambda: rank_up_bwd(dy, s, b),
+        rank_up=lambda: rank_up(s, b, base, out=base),
+        rank_up_bwd=lambda: rank_up_bwd(dy, s, b, dt=far(m, r)),
+        dropout=lambda: dropout(x, P, torch.empty(2, dtype=torch.int64, device="meta"), u, out=x),
         adapter=lambda: adapter(x, base, a, d, b, u), moments=lambda: moments(x),
         norm_bwd=lambda: norm_bwd(s, s, x, a, d, *norm, dy),
         tail_gemm=lambda: tail_gemm(x, far(k, k).t(), s, b.t()),

@@ -85,6 +85,11 @@ def low_rank(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                     lambda t=t, b=b, f=f, drop=drop: rank_up_bwd(dy, t, b, activation=f, need_bias=True, **drop),
                     True,
                 )  # fmt: skip
+            yield Launch(
+                f"rank_up_bwd R={r} into columns {tag}",
+                lambda r=r, t=t, b=b, drop=drop: rank_up_bwd(
+                    dy, t, b, need_bias=True, dt=t.new_empty(M, F + r)[:, F:], **drop), True,
+            )  # fmt: skip
             # what stays in flight beside what else is asked for: of wgmma's races
             wgmma = target == "sm90" and bits == HALF
             for parts in ("dt", "db", "dt db", "db bias") if wgmma else ():
@@ -95,6 +100,12 @@ def low_rank(target: str, dtype: torch.dtype) -> Iterator[Launch]:
                 )  # fmt: skip
     yield Launch(f"mask {name}", lambda: mask_bits(SEED, P, M, K))
     yield Launch(f"dropout {name}", lambda: dropout(x, P, SEED), True)
+    for wide in (torch.float32, dtype):
+        u = empty(K, dtype=wide)
+        yield Launch(
+            f"dropout bias {wide} {name}",
+            lambda u=u: dropout(x, P, SEED, bias=u, scale=2.0, out=x), True,
+        )  # fmt: skip
 
 
 def widened_ffn(target: str, dtype: torch.dtype) -> Iterator[Launch]:

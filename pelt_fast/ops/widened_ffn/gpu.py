@@ -3,7 +3,9 @@
 Shapes and maths are those of ``reference``; P = one M x N pass, Q = one M x F pass.
 Traffic  forward    [W1; D] is one GEMM that reads x once; one pass 2 Q makes A and H, at inference
                     in place; [W2 | s U] is one GEMM. With an output dropout: W2, then one pass
-                    over y for the dropout and the rank update (2 P).
+                    over y for the dropout and the rank update (2 P). Above the rank of
+                    ``config.fused_rank`` one pass for the dropout and s u, and the library's
+                    GEMM reads and writes y for s H Uᵀ (4 P).
          backward   output dropout of dy 2 P; dA and dH into the columns of d_pre (packed: one
                     GEMM); one pass 3 Q in place; one GEMM [dZ | dT] [W1; D] for dx.
          If the adapter reads another tensor: W1 and D are two GEMMs each way.
@@ -22,6 +24,7 @@ from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
 from pelt_fast.ops.common.bundles import (
     Bottleneck,
+    Dropout,
     FFNMatrices,
     FFNSettings,
     FrozenFFN,
@@ -52,7 +55,7 @@ def ffn_forward(
     pre = stacked_linear(x, adapter_x, ffn, adapter, packed.packed)
     inner, rank = ffn.in_weight.shape[0], adapter.down_weight.shape[0]
     gated, scale = ffn.gate_weight is not None, settings.scale
-    hidden_drop, inner_drop, (output_p, output_seed) = ffn_dropouts(settings)
+    hidden_drop, inner_drop, output_drop = ffn_dropouts(settings)
     act = activation_buffer(pre, inner, rank + -rank % PADDING, gated, keep_pre)
     widened_act(
         pre, act, inner, rank, gated=gated, ffn_activation=settings.ffn_activation,
@@ -61,20 +64,30 @@ def ffn_forward(
         seed_a=inner_drop.seed,
     )  # fmt: skip
     pre = pre if keep_pre else absent(pre)
-    up_weight, up_bias = adapter.up_weight, adapter.up_bias
-    if output_seed is None and packed.packed_out is not None:
-        bias = summed_bias(ffn.out_bias, up_bias, scale, x.dtype)
+    if output_drop.seed is None and packed.packed_out is not None:
+        bias = summed_bias(ffn.out_bias, adapter.up_bias, scale, x.dtype)
         return packed_product(act, packed.packed_out, bias), pre
     a, h = act[:, :inner], act[:, inner : inner + rank]
-    if output_seed is None and rank > fused_rank("rank_up", x.device):
-        y = F.linear(a, ffn.out_weight, summed_bias(ffn.out_bias, up_bias, scale, x.dtype))
-        return y.addmm_(h, up_weight.to(y.dtype).t(), alpha=scale), pre
-    y = F.linear(a, ffn.out_weight, ffn.out_bias)
-    rank_up(
-        h, up_weight, y, scale=scale, bias=up_bias, out=y, base_dropout_p=output_p,
-        seed=output_seed,
-    )  # fmt: skip
-    return y, pre
+    return _output(a, h, ffn, adapter, output_drop, scale), pre
+
+
+def _output(
+    a: Tensor, h: Tensor, ffn: FrozenFFN, adapter: Bottleneck, drop: Dropout, scale: float
+) -> Tensor:
+    """y = drop(A W2ᵀ + b2) + s (H Uᵀ + u), by two products."""
+    up_weight, up_bias = adapter.up_weight, adapter.up_bias
+    if h.shape[1] <= fused_rank("rank_up", h.device):
+        y = F.linear(a, ffn.out_weight, ffn.out_bias)
+        return rank_up(
+            h, up_weight, y, scale=scale, bias=up_bias, out=y, base_dropout_p=drop.dropout_p,
+            seed=drop.seed,
+        )  # fmt: skip
+    if drop.seed is None:
+        y = F.linear(a, ffn.out_weight, summed_bias(ffn.out_bias, up_bias, scale, a.dtype))
+    else:
+        y = F.linear(a, ffn.out_weight, ffn.out_bias)
+        dropout(y, *drop, bias=up_bias, scale=scale, out=y)
+    return y.addmm_(h, up_weight.to(y.dtype).t(), alpha=scale)
 
 
 def ffn_backward(
