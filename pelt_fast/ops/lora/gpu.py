@@ -74,7 +74,7 @@ def lora_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     lora_a, (dropout_p, seed) = factors.lora_a, drop
-    dx, da = (absent(dy) for _ in range(2))
+    dx = da = None
     ds, db = _up_gradients(dy, s, factors, needs)
     plan, bits = tail_plan(dy, weight, lora_a.shape[0]), None
     needs_bits = needs[0] and (needs[1] or plan == "tail_cuda")
@@ -88,26 +88,24 @@ def lora_backward(
         else:
             mask = dict(dropout_p=dropout_p, seed=seed, bits=bits)
             da, _ = rank_down_bwd(ds, x, lora_a.dtype, **mask)
-    return dx, da, db
+    return tuple(absent(dy) if grad is None else grad for grad in (dx, da, db))
 
 
 def _up_gradients(
     dy: Tensor, s: Tensor, factors: LowRank, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """dS (M, R), if dx or dA needs it, and dB."""
     _, lora_b, scale = factors
-    rank, need_ds, db = lora_b.shape[1], needs[0] or needs[1], absent(dy)
+    rank, need_ds = lora_b.shape[1], needs[0] or needs[1]
     if need_ds and needs[2] and one_pass_by_cuda(dy, rank):
         ds, db, _ = cuda_rank_up_gradients(dy, s, lora_b, scale=scale)
         return ds, db
     if rank > fused_rank("rank_up_bwd", dy.device):
-        if needs[2]:
-            db = weight_gradient(dy, s, lora_b.dtype).mul_(scale)
+        db = weight_gradient(dy, s, lora_b.dtype).mul_(scale) if needs[2] else None
         return (dy @ lora_b.to(dy.dtype)).mul_(scale) if need_ds else None, db
     if not (need_ds or needs[2]):
-        return None, db
-    ds, d_b, _ = rank_up_bwd(dy, s, lora_b, scale=scale, need_dt=need_ds, need_db=needs[2])
-    return ds, d_b if needs[2] else db
+        return None, None
+    return rank_up_bwd(dy, s, lora_b, scale=scale, need_dt=need_ds, need_db=needs[2])[:2]
 
 
 def _input_gradient(

@@ -74,12 +74,11 @@ class LoRALinearFunction(OpFunction):
         x, s, weight, lora_a, lora_b, seed = ctx.saved_tensors
         scale, dropout_p, backend = ctx.settings
         need_x, linear_needs, factor_needs, _ = _arguments(*ctx.needs_input_grad)
-        nothing = absent(dy)
         needs = [need_x, factor_needs.lora_a, factor_needs.lora_b]
         dy = dy.contiguous()
         grads = lora_bwd(
-            dy, nothing if x is None else x, nothing if s is None else s, weight, lora_a, lora_b,
-            scale, dropout_p, seed, needs, backend=backend,
+            dy, absent(dy) if x is None else x, absent(dy) if s is None else s, weight, lora_a,
+            lora_b, scale, dropout_p, seed, needs, backend=backend,
         )  # fmt: skip
         dx, da, db = keep_needed(grads, needs)
         d_weight = dy.t() @ x if linear_needs.weight else None
