@@ -41,11 +41,10 @@ def test_op_is_within_budget_at_every_rank_class(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case", [c for c in LARGE if c.op == "ffn" and "p=0.1" in c.name], ids=identity
-)
-def test_an_output_dropout_leaves_a_large_rank_to_the_library(case, dtype, monkeypatch):
-    monkeypatch.setattr("pelt_fast.ops.widened_ffn.gpu.rank_up", None)
+@pytest.mark.parametrize("case", [c for c in LARGE if "ffn" in identity(c)], ids=identity)
+def test_a_bias_or_an_output_dropout_leaves_a_large_rank_to_the_library(case, dtype, monkeypatch):
+    for op in ("widened_ffn", "beside"):
+        monkeypatch.setattr(f"pelt_fast.ops.{op}.gpu.rank_up", None)
     verdict = judge(case, "triton", dtype, DEVICE)
     assert verdict.ok, verdict
 
