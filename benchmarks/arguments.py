@@ -8,9 +8,11 @@ LEVELS = {
     "model": "whole training steps beside the frozen model, full fine-tuning and the peer's",
     "traffic": "bytes moved by each op, counted: no time is measured",
     "predict": "time on a GPU from counted bytes and flops: no GPU is needed",
+    "scale": "a step's growth with tokens, layers, rank, prefix length and methods: exponents",
+    "edges": "the sizes at which another plan takes over: just above beside just below",
 }
 SUMMARY = (
-    "What a method costs here: layers, whole models, bytes moved, or predicted times on a GPU."
+    "What a method costs here: layers, models, growth, bytes, or predicted times on a GPU."
 )
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -53,6 +55,8 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", type=float, metavar="PERCENT", help=share)
     several = "model: this many methods in one batch, beside one alone"
     parser.add_argument("--several", nargs="+", type=int, metavar="N", help=several)
+    axes = "scale: which sizes grow; default: all"
+    parser.add_argument("--axis", nargs="+", metavar="NAME", help=axes)
     text = "model: a text file; the rows get the lengths of its lines"
     parser.add_argument("--text", type=Path, help=text)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from . import arguments, doubts, layer, model, peers, several, text
+from . import arguments, doubts, edges, layer, model, peers, scale, several, text
 from .record import Record
 from .subjects import Setting
 
 RUNS = Path("runs/bench")
-FLOORS = ("frozen", several.ALONE)
+FLOORS = ("frozen", several.ALONE, edges.BELOW)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,10 +40,10 @@ def run(options: argparse.Namespace) -> int:
         return _predict(options)
     if options.level == "traffic":
         return _traffic(options)
-    act = layer if options.level == "layer" else several if options.several else model
-    if act is not layer:
+    act, planned = LEVELS["several" if options.several else options.level]
+    if options.level != "layer":
         quiet()
-    plan = {layer: _layer, model: _model, several: _several}[act](options)
+    plan = planned(options)
     act.wanted(plan)  # names are checked before anything is written
     peers.chosen(options.peer)
     torch.manual_seed(0)
@@ -59,12 +59,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _part(options: argparse.Namespace, models: tuple[str, ...]) -> str:
-    """The name of the result: the level, and the model's name for the level "model"."""
+    """The name of the result: the level, and the model's name for the levels layer and model."""
     if options.share is not None:
         return "equal"
     if options.several:
         return "several"
-    return options.level if len(models) > 1 else f"{options.level}-{models[0]}"
+    named = options.level in ("layer", "model") and len(models) == 1
+    return f"{options.level}-{models[0]}" if named else options.level
 
 
 def _record(options: argparse.Namespace, part: str) -> Record:
@@ -142,6 +143,31 @@ def _several(options: argparse.Namespace) -> several.Plan:
                  layers=options.layers, rows=options.rows, tokens=options.length,
                  repeats=options.repeats),
     )  # fmt: skip
+
+
+def _scale(options: argparse.Namespace) -> scale.Plan:
+    device = _device(options)
+    return dataclasses.replace(
+        scale.QUICK if options.quick else scale.Plan(), device=device,
+        dtype=_dtype(options, device),
+        **_given(axes=_names(options.axis), methods=_names(options.method),
+                 models=_names(options.model), layers=options.layers, rows=options.rows,
+                 length=options.length, repeats=options.repeats),
+    )  # fmt: skip
+
+
+def _edges(options: argparse.Namespace) -> edges.Plan:
+    device = _device(options)
+    return dataclasses.replace(
+        edges.Plan(), device=device, dtype=_dtype(options, device),
+        **_given(rows=options.rows, repeats=options.repeats),
+    )  # fmt: skip
+
+
+LEVELS = {
+    "layer": (layer, _layer), "model": (model, _model), "several": (several, _several),
+    "scale": (scale, _scale), "edges": (edges, _edges),
+}  # fmt: skip
 
 
 def quiet() -> None:

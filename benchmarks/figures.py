@@ -7,7 +7,7 @@ SVG, the same bytes for the same file and matplotlib.
 from collections.abc import Callable
 from pathlib import Path
 
-from . import layer, model, several
+from . import layer, model, scale, several
 from .common import load
 
 WIDTH = 9.0
@@ -29,7 +29,7 @@ def draw_entries(part: str, entries: list[dict], folder: Path) -> list[Path]:
     for title, bars, unit, line in FIGURES[part.split("-")[0]](entries):
         if bars:
             path = folder / f"{part}-{title.split(',')[0].replace(' ', '-')}.svg"
-            draws = _curves if part == "several" else _bars
+            draws = _curves if part in ("several", "scale") else _bars
             draws(title, bars, unit, line, path)
             paths.append(path)
     return paths
@@ -63,6 +63,14 @@ def _several(entries: list[dict]) -> list[Figure]:
     return [("cost, a training step", several.curves(entries), "one method alone = 1", 1.0)]
 
 
+def _scale(entries: list[dict]) -> list[Figure]:
+    by_axis: dict[str, dict[str, dict[str, float]]] = {}
+    for name, curve in scale.curves(entries).items():
+        axis, _, method = name.partition(": ")
+        by_axis.setdefault(axis, {})[method] = curve
+    return [(axis, curves, "frozen model = 1", 1.0) for axis, curves in by_axis.items()]
+
+
 def _traffic(entries: list[dict]) -> list[Figure]:
     bars: dict[str, dict[str, float]] = {}
     for entry in entries:
@@ -81,7 +89,7 @@ def _predicted(entries: list[dict]) -> list[Figure]:
 
 FIGURES: dict[str, Callable[[list[dict]], list[Figure]]] = {
     "layer": _layers, "model": _models, "equal": _models, "traffic": _traffic,
-    "predict": _predicted, "several": _several,
+    "predict": _predicted, "several": _several, "scale": _scale,
 }  # fmt: skip
 
 
@@ -135,7 +143,7 @@ def _bars(
 def _curves(
     title: str, curves: dict[str, dict[str, float]], unit: str, line: float | None, path: Path
 ) -> None:
-    """One curve a row, over the number of methods."""
+    """One curve a row, over a size: the number of methods, or the one that the title names."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(WIDTH, 4.0), layout="constrained")
     counts = sorted({int(count) for curve in curves.values() for count in curve})
@@ -143,7 +151,8 @@ def _curves(
         axes.plot([int(count) for count in curve], list(curve.values()), marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
-    axes.set_xlabel("methods in the model, in a batch of 16 rows")
+    several_methods = "methods in the model, in a batch of 16 rows"
+    axes.set_xlabel(several_methods if title.startswith("cost") else title)
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10)
