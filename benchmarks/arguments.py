@@ -11,9 +11,7 @@ LEVELS = {
     "scale": "a step's growth with tokens, layers, rank, prefix length and methods: exponents",
     "edges": "the sizes at which another plan takes over: just above beside just below",
 }
-SUMMARY = (
-    "What a method costs here: layers, models, growth, bytes, or predicted times on a GPU."
-)
+SUMMARY = "What a method costs here: layers, models, growth, bytes, or predicted times on a GPU."
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
