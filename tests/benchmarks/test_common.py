@@ -34,3 +34,25 @@ def test_results_carry_the_machine_and_are_never_written_over(tmp_path):
 def test_table_is_markdown():
     lines = common.table(["a", "bb"], [["ccc", "d"]]).splitlines()
     assert lines == ["| a   | bb |", "| --- | -- |", "| ccc | d  |"]
+
+
+def test_a_result_replaces_only_those_of_its_kind_of_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    made = [
+        ("CPU AVX512, 2 threads", 10, ["lora", "mam", "prompt"]),
+        ("CPU AVX2, 2 threads", 11, ["lora"]),
+        ("CPU AVX512, 16 threads", 12, ["lora"]),
+    ]
+    for device, hour, methods in made:
+        about = dict(time=f"2026-11-27T{hour}:00:00", commit=f"a{hour}", device=device)
+        entries = [dict(method=method, hour=hour) for method in methods]
+        path = common.result_path("model-x", about, tmp_path)
+        common.dump(path, dict(machine=about, entries=entries))
+    kinds = [common.kind_of_machine(r) for r in common.newest_of_each_kind("model-x")]
+    assert kinds == ["CPU AVX512", "CPU AVX2"]
+    kept = [
+        [(e["method"], e["hour"]) for e in r["entries"]] for r in common.not_superseded("model-x")
+    ]
+    assert kept == [[("lora", 12)], [("mam", 10), ("prompt", 10)], [("lora", 11)]]
+    # a figure shows one kind of machine: the one with most entries
+    assert [(e["method"], e["hour"]) for e in common.merged("model-x")] == [*kept[0], *kept[1]]
