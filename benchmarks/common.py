@@ -61,6 +61,13 @@ def cell(value: float | None, form: str, scale: float = 1.0) -> str:
     return "" if value is None or value != value else format(value * scale, form)
 
 
+def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """ValueError for a name that is not known; it lists those that are."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}: choose {', '.join(known)}")
+
+
 def machine() -> dict:
     """The facts behind a result: versions, device, threads, commit."""
     names = ("torch", "transformers", "peft", "triton")
@@ -149,9 +156,10 @@ def load(path: Path) -> dict:
     return result
 
 
-def kind_of_machine(result: dict) -> str:
-    """The instruction set of a CPU, or a GPU's name: times of one kind are not those of another."""
-    return result["machine"]["device"].partition(",")[0]
+def kind_of_machine(about: dict) -> str:
+    """The instruction set of a CPU, or a GPU's name, from a result's "machine": times of one kind
+    are not those of another."""
+    return about["device"].partition(",")[0]
 
 
 def newest(name: str) -> dict:
@@ -164,7 +172,7 @@ def newest_of_each_kind(name: str) -> list[dict]:
     found: dict[str, dict] = {}
     for path in paths_of(name):
         result = load(path)
-        found.setdefault(kind_of_machine(result), result)
+        found.setdefault(kind_of_machine(result["machine"]), result)
     return [found[kind] for kind in sorted(found, reverse=True)]
 
 
@@ -189,7 +197,7 @@ def not_superseded(name: str) -> list[dict]:
     seen: set[tuple[str, str | None]] = set()
     for path in paths_of(name):
         result = load(path)
-        kind = kind_of_machine(result)
+        kind = kind_of_machine(result["machine"])
         entries = [e for e in result.get("entries", []) if (kind, e.get("method")) not in seen]
         seen |= {(kind, entry.get("method")) for entry in entries}
         if entries:
@@ -201,7 +209,7 @@ def merged(name: str) -> list[dict]:
     """The entries of :func:`not_superseded`, of the kind of machine that has most of them."""
     kinds: dict[str, list[dict]] = {}
     for result in not_superseded(name):
-        kinds.setdefault(kind_of_machine(result), []).extend(result["entries"])
+        kinds.setdefault(kind_of_machine(result["machine"]), []).extend(result["entries"])
     return max(kinds.values(), key=len)
 
 

@@ -59,13 +59,13 @@ def edges(plan: Plan) -> Iterator[Edge]:
         for kernel in sorted(config.FUSED_RANK):
             limit = config.fused_rank(kernel, torch.device(plan.device))
             if limit:
-                step = _adapter if kernel == "adapter" else _lora
+                step = adapter if kernel == "adapter" else lora
                 yield Edge(f"rank of {kernel}", limit, lambda r, s=step: s(plan, plan.rows, r))
         return
-    yield Edge("rows without packing", passes.FEW_ROWS, lambda n: _lora(plan, n, 16, False))
+    yield Edge("rows without packing", passes.FEW_ROWS, lambda n: lora(plan, n, 16, False))
     yield Edge("rows of a decoder's product", passes.MAX_FEW, lambda n: _block(plan, n, 16))
-    yield Edge("rank of LoRA", passes.MAX_RANK, lambda r: _lora(plan, plan.rows, r))
-    yield Edge("rank of an adapter", passes.MAX_RANK, lambda r: _adapter(plan, plan.rows, r))
+    yield Edge("rank of LoRA", passes.MAX_RANK, lambda r: lora(plan, plan.rows, r))
+    yield Edge("rank of an adapter", passes.MAX_RANK, lambda r: adapter(plan, plan.rows, r))
     yield Edge("prefix length", prefix_cpu.MAX_PREFIX, lambda p: _prefix(plan, p, 64))
     yield Edge("head dim under a prefix", prefix_cpu.MAX_HEAD_DIM, lambda d: _prefix(plan, 32, d))
 
@@ -106,7 +106,8 @@ def _training(function: Callable[[Tensor], Tensor], x: Tensor, backward: bool = 
     return step
 
 
-def _lora(plan: Plan, rows: int, rank: int, backward: bool = True) -> Step:
+def lora(plan: Plan, rows: int, rank: int, backward: bool = True) -> Step:
+    """A step of a LoRA linear."""
     made = _maker(plan)
     w, a, b = made(WIDTH, WIDTH), made(rank, WIDTH, trained=True), made(WIDTH, rank, trained=True)
     x = made(rows, WIDTH)
@@ -115,7 +116,8 @@ def _lora(plan: Plan, rows: int, rank: int, backward: bool = True) -> Step:
     )
 
 
-def _adapter(plan: Plan, rows: int, rank: int) -> Step:
+def adapter(plan: Plan, rows: int, rank: int) -> Step:
+    """A training step of a sequential adapter."""
     made = _maker(plan)
     down, up = made(rank, WIDTH, trained=True), made(WIDTH, rank, trained=True)
     x = made(rows, WIDTH)
@@ -137,10 +139,9 @@ def _block(plan: Plan, rows: int, rank: int) -> Step:
 
 
 def _prefix(plan: Plan, length: int, dim: int) -> Step:
-    made, heads = _maker(plan), WIDTH // 64
-    k, v = (made(2, heads, plan.rows // 2, dim) for _ in range(2))
-    prefix = [made(heads, length, dim, trained=True) for _ in range(2)]
-    q = made(2, heads, plan.rows // 2, dim)
+    made = _maker(plan)
+    q, k, v = (made(2, HEADS, plan.rows // 2, dim) for _ in range(3))
+    prefix = [made(HEADS, length, dim, trained=True) for _ in range(2)]
     return _training(lambda q: functional.prefix_attention(q, k, v, *prefix), q)
 
 

@@ -11,6 +11,8 @@ from . import layer, model, scale, several
 from .common import load
 
 WIDTH = 9.0
+# the parts that are drawn as curves, and over what; None: over what the title names
+OVER = {"several": "methods in the model, in a batch of 16 rows", "scale": None}
 
 
 def draw(result: Path, folder: Path) -> list[Path]:
@@ -29,8 +31,10 @@ def draw_entries(part: str, entries: list[dict], folder: Path) -> list[Path]:
     for title, bars, unit, line in FIGURES[part.split("-")[0]](entries):
         if bars:
             path = folder / f"{part}-{title.split(',')[0].replace(' ', '-')}.svg"
-            draws = _curves if part in ("several", "scale") else _bars
-            draws(title, bars, unit, line, path)
+            if part in OVER:
+                _curves(title, bars, unit, line, path, OVER[part] or title)
+            else:
+                _bars(title, bars, unit, line, path)
             paths.append(path)
     return paths
 
@@ -64,10 +68,7 @@ def _several(entries: list[dict]) -> list[Figure]:
 
 
 def _scale(entries: list[dict]) -> list[Figure]:
-    by_axis: dict[str, dict[str, dict[str, float]]] = {}
-    for name, curve in scale.curves(entries).items():
-        axis, _, method = name.partition(": ")
-        by_axis.setdefault(axis, {})[method] = curve
+    by_axis = scale.curves(entries)
     return [(axis, curves, "frozen model = 1", 1.0) for axis, curves in by_axis.items()]
 
 
@@ -141,9 +142,14 @@ def _bars(
 
 
 def _curves(
-    title: str, curves: dict[str, dict[str, float]], unit: str, line: float | None, path: Path
+    title: str,
+    curves: dict[str, dict[str, float]],
+    unit: str,
+    line: float | None,
+    path: Path,
+    over: str,
 ) -> None:
-    """One curve a row, over a size: the number of methods, or the one that the title names."""
+    """One curve a row, over the size that ``over`` names."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(WIDTH, 4.0), layout="constrained")
     counts = sorted({int(count) for curve in curves.values() for count in curve})
@@ -151,8 +157,7 @@ def _curves(
         axes.plot([int(count) for count in curve], list(curve.values()), marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
-    several_methods = "methods in the model, in a batch of 16 rows"
-    axes.set_xlabel(several_methods if title.startswith("cost") else title)
+    axes.set_xlabel(over)
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10)

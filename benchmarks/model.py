@@ -25,7 +25,7 @@ from pelt_fast import Modification, PeltConfig
 from pelt_fast.testing import ROUNDING_BAND
 
 from . import peers, text, whole
-from .common import cell, saved_bytes, table
+from .common import cell, check_names, saved_bytes, table
 from .graphs import graph_seconds
 from .layer import free_bytes
 from .memory import peak_growth, standing
@@ -79,9 +79,7 @@ def wanted(plan: Plan) -> list[tuple[Shape, str]]:
     """(model, method) of every row. ValueError for a name that does not exist."""
     known = methods()
     names = plan.methods or (EQUAL if plan.share else tuple(known))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}: choose {', '.join(known)}")
+    check_names("method", names, known)
     shapes = [shape(name) for name in plan.models]
     if plan.layers is not None:
         shapes = [replace(one, layers=plan.layers) for one in shapes]

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 
 from . import doubts
-from .common import REPOSITORY, kind_of_machine, load, machine, paths_of
+from .common import REPOSITORY, check_names, kind_of_machine, load, machine, paths_of
 
 BENCH = ("benchmarks.bench",)
 PEERS = ("--peer", "frozen", "full", "pelt_fast", "plain", "peft")
@@ -86,19 +86,16 @@ def recorded(part: str, about: dict) -> list[dict]:
         results = [load(path) for path in paths_of(part)]
     except FileNotFoundError:
         return []
-    kind = kind_of_machine({"machine": about})
-    return [
-        result for result in results
-        if result["machine"]["commit"] == about["commit"] and kind_of_machine(result) == kind
-    ]  # fmt: skip
+
+    def origin(machine: dict) -> tuple[str, str]:
+        return machine["commit"], kind_of_machine(machine)
+
+    return [result for result in results if origin(result["machine"]) == origin(about)]
 
 
 def chosen(names: list[str]) -> list[Step]:
     """The steps of the parts ``names``, all without any. ValueError lists the parts."""
-    known = list(dict.fromkeys(step.part for step in STEPS))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown part {name!r}: choose {', '.join(known)}")
+    check_names("part", names, dict.fromkeys(step.part for step in STEPS))
     return [step for step in STEPS if not names or step.part in names]
 
 

@@ -95,7 +95,7 @@ def _cost() -> str:
     fine-tuning. A table for each kind of machine."""
     kinds: dict[str, list[dict]] = {}
     for result in not_superseded(HEADLINE):
-        kinds.setdefault(kind_of_machine(result), []).append(result)
+        kinds.setdefault(kind_of_machine(result["machine"]), []).append(result)
     return "\n\n".join(map(_cost_of, kinds.values()))
 
 

@@ -22,7 +22,7 @@ import pelt_fast
 from pelt_fast import PeltConfig
 
 from . import whole
-from .common import table
+from .common import check_names, table
 from .memory import peak_growth, standing
 from .model import methods
 from .record import Record
@@ -77,13 +77,8 @@ class Point:
 def wanted(plan: Plan) -> list[Point]:
     """All sizes. ValueError for a name that does not exist, or a method that an axis leaves as it
     is."""
-    known = methods()
-    for name in plan.axes:
-        if name not in AXES:
-            raise ValueError(f"unknown axis {name!r}: choose {', '.join(AXES)}")
-    for name in plan.methods or ():
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}: choose {', '.join(known)}")
+    check_names("axis", plan.axes, AXES)
+    check_names("method", plan.methods or (), methods())
     if len(plan.models) != 1:
         raise ValueError(f"scale runs on one model, got {', '.join(plan.models)}")
     return [
@@ -222,9 +217,10 @@ def report(entries: list[dict]) -> str:
     return f"{table(header, sizes)}\n\n{table(exponents, slopes)}"
 
 
-def curves(entries: list[dict]) -> dict[str, dict[str, float]]:
-    """The ratio to the frozen model by size: a curve for each axis and method."""
-    found: dict[str, dict[str, float]] = {}
+def curves(entries: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each axis, the ratio to the frozen model by size: a curve for each method."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows(entries):
-        found.setdefault(f"{row['axis']}: {row['method']}", {})[str(row["value"])] = row["ratio"]
+        curve = found.setdefault(row["axis"], {}).setdefault(row["method"], {})
+        curve[str(row["value"])] = row["ratio"]
     return found

@@ -22,7 +22,7 @@ import pelt_fast
 from pelt_fast import PeltConfig
 from pelt_fast.words import changed
 
-from .common import table
+from .common import check_names, table
 from .model import methods
 from .record import Record
 from .timing import rounds
@@ -49,10 +49,7 @@ class Plan:
 
 def wanted(plan: Plan) -> list[str]:
     """The methods. ValueError for a name that does not exist, or a plan that has no meaning."""
-    known = methods()
-    for name in plan.methods:
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}: choose {', '.join(known)}")
+    check_names("method", plan.methods, methods())
     for count in plan.counts:
         if count < 2:
             raise ValueError(f"--several must be at least 2, got {count}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.bytes_moved import Counter, counted_kernels
-from benchmarks.common import table
+from benchmarks.common import check_names, table
 from benchmarks.record import Record
 from pelt_fast import backend, functional
 from pelt_fast.kernels import config
@@ -264,9 +264,7 @@ def cases(methods: list[str] | None = None, known=CASES) -> list[Case]:
 
 def chosen(methods: list[str] | None = None, known=CASES) -> list[str]:
     """The requested methods; ValueError lists the known ones."""
-    for name in methods or ():
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}: choose {', '.join(known)}")
+    check_names("method", methods or (), known)
     return list(methods or known)
 
 

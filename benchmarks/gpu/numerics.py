@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import REPOSITORY, newest
+from benchmarks.common import REPOSITORY, load, paths_of
 
 from .record import Record
 from .reporter import LOST, VARIABLE
@@ -29,8 +29,8 @@ def environment() -> dict[str, str]:
 
 
 def collect(folder: str = "tests/numerics") -> list[str]:
-    """The names of the tests: first those that the newest committed run did not prove, the slow
-    ones last."""
+    """The names of the tests: first those that the newest committed runs did not prove, the
+    slow ones last."""
     command = [sys.executable, "-m", "pytest", folder, "--collect-only", "-q", "-o", "addopts="]
     ran = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True
@@ -43,13 +43,16 @@ def collect(folder: str = "tests/numerics") -> list[str]:
 
 
 def _unproved() -> set[str]:
-    """The tests that the newest committed run missed or left out."""
+    """The tests that the newest committed run missed, and those that every run of its day left
+    out: a run may begin with what the one before it left."""
     try:
-        known = newest("gpu-numerics")
+        runs = [load(path) for path in paths_of("gpu-numerics")]
     except FileNotFoundError:
         return set()
-    missed = (e["test"] for e in known["entries"] if e.get("outcome") == "failed")
-    return {*known["left"], *missed}
+    missed = {e["test"] for e in runs[0]["entries"] if e.get("outcome") == "failed"}
+    days = [run["machine"]["time"][:10] for run in runs]
+    left = (set(run["left"]) for run, day in zip(runs, days) if day == days[0])
+    return missed | set.intersection(*left)
 
 
 @dataclass

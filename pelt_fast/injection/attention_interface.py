@@ -15,7 +15,6 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,6 +26,7 @@ from pelt_fast.ops.common.bundles import QKV, Form, Prefix, Scores
 from pelt_fast.ops.common.heads import (
     MASK_ALIGNMENT,
     additive_mask,
+    aligned,
     context_scores,
     expand_heads,
 )
@@ -250,9 +250,8 @@ def sdpa_mask(*args, dtype: torch.dtype | None = None, **kwargs) -> Tensor | Non
     mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, dtype=dtype, **kwargs)
     if mask is None or dtype is None or mask.dtype != torch.bool:
         return mask
-    keys = mask.shape[-1]
-    room = -keys % MASK_ALIGNMENT if mask.is_cuda else 0
-    return additive_mask(F.pad(mask, (0, room)) if room else mask, dtype)[..., :keys]
+    mask = additive_mask(mask, dtype)
+    return aligned(mask) if mask.is_cuda and mask.shape[-1] % MASK_ALIGNMENT else mask
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME.format("sdpa"), sdpa)

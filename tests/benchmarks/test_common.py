@@ -48,7 +48,7 @@ def test_a_result_replaces_only_those_of_its_kind_of_machine(tmp_path, monkeypat
         entries = [dict(method=method, hour=hour) for method in methods]
         path = common.result_path("model-x", about, tmp_path)
         common.dump(path, dict(machine=about, entries=entries))
-    kinds = [common.kind_of_machine(r) for r in common.newest_of_each_kind("model-x")]
+    kinds = [common.kind_of_machine(r["machine"]) for r in common.newest_of_each_kind("model-x")]
     assert kinds == ["CPU AVX512", "CPU AVX2"]
     kept = [
         [(e["method"], e["hour"]) for e in r["entries"]] for r in common.not_superseded("model-x")

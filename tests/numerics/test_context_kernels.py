@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pelt_fast.kernels import config
 from pelt_fast.ops.common.heads import (
-    MASK_ALIGNMENT,
     additive_mask,
+    aligned,
     context_scores,
     expand_heads,
     heads_last,
@@ -91,8 +91,7 @@ def mask_of(problem: Problem, dtype) -> Tensor | None:
     mask[0, :, 2] = False
     if problem.mask == "bool":
         return mask
-    room = -keys % MASK_ALIGNMENT
-    return additive_mask(F.pad(mask, (0, room)), dtype)[..., :keys]
+    return aligned(additive_mask(mask, dtype))
 
 
 def definition(q, k, v, pk, pv, scores, factor, kind):

@@ -20,6 +20,7 @@ from pelt_fast.kernels.config import fused_rank, processors
 from pelt_fast.kernels.norm import moments, norm_bwd, norm_gradients
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
+from pelt_fast.kernels.rank_update import rank_update
 from pelt_fast.ops.common.bundles import AdapterNorm, Bottleneck, Transform, absent
 from pelt_fast.ops.common.gradients import bottleneck_gradients
 
@@ -56,7 +57,7 @@ def adapter_forward(
         x, *adapter[:2], activation=activation, h_dropout_p=dropout_p, h_seed=seed,
         norm=(moments(x), *weights) if normed else None,
     )  # fmt: skip
-    y = rank_up(h, adapter.up_weight, base, scale=scale, bias=adapter.up_bias)
+    y = rank_update(h, adapter.up_weight, base, scale=scale, bias=adapter.up_bias)
     return y, t if keep_t else absent(x)
 
 

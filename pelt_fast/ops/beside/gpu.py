@@ -8,8 +8,8 @@ Traffic  P = one read or write of an M x K (or M x N) activation, Q = one of M x
                    With dropout on x the mask is made once, as bits (P / 16), and read twice.
                    An output dropout of the model reads dy once more and writes it (2 P).
          The activation: 2 Q (gated 3) forward, 3 Q (gated 5) backward.
-Above the ranks of ``config.fused_rank`` the product is large enough for the library's GEMM. Forward
-it reads and writes y once more where the base is dropped or there is a bias.
+Above the ranks of ``config.fused_rank`` the product is large enough for the library's GEMM
+(``kernels.rank_update``).
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from pelt_fast.kernels.ffn_act import ffn_act, ffn_act_bwd
 from pelt_fast.kernels.mask import dropout, mask_bits
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
+from pelt_fast.kernels.rank_update import rank_update
 from pelt_fast.kernels.widened_ffn import widened_act
 from pelt_fast.ops.common.bundles import Down, Dropout, Transform, Up, absent
 from pelt_fast.ops.common.gradients import bottleneck_gradients, weight_gradient
@@ -80,21 +81,10 @@ def up_forward(
     output_dropout_p: float,
     output_seed: Tensor | None,
 ) -> Tensor:
-    (weight, bias), scale = up, transform.scale
-    h = _activated(t, transform)
-    if h.shape[1] <= fused_rank("rank_up", base.device):
-        return rank_up(
-            h, weight, base, scale=scale, bias=bias, base_dropout_p=output_dropout_p,
-            seed=output_seed,
-        )  # fmt: skip
-    low = weight.to(h.dtype).t()
-    if output_seed is not None:
-        y = dropout(base, output_dropout_p, output_seed, bias=bias, scale=scale)
-    elif bias is not None:
-        y = torch.add(base, bias.to(base.dtype), alpha=scale)
-    else:
-        return torch.addmm(base, h, low, alpha=scale)
-    return y.addmm_(h, low, alpha=scale)
+    return rank_update(
+        _activated(t, transform), up.up_weight, base, scale=transform.scale, bias=up.up_bias,
+        dropout_p=output_dropout_p, seed=output_seed,
+    )  # fmt: skip
 
 
 def _activated(t: Tensor, transform: Transform) -> Tensor:

@@ -77,7 +77,7 @@ def unsupported(op: str, tensors: Sequence[Tensor], size: int) -> str | None:
                 f"the kernels take a head dim up to {MAX_HEAD_DIM} that {step} divides, got {dim}"
             )
     for t in floating:
-        if not t.is_contiguous() and t.stride(-1) != 1 and t.shape[-1] > 1 and t.numel():
+        if t.dim() and t.stride(-1) != 1 and t.shape[-1] > 1 and t.numel():
             return f"the last dim of a tensor {tuple(t.shape)} has stride {t.stride(-1)}, not 1"
     return None
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MASK_ALIGNMENT = 16  # elements: where rows of a mask begin for the GPU's kernels
 
@@ -63,6 +64,12 @@ def context_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask as what is added to the scores: 0 for a visible key, else -inf."""
     return torch.where(mask, mask.new_zeros((), dtype=dtype), float("-inf"))
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """A copy of a mask (.., S) whose rows begin at multiples of MASK_ALIGNMENT elements."""
+    keys = mask.shape[-1]
+    return F.pad(mask, (0, -keys % MASK_ALIGNMENT))[..., :keys]
 
 
 def kernel_mask(

@@ -20,6 +20,7 @@ from pelt_fast.kernels.config import fused_rank, lora_plan, one_pass_kernel, pro
 from pelt_fast.kernels.mask import mask_bits
 from pelt_fast.kernels.rank_down import rank_down, rank_down_bwd
 from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
+from pelt_fast.kernels.rank_update import rank_update
 from pelt_fast.kernels.tail_gemm import tail_gemm
 from pelt_fast.ops.common import native_cuda
 from pelt_fast.ops.common.bundles import Dropout, FrozenLinear, LowRank, absent
@@ -43,12 +44,7 @@ def lora_forward(
         descriptors = plan == "tail_descriptor"
         tail = dict(scale=scale, bias=bias, descriptors=descriptors)
         return tail_gemm(x, weight.t(), s, lora_b.t(), **tail), s
-    y = F.linear(x, weight, bias)
-    if rank > fused_rank("rank_up", x.device):
-        y.addmm_(s, lora_b.to(y.dtype).t(), alpha=scale)
-    else:
-        rank_up(s, lora_b, y, scale=scale, out=y)
-    return y, s
+    return rank_update(s, lora_b, F.linear(x, weight, bias), scale=scale, in_place=True), s
 
 
 def tail_plan(x: Tensor, weight: Tensor, rank: int) -> str:

@@ -45,6 +45,7 @@ from pelt_fast.ops.common.bundles import (
 )
 from pelt_fast.ops.common.heads import (
     MASK_ALIGNMENT,
+    aligned,
     expand_heads,
     heads_last,
     heads_last_empty,
@@ -292,6 +293,5 @@ def _aligned(bias: Tensor | None, q: Tensor) -> Tensor | None:
         return None
     *strides, step = bias.stride()
     if step != 1 or any(n % MASK_ALIGNMENT for n in (*strides, bias.storage_offset())):
-        keys = bias.shape[-1]
-        bias = F.pad(bias, (0, -keys % MASK_ALIGNMENT))[..., :keys]
+        bias = aligned(bias)
     return bias.expand(*q.shape[:2], -1, -1)

@@ -3,9 +3,8 @@
 Shapes and maths are those of ``reference``; P = one M x N pass, Q = one M x F pass.
 Traffic  forward    [W1; D] is one GEMM that reads x once; one pass 2 Q makes A and H, at inference
                     in place; [W2 | s U] is one GEMM. With an output dropout: W2, then one pass
-                    over y for the dropout and the rank update (2 P). Above the rank of
-                    ``config.fused_rank`` one pass for the dropout and s u, and the library's
-                    GEMM reads and writes y for s H Uᵀ (4 P).
+                    over y for the dropout and the rank update (2 P; at large ranks 4 P,
+                    ``kernels.rank_update``).
          backward   output dropout of dy 2 P; dA and dH into the columns of d_pre (packed: one
                     GEMM); one pass 3 Q in place; one GEMM [dZ | dT] [W1; D] for dx.
          If the adapter reads another tensor: W1 and D are two GEMMs each way.
@@ -20,7 +19,8 @@ from torch.nn import functional as F
 
 from pelt_fast.kernels.config import fused_rank
 from pelt_fast.kernels.mask import dropout
-from pelt_fast.kernels.rank_up import rank_up, rank_up_bwd
+from pelt_fast.kernels.rank_up import rank_up_bwd
+from pelt_fast.kernels.rank_update import rank_update
 from pelt_fast.kernels.widened_ffn import widened_act, widened_act_bwd
 from pelt_fast.ops.common.bundles import (
     Bottleneck,
@@ -75,19 +75,13 @@ def _output(
     a: Tensor, h: Tensor, ffn: FrozenFFN, adapter: Bottleneck, drop: Dropout, scale: float
 ) -> Tensor:
     """y = drop(A W2ᵀ + b2) + s (H Uᵀ + u), by two products."""
-    up_weight, up_bias = adapter.up_weight, adapter.up_bias
-    if h.shape[1] <= fused_rank("rank_up", h.device):
-        y = F.linear(a, ffn.out_weight, ffn.out_bias)
-        return rank_up(
-            h, up_weight, y, scale=scale, bias=up_bias, out=y, base_dropout_p=drop.dropout_p,
-            seed=drop.seed,
-        )  # fmt: skip
-    if drop.seed is None:
-        y = F.linear(a, ffn.out_weight, summed_bias(ffn.out_bias, up_bias, scale, a.dtype))
-    else:
-        y = F.linear(a, ffn.out_weight, ffn.out_bias)
-        dropout(y, *drop, bias=up_bias, scale=scale, out=y)
-    return y.addmm_(h, up_weight.to(y.dtype).t(), alpha=scale)
+    bias, up_bias = ffn.out_bias, adapter.up_bias
+    if drop.seed is None and h.shape[1] > fused_rank("rank_up", h.device):
+        bias, up_bias = summed_bias(bias, up_bias, scale, a.dtype), None  # the product adds both
+    return rank_update(
+        h, adapter.up_weight, F.linear(a, ffn.out_weight, bias), scale=scale, bias=up_bias,
+        dropout_p=drop.dropout_p, seed=drop.seed, in_place=True,
+    )  # fmt: skip
 
 
 def ffn_backward(
