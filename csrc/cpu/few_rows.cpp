@@ -10,12 +10,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "arguments.h"
+#include "few.h"
 
 namespace pelt_fast {
 namespace {
 
-constexpr int64_t kMaxFew = 8;  // rows of x: with more, the library's GEMM is as fast
 constexpr int64_t kMostParts = 32;
 constexpr int64_t kDepth = 4;     // rows of w in one pass over a row of sums
 constexpr int64_t kOutputs = 16;  // dot products in one unit of work
@@ -117,16 +116,6 @@ PELT_FAST_INLINE float dot_of(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-// Rows as fp32 (rows, wide), zeros behind.
-template <typename T>
-void widen(float* to, const Rows<void>& from, int64_t rows, int64_t columns, int64_t wide) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* row = static_cast<const T*>(from.data) + i * from.stride;
-    for (int64_t k = 0; k < columns; ++k) to[i * wide + k] = to_float(row[k]);
-    std::fill_n(to + i * wide + columns, wide - columns, 0.0f);
-  }
-}
-
 // Column j of w by every row of x.
 template <int W, typename T>
 PELT_FAST_INLINE void dots(const FewRows& g, int64_t j) {
@@ -172,7 +161,7 @@ void few_rows_product_(Tensor out, Tensor x, Tensor w, std::optional<Tensor> bia
   const ScalarType dtype = check_activation("x", x);
   check_rows("x", x, -1, -1, dtype);
   const int64_t rows = x.size(0), depth = x.size(1), width = w.dim() == 2 ? w.size(1) : -1;
-  PELT_FAST_CHECK(rows <= kMaxFew, "x must have at most ", kMaxFew, " rows, got ", rows);
+  check_few(x);
   PELT_FAST_CHECK(width >= 0 && w.size(0) == depth && w.is_cpu() && w.scalar_type() == dtype &&
                       (w.stride(0) == 1 || w.stride(1) == 1),
                   "w must have shape (", depth,

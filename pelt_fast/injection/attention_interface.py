@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelt_fast import functional
 from pelt_fast.modules import PrefixSlice, QuerySlice
+from pelt_fast.modules.generation import keep_step, next_step
 from pelt_fast.modules.routed_slice import RoutedSlice
 from pelt_fast.ops.common.backends import backend
 from pelt_fast.ops.common.bundles import QKV, Form, Prefix, Scores
@@ -30,7 +31,7 @@ from pelt_fast.ops.common.heads import (
     context_scores,
     expand_heads,
 )
-from pelt_fast.ops.prefix_attention.op import attention_with_prefix
+from pelt_fast.ops.prefix_attention.op import attention_with_prefix, prefix_step
 
 from .attention_keywords import KNOWN, check_given, check_known
 from .record import Injection
@@ -140,6 +141,9 @@ def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
     if isinstance(site, RoutedSlice):
         given = dict(mask=mask, causal=causal, dropout=dropout, scaling=scaling)
         return attend_together(module, site, QKV(q, k, v), **given).transpose(1, 2)
+    step = next_step(site, q) if mask is None and not dropout else None
+    if step is not None:
+        return step(q, k, v).transpose(1, 2)
     prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
     prefix_k, prefix_v = prefix_k.to(q.device), prefix_v.to(q.device)  # layers on many devices
     qkv, prefix = QKV(q, k, v), Prefix(prefix_k, prefix_v)
@@ -148,6 +152,8 @@ def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
     if kind is not None and kind == site.checked and _fits(mask, q, k):
         scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
         scores, form = Scores(mask, causal, scale), Form(site.form, site.composition)
+        if mask is None and not dropout:
+            keep_step(site, q, prefix_step, k, v, prefix, scores, form)
         out = attention_with_prefix(qkv, prefix, scores, form, float(dropout), module.training)
         return out.transpose(1, 2)
     out = functional.prefix_attention(

@@ -20,7 +20,6 @@ from pelt_fast.modules.projection_view import device_of, host_of, shape_of, weig
 
 from . import attention_interface as attention
 from .dimensions import head_dim_of, key_heads_of, trained_dtype
-from .generate import take_generate
 from .record import Injection, Site
 from .targets import TargetLayer, attention_layouts
 
@@ -40,7 +39,6 @@ def build_prefix(model, modification, stacks, injection) -> None:
         injection.changes.set(module, attention.SLICE, layer_slice)
         _add_attention_site(target, layout, bank, injection, op="prefix", form="prefix")
         attention.wrap(module, injection)
-    take_generate(model, injection)
 
 
 def _add_bank(

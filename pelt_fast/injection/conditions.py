@@ -10,6 +10,7 @@ from torch import nn
 
 from pelt_fast.modules.decision import HOOKS, Basis
 from pelt_fast.modules.frozen_module import is_repatched
+from pelt_fast.modules.generation import generation
 from pelt_fast.modules.late import Taken
 
 
@@ -72,7 +73,7 @@ class Unhooked:
 
 class Conditions:
     """Forward pre-hook of a stack: RuntimeError if a condition no longer holds. The conditions are
-    checked again only if something that they read has changed."""
+    checked again only if something that they read has changed, and once in a generate."""
 
     def __init__(self):
         self.conditions: list[Alone | Unpatched | Unhooked] = []
@@ -82,7 +83,17 @@ class Conditions:
     def __call__(self, stack: nn.Module, *_) -> None:
         if torch.compiler.is_compiling():
             self.check()
-        elif self._checked is None or self._checked.look() is None:
+            return
+        kept = generation.kept
+        if kept is None:
+            self._look()
+        elif self not in kept:
+            self._look()
+            kept[self] = None
+
+    def _look(self) -> None:
+        """Check if something has changed since the last check."""
+        if self._checked is None or self._checked.look() is None:
             self.check()
             basis = Basis()
             for taken in self.taken:

@@ -1,4 +1,5 @@
-"""While a model generates nothing trains, so that each prefix is computed once for all steps."""
+"""While a model generates nothing trains or changes: each prefix is computed once for all steps, and
+what the sites run is checked once."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from pelt_fast.modules import PrefixBank
+from pelt_fast.modules.generation import one_generate
 
 from .record import Injection
 
@@ -13,8 +15,10 @@ from .record import Injection
 @contextlib.contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
     """In this block, forwards of this thread without autograd compute each prefix of ``model``
-    once. The weights must not change in it. Nothing is kept afterwards."""
+    once, and check once what its sites run. Nothing of the model may change in it. Nothing is kept
+    afterwards."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_generate())
         for module in model.modules():
             if isinstance(module, PrefixBank):
                 stack.enter_context(module.made_once())

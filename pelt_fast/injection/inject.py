@@ -21,6 +21,7 @@ from .checks import check
 from .described import described
 from .disabled import refuse_disabled
 from .folded_weights import unfold
+from .generate import take_generate
 from .handles import carrier_of, mark, refuse_second
 from .own_configs import own_configs, return_configs
 from .record import Injection, injection_of
@@ -116,6 +117,8 @@ def _build(model: nn.Module, stacks: list[StackLayout], injection: Injection) ->
         for modification in config.modifications:
             if modification.form == form:
                 build(model, modification, stacks, injection)
+    if injection.sites:
+        take_generate(model, injection)
 
 
 def _freeze(model: nn.Module, stacks: list[StackLayout], injection: Injection) -> None:

@@ -15,6 +15,7 @@ from .build import BUILDERS
 from .checks import check
 from .class_layer import check_num_labels
 from .described import described
+from .generate import take_generate
 from .handles import mark
 from .inject import _restore
 from .own_configs import own_configs
@@ -72,6 +73,7 @@ def inject_together(
         _count_classes(model, injection)
         end = model.register_forward_hook(injection.routing.end, always_call=True)
         injection.changes.hook(end)
+        take_generate(model, injection)
         for name, config in methods.items():
             build_method(model, name, config, injection, num_labels.get(name))
         settle(model, injection)

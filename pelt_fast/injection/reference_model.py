@@ -54,7 +54,7 @@ def reference_model(model: nn.Module) -> nn.Module:
     """
     carrier = carrier_of(model)
     found = copy.copy(carrier)
-    found.__dict__.pop("generate", None)  # a prefix's, which is bound to the model
+    found.__dict__.pop("generate", None)  # the method's, which is bound to the model
     kind = type(carrier)
     found.__class__ = type(kind.__name__, (AnswersAlone, kind), {"__module__": kind.__module__})
     return found

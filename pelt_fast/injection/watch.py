@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from pelt_fast.modules.generation import generation
 from pelt_fast.modules.hooked import wrappers
 
 from .record import Injection
@@ -96,12 +97,17 @@ class Watch:
         return bool(self.forwards or self.attributes or self.children)
 
     def __call__(self, *_) -> None:
-        """Check. While a graph is traced this is a constant: the graph's guards know each
-        forward."""
+        """Check, in the first step of a generate only. While a graph is traced this is a constant:
+        the graph's guards know each forward."""
         if torch.compiler.is_compiling():
             _look_now(self)
-        else:
+            return
+        kept = generation.kept
+        if kept is None:
             self.look()
+        elif self not in kept:
+            self.look()
+            kept[self] = None
 
     def look(self) -> None:
         """Compare everything."""

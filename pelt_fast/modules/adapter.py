@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 from pelt_fast.config import Modification
-from pelt_fast.ops.adapter.op import adapter
+from pelt_fast.ops.adapter.op import adapter, adapter_step
 from pelt_fast.ops.common import dispatch
 from pelt_fast.ops.common.bundles import AdapterNorm, Transform
 from pelt_fast.ops.common.bundles import Bottleneck as BottleneckWeights
 
 from .decision import Basis, DecidesOnce, Decision, is_public
 from .frozen_module import Foldable, FrozenModule, is_beside
+from .generation import keep_step, next_step
 from .hooked import at_hand, is_away
 from .kept_input import KeptInput
 from .late import in_force
@@ -106,7 +107,7 @@ class Bottleneck(DecidesOnce, Foldable):
         weight = self.frozen_weight()
         plan = dispatch.plan("adapter", weight.device, 0.0, weight.dtype, self.down_weight.shape[0])
         known = plan.reason is None and is_public("parallel_adapter", "sequential_adapter")
-        given = _NO_NORM if known and self.is_checked(weight) else None
+        given = self._norm_now() if known and self.is_checked(weight) else None
         return Decision(
             plan.name, plan.reason, True, given, weight.dtype, weight.device,
             self.down_weight.shape[1],
@@ -119,15 +120,29 @@ class Bottleneck(DecidesOnce, Foldable):
             if parameter is not None:
                 basis.tensor(parameter)
         basis.value(self._modules, "norm")
+        if self.norm is not None:
+            basis.linear(self.norm)
         basis.probability(self.dropout, "p", self.dropout)
 
     def is_checked(self, weight: Tensor) -> bool:
         """Whether the op takes the adapter's tensors with a frozen ``weight`` without conversion:
-        same device, a dtype at least as wide, no learned scale, no LayerNorm."""
-        if self.norm is not None or not isinstance(self.scale, (int, float)):
+        same device, a dtype at least as wide, no learned scale, a LayerNorm in the weight's dtype
+        that is not offloaded."""
+        if not isinstance(self.scale, (int, float)):
             return False
         small = [p for p in self._parameters.values() if p is not None]
-        return len(small) == 4 and is_beside(weight, small)
+        if self.norm is not None:
+            norm = [self.norm_weight, self.norm_bias]
+            if is_away(self.norm) or any(p is None or p.dtype is not weight.dtype for p in norm):
+                return False
+            small += norm
+        return len(small) - (0 if self.norm is None else 2) == 4 and is_beside(weight, small)
+
+    def _norm_now(self) -> AdapterNorm:
+        """The adapter LayerNorm, as the op takes it."""
+        if self.norm is None:
+            return _NO_NORM
+        return AdapterNorm(self.norm_weight, self.norm_bias, self.layer_norm)
 
     def sequential(self, h: Tensor) -> Tensor:
         """h + Δ(h), or Δ(h) alone without its residual."""
@@ -141,12 +156,15 @@ class Bottleneck(DecidesOnce, Foldable):
         return self._update(base, x.to(base.dtype))
 
     def _update(self, base: Tensor | None, x: Tensor) -> Tensor:
+        step = next_step(self, x)
+        if step is not None:
+            return step(x, base)
         decision, probabilities = self.update_decision(x)
         if probabilities is not None:
-            weights = BottleneckWeights(
-                self.down_weight, self.down_bias, self.up_weight, self.up_bias
-            )
+            weights = BottleneckWeights(*self.weights)
             transform = Transform(self.activation, self.scale, probabilities[-1], None)
+            if not any(probabilities):
+                keep_step(self, x, adapter_step, weights, decision.given, transform)
             return adapter(x, base, weights, decision.given, transform, True)
         if base is None:
             return self._run(functional.sequential_adapter, x)

@@ -3,7 +3,8 @@
 A site decides when a method is injected. It decides again only when one of these facts changes: a
 projection was replaced, patched, hooked, quantised, cast or moved; the activation, the dropout or
 the backend of the thread is another. :class:`Basis` records the facts, and :meth:`Basis.look`
-compares them once in each forward. ``explain`` prints the decision.
+compares them once in each forward, and once in a whole ``generate``. ``explain`` prints the
+decision.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from pelt_fast import functional
 from pelt_fast.ops.common.backends import active
+
+from .generation import generation
 
 _PUBLIC = {name: getattr(functional, name) for name in functional.__all__}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -142,6 +145,15 @@ class Held:
     def __init__(self, decision: Decision, basis: Basis):
         self.decision, self.basis = decision, basis
 
+    def probabilities(self) -> list[float] | None:
+        """As :meth:`Basis.look`, which a generate calls once."""
+        kept = generation.kept
+        if kept is None:
+            return self.basis.look()
+        if self not in kept:
+            kept[self] = self.basis.look()
+        return kept[self]
+
     def __reduce__(self):
         return _nothing, ()
 
@@ -178,7 +190,7 @@ class DecidesOnce:
         if torch.compiler.is_compiling():
             return self.decide(), None
         held = self._held
-        probabilities = None if held is None else held.basis.look()
+        probabilities = None if held is None else held.probabilities()
         if probabilities is None:
             held = self._decide_now()
             probabilities = held.basis.look()

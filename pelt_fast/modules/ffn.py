@@ -8,12 +8,13 @@ from pelt_fast.config import Modification
 from pelt_fast.ops.common import dispatch
 from pelt_fast.ops.common.bundles import Bottleneck as BottleneckWeights
 from pelt_fast.ops.common.bundles import FFNSettings, FrozenFFN
-from pelt_fast.ops.widened_ffn.op import Stacked, widened_ffn
+from pelt_fast.ops.widened_ffn.op import Stacked, ffn_step, widened_ffn
 
 from .adapter import Bottleneck
 from .decision import Basis, Decision, is_public
 from .ffn_block import FFNBlock
 from .frozen_module import QUANTISED, FrozenModule
+from .generation import keep_step, next_step
 from .kept_input import KeptInput
 from .late import Dropout
 from .packing import Packing, Packings
@@ -142,27 +143,31 @@ class ParallelFFNAdapter(_FFNAdapter):
         off = self.switch.any_block and self.switch.is_off()
         if off or (self.merged and self.is_folded()):
             return self.ffn(x)
+        step = next_step(self, x)
+        y = self._decided(x, adapter_x) if step is None else step(x, adapter_x)
+        return self.ffn.output_dropout(y) if self.before_dropout else y
+
+    def _decided(self, x: Tensor, adapter_x: Tensor | None) -> Tensor:
+        """What the decision says, without a later output dropout."""
         decision, probabilities = self.decided(x)
         if decision.reason == QUANTISED:
-            y = self._beside(x, adapter_x)
-        elif not decision.runs_op:
+            return self._beside(x, adapter_x)
+        if not decision.runs_op:
             dispatch.fall_back(
                 f"parallel adapter beside the model's own FFN, because {decision.reason}"
             )
             base = self.ffn(x, not self.before_dropout)
-            y = self.parallel(base, x if adapter_x is None else adapter_x)
-        elif probabilities is None:
-            y = self._checked(x, adapter_x)
-        else:
-            inner, output, own = probabilities
-            ffn, name, buffers = decision.given
-            y = widened_ffn(
-                x, adapter_x, ffn,
-                BottleneckWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias),
-                Stacked(None, None, buffers),
-                FFNSettings(name, self.activation, self.scale, own, inner, output, None), True,
-            )  # fmt: skip
-        return self.ffn.output_dropout(y) if self.before_dropout else y
+            return self.parallel(base, x if adapter_x is None else adapter_x)
+        if probabilities is None:
+            return self._checked(x, adapter_x)
+        inner, output, own = probabilities
+        ffn, name, buffers = decision.given
+        adapter = BottleneckWeights(*self.weights)
+        settings = FFNSettings(name, self.activation, self.scale, own, inner, output, None)
+        if not any(probabilities):
+            keep_step(self, x, ffn_step, adapter_x, ffn, adapter, settings)
+        stacked = Stacked(None, None, buffers)
+        return widened_ffn(x, adapter_x, ffn, adapter, stacked, settings, True)
 
     def _checked(self, x: Tensor, adapter_x: Tensor | None) -> Tensor:
         """Call the public function, which checks its arguments."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pelt_fast.ops.common import native
+from pelt_fast.ops.common.activations import ACTIVATIONS, activate
 from tests.ops.exactly import DTYPES, close, padded, prefix_reference
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
@@ -45,6 +46,54 @@ def test_product_of_a_few_rows(m, k, n, biased, columns, dtype):
     close(out, x.double() @ w.double() + (bias.double() if biased else 0), k)
 
 
+@pytest.mark.parametrize("weights", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, k, n, r, biased, activation", [
+    (1, 1, 1, 1, False, "identity"), (1, 300, 17, 3, True, "relu"), (3, 13, 70, 16, True, "gelu"),
+    (8, 129, 64, 100, False, "silu"), (5, 768, 3000, 128, True, "tanh"),
+    (4, 640, 96, 17, True, "gelu_tanh"), (2, 96, 80, 517, True, "relu"),
+])  # fmt: skip
+def test_update_of_a_few_rows(m, k, n, r, biased, activation, dtype, weights):
+    x, base, out = padded(m, k, dtype=dtype), padded(m, n, dtype=dtype), padded(m, n, dtype=dtype)
+    t, down, up = padded(m, r, dtype=dtype), padded(r, k, dtype=weights), padded(n, r, dtype=weights)
+    down, up = down.div_(k**0.5), up.div_(r**0.5)
+    biases = [torch.randn(size).to(weights) if biased else None for size in (r, n)]
+    d, u = (0 if bias is None else bias.double() for bias in biases)
+    pre = x.double() @ down.double().t() + d
+    wanted = base.double() + 0.5 * (activate(activation, pre) @ up.double().t() + u)
+    number = ACTIVATIONS.index(activation)
+    update = native.ops().few_rows_update_
+    update(out, t, base, x, down, biases[0], up, biases[1], 0.5, number)
+    close(t, pre, k)
+    close(out, wanted, k + r)
+    update(base, None, base, x, down, biases[0], up, biases[1], 0.5, number)
+    assert torch.equal(base, out), "over the base: the same bits"
+
+
+def test_update_of_a_few_rows_is_the_same_on_any_number_of_threads():
+    x, down, up = torch.randn(8, 3000), torch.randn(128, 3000), torch.randn(3000, 128)
+    outs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            base = torch.ones(8, 3000)
+            native.ops().few_rows_update_(base, None, base, x, down, None, up, None, 1.0, 1)
+            outs.append(base)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def updated(ops, **changed) -> None:
+    """few_rows_update_ of two rows with ``changed`` arguments."""
+    given = dict(
+        out=torch.empty(2, 4), t=None, base=torch.randn(2, 4), x=torch.randn(2, 8),
+        down=torch.randn(3, 8), down_bias=None, up=torch.randn(4, 3), up_bias=None, scale=1.0,
+        activation=0,
+    )  # fmt: skip
+    ops.few_rows_update_(*(given | changed).values())
+
+
 @pytest.mark.parametrize("call, said", [
     (lambda o: o.prefix_few_queries_(
         torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9), torch.randn(1, 2, 9, 16),
@@ -60,6 +109,17 @@ def test_product_of_a_few_rows(m, k, n, biased, columns, dtype):
      r"w must have shape \(8, N\)"),
     (lambda o: o.few_rows_product_(torch.empty(1, 4), torch.randn(1, 8), torch.randn(8, 4),
                                    torch.randn(5)), r"bias must be contiguous \(4\)"),
+    (lambda o: updated(o, x=torch.randn(9, 8)), "x must have at most 8 rows, got 9"),
+    (lambda o: updated(o, down=torch.randn(3, 7)), r"down must have shape \(M, 8\)"),
+    (lambda o: updated(o, down=torch.randn(0, 8)), "the rank must be at least 1, got 0"),
+    (lambda o: updated(o, up=torch.randn(4, 2)), r"up must have shape \(M, 3\)"),
+    (lambda o: updated(o, up=torch.randn(3, 4).t()), "up must have contiguous rows"),
+    (lambda o: updated(o, out=torch.empty(2, 5)), r"out must have shape \(2, 4\)"),
+    (lambda o: updated(o, base=torch.empty(2, 4).half()), "base must have dtype number 6"),
+    (lambda o: updated(o, t=torch.empty(2, 2)), r"t must have shape \(2, 3\)"),
+    (lambda o: updated(o, down_bias=torch.randn(2)), r"down_bias must be contiguous \(3\)"),
+    (lambda o: updated(o, up_bias=torch.randn(4).half()), r"up_bias must be contiguous \(4\)"),
+    (lambda o: updated(o, activation=6), "activation must be 0 to 5, got 6"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(call, said):
     with pytest.raises(RuntimeError, match=said):

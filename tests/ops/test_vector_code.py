@@ -24,6 +24,7 @@ ARITHMETIC = re.compile(r"\tv(?:fn?m(?:add|sub)\d*|add|sub|mul|div|min|max|sqrt)
 MOSTLY_VECTORS = 0.5  # of the instructions: what is left over of a row is done one by one
 EXCEPTIONS = {  # whose remainders are unrolled: more instructions, run once a row
     ("few_rows", "FewRows"), ("few_columns", "FewRows"), ("few", "Prefix"),
+    ("few_up", "FewUpdate"),
     ("routed_up", "Up"), ("routed_down", "Down"), ("weigh", "Weights"), ("backward", "Weights"),
     ("transposed", "Transposed"),  # moves numbers; widens those of a 16-bit factor
 }  # fmt: skip

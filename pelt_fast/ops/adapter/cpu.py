@@ -10,7 +10,7 @@ Traffic  P = one read or write of an M x K (or M x N) activation. In brackets: w
 The specification runs a LayerNorm on the update, and a LayerNorm wider than its input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,16 @@ from pelt_fast.ops.common.bundles import (
 )
 from pelt_fast.ops.common.dropout import cpp_mask, row_blocks
 from pelt_fast.ops.common.gradients import bottleneck_gradients, down_gradients, fill
-from pelt_fast.ops.common.passes import activate, covers, cpp, cpp_weight, down, up
+from pelt_fast.ops.common.passes import (
+    activate,
+    covers,
+    cpp,
+    cpp_weight,
+    down,
+    few_update,
+    takes_few,
+    up,
+)
 
 
 def adapter_forward(
@@ -41,12 +50,49 @@ def adapter_forward(
     normed = norm.layer_norm == "in"
     if norm.layer_norm == "out" or (normed and x.dtype != norm.norm_weight.dtype):
         return NotImplemented
+    if transform.seed is None and takes_few(x, adapter):
+        t = x.new_empty(x.shape[0], adapter.down_weight.shape[0]) if keep_t else None
+        return _few_forward(x, residual, adapter, norm, transform, t), absent(x) if t is None else t
     if not normed and _in_one_pass(x, residual, adapter.down_weight.shape[0]):
         return _forward_in_one_pass(x, residual, adapter, transform, keep_t)
     t = _normed_down(x, adapter, norm) if normed else down(x, *adapter[:2])
     h = activate(transform.activation, t, p=transform.dropout_p, seed=transform.seed)
     out = up(residual, h, adapter.up_weight, adapter.up_bias, transform.scale)
     return out, t if keep_t else absent(t)
+
+
+def _few_forward(
+    x: Tensor,
+    residual: Tensor,
+    adapter: Bottleneck,
+    norm: AdapterNorm,
+    transform: Transform,
+    t: Tensor | None = None,
+) -> Tensor:
+    """A few rows without dropout, in one call behind the LayerNorm; ``t`` receives T."""
+    if norm.layer_norm == "in":
+        x = F.layer_norm(x, x.shape[1:], norm.norm_weight, norm.norm_bias, LAYER_NORM_EPS)
+    return few_update(residual, x, adapter, transform.scale, transform.activation, t)
+
+
+def adapter_step(
+    x: Tensor, adapter: Bottleneck, norm: AdapterNorm, transform: Transform
+) -> Callable | None:
+    """What runs inputs of the shape of x (..., K) without autograd and dropout, checked here once;
+    None if C++ does not take them."""
+    inputs, outputs = x.shape[-1], adapter.up_weight.shape[0]
+    known = norm.layer_norm == "none" or (
+        norm.layer_norm == "in" and norm.norm_weight.dtype is x.dtype
+    )
+    if not known or not takes_few(x.reshape(-1, inputs), adapter):
+        return None
+
+    def step(x: Tensor, base: Tensor | None) -> Tensor:
+        residual, x = x if base is None else base, x.reshape(-1, inputs)
+        y = _few_forward(x, residual.reshape(-1, outputs), adapter, norm, transform)
+        return y.view(residual.shape)
+
+    return step
 
 
 def _normed_down(x: Tensor, adapter: Bottleneck, norm: AdapterNorm) -> Tensor:

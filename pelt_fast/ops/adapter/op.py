@@ -47,6 +47,8 @@ adapter_bwd.on_cpu(cpu.adapter_backward, reference.adapter_backward_in_blocks)
 for _op, _name in ((adapter_fwd, "adapter_forward"), (adapter_bwd, "adapter_backward")):
     _op.on_gpu(f"{GPU}:{_name}", "adapter", size=("down_weight", 0))
 
+adapter_step = cpu.adapter_step
+
 _arguments = unflatten(Tensor, Tensor, Bottleneck, AdapterNorm, Transform)
 
 

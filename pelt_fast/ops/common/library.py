@@ -10,7 +10,7 @@ do not look inside an op; its Function computes the gradients.
 
 import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .bundles import absent, flat_fields, from_flat, parameter_types, schema_of
 
 _LIBRARY = torch.library.Library("pelt_fast", "DEF")
 _TENSORS = (Tensor, Tensor | None)
+OF_THE_DEVICE = ("auto", "cpp")  # the backends that the device of the tensors chooses for
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 OPS: dict[str, "Op"] = {}  # by name, of the folders that were imported
 
@@ -32,6 +33,18 @@ def autocasts(tensor: Tensor) -> bool:
         return False
     kind = tensor.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def is_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether torch's dispatcher would only call an op of these tensors: nothing traces, counts,
+    profiles or transforms, and all are plain."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
 
 
 class Op:
@@ -115,13 +128,16 @@ class Op:
         _LIBRARY.impl(self.name, run, "CUDA")
 
     def __call__(self, *args, backend: str):
+        if backend not in OF_THE_DEVICE or torch._C._is_any_autocast_enabled():
+            return self._run(args, backend)
+        return self._dispatch(args)
+
+    def _run(self, args: tuple, backend: str):
+        """What a named backend runs, without autocast."""
         if autocasts(args[0]):
             # the op chooses its own dtypes: autocast has acted on its arguments already
             with torch.autocast(args[0].device.type, enabled=False):
                 return self._run(args, backend)
-        return self._run(args, backend)
-
-    def _run(self, args: tuple, backend: str):
         if backend == "reference":
             return self.reference(*args)
         if backend == "triton" and env.interpret():
@@ -134,22 +150,12 @@ class Op:
     def _dispatch(self, args: tuple):
         """Run the implementation for the device of the first argument: directly, or through torch's
         dispatcher if other code must see the op."""
-        if not self._is_plain_call(args):
+        if not is_plain([args[i] for i in self.tensors]):
             return self.dispatched(*args)
-        if args[0].is_cuda:
-            return self.gpu(*args)
-        return self.cpu(*args) if args[0].is_cpu else self.dispatched(*args)
-
-    def _is_plain_call(self, args: tuple) -> bool:
-        """Whether torch's dispatcher would only call the implementation: nothing traces, counts,
-        profiles or transforms, and all tensors are plain."""
-        return not (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch.autograd._profiler_enabled()
-            or not _PLAIN.issuperset([type(args[i]) for i in self.tensors])
-        )
+        x = args[0]
+        if x.is_cpu:
+            return self.cpu(*args)
+        return self.gpu(*args) if x.is_cuda else self.dispatched(*args)
 
 
 def _length_of(

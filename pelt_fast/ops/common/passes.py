@@ -64,6 +64,20 @@ def has_few_rows(x: Tensor) -> bool:
     return x.shape[0] <= MAX_FEW and covers_rows(x)
 
 
+def reads_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`few_linear` reads this weight for a few rows x."""
+    return weight.dtype is x.dtype and 1 in weight.stride()
+
+
+def few_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x weightᵀ + bias of a few rows, in C++."""
+    out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+    cpp.few_rows_product_(out, x, weight.t(), bias)
+    return out
+
+
 @functools.cache
 def computes_in(dtype: torch.dtype) -> bool:
     """Whether this CPU has arithmetic for a 16-bit dtype, and the library a GEMM that uses it."""
@@ -82,10 +96,8 @@ def linear(
     longer. On a CPU without 16-bit arithmetic the library's 16-bit product takes longer than one in
     fp32, and 30 times as long by columns (docs/facts.md#products-of-a-few-rows).
     """
-    if has_few_rows(x) and weight.dtype is x.dtype and 1 in weight.stride():
-        out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
-        cpp.few_rows_product_(out, x, weight.t(), bias)
-        return out
+    if has_few_rows(x) and reads_few(x, weight):
+        return few_linear(x, weight, bias, out)
     if x.device.type == "cpu" and x.element_size() == 2 and not computes_in(x.dtype):
         product = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return product.to(x.dtype) if out is None else out.copy_(product)
@@ -188,6 +200,40 @@ def up(
         # the bias is added in the copy of base, which the accumulating GEMM needs anyway
         return torch.add(base, bias.to(low), alpha=scale, out=out).addmm_(h, b, alpha=scale)
     return torch.addmm(base, h, b, alpha=scale, out=out)
+
+
+def takes_few(x: Tensor, adapter: Bottleneck) -> bool:
+    """Whether :func:`few_update` takes x and these weights."""
+    down, down_bias, up, up_bias = adapter
+    dtype = down.dtype
+    if up.dtype is not dtype or down.stride(1) != 1 or up.stride(1) != 1 or dtype not in DTYPES:
+        return False
+    for bias in (down_bias, up_bias):
+        if bias is not None and (bias.dtype is not dtype or bias.stride(0) != 1):
+            return False
+    return down.shape[0] > 0 and has_few_rows(x)
+
+
+def few_update(
+    base: Tensor,
+    x: Tensor,
+    adapter: Bottleneck,
+    scale: float,
+    activation: str = "identity",
+    t: Tensor | None = None,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """base + scale (f(x Dᵀ + d) Uᵀ + u) of a few rows (:func:`takes_few`) in one call: a decoder's
+    step, whose calls take longer than its products. ``t`` (M, R) receives x Dᵀ + d."""
+    out = base if in_place else torch.empty_like(base, memory_format=torch.contiguous_format)
+    if torch.is_grad_enabled():
+        adapter = Bottleneck(*(None if w is None else w.detach() for w in adapter))
+    down, down_bias, up, up_bias = adapter
+    cpp.few_rows_update_(
+        out, t, base, x, down, down_bias, up, up_bias, scale, ACTIVATIONS.index(activation)
+    )
+    return out
 
 
 def stacked_linear(

@@ -8,23 +8,43 @@ Traffic  P = one read or write of an M x K (or M x N) activation. The sums inclu
 Flops    2MR(K + N) forward, 4MR(K + N) backward beside 2MNK each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelt_fast.ops.common.bundles import Dropout, FrozenLinear, LowRank, absent
+from pelt_fast.ops.common.bundles import Bottleneck, Dropout, FrozenLinear, LowRank, absent
 from pelt_fast.ops.common.gradients import down_gradients, fill, up_gradients
-from pelt_fast.ops.common.passes import down, up
+from pelt_fast.ops.common.passes import down, few_update, takes_few, up
 
 
 def lora_forward(
     x: Tensor, linear: FrozenLinear, factors: LowRank, drop: Dropout
 ) -> tuple[Tensor, Tensor]:
     lora_a, lora_b, scale = factors
-    s = down(x, lora_a, p=drop.dropout_p, seed=drop.seed)
     y = F.linear(x, *linear)  # as the base does it: an update of zero changes no bit
+    pair = Bottleneck(lora_a, None, lora_b, None)
+    if drop.seed is None and takes_few(x, pair):
+        s = x.new_empty(x.shape[0], lora_a.shape[0])
+        return few_update(y, x, pair, scale, t=s, in_place=True), s
+    s = down(x, lora_a, p=drop.dropout_p, seed=drop.seed)
     return up(y, s, lora_b, scale=scale, in_place=True), s
+
+
+def lora_step(x: Tensor, linear: FrozenLinear, factors: LowRank) -> Callable | None:
+    """What runs inputs of the shape of x (..., K) without autograd and dropout, checked here once;
+    None if C++ does not take them."""
+    lora_a, lora_b, scale = factors
+    pair, outputs, inputs = Bottleneck(lora_a, None, lora_b, None), lora_b.shape[0], x.shape[-1]
+    if not takes_few(x.reshape(-1, inputs), pair):
+        return None
+
+    def step(x: Tensor) -> Tensor:
+        y = F.linear(x, *linear)
+        few_update(y.view(-1, outputs), x.reshape(-1, inputs), pair, scale, in_place=True)
+        return y
+
+    return step
 
 
 def lora_backward(

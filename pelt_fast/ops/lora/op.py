@@ -44,6 +44,8 @@ lora_bwd.on_cpu(cpu.lora_backward)
 for _op, _name in ((lora_fwd, "lora_forward"), (lora_bwd, "lora_backward")):
     _op.on_gpu(f"{GPU}:{_name}", "lora", size=("lora_a", 0), any_strides=("weight",))
 
+lora_step = cpu.lora_step
+
 _arguments = unflatten(Tensor, FrozenLinear, LowRank, Dropout)
 
 

@@ -16,7 +16,7 @@ If the flash kernel cannot run (attention dropout), ``dropped_attention`` does; 
 specification, in blocks. Without a context only the prefix part runs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -142,6 +142,19 @@ def _is_step(qkv: QKV, prefix: Prefix | RoutedPrefix, longest: int, scores: Scor
     fits = dim <= MAX_HEAD_DIM and 0 < longest <= MAX_PREFIX and k.shape[2] > 0
     small = prefix.prefix_k.stride(2) == prefix.prefix_v.stride(2) == 1
     return rows and fits and small and covers_rows(q)
+
+
+def prefix_step(
+    q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, scores: Scores, form: Form
+) -> Callable | None:
+    """What runs one query like q over any number of keys without autograd, a mask and dropout,
+    checked here once; None if C++ does not take it."""
+    qkv, length = QKV(q, k, v), prefix.prefix_k.shape[1]
+    one = q.shape[2] == 1 and form.composition == "gated" and _uses_flash(q, 0.0)
+    if not one or not _is_step(qkv, prefix, length, scores):
+        return None
+    prefix, scale = Prefix(*_fp32(prefix)), scores.scale
+    return lambda *qkv: _step(QKV(*map(_with_rows, qkv)), prefix, scale)[0]
 
 
 def _step(

@@ -67,6 +67,8 @@ for _op, _name, _plain in (
 ):
     _op.on_gpu(f"{GPU}:{_name}", "prefix", size=("lengths", None), without=_plain)
 
+prefix_step = cpu.prefix_step
+
 _arguments = unflatten(QKV, Prefix, Scores, Form, Dropout)
 _routed_arguments = unflatten(QKV, RoutedPrefix, Scores, Form, Dropout)
 

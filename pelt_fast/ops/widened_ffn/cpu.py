@@ -10,7 +10,7 @@ Traffic  forward    [W1; D] is one GEMM that reads x once; φ, its dropout; [W2 
 Flops    (F + R) / F of the frozen block's, plus 2MR(K + N) for the two weight gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,8 +35,12 @@ from pelt_fast.ops.common.passes import (
     activate,
     activation_buffer,
     covers_rows,
+    few_linear,
+    few_update,
     out_projection,
+    reads_few,
     stacked_linear,
+    takes_few,
 )
 
 
@@ -49,6 +53,9 @@ def ffn_forward(
     settings: FFNSettings,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
+    plain = settings.seed is None and packed.packed is None and packed.packed_out is None
+    if plain and not keep_pre and _takes_few(x, adapter_x, ffn, adapter):
+        return _few_forward(x, adapter_x, ffn, adapter, settings), absent(x)
     bottleneck_drop, inner_drop, output_drop = ffn_dropouts(settings)
     pre = stacked_linear(x, adapter_x, ffn, adapter, packed.packed)
     covered = covers_rows(pre)
@@ -69,6 +76,61 @@ def ffn_forward(
         act, inner, ffn, adapter, packed.packed_out, settings.scale, output_drop, covered=covered
     )
     return y, pre if keep_pre else absent(pre)
+
+
+def _takes_few(
+    x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, adapter: Bottleneck
+) -> bool:
+    """Whether :func:`_few_forward` takes x (M, K) and these weights."""
+    weights = [weight for weight in ffn[::2] if weight is not None]
+    biases = [bias for bias in ffn[1::2] if bias is not None]
+    frozen = all(reads_few(x, w) for w in weights) and all(b.dtype is x.dtype for b in biases)
+    sources = [x] if adapter_x is None else [x, adapter_x]
+    return frozen and all(takes_few(source, adapter) for source in sources)
+
+
+def _few_forward(
+    x: Tensor,
+    adapter_x: Tensor | None,
+    ffn: FrozenFFN,
+    adapter: Bottleneck,
+    settings: FFNSettings,
+) -> Tensor:
+    """A few rows without dropout: the block, then the adapter in one call."""
+    activation, covered = settings.ffn_activation, True
+    a = few_linear(x, ffn.in_weight, ffn.in_bias)
+    if ffn.gate_weight is None:
+        activate(activation, a, a, covered=covered)
+    else:
+        gate = few_linear(x, ffn.gate_weight, ffn.gate_bias)
+        activate(activation, gate, a, linear=a, covered=covered)
+    y = few_linear(a, ffn.out_weight, ffn.out_bias)
+    source = x if adapter_x is None else adapter_x
+    return few_update(y, source, adapter, settings.scale, settings.activation, in_place=True)
+
+
+def ffn_step(
+    x: Tensor,
+    adapter_x: Tensor | None,
+    ffn: FrozenFFN,
+    adapter: Bottleneck,
+    settings: FFNSettings,
+) -> Callable | None:
+    """What runs inputs of the shape of x (..., K) without autograd and dropout, checked here once;
+    None if C++ does not take them."""
+    if not _takes_few(*_rows_of(x, adapter_x), ffn, adapter):
+        return None
+
+    def step(x: Tensor, adapter_x: Tensor | None) -> Tensor:
+        y = _few_forward(*_rows_of(x, adapter_x), ffn, adapter, settings)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    return step
+
+
+def _rows_of(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    """Each as a matrix of its last dimension."""
+    return (None if t is None else t.reshape(-1, t.shape[-1]) for t in tensors)
 
 
 def ffn_backward(

@@ -77,6 +77,8 @@ class Stacked(NamedTuple):
     buffers: Buffers | None = None
 
 
+ffn_step = cpu.ffn_step
+
 _arguments = unflatten(Tensor, Tensor, FrozenFFN, Bottleneck, Stacked, FFNSettings)
 
 
