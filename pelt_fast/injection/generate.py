@@ -1,5 +1,5 @@
-"""While a model generates nothing trains or changes: each prefix is computed once for all steps, and
-what the sites run is checked once."""
+"""While a model generates nothing trains or changes: each prefix is computed once for all steps,
+and what the sites run is checked once."""
 
 import contextlib
 from collections.abc import Iterator

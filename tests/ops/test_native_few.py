@@ -55,7 +55,11 @@ def test_product_of_a_few_rows(m, k, n, biased, columns, dtype):
 ])  # fmt: skip
 def test_update_of_a_few_rows(m, k, n, r, biased, activation, dtype, weights):
     x, base, out = padded(m, k, dtype=dtype), padded(m, n, dtype=dtype), padded(m, n, dtype=dtype)
-    t, down, up = padded(m, r, dtype=dtype), padded(r, k, dtype=weights), padded(n, r, dtype=weights)
+    t, down, up = (
+        padded(m, r, dtype=dtype),
+        padded(r, k, dtype=weights),
+        padded(n, r, dtype=weights),
+    )
     down, up = down.div_(k**0.5), up.div_(r**0.5)
     biases = [torch.randn(size).to(weights) if biased else None for size in (r, n)]
     d, u = (0 if bias is None else bias.double() for bias in biases)

@@ -78,9 +78,7 @@ def ffn_forward(
     return y, pre if keep_pre else absent(pre)
 
 
-def _takes_few(
-    x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, adapter: Bottleneck
-) -> bool:
+def _takes_few(x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, adapter: Bottleneck) -> bool:
     """Whether :func:`_few_forward` takes x (M, K) and these weights."""
     weights = [weight for weight in ffn[::2] if weight is not None]
     biases = [bias for bias in ffn[1::2] if bias is not None]
