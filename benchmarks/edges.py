@@ -64,8 +64,11 @@ def edges(plan: Plan) -> Iterator[Edge]:
         return
     yield Edge("rows without packing", passes.FEW_ROWS, lambda n: lora(plan, n, 16, False))
     yield Edge("rows of a decoder's product", passes.MAX_FEW, lambda n: _block(plan, n, 16))
-    yield Edge("rank of LoRA", passes.MAX_RANK, lambda r: lora(plan, plan.rows, r))
-    yield Edge("rank of an adapter", passes.MAX_RANK, lambda r: adapter(plan, plan.rows, r))
+    plain, masked = passes.PLAIN_RANK, passes.MASKED_RANK
+    yield Edge("rank of LoRA", plain, lambda r: lora(plan, plan.rows, r))
+    yield Edge("rank of LoRA with dropout", masked,
+               lambda r: lora(plan, plan.rows, r, dropout_p=0.1))  # fmt: skip
+    yield Edge("rank of an adapter", plain, lambda r: adapter(plan, plan.rows, r))
     yield Edge("prefix length", prefix_cpu.MAX_PREFIX, lambda p: _prefix(plan, p, 64))
     yield Edge("head dim under a prefix", prefix_cpu.MAX_HEAD_DIM, lambda d: _prefix(plan, 32, d))
 
@@ -106,22 +109,25 @@ def _training(function: Callable[[Tensor], Tensor], x: Tensor, backward: bool = 
     return step
 
 
-def lora(plan: Plan, rows: int, rank: int, backward: bool = True) -> Step:
+def lora(plan: Plan, rows: int, rank: int, backward: bool = True, dropout_p: float = 0.0) -> Step:
     """A step of a LoRA linear."""
     made = _maker(plan)
     w, a, b = made(WIDTH, WIDTH), made(rank, WIDTH, trained=True), made(WIDTH, rank, trained=True)
     x = made(rows, WIDTH)
     return _training(
-        lambda x: functional.lora_linear(x, w, None, a, b, scale=2.0), x, backward=backward
-    )
+        lambda x: functional.lora_linear(x, w, None, a, b, scale=2.0, dropout_p=dropout_p), x,
+        backward=backward,
+    )  # fmt: skip
 
 
-def adapter(plan: Plan, rows: int, rank: int) -> Step:
+def adapter(plan: Plan, rows: int, rank: int, dropout_p: float = 0.0) -> Step:
     """A training step of a sequential adapter."""
     made = _maker(plan)
     down, up = made(rank, WIDTH, trained=True), made(WIDTH, rank, trained=True)
     x = made(rows, WIDTH)
-    return _training(lambda x: functional.sequential_adapter(x, down, None, up, None), x)
+    return _training(
+        lambda x: functional.sequential_adapter(x, down, None, up, None, dropout_p=dropout_p), x
+    )
 
 
 def _block(plan: Plan, rows: int, rank: int) -> Step:

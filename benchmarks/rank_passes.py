@@ -1,14 +1,19 @@
 """A step of LoRA and of an adapter by rank: milliseconds of our C++ passes, and of the library.
 
-    python -m benchmarks.rank_passes
+    python -m benchmarks.rank_passes                     fp32, no dropout
+    python -m benchmarks.rank_passes --dtype bfloat16 --dropout 0.1
 
-256 rows, 768 wide, fp32, no dropout, forward and backward. The library takes over where the passes
-are told that they take no rank.
+256 rows, 768 wide, forward and backward. ``passes.PLAIN_RANK`` says which of them takes which rank
+where nothing is dropped.
 """
 
+import argparse
 from statistics import median
+from unittest import mock
 
-from pelt_fast.ops.common import gradients, passes
+import torch
+
+from pelt_fast.ops.common import gemm, passes
 
 from . import edges
 from .common import table
@@ -17,12 +22,12 @@ from .timing import rounds
 RANKS = (8, 16, 32, 64, 96, 128)
 
 
-def measure(plan: edges.Plan, ranks: tuple[int, ...] = RANKS) -> list[list[str]]:
+def measure(plan: edges.Plan, dropout_p: float, ranks: tuple[int, ...] = RANKS) -> list[list[str]]:
     """One line for each method and rank."""
     lines = []
     for name, make in (("LoRA", edges.lora), ("adapter", edges.adapter)):
         for rank in ranks:
-            step = make(plan, plan.rows, rank)
+            step = make(plan, plan.rows, rank, dropout_p=dropout_p)
             both = {"C++": _capped(step, passes.MAX_RANK), "library": _capped(step, 0)}
             taken = {k: 1e3 * median(v) for k, v in rounds(both, plan.repeats).items()}
             lines.append([name, str(rank), *(f"{ms:.2f}" for ms in taken.values()),
@@ -31,19 +36,24 @@ def measure(plan: edges.Plan, ranks: tuple[int, ...] = RANKS) -> list[list[str]]
 
 
 def _capped(step: edges.Step, most: int) -> edges.Step:
-    """The step, where the passes take ranks up to ``most``."""
+    """The step, where the passes take ranks up to ``most``, whatever is faster."""
 
     def capped(i: int) -> None:
-        before = passes.MAX_RANK
-        passes.MAX_RANK = gradients.MAX_RANK = most
-        try:
+        with (
+            mock.patch.multiple(passes, PLAIN_RANK=most, MASKED_RANK=most),
+            mock.patch.object(gemm, "in_16_bits", lambda x: False),
+            mock.patch.object(passes, "MAX_RANK", most),
+        ):
             step(i)
-        finally:
-            passes.MAX_RANK = gradients.MAX_RANK = before
 
     return capped
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    options = parser.parse_args()
     header = ["method", "rank", "C++, ms", "library, ms", "library / C++"]
-    print(table(header, measure(edges.Plan())))
+    plan = edges.Plan(dtype=getattr(torch, options.dtype))
+    print(table(header, measure(plan, options.dropout)))

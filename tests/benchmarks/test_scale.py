@@ -81,8 +81,8 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, said, capsys, tmp_p
 def test_every_threshold_of_a_cpu_has_an_edge():
     found = {edge.last for edge in edges.edges(edges.Plan())}
     assert found == {
-        passes.FEW_ROWS, passes.MAX_FEW, passes.MAX_RANK, prefix_cpu.MAX_PREFIX,
-        prefix_cpu.MAX_HEAD_DIM,
+        passes.FEW_ROWS, passes.MAX_FEW, passes.PLAIN_RANK, passes.MASKED_RANK,
+        prefix_cpu.MAX_PREFIX, prefix_cpu.MAX_HEAD_DIM,
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pelt_fast.ops.common import gemm
 from pelt_fast.ops.common.activations import ACTIVATIONS
 from pelt_fast.ops.common.bundles import (
     LAYER_NORM_EPS,
@@ -33,6 +34,7 @@ from pelt_fast.ops.common.passes import (
     cpp_weight,
     down,
     few_update,
+    library_is_faster,
     takes_few,
     up,
 )
@@ -53,7 +55,8 @@ def adapter_forward(
     if transform.seed is None and takes_few(x, adapter):
         t = x.new_empty(x.shape[0], adapter.down_weight.shape[0]) if keep_t else None
         return _few_forward(x, residual, adapter, norm, transform, t), absent(x) if t is None else t
-    if not normed and _in_one_pass(x, residual, adapter.down_weight.shape[0]):
+    rank = adapter.down_weight.shape[0]
+    if not normed and _in_one_pass(x, residual, rank, transform.seed):
         return _forward_in_one_pass(x, residual, adapter, transform, keep_t)
     t = _normed_down(x, adapter, norm) if normed else down(x, *adapter[:2])
     h = activate(transform.activation, t, p=transform.dropout_p, seed=transform.seed)
@@ -102,7 +105,7 @@ def _normed_down(x: Tensor, adapter: Bottleneck, norm: AdapterNorm) -> Tensor:
     t = x.new_empty(x.shape[0], down_weight.shape[0])
     for rows in row_blocks(x):
         u = F.layer_norm(x[rows], x.shape[1:], norm.norm_weight, norm.norm_bias, LAYER_NORM_EPS)
-        t[rows] = F.linear(u, down_weight, bias)
+        t[rows] = gemm.linear(u, down_weight, bias)
     return t
 
 
@@ -120,7 +123,7 @@ def adapter_backward(
         return NotImplemented
     down_weight, up_weight = adapter.down_weight, adapter.up_weight
     grads = [absent(dy) for _ in range(7)]
-    if _covered(dy, x, down_weight.shape[0]):
+    if _covered(dy, x, down_weight.shape[0], transform.seed):
         found = _backward_in_one_pass(dy, x, t, adapter, transform, sequential, needs)
         return *found, *grads[5:]
     need_dt = needs[0] or needs[1] or needs[2]
@@ -138,14 +141,14 @@ def adapter_backward(
     return tuple(grads)
 
 
-def _in_one_pass(x: Tensor, residual: Tensor, rank: int) -> bool:
-    """Whether one pass is the fastest. Products that round to 16 bits are faster in the library."""
-    return x.element_size() == 4 and _covered(x, residual, rank)
+def _in_one_pass(x: Tensor, residual: Tensor, rank: int, seed: Tensor | None) -> bool:
+    """Whether one pass is the fastest. Products in 16-bit arithmetic are faster in the library."""
+    return not gemm.in_16_bits(x) and _covered(x, residual, rank, seed)
 
 
-def _covered(dy: Tensor, x: Tensor, rank: int) -> bool:
-    """Whether the one pass takes dy (M, N), x (M, K) and a rank."""
-    return covers(dy, rank) and covers(x, rank)
+def _covered(dy: Tensor, x: Tensor, rank: int, seed: Tensor | None) -> bool:
+    """Whether the one pass takes dy (M, N), x (M, K) and a rank, and the library is not faster."""
+    return not library_is_faster(x, rank, seed) and covers(dy, rank) and covers(x, rank)
 
 
 def _forward_in_one_pass(

@@ -8,17 +8,18 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from . import gemm
 from .activations import ACTIVATIONS
 from .bundles import Dropout, FFNMatrices, Transform
 from .dropout import cpp_mask, drop_, drop_factor, row_blocks
 from .passes import (
     LIBRARY_IS_FASTER,
-    MAX_RANK,
     NO_MASK,
     activate,
     covers_rows,
     cpp,
     cpp_weight,
+    library_is_faster,
 )
 
 
@@ -35,14 +36,16 @@ def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     The result of low-precision activations is not rounded, and they are not cast as a whole: CUDA's
     GEMM writes fp32; elsewhere one block of rows at a time is cast.
     """
-    if torch.promote_types(left.dtype, dtype) == left.dtype:
+    wide = torch.promote_types(left.dtype, dtype)
+    if wide == left.dtype and not gemm.runs_in_fp32(left):
         return (left.t() @ right).to(dtype)
     if left.is_cuda and dtype == torch.float32:
         return torch.mm(left.t(), right, out_dtype=dtype)
-    out = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
+    wide = torch.promote_types(wide, torch.float32)
+    out = torch.zeros(left.shape[1], right.shape[1], dtype=wide, device=left.device)
     for rows in row_blocks(left, left.shape[1] + right.shape[1]):
-        out.addmm_(left[rows].to(dtype).t(), right[rows].to(dtype))
-    return out
+        out.addmm_(left[rows].to(wide).t(), right[rows].to(wide))
+    return out.to(dtype)
 
 
 def activation_backward(
@@ -108,8 +111,10 @@ def up_gradients(
         dh = None
     elif dh is None:
         dh = dy.new_empty(dy.shape[0], b.shape[1])
+    rank = b.shape[1]
     covered = covers_rows(dy) if covered is None else covered
-    if covered and 1 <= b.shape[1] <= MAX_RANK and (h is None or h.stride(-1) == 1):
+    covered = covered and rank > 0 and not library_is_faster(dy, rank, None)
+    if covered and (h is None or h.stride(-1) == 1):
         db = None if h is None else dy.new_empty(b.shape, dtype=torch.float32)
         d_bias = dy.new_empty(b.shape[0], dtype=torch.float32) if need_bias else None
         weight = cpp_weight(b) if need_dh else None
@@ -120,7 +125,7 @@ def up_gradients(
     if need_bias:
         d_bias = dy.sum(0, dtype=b.dtype).mul_(scale)
     if need_dh:
-        torch.mm(dy, b.to(dy.dtype), out=dh).mul_(scale)
+        gemm.product(dy, b.to(dy.dtype), dh).mul_(scale)
     return dh, db, d_bias
 
 
@@ -163,14 +168,13 @@ def down_gradients(
     dtype; one mask for both. None for a gradient that is not requested. Only da reads ``x``."""
     like, (rank, width) = x if need_da else ds, a.shape
     covered = covers_rows(like) if covered is None else covered
-    takes = covered and 1 <= rank <= MAX_RANK
+    takes = covered and rank > 0 and not library_is_faster(like, rank, seed)
     ours = takes and ds.stride(-1) == 1
     if seed is not None and not ours:
         dx = _started(ds, width, base, in_place) if need_dx else None
         return _masked_gradients(ds, x, a, dx, Dropout(p, seed), need_da)
     dx = da = None
-    in_16_bits = seed is None and like.element_size() == 2  # faster in the library
-    if need_dx and (not ours or in_16_bits):
+    if need_dx and (not ours or (seed is None and gemm.in_16_bits(like))):
         dx, need_dx = _input_gradient(ds, a.to(ds.dtype), base, in_place), False
     if not ours:
         return dx, weight_gradient(ds, x, a.dtype) if need_da else None
@@ -190,8 +194,8 @@ def down_gradients(
 def _input_gradient(ds: Tensor, a: Tensor, base: Tensor | None, in_place: bool) -> Tensor:
     """base + ds a by the library's GEMM."""
     if base is None:
-        return ds @ a
-    return base.addmm_(ds, a) if in_place else torch.addmm(base, ds, a)
+        return gemm.product(ds, a)
+    return gemm.add_product(base, ds, a, out=base if in_place else None)
 
 
 def _started(ds: Tensor, width: int, base: Tensor | None, in_place: bool) -> Tensor:
@@ -209,7 +213,7 @@ def _masked_gradients(ds, x, a, dx: Tensor | None, mask: Dropout, need_da: bool)
     for rows in row_blocks(ds, a.shape[1]):
         factor = drop_factor(rows, a.shape[1], mask.dropout_p, mask.seed, ds.dtype)
         if dx is not None:
-            dx[rows].addcmul_(ds[rows] @ low, factor)
+            dx[rows].addcmul_(gemm.product(ds[rows], low), factor)
         if need_da:
             da.addmm_(ds[rows].t().to(wide), factor.mul_(x[rows]).to(wide))
     return dx, None if da is None else da.to(a.dtype)
@@ -221,15 +225,15 @@ def stacked_input_gradient(
     """[dG | dZ | dT] times the stacked weights: one GEMM if they are packed. If the adapter reads a
     ``separate`` tensor, dT is left out."""
     if packed is not None and not separate:
-        return d_pre @ packed
+        return gemm.product(d_pre, packed)
     stack = [weights.in_weight]
     if weights.gate_weight is not None:
         stack.insert(0, weights.gate_weight)
     if not separate:
         stack.append(weights.down_weight.to(d_pre.dtype))
     first = stack[0].shape[0]
-    dx = d_pre[:, :first] @ stack[0]
+    dx = gemm.product(d_pre[:, :first], stack[0])
     for weight in stack[1:]:
-        dx.addmm_(d_pre[:, first : first + weight.shape[0]], weight)
+        gemm.add_product(dx, d_pre[:, first : first + weight.shape[0]], weight, out=dx)
         first += weight.shape[0]
     return dx

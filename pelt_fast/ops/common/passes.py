@@ -3,18 +3,16 @@
 Shapes   x, base (M, K) or (M, N); a (R, K); b (N, R); s, h (M, R).
 In C++ (csrc/cpu/) each is one pass over its large tensors, and the dropout mask is made in
 registers. Without C++ the library's GEMMs and elementwise kernels run, with the mask of one block
-of rows at a time. Products without a mask that round to 16 bits, or have few rows, always run in
-the library: it multiplies 16-bit numbers, and packs no weight first. The C++ code multiplies fp32.
+of rows at a time. The C++ code multiplies fp32 and packs its weight first. So products without a
+mask run in the library if they have few rows, or if they round to 16 bits and the processor has
+arithmetic for these; and any product above ``PLAIN_RANK`` or ``MASKED_RANK``.
 ``covered`` is the result of :func:`covers_rows`, if the caller has checked all its tensors at once.
 """
 
-import functools
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import native
+from . import gemm, native
 from .activations import ACTIVATIONS
 from .bundles import Bottleneck, Dropout, FrozenFFN
 from .dropout import cpp_mask, drop_, drop_factor, row_blocks
@@ -29,6 +27,11 @@ NO_MASK = (None, 0, 1.0)  # the mask arguments of the C++ code if nothing is dro
 # these, and twice our time for gelu_tanh and tanh (python -m benchmarks.activations)
 _ON_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 LIBRARY_IS_FASTER = ("identity", "relu", "gelu", "silu") if _ON_AVX2 else ("identity",)
+
+# The largest ranks that the C++ passes multiply sooner in fp32 than the library, without and with a
+# mask. Up to there one read of a tensor gains more than the library's inner loop (python -m
+# benchmarks.rank_passes).
+PLAIN_RANK, MASKED_RANK = (16, 32) if _ON_AVX2 else (MAX_RANK, MAX_RANK)
 
 cpp = native.ops()
 
@@ -53,10 +56,18 @@ def cpp_weight(tensor: Tensor | None) -> Tensor | None:
 
 def _by_library(x: Tensor, rank: int, seed: Tensor | None, covered: bool | None) -> bool:
     """Whether the library runs a rank product of x."""
-    few = x.element_size() == 2 or x.shape[0] <= FEW_ROWS
-    if (seed is None and few) or not 1 <= rank <= MAX_RANK:
+    few = x.shape[0] <= FEW_ROWS or gemm.in_16_bits(x)
+    if (seed is None and few) or rank < 1 or library_is_faster(x, rank, seed):
         return True
     return not (covers_rows(x) if covered is None else covered)
+
+
+def library_is_faster(x: Tensor, rank: int, seed: Tensor | None) -> bool:
+    """Whether the library multiplies x, masked if there is a seed, by a factor of this rank sooner
+    than the C++ passes, or these do not take it."""
+    if x.element_size() != 4:
+        return rank > MAX_RANK
+    return rank > min(MAX_RANK, PLAIN_RANK if seed is None else MASKED_RANK)
 
 
 def has_few_rows(x: Tensor) -> bool:
@@ -78,14 +89,6 @@ def few_linear(
     return out
 
 
-@functools.cache
-def computes_in(dtype: torch.dtype) -> bool:
-    """Whether this CPU has arithmetic for a 16-bit dtype, and the library a GEMM that uses it."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
@@ -93,19 +96,11 @@ def linear(
 
     A product of few rows takes as long as reading the weight. The C++ code reads it once, in the
     order of its memory, whether its rows or its columns are contiguous. The library's GEMM takes
-    longer. On a CPU without 16-bit arithmetic the library's 16-bit product takes longer than one in
-    fp32, and 30 times as long by columns (docs/facts.md#products-of-a-few-rows).
+    longer.
     """
     if has_few_rows(x) and reads_few(x, weight):
         return few_linear(x, weight, bias, out)
-    if x.device.type == "cpu" and x.element_size() == 2 and not computes_in(x.dtype):
-        product = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        return product.to(x.dtype) if out is None else out.copy_(product)
-    if out is None:
-        return F.linear(x, weight, bias)
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
+    return gemm.linear(x, weight, bias, out)
 
 
 def activate(
@@ -161,11 +156,11 @@ def down(
         return cpp.rank_down_(s, x, cpp_weight(a), cpp_weight(bias), *mask)
     a, bias = a.to(low), None if bias is None else bias.to(low)
     if seed is None:
-        return F.linear(x, a, bias)
+        return linear(x, a, bias)
     s = x.new_empty(x.shape[0], rank)
     for rows in row_blocks(x):
         factor = drop_factor(rows, x.shape[1], p, seed, low)
-        torch.mm(factor.mul_(x[rows]), a.t(), out=s[rows])
+        gemm.product(factor.mul_(x[rows]), a.t(), s[rows])
     return s if bias is None else s.add_(bias)
 
 
@@ -194,12 +189,13 @@ def up(
             block = torch.mul(base[rows], drop_factor(rows, base.shape[1], p, seed, low),
                               out=out[rows])  # fmt: skip
             block = block if bias is None else block.add_(bias)
-            block.addmm_(h[rows], b, alpha=scale)
+            gemm.add_product(block, h[rows], b, scale, block)
         return out
     if bias is not None:
         # the bias is added in the copy of base, which the accumulating GEMM needs anyway
-        return torch.add(base, bias.to(low), alpha=scale, out=out).addmm_(h, b, alpha=scale)
-    return torch.addmm(base, h, b, alpha=scale, out=out)
+        start = torch.add(base, bias.to(low), alpha=scale, out=out)
+        return gemm.add_product(start, h, b, scale, out)
+    return gemm.add_product(base, h, b, scale, out)
 
 
 def takes_few(x: Tensor, adapter: Bottleneck) -> bool:
