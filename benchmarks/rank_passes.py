@@ -41,10 +41,12 @@ def _capped(step: edges.Step, most: int) -> edges.Step:
     def capped(i: int) -> None:
         with (
             mock.patch.multiple(passes, PLAIN_RANK=most, MASKED_RANK=most),
-            mock.patch.object(gemm, "in_16_bits", lambda x: False),
+            mock.patch.object(gemm, "in_16_bits", lambda dtype, device: False),
             mock.patch.object(passes, "MAX_RANK", most),
         ):
+            passes.library_is_faster.cache_clear()
             step(i)
+        passes.library_is_faster.cache_clear()
 
     return capped
 

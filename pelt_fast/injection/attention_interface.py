@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelt_fast import functional
 from pelt_fast.modules import PrefixSlice, QuerySlice
-from pelt_fast.modules.generation import keep_step, next_step
+from pelt_fast.modules.generation import generation, keep_step, next_step
 from pelt_fast.modules.routed_slice import RoutedSlice
 from pelt_fast.ops.common.backends import backend
 from pelt_fast.ops.common.bundles import QKV, Form, Prefix, Scores
@@ -141,7 +141,8 @@ def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
     if isinstance(site, RoutedSlice):
         given = dict(mask=mask, causal=causal, dropout=dropout, scaling=scaling)
         return attend_together(module, site, QKV(q, k, v), **given).transpose(1, 2)
-    step = next_step(site, q) if mask is None and not dropout else None
+    steps = generation.kept is not None and mask is None and not dropout
+    step = next_step(site, q) if steps else None
     if step is not None:
         return step(q, k, v).transpose(1, 2)
     prefix_k, prefix_v = site(q.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -152,7 +153,7 @@ def _attend(module, site, q, k, v, *, mask, causal, dropout, scaling) -> Tensor:
     if kind is not None and kind == site.checked and _fits(mask, q, k):
         scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
         scores, form = Scores(mask, causal, scale), Form(site.form, site.composition)
-        if mask is None and not dropout:
+        if steps:
             keep_step(site, q, prefix_step, k, v, prefix, scores, form)
         out = attention_with_prefix(qkv, prefix, scores, form, float(dropout), module.training)
         return out.transpose(1, 2)

@@ -14,7 +14,7 @@ from pelt_fast.ops.common.bundles import Bottleneck as BottleneckWeights
 
 from .decision import Basis, DecidesOnce, Decision, is_public
 from .frozen_module import Foldable, FrozenModule, is_beside
-from .generation import keep_step, next_step
+from .generation import generation, keep_step, next_step
 from .hooked import at_hand, is_away
 from .kept_input import KeptInput
 from .late import in_force
@@ -156,14 +156,14 @@ class Bottleneck(DecidesOnce, Foldable):
         return self._update(base, x.to(base.dtype))
 
     def _update(self, base: Tensor | None, x: Tensor) -> Tensor:
-        step = next_step(self, x)
+        step = None if generation.kept is None else next_step(self, x)
         if step is not None:
             return step(x, base)
         decision, probabilities = self.update_decision(x)
         if probabilities is not None:
             weights = BottleneckWeights(*self.weights)
             transform = Transform(self.activation, self.scale, probabilities[-1], None)
-            if not any(probabilities):
+            if generation.kept is not None and not any(probabilities):
                 keep_step(self, x, adapter_step, weights, decision.given, transform)
             return adapter(x, base, weights, decision.given, transform, True)
         if base is None:

@@ -14,7 +14,7 @@ from .adapter import Bottleneck
 from .decision import Basis, Decision, is_public
 from .ffn_block import FFNBlock
 from .frozen_module import QUANTISED, FrozenModule
-from .generation import keep_step, next_step
+from .generation import generation, keep_step, next_step
 from .kept_input import KeptInput
 from .late import Dropout
 from .packing import Packing, Packings
@@ -143,7 +143,7 @@ class ParallelFFNAdapter(_FFNAdapter):
         off = self.switch.any_block and self.switch.is_off()
         if off or (self.merged and self.is_folded()):
             return self.ffn(x)
-        step = next_step(self, x)
+        step = None if generation.kept is None else next_step(self, x)
         y = self._decided(x, adapter_x) if step is None else step(x, adapter_x)
         return self.ffn.output_dropout(y) if self.before_dropout else y
 
@@ -162,9 +162,9 @@ class ParallelFFNAdapter(_FFNAdapter):
             return self._checked(x, adapter_x)
         inner, output, own = probabilities
         ffn, name, buffers = decision.given
-        adapter = BottleneckWeights(*self.weights)
+        adapter = BottleneckWeights(self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         settings = FFNSettings(name, self.activation, self.scale, own, inner, output, None)
-        if not any(probabilities):
+        if generation.kept is not None and not any(probabilities):
             keep_step(self, x, ffn_step, adapter_x, ffn, adapter, settings)
         stacked = Stacked(None, None, buffers)
         return widened_ffn(x, adapter_x, ffn, adapter, stacked, settings, True)

@@ -36,18 +36,15 @@ def one_generate() -> Iterator[None]:
 
 
 def next_step(site: Hashable, x: Tensor) -> Callable | None:
-    """The call that ``site`` keeps for inputs like x; None if it has to decide."""
-    kept = None if torch.compiler.is_compiling() else generation.kept
-    if kept is None:
-        return None
-    shape, call = kept.get(site, (None, None))
+    """The call that ``site`` keeps for inputs like x in this generate; None if it has to decide."""
+    shape, call = generation.kept.get(site, (None, None))
     return call if shape == x.shape and not torch.is_grad_enabled() else None
 
 
 def keep_step(site: Hashable, x: Tensor, make: Callable[..., Callable | None], *args) -> None:
-    """Keep ``make(x, *args)`` for the next inputs like x, unless it is None, or other code has to
-    see each op."""
-    if generation.kept is None or torch.is_grad_enabled() or active.name not in OF_THE_DEVICE:
+    """Keep ``make(x, *args)`` in this generate for the next inputs like x, unless it is None, or
+    other code has to see each op."""
+    if torch.is_grad_enabled() or active.name not in OF_THE_DEVICE:
         return
     call = make(x, *args) if is_plain((x,)) else None
     if call is not None:

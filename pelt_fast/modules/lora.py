@@ -13,7 +13,7 @@ from pelt_fast.ops.lora.op import lora, lora_step
 
 from .decision import Basis, DecidesOnce, Decision, is_public
 from .frozen_module import QUANTISED, Foldable, FrozenModule, is_beside
-from .generation import keep_step, next_step
+from .generation import generation, keep_step, next_step
 from .late import in_force
 from .projection_view import device_of, shape_of
 from .switch import ALWAYS_ON, Switch
@@ -77,7 +77,7 @@ class LoRALinear(DecidesOnce, Foldable):
         off = self.switch.any_block and self.switch.is_off()
         if off or (self.merged and self.is_folded()):
             return self.frozen.bare(x)
-        step = next_step(self, x)
+        step = None if generation.kept is None else next_step(self, x)
         if step is not None:
             return step(x)
         decision, probabilities = self.decided(x)
@@ -88,7 +88,7 @@ class LoRALinear(DecidesOnce, Foldable):
             return self.beside(self.frozen.bare, x, self.lora_b, self.scale)
         if probabilities is not None:
             factors = LowRank(self.lora_a, self.lora_b, self.scale)
-            if not any(probabilities):
+            if generation.kept is not None and not any(probabilities):
                 keep_step(self, x, lora_step, decision.given, factors)
             return lora(x, decision.given, factors, probabilities[0], True)
         linear = self.frozen.module

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pelt_fast.ops.common import gemm, gradients
+from pelt_fast.ops.common import gemm, gradients, passes
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -22,7 +22,10 @@ def close(found, wanted, depth):
 @pytest.fixture(params=[False, True], ids=["as here", "without 16-bit arithmetic"], autouse=True)
 def arithmetic(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(gemm, "computes_in", lambda dtype: False)
+        monkeypatch.setattr(gemm, "in_16_bits", lambda dtype, device: False)
+    gemm.runs_in_fp32.cache_clear()
+    yield
+    gemm.runs_in_fp32.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,23 +34,23 @@ def test_products(m, k, n, dtype):
     x, w, base, bias = (made(*s, dtype=dtype) for s in ((m, k), (k, n), (m, n), (n,)))
     exact = x.double() @ w.double()
     if not m:
-        assert gemm.linear(x, w.t(), bias).shape == gemm.product(x, w).shape == (m, n)
+        assert passes.linear(x, w.t(), bias).shape == gradients.product(x, w).shape == (m, n)
         return
-    close(gemm.product(x, w), exact, k)
-    close(gemm.linear(x, w.t()), exact, k)
-    close(gemm.linear(x, w.t(), bias), exact + bias.double(), k)
-    close(gemm.add_product(base, x, w, -0.5), base.double() - 0.5 * exact, k)
+    close(gradients.product(x, w), exact, k)
+    close(passes.linear(x, w.t()), exact, k)
+    close(passes.linear(x, w.t(), bias), exact + bias.double(), k)
+    close(passes.add_product(base, x, w, -0.5, None), base.double() - 0.5 * exact, k)
     wide = made(m, 2 * n, dtype=dtype)
     for out in (base.clone(), wide[:, n:]):
         for call, wanted in (
-            (lambda o: gemm.product(x, w, o), exact),
-            (lambda o: gemm.linear(x, w.t(), None, o), exact),
-            (lambda o: gemm.linear(x, w.t(), bias, o), exact + bias.double()),
+            (lambda o: gradients.product(x, w, o), exact),
+            (lambda o: passes.linear(x, w.t(), None, o), exact),
+            (lambda o: passes.linear(x, w.t(), bias, o), exact + bias.double()),
         ):
             assert call(out) is out
             close(out, wanted, k)
     over = base.clone()
-    assert gemm.add_product(over, x, w, 2.0, over) is over
+    assert passes.add_product(over, x, w, 2.0, over) is over
     close(over, base.double() + 2 * exact, k)
 
 

@@ -35,6 +35,7 @@ from pelt_fast.ops.common.passes import (
     down,
     few_update,
     library_is_faster,
+    linear,
     takes_few,
     up,
 )
@@ -105,7 +106,7 @@ def _normed_down(x: Tensor, adapter: Bottleneck, norm: AdapterNorm) -> Tensor:
     t = x.new_empty(x.shape[0], down_weight.shape[0])
     for rows in row_blocks(x):
         u = F.layer_norm(x[rows], x.shape[1:], norm.norm_weight, norm.norm_bias, LAYER_NORM_EPS)
-        t[rows] = gemm.linear(u, down_weight, bias)
+        t[rows] = linear(u, down_weight, bias)
     return t
 
 
@@ -143,12 +144,13 @@ def adapter_backward(
 
 def _in_one_pass(x: Tensor, residual: Tensor, rank: int, seed: Tensor | None) -> bool:
     """Whether one pass is the fastest. Products in 16-bit arithmetic are faster in the library."""
-    return not gemm.in_16_bits(x) and _covered(x, residual, rank, seed)
+    return not gemm.in_16_bits(x.dtype, x.device.type) and _covered(x, residual, rank, seed)
 
 
 def _covered(dy: Tensor, x: Tensor, rank: int, seed: Tensor | None) -> bool:
     """Whether the one pass takes dy (M, N), x (M, K) and a rank, and the library is not faster."""
-    return not library_is_faster(x, rank, seed) and covers(dy, rank) and covers(x, rank)
+    slower = library_is_faster(x.dtype, rank, seed is not None)
+    return not slower and covers(dy, rank) and covers(x, rank)
 
 
 def _forward_in_one_pass(

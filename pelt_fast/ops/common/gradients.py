@@ -16,6 +16,7 @@ from .passes import (
     LIBRARY_IS_FASTER,
     NO_MASK,
     activate,
+    add_product,
     covers_rows,
     cpp,
     cpp_weight,
@@ -30,6 +31,13 @@ def fill(grads: list[Tensor], indices: Sequence[int], values: Iterable[Tensor | 
             grads[index] = value
 
 
+def product(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """x w, in ``out`` if given."""
+    if gemm.runs_in_fp32(x.dtype, x.device.type):
+        return gemm.product_in_fp32(x, w, out)
+    return x @ w if out is None else torch.mm(x, w, out=out)
+
+
 def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``leftᵀ right`` (P, Q) of left (M, P) and right (M, Q), accumulated in at least ``dtype``.
 
@@ -37,7 +45,7 @@ def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     GEMM writes fp32; elsewhere one block of rows at a time is cast.
     """
     wide = torch.promote_types(left.dtype, dtype)
-    if wide == left.dtype and not gemm.runs_in_fp32(left):
+    if wide == left.dtype and not gemm.runs_in_fp32(left.dtype, left.device.type):
         return (left.t() @ right).to(dtype)
     if left.is_cuda and dtype == torch.float32:
         return torch.mm(left.t(), right, out_dtype=dtype)
@@ -113,7 +121,7 @@ def up_gradients(
         dh = dy.new_empty(dy.shape[0], b.shape[1])
     rank = b.shape[1]
     covered = covers_rows(dy) if covered is None else covered
-    covered = covered and rank > 0 and not library_is_faster(dy, rank, None)
+    covered = covered and rank > 0 and not library_is_faster(dy.dtype, rank, False)
     if covered and (h is None or h.stride(-1) == 1):
         db = None if h is None else dy.new_empty(b.shape, dtype=torch.float32)
         d_bias = dy.new_empty(b.shape[0], dtype=torch.float32) if need_bias else None
@@ -125,7 +133,7 @@ def up_gradients(
     if need_bias:
         d_bias = dy.sum(0, dtype=b.dtype).mul_(scale)
     if need_dh:
-        gemm.product(dy, b.to(dy.dtype), dh).mul_(scale)
+        product(dy, b.to(dy.dtype), dh).mul_(scale)
     return dh, db, d_bias
 
 
@@ -168,13 +176,13 @@ def down_gradients(
     dtype; one mask for both. None for a gradient that is not requested. Only da reads ``x``."""
     like, (rank, width) = x if need_da else ds, a.shape
     covered = covers_rows(like) if covered is None else covered
-    takes = covered and rank > 0 and not library_is_faster(like, rank, seed)
+    takes = covered and rank > 0 and not library_is_faster(like.dtype, rank, seed is not None)
     ours = takes and ds.stride(-1) == 1
     if seed is not None and not ours:
         dx = _started(ds, width, base, in_place) if need_dx else None
         return _masked_gradients(ds, x, a, dx, Dropout(p, seed), need_da)
     dx = da = None
-    if need_dx and (not ours or (seed is None and gemm.in_16_bits(like))):
+    if need_dx and (not ours or (seed is None and gemm.in_16_bits(like.dtype, like.device.type))):
         dx, need_dx = _input_gradient(ds, a.to(ds.dtype), base, in_place), False
     if not ours:
         return dx, weight_gradient(ds, x, a.dtype) if need_da else None
@@ -194,8 +202,8 @@ def down_gradients(
 def _input_gradient(ds: Tensor, a: Tensor, base: Tensor | None, in_place: bool) -> Tensor:
     """base + ds a by the library's GEMM."""
     if base is None:
-        return gemm.product(ds, a)
-    return gemm.add_product(base, ds, a, out=base if in_place else None)
+        return product(ds, a)
+    return add_product(base, ds, a, 1.0, base if in_place else None)
 
 
 def _started(ds: Tensor, width: int, base: Tensor | None, in_place: bool) -> Tensor:
@@ -213,7 +221,7 @@ def _masked_gradients(ds, x, a, dx: Tensor | None, mask: Dropout, need_da: bool)
     for rows in row_blocks(ds, a.shape[1]):
         factor = drop_factor(rows, a.shape[1], mask.dropout_p, mask.seed, ds.dtype)
         if dx is not None:
-            dx[rows].addcmul_(gemm.product(ds[rows], low), factor)
+            dx[rows].addcmul_(product(ds[rows], low), factor)
         if need_da:
             da.addmm_(ds[rows].t().to(wide), factor.mul_(x[rows]).to(wide))
     return dx, None if da is None else da.to(a.dtype)
@@ -225,15 +233,15 @@ def stacked_input_gradient(
     """[dG | dZ | dT] times the stacked weights: one GEMM if they are packed. If the adapter reads a
     ``separate`` tensor, dT is left out."""
     if packed is not None and not separate:
-        return gemm.product(d_pre, packed)
+        return product(d_pre, packed)
     stack = [weights.in_weight]
     if weights.gate_weight is not None:
         stack.insert(0, weights.gate_weight)
     if not separate:
         stack.append(weights.down_weight.to(d_pre.dtype))
     first = stack[0].shape[0]
-    dx = gemm.product(d_pre[:, :first], stack[0])
+    dx = product(d_pre[:, :first], stack[0])
     for weight in stack[1:]:
-        gemm.add_product(dx, d_pre[:, first : first + weight.shape[0]], weight, out=dx)
+        add_product(dx, d_pre[:, first : first + weight.shape[0]], weight, 1.0, dx)
         first += weight.shape[0]
     return dx

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from . import gemm, gradients, passes
+from . import gradients, passes
 from .bundles import RoutedDown, RoutedDropout, RoutedTransform, RoutedUp
 from .dropout import drop_factor
 from .parts import Part, drop_of
@@ -41,7 +41,7 @@ def down_backward_(
         own = dt[part.rows, : part.rank]
         factor = _factor(part, down_weights.shape[1], dt, drop)
         if dx is not None:
-            update = gemm.product(own, down_weights[part.ranks].to(dt.dtype))
+            update = gradients.product(own, down_weights[part.ranks].to(dt.dtype))
             dx[part.rows] += update if factor is None else update.mul_(factor)
         if d_weights is not None:
             read = x[part.rows] if factor is None else factor.mul_(x[part.rows])
@@ -65,7 +65,7 @@ def up_(
         if up.up_biases is not None:
             to.add_(up.up_biases[part.method].to(low), alpha=scale)
         h = _hidden(t, part, transform.activation, drop)
-        gemm.add_product(to, h, part.up(up.up_weights, outputs).to(low).t(), scale, to)
+        passes.add_product(to, h, part.up(up.up_weights, outputs).to(low).t(), scale, to)
 
 
 def up_backward_(
@@ -83,7 +83,7 @@ def up_backward_(
     for part in parts:
         scale, above = transform.scales[part.method], dy[part.rows]
         if dt is not None:
-            dh = gemm.product(above, part.up(up_weights, outputs).to(dy.dtype)).mul_(scale)
+            dh = gradients.product(above, part.up(up_weights, outputs).to(dy.dtype)).mul_(scale)
             factor, own = _factor(part, part.rank, dy, drop), t[part.rows, : part.rank]
             dh = dh if factor is None else dh.mul_(factor)
             dh = gradients.activation_backward(name, dh, own.contiguous())

@@ -9,8 +9,11 @@ arithmetic for these; and any product above ``PLAIN_RANK`` or ``MASKED_RANK``.
 ``covered`` is the result of :func:`covers_rows`, if the caller has checked all its tensors at once.
 """
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import gemm, native
 from .activations import ACTIVATIONS
@@ -56,18 +59,19 @@ def cpp_weight(tensor: Tensor | None) -> Tensor | None:
 
 def _by_library(x: Tensor, rank: int, seed: Tensor | None, covered: bool | None) -> bool:
     """Whether the library runs a rank product of x."""
-    few = x.shape[0] <= FEW_ROWS or gemm.in_16_bits(x)
-    if (seed is None and few) or rank < 1 or library_is_faster(x, rank, seed):
+    few = x.shape[0] <= FEW_ROWS or gemm.in_16_bits(x.dtype, x.device.type)
+    if (seed is None and few) or rank < 1 or library_is_faster(x.dtype, rank, seed is not None):
         return True
     return not (covers_rows(x) if covered is None else covered)
 
 
-def library_is_faster(x: Tensor, rank: int, seed: Tensor | None) -> bool:
-    """Whether the library multiplies x, masked if there is a seed, by a factor of this rank sooner
-    than the C++ passes, or these do not take it."""
-    if x.element_size() != 4:
+@functools.cache
+def library_is_faster(dtype: torch.dtype, rank: int, masked: bool) -> bool:
+    """Whether the library multiplies a tensor by a factor of this rank sooner than the C++ passes,
+    or these do not take the rank."""
+    if dtype.itemsize != 4:
         return rank > MAX_RANK
-    return rank > min(MAX_RANK, PLAIN_RANK if seed is None else MASKED_RANK)
+    return rank > min(MAX_RANK, MASKED_RANK if masked else PLAIN_RANK)
 
 
 def has_few_rows(x: Tensor) -> bool:
@@ -100,7 +104,20 @@ def linear(
     """
     if has_few_rows(x) and reads_few(x, weight):
         return few_linear(x, weight, bias, out)
-    return gemm.linear(x, weight, bias, out)
+    if gemm.runs_in_fp32(x.dtype, x.device.type):
+        return gemm.product_in_fp32(x, weight.t(), out, bias)
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def add_product(base: Tensor, x: Tensor, w: Tensor, scale: float, out: Tensor | None) -> Tensor:
+    """base + scale x w, in ``out`` if given; it may be ``base``."""
+    if gemm.runs_in_fp32(x.dtype, x.device.type):
+        return gemm.product_in_fp32(x, w, out, base, scale)
+    return torch.addmm(base, x, w, alpha=scale, out=out)
 
 
 def activate(
@@ -160,7 +177,7 @@ def down(
     s = x.new_empty(x.shape[0], rank)
     for rows in row_blocks(x):
         factor = drop_factor(rows, x.shape[1], p, seed, low)
-        gemm.product(factor.mul_(x[rows]), a.t(), s[rows])
+        linear(factor.mul_(x[rows]), a, None, s[rows])
     return s if bias is None else s.add_(bias)
 
 
@@ -189,13 +206,13 @@ def up(
             block = torch.mul(base[rows], drop_factor(rows, base.shape[1], p, seed, low),
                               out=out[rows])  # fmt: skip
             block = block if bias is None else block.add_(bias)
-            gemm.add_product(block, h[rows], b, scale, block)
+            block.addmm_(h[rows], b, alpha=scale)
         return out
     if bias is not None:
         # the bias is added in the copy of base, which the accumulating GEMM needs anyway
         start = torch.add(base, bias.to(low), alpha=scale, out=out)
-        return gemm.add_product(start, h, b, scale, out)
-    return gemm.add_product(base, h, b, scale, out)
+        return add_product(start, h, b, scale, out)
+    return add_product(base, h, b, scale, out)
 
 
 def takes_few(x: Tensor, adapter: Bottleneck) -> bool:

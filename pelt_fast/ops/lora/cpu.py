@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelt_fast.ops.common import gemm
 from pelt_fast.ops.common.bundles import Bottleneck, Dropout, FrozenLinear, LowRank, absent
-from pelt_fast.ops.common.gradients import down_gradients, fill, up_gradients
+from pelt_fast.ops.common.gradients import down_gradients, fill, product, up_gradients
 from pelt_fast.ops.common.passes import down, few_update, takes_few, up
 
 
@@ -65,7 +64,7 @@ def lora_backward(
     )
     fill(grads, [2], [db])
     if need_ds:
-        dx = gemm.product(dy, weight) if needs[0] else None
+        dx = product(dy, weight) if needs[0] else None
         found = down_gradients(
             ds, x, lora_a, dx, p=drop.dropout_p, seed=drop.seed, need_dx=needs[0],
             need_da=needs[1], in_place=True,

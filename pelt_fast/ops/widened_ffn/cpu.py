@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pelt_fast.ops.common import gemm
 from pelt_fast.ops.common.bundles import (
     Bottleneck,
     FFNMatrices,
@@ -29,6 +28,7 @@ from pelt_fast.ops.common.gradients import (
     activation_backward,
     down_gradients,
     fill,
+    product,
     stacked_input_gradient,
     up_gradients,
 )
@@ -169,7 +169,7 @@ def ffn_backward(
     if in_one:
         start = first - width
         both = d_pre[:, start : start + width + rank]
-        gemm.product(dy, packed.packed_out[:, : width + rank], both)
+        product(dy, packed.packed_out[:, : width + rank], both)
     activation_backward(settings.activation, dt, t, p=p, seed=seed, covered=covered)
     if needs[2]:
         grads[2] = dt.sum(0, dtype=weights.down_weight.dtype)
@@ -182,7 +182,7 @@ def ffn_backward(
     if needs[0]:
         if not in_one:
             da = d_pre[:, first - width : first]
-            gemm.product(drop(dy, *output_drop), weights.out_weight, da)
+            product(drop(dy, *output_drop), weights.out_weight, da)
         p, seed = inner_drop
         gate, da = {}, d_pre[:, :width]
         if weights.gate_weight is not None:
