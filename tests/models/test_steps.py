@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 
+import accelerate
 import pytest
 import torch
 from transformers import LogitsProcessor
@@ -179,6 +180,15 @@ def test_gradients_are_taken_in_a_generate_too(method):
             for _ in range(3):
                 model(ids)
         assert wanted and all(map(torch.allclose, gradients(), wanted))
+
+
+@pytest.mark.parametrize("method", WITH_STEPS)
+def test_an_offloaded_model_generates_the_same(method):
+    model = built(method)
+    batch = inputs(model)
+    wanted = tokens(model, batch)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert torch.equal(tokens(model, batch), wanted)
 
 
 def test_nothing_is_kept_afterwards():
