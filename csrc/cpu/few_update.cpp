@@ -16,7 +16,7 @@
 namespace pelt_fast {
 namespace {
 
-constexpr int64_t kUnit = 16;          // rows of a weight in one unit of work
+constexpr int64_t kUnit = 16;        // rows of a weight in one unit of work
 constexpr int64_t kShare = 1 << 16;  // products of a thread: fewer are done before another wakes
 
 struct FewUpdate {
@@ -73,8 +73,8 @@ PELT_FAST_INLINE void few_down(const FewUpdate& g, int64_t begin, int64_t end) {
   alignas(64) Tile sums;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * kUnit, count = std::min(kUnit, g.rank - first);
-    PELT_FAST_BY_TYPE(g.weights, products<W, T>(sums, g.x, g.rows, g.depth, g.down, g.down_bias,
-                                                first, count))
+    PELT_FAST_BY_TYPE(g.weights,
+                      products<W, T>(sums, g.x, g.rows, g.depth, g.down, g.down_bias, first, count))
     for (int64_t i = 0; i < g.rows; ++i) {
       if (g.t.data != nullptr) {
         PELT_FAST_BY_TYPE(g.dtype, T* to = static_cast<T*>(g.t.data) + i * g.t.stride + first;
@@ -93,8 +93,8 @@ PELT_FAST_INLINE void few_up(const FewUpdate& g, int64_t begin, int64_t end) {
   alignas(64) Tile sums;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * kUnit, count = std::min(kUnit, g.width - first);
-    PELT_FAST_BY_TYPE(g.weights, products<W, T>(sums, g.h, g.rows, g.rank, g.up, g.up_bias, first,
-                                                count))
+    PELT_FAST_BY_TYPE(g.weights,
+                      products<W, T>(sums, g.h, g.rows, g.rank, g.up, g.up_bias, first, count))
     for (int64_t i = 0; i < g.rows; ++i) {
       PELT_FAST_BY_TYPE(g.dtype,
                         const T* base = static_cast<T*>(g.base.data) + i * g.base.stride + first;
