@@ -3,8 +3,8 @@
     python -m benchmarks.rank_passes                     fp32, no dropout
     python -m benchmarks.rank_passes --dtype bfloat16 --dropout 0.1
 
-256 rows, 768 wide, forward and backward. ``passes.PLAIN_RANK`` says which of them takes which rank
-where nothing is dropped.
+256 rows, 768 wide, forward and backward. ``passes.PLAIN_RANK`` and ``MASKED_RANK`` say which of
+them takes which rank, without and with dropout.
 """
 
 import argparse
@@ -56,6 +56,8 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--dropout", type=float, default=0.0)
     options = parser.parse_args()
+    if not 0 <= options.dropout < 1:
+        parser.error(f"--dropout must be in [0, 1), got {options.dropout}")
     header = ["method", "rank", "C++, ms", "library, ms", "library / C++"]
     plan = edges.Plan(dtype=getattr(torch, options.dtype))
     print(table(header, measure(plan, options.dropout)))

@@ -10,7 +10,7 @@ from torch import nn
 
 from pelt_fast.modules.decision import HOOKS, Basis
 from pelt_fast.modules.frozen_module import is_repatched
-from pelt_fast.modules.generation import generation
+from pelt_fast.modules.generation import generation, is_first
 from pelt_fast.modules.late import Taken
 
 
@@ -84,12 +84,8 @@ class Conditions:
         if torch.compiler.is_compiling():
             self.check()
             return
-        kept = generation.kept
-        if kept is None:
+        if generation.kept is None or is_first(self):
             self._look()
-        elif self not in kept:
-            self._look()
-            kept[self] = None
 
     def _look(self) -> None:
         """Check if something has changed since the last check."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from pelt_fast.modules.generation import generation
+from pelt_fast.modules.generation import generation, is_first
 from pelt_fast.modules.hooked import wrappers
 
 from .record import Injection
@@ -102,12 +102,8 @@ class Watch:
         if torch.compiler.is_compiling():
             _look_now(self)
             return
-        kept = generation.kept
-        if kept is None:
+        if generation.kept is None or is_first(self):
             self.look()
-        elif self not in kept:
-            self.look()
-            kept[self] = None
 
     def look(self) -> None:
         """Compare everything."""

@@ -19,7 +19,7 @@ from pelt_fast.ops.common.library import OF_THE_DEVICE, is_plain
 class _Generation(threading.local):
     """``kept``: by what keeps it; one dict for each generate, None outside."""
 
-    kept: dict[Hashable, tuple[object, Callable]] | None = None
+    kept: dict[Hashable, object] | None = None
 
 
 generation = _Generation()
@@ -35,10 +35,19 @@ def one_generate() -> Iterator[None]:
         generation.kept = before
 
 
+def is_first(checker: Hashable) -> bool:
+    """Whether ``checker`` asks for the first time in this generate."""
+    if checker in generation.kept:
+        return False
+    generation.kept[checker] = None
+    return True
+
+
 def next_step(site: Hashable, x: Tensor) -> Callable | None:
     """The call that ``site`` keeps for inputs like x in this generate; None if it has to decide."""
-    shape, call = generation.kept.get(site, (None, None))
-    return call if shape == x.shape and not torch.is_grad_enabled() else None
+    shape, strides, call = generation.kept.get(site, (None, None, None))
+    alike = shape == x.shape and strides == x.stride()
+    return call if alike and not torch.is_grad_enabled() else None
 
 
 def keep_step(site: Hashable, x: Tensor, make: Callable[..., Callable | None], *args) -> None:
@@ -48,4 +57,4 @@ def keep_step(site: Hashable, x: Tensor, make: Callable[..., Callable | None], *
         return
     call = make(x, *args) if is_plain((x,)) else None
     if call is not None:
-        generation.kept[site] = (x.shape, call)
+        generation.kept[site] = (x.shape, x.stride(), call)

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 import pelt_fast
 from pelt_fast.injection.generate import generating
 from pelt_fast.modules.adapter import Bottleneck
-from pelt_fast.modules.generation import generation
+from pelt_fast.modules.generation import generation, one_generate
 from pelt_fast.modules.lora import LoRALinear
 from pelt_fast.ops.common import native
 from tests.models.test_generate import tokens
@@ -64,7 +64,7 @@ class Kept(LogitsProcessor):
 
     def __call__(self, ids, scores):
         calls = [] if generation.kept is None else generation.kept.values()
-        self.counts.append(sum(isinstance(call, tuple) and callable(call[1]) for call in calls))
+        self.counts.append(sum(isinstance(call, tuple) and callable(call[-1]) for call in calls))
         return scores
 
 
@@ -162,6 +162,29 @@ def test_another_number_of_rows_in_the_same_generate(method):
             for rows in (2, 2, 3, 12, 2, 12, 8, 8):
                 found = model(ids[:rows]).logits
                 assert torch.allclose(found, wanted[:rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method, kind", [("lora", LoRALinear), ("mam", Bottleneck),
+                                          ("houlsby", Bottleneck)])  # fmt: skip
+def test_rows_that_are_not_contiguous_run_as_others(method, kind):
+    """Inputs of the same shape in another layout, in a kept step too."""
+    site = next(module for module in built(method).modules() if isinstance(module, kind))
+    wide = torch.randn(64, 2)
+    with torch.no_grad():
+        wanted = site.forward(wide.t().contiguous())
+        assert torch.allclose(site.forward(wide.t()), wanted, atol=1e-6)
+        with one_generate():
+            assert torch.equal(site.forward(wide.t().contiguous()), wanted)
+            assert torch.allclose(site.forward(wide.t()), wanted, atol=1e-6)
+
+
+def test_a_base_whose_rows_are_not_contiguous():
+    """A parallel adapter's base in any layout: the C++ update of a few rows asks for rows."""
+    down, up, x, base = torch.randn(3, 8), torch.randn(6, 3), torch.randn(4, 8), torch.randn(6, 4)
+    adapter = pelt_fast.functional.parallel_adapter
+    with torch.no_grad():
+        wanted = adapter(base.t().contiguous(), x, down, None, up, None)
+        assert torch.equal(adapter(base.t(), x, down, None, up, None), wanted)
 
 
 @pytest.mark.parametrize("method", WITH_STEPS)

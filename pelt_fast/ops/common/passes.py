@@ -238,8 +238,12 @@ def few_update(
     in_place: bool = False,
 ) -> Tensor:
     """base + scale (f(x Dᵀ + d) Uᵀ + u) of a few rows (:func:`takes_few`) in one call: a decoder's
-    step, whose calls take longer than its products. ``t`` (M, R) receives x Dᵀ + d."""
-    out = base if in_place else torch.empty_like(base, memory_format=torch.contiguous_format)
+    step, whose calls take longer than its products. ``t`` (M, R) receives x Dᵀ + d. Rows of
+    ``base`` that are not contiguous are copied."""
+    out = base
+    if not in_place:
+        base = base if base.stride(1) == 1 else base.contiguous()
+        out = torch.empty_like(base, memory_format=torch.contiguous_format)
     if torch.is_grad_enabled():
         adapter = Bottleneck(*(None if w is None else w.detach() for w in adapter))
     down, down_bias, up, up_bias = adapter

@@ -104,7 +104,7 @@ def _few_forward(
         gate = few_linear(x, ffn.gate_weight, ffn.gate_bias)
         activate(activation, gate, a, linear=a, covered=covered)
     y = few_linear(a, ffn.out_weight, ffn.out_bias)
-    source = x if adapter_x is None else adapter_x
+    source = x if adapter_x is None else adapter_x.contiguous()
     return few_update(y, source, adapter, settings.scale, settings.activation, in_place=True)
 
 
