@@ -1,7 +1,7 @@
 """A store serves saved methods with one base: the latest are in the model, the others on disk."""
 
 import copy
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 import pelt_fast
 from tests.models.test_route import method, plain
 from tests.small import inputs, randomise
+from tests.threads import together
 
 NAMES = ("lora", "mam", "pfeiffer", "lora_ffn", "prefix_nomlp")
 
@@ -51,22 +52,14 @@ def test_the_methods_that_were_named_last_stay(saved):
 
 def test_many_threads(saved):
     base, folders, batch, alone = saved
-    store, failed = pelt_fast.MethodStore(copy.deepcopy(base), folders, most=2), []
+    store = pelt_fast.MethodStore(copy.deepcopy(base), folders, most=2)
 
     def serve(first):
-        try:
-            for i in range(6):
-                name, other = NAMES[(first + i) % 5], NAMES[(first + 2 * i + 1) % 5]
-                run(store, [name, None, other, name], batch, alone)
-        except BaseException as error:
-            failed.append(error)
+        for i in range(6):
+            name, other = NAMES[(first + i) % 5], NAMES[(first + 2 * i + 1) % 5]
+            run(store, [name, None, other, name], batch, alone)
 
-    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed
+    together([partial(serve, first) for first in range(4)])
     assert len(store.resident) <= 2
 
 

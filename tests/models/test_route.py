@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from pelt_fast.injection.record import injection_of
 from pelt_fast.modules import routing
 from tests.models.test_parity import small_method
 from tests.small import MODELS, MORE, inputs, randomise
+from tests.threads import together
 
 EPS = 1e-12  # of fp64 sums in another order
 MIXTURES = [
@@ -305,23 +306,15 @@ def test_only_the_methods_of_the_rows_are_computed_without_gradients(tmp_path):
 
 def test_threads_have_routes_of_their_own(tmp_path):
     several = three("bart", ("lora", "mam", "houlsby"), tmp_path)
-    batch, found = several.batch(3), {}
-    ready = threading.Barrier(2)
+    batch = several.batch(3)
 
-    def run(name):
+    def outputs(name):
         with torch.no_grad(), pelt_fast.route(several.model, [name, None, name]):
-            ready.wait()
-            found[name] = [several.model(**batch).logits for _ in range(5)]
+            return [several.model(**batch).logits for _ in range(5)]
 
-    threads = [threading.Thread(target=run, args=(name,)) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for name, outputs in found.items():
-        with torch.no_grad(), pelt_fast.route(several.model, [name, None, name]):
-            expected = several.model(**batch).logits
-        assert all(torch.equal(output, expected) for output in outputs), name
+    for name, found in zip("ab", together([partial(outputs, name) for name in "ab"])):
+        expected = outputs(name)[0]
+        assert all(torch.equal(output, expected) for output in found), name
 
 
 @pytest.mark.parametrize("call", [

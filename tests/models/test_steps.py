@@ -4,8 +4,8 @@ the end."""
 import copy
 import gc
 import sys
-import threading
 import weakref
+from functools import partial
 
 import accelerate
 import pytest
@@ -21,6 +21,7 @@ from pelt_fast.ops.common import native
 from tests.models.test_generate import tokens
 from tests.models.test_parity import small_method
 from tests.small import inputs, llama, randomise
+from tests.threads import together
 
 WITH_STEPS = ["lora", "houlsby", "scaled_parallel_adapter", "prefix", "mam"]
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
@@ -233,14 +234,6 @@ def test_nothing_is_kept_afterwards():
 def test_generates_of_two_threads_are_apart():
     model = built("mam")
     batches = [inputs(model, batch=rows, length=10)["input_ids"] for rows in (1, 2, 3, 2)]
-    wanted, found = [logits(model, ids) for ids in batches], [None] * len(batches)
-
-    def work(i):
-        found[i] = logits(model, batches[i])
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    wanted = [logits(model, ids) for ids in batches]
+    found = together([partial(logits, model, ids) for ids in batches])
     assert all(map(torch.equal, found, wanted))
