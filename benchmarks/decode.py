@@ -7,13 +7,21 @@
 BART-base shapes, random weights, a source of 64 tokens. One step: the decoder on one token a row
 with a cache of 32 or more, so M = 1, 8 and 32 tokens through each linear layer. A measurement is a
 generate of 32 tokens, about a summary of XSum: what runs once in each generate (the MLP of a
-prefix) is part of it. With so few rows the time
-of a step is the time to read weights: K N of a projection, and (K + N) R of a method's rank part.
+prefix) is part of it. With so few rows the time of a step is the time to read weights: K N of a
+projection, and (K + N) R of a method's rank part.
+
+The models generate at the same time. They take turns of two tokens, in another order each time, so
+that other load on the machine is equal for all. The time of a generate is the sum of the medians
+of its turns. "lora merged" computes what the frozen model does: its ratio shows what the machine
+can tell apart.
 """
 
 import argparse
+import contextlib
 import copy
-from statistics import median
+import random
+from collections.abc import Iterator
+from statistics import fmean, median
 
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, EncoderDecoderCache
@@ -21,11 +29,11 @@ from transformers.cache_utils import DynamicCache
 
 import pelt_fast
 from benchmarks.common import table, write
-from benchmarks.timing import rounds
+from benchmarks.timing import clock_of
 from pelt_fast.injection.generate import generating
 from pelt_fast.presets import method as preset
 
-BATCHES, SOURCE, PAST, STEPS = (1, 8, 32), 64, 32, 32
+BATCHES, SOURCE, PAST, STEPS, TURN = (1, 8, 32), 64, 32, 32, 2
 # sizes near half a percent to one percent of BART-base, as for an adapted model that is served
 METHODS = {
     "lora": dict(), "prefix": dict(size=30), "scaled_parallel_adapter": dict(size=32),
@@ -51,45 +59,75 @@ def models(methods: tuple[str, ...]) -> dict[str, torch.nn.Module]:
     return found
 
 
-def decoding(model: BartForConditionalGeneration, batch: int):
-    """A function that decodes STEPS tokens from a cache of PAST."""
-    source, past = (torch.randint(4, 1000, (batch, n)).to(model.device) for n in (SOURCE, PAST))
-    decoder, cache = model.get_decoder(), EncoderDecoderCache(DynamicCache(), DynamicCache())
-    with torch.inference_mode():
-        encoded = model.get_encoder()(source).last_hidden_state
-        decoder(past, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True)
+class Decoding:
+    """A model that decodes from a cache of PAST tokens a row."""
+
+    def __init__(self, model: BartForConditionalGeneration, batch: int):
+        self.model, self.decoder = model, model.get_decoder()
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        source, past = (torch.randint(4, 1000, (batch, n)).to(model.device) for n in (SOURCE, PAST))
+        self.token = past[:, :1]
+        with torch.inference_mode():
+            self.encoded = model.get_encoder()(source).last_hidden_state
+            self._decode(past)
+
+    def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        found = self.decoder(tokens, encoder_hidden_states=self.encoded,
+                             past_key_values=self.cache, use_cache=True)  # fmt: skip
+        return found.last_hidden_state
 
     @torch.inference_mode()
-    def steps(_):
-        with generating(model):  # the context in which model.generate runs its steps
-            for _ in range(STEPS):
-                hidden = decoder(past[:, :1], encoder_hidden_states=encoded, past_key_values=cache,
-                                 use_cache=True).last_hidden_state  # fmt: skip
-                model.lm_head(hidden)
-        cache.self_attention_cache.crop(-STEPS)
+    def turn(self, _) -> None:
+        """Decode TURN tokens."""
+        for _ in range(TURN):
+            self.model.lm_head(self._decode(self.token))
 
-    return steps
+    @contextlib.contextmanager
+    def generate(self) -> Iterator[None]:
+        """The context in which ``model.generate`` runs its steps; the cache is PAST long again at
+        the end."""
+        with generating(self.model):
+            yield
+        self.cache.self_attention_cache.crop(-STEPS)
+
+
+def generate(
+    models: dict[str, Decoding], device: torch.device, order: random.Random
+) -> dict[str, list[float]]:
+    """All generate STEPS tokens, in turns: the seconds of a token, by model and turn."""
+    clock, found = clock_of(device), {name: [] for name in models}
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(model.generate())
+        for i in range(STEPS // TURN):
+            for name in order.sample(list(models), len(models)):
+                found[name].append(clock(models[name].turn, i, device) / TURN)
+    return found
 
 
 def measure(
     repeats: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32, *,
     methods: tuple[str, ...] | None = None, batches: tuple[int, ...] | None = None,
-) -> dict[str, dict[str, list[float]]]:  # fmt: skip
-    """Seconds of a token in every repeat, by batch and provider; without ``methods`` and
-    ``batches``, of ``METHODS`` and ``BATCHES``."""
+) -> dict[str, dict[str, list[list[float]]]]:  # fmt: skip
+    """Seconds of a token in every turn of every repeat, by batch and provider; without ``methods``
+    and ``batches``, of ``METHODS`` and ``BATCHES``."""
     device, methods = device or torch.device("cpu"), methods or tuple(METHODS)
     found = {name: model.to(device, dtype) for name, model in models(methods).items()}
-    result = {}
+    order, result = random.Random(0), {}
     for batch in batches or BATCHES:
-        steps = {name: decoding(model, batch) for name, model in found.items()}
-        seconds = rounds(steps, repeats, device=device)
-        result[str(batch)] = {name: [s / STEPS for s in times] for name, times in seconds.items()}
+        turns = {name: Decoding(model, batch) for name, model in found.items()}
+        generate(turns, device, order)  # not counted
+        times = [generate(turns, device, order) for _ in range(repeats)]
+        result[str(batch)] = {name: [seconds[name] for seconds in times] for name in turns}
     return result
 
 
-def medians(repeats: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """The median of the repeats, by batch and provider."""
-    return {b: {n: median(times) for n, times in found.items()} for b, found in repeats.items()}
+def medians(repeats: dict[str, dict[str, list[list[float]]]]) -> dict[str, dict[str, float]]:
+    """The mean over a generate of the median of each turn, by batch and provider."""
+    return {
+        batch: {name: fmean(map(median, zip(*times, strict=True))) for name, times in found.items()}
+        for batch, found in repeats.items()
+    }
 
 
 def report(seconds: dict[str, dict[str, float]]) -> str:
@@ -123,7 +161,7 @@ def main() -> None:
     print(report(seconds))
     if options.record:
         sizes = {name: METHODS.get(name, {}) for name in methods}
-        shape = dict(source=SOURCE, past=PAST, steps=STEPS, methods=sizes)
+        shape = dict(source=SOURCE, past=PAST, steps=STEPS, turn=TURN, methods=sizes)
         result = dict(shape=shape, seconds=seconds, repeats=repeats)
         path = write("decode", result)
         print(f"wrote {path.name}")

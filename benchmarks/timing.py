@@ -23,7 +23,7 @@ def rounds(
     steps: dict[str, Step], repeats: int, warmup: int = 2, device: torch.device | None = None
 ) -> dict[str, list[float]]:
     """Seconds of every repeat of each step; the steps take turns."""
-    clock = _event_clock if device is not None and device.type == "cuda" else _host_clock
+    clock = clock_of(device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     for i in range(warmup + repeats):
@@ -32,6 +32,11 @@ def rounds(
             if i >= warmup:
                 times[name].append(seconds)
     return times
+
+
+def clock_of(device: torch.device | None) -> Callable[[Step, int, torch.device | None], float]:
+    """What takes the seconds of one call of a step."""
+    return _event_clock if device is not None and device.type == "cuda" else _host_clock
 
 
 def _host_clock(step: Step, i: int, device) -> float:
