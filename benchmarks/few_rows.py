@@ -20,7 +20,7 @@ from pelt_fast.ops.common import native, passes
 
 from .common import table
 
-ROWS, WEIGHTS, REPEATS = (1, 4, 8, 64), 12, 5
+ROWS, WEIGHTS, REPEATS = (1, 4, 8, 16, 32, 64), 12, 5
 DTYPES = (torch.float32, torch.bfloat16)
 HEADER = ["dtype", "rows of x", "weight by", "library", "ours", "ratio"]
 

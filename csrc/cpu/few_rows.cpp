@@ -15,52 +15,81 @@
 namespace pelt_fast {
 namespace {
 
-constexpr int64_t kMostParts = 32;
-constexpr int64_t kDepth = 4;     // rows of w in one pass over a row of sums
-constexpr int64_t kOutputs = 16;  // dot products in one unit of work
+constexpr int64_t kDepth = 4;    // rows of w in one pass over rows of sums
+constexpr int64_t kSums = 6144;  // sums that stay in the nearest cache for all of these
 
 struct FewRows {
-  Rows<void> x, w, out;  // w: its rows, or its columns
-  const void* bias;      // or null
-  float* parts;          // (parts, M, N)
-  const float* wide_x;   // (M, padded K) as fp32, zeros behind
+  Rows<void> out, w;  // w: its rows, or its columns
+  const void* bias;   // or null
+  const float* x;     // (M, K)
+  float* parts;       // (parts, M, N)
   int64_t rows, depth, width, part_depth;
   ScalarType dtype;
 };
 
-// sums (N) += the product of x's elements [first, last) with the same rows of w.
+// Rows of w in fp32: themselves, or copied to `to`, whose rows are `pitch` apart.
+PELT_FAST_INLINE Rows<const float> wide_rows(const float* w, int64_t stride, float*, int64_t,
+                                             int64_t, int64_t) {
+  return {w, stride};
+}
 template <typename T>
-PELT_FAST_INLINE void add_rows(float* sums, const T* x, const Rows<void>& w, int64_t first,
-                               int64_t last, int64_t width) {
-  int64_t k = first;
-  for (; k + kDepth <= last; k += kDepth) {
-    const T* row = static_cast<const T*>(w.data) + k * w.stride;
-    const T *second = row + w.stride, *third = second + w.stride, *fourth = third + w.stride;
-    const float a = to_float(x[k]), b = to_float(x[k + 1]), c = to_float(x[k + 2]),
-                d = to_float(x[k + 3]);
+PELT_FAST_INLINE Rows<const float> wide_rows(const T* w, int64_t stride, float* to, int64_t pitch,
+                                             int64_t count, int64_t columns) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < columns; ++j) to[i * pitch + j] = to_float(w[i * stride + j]);
+  return {to, pitch};
+}
+
+// NR rows of sums += as many of x (kDepth elements each) by kDepth rows of w.
+template <int NR>
+PELT_FAST_INLINE void add_rows(float* sums, int64_t stride, const float* x, int64_t depth,
+                               const Rows<const float>& w, int64_t width) {
+  const float *w0 = w.data, *w1 = w0 + w.stride, *w2 = w1 + w.stride, *w3 = w2 + w.stride;
+  const float *next_x = x + (NR - 1) * depth, x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
+  const float y0 = next_x[0], y1 = next_x[1], y2 = next_x[2], y3 = next_x[3];
+  float* next = sums + (NR - 1) * stride;
 #pragma GCC ivdep
-    for (int64_t j = 0; j < width; ++j)
-      sums[j] += a * to_float(row[j]) + b * to_float(second[j]) + c * to_float(third[j]) +
-                 d * to_float(fourth[j]);
+  for (int64_t j = 0; j < width; ++j) {
+    sums[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j];
+    if constexpr (NR == 2) next[j] += y0 * w0[j] + y1 * w1[j] + y2 * w2[j] + y3 * w3[j];
   }
-  for (; k < last; ++k) {
-    const T* row = static_cast<const T*>(w.data) + k * w.stride;
-    const float a = to_float(x[k]);
+}
+
+// sums (M, width) += elements [k, k + count) of x by `count` rows of w. These stay in cache for all
+// of x.
+PELT_FAST_INLINE void add_depth(float* sums, const FewRows& g, int64_t k, int64_t count,
+                                const Rows<const float>& w, int64_t width) {
+  const float* x = g.x + k;
+  int64_t i = 0;
+  if (count == kDepth) {
+    for (; i + 2 <= g.rows; i += 2)
+      add_rows<2>(sums + i * g.width, g.width, x + i * g.depth, g.depth, w, width);
+    for (; i < g.rows; ++i)
+      add_rows<1>(sums + i * g.width, g.width, x + i * g.depth, g.depth, w, width);
+  }
+  for (; i < g.rows; ++i)
+    for (int64_t p = 0; p < count; ++p) {
+      const float* row = w.data + p * w.stride;
+      const float a = x[i * g.depth + p];
 #pragma GCC ivdep
-    for (int64_t j = 0; j < width; ++j) sums[j] += a * to_float(row[j]);
-  }
+      for (int64_t j = 0; j < width; ++j) sums[i * g.width + j] += a * row[j];
+    }
 }
 
 template <typename T>
 PELT_FAST_INLINE void part_of(const FewRows& g, int64_t part) {
+  alignas(64) float wide[kDepth * kSums];
   const int64_t first = part * g.part_depth, last = std::min(first + g.part_depth, g.depth);
   float* sums = g.parts + part * g.rows * g.width;
   std::fill_n(sums, g.rows * g.width, 0.0f);
-  for (int64_t k = first; k < last;
-       k += kDepth)  // these rows of w stay in cache for every row of x
-    for (int64_t i = 0; i < g.rows; ++i)
-      add_rows(sums + i * g.width, static_cast<const T*>(g.x.data) + i * g.x.stride, g.w, k,
-               std::min(k + kDepth, last), g.width);
+  const int64_t block = kSums / g.rows / kPad * kPad;
+  for (int64_t j = 0; j < g.width; j += block)
+    for (int64_t k = first; k < last; k += kDepth) {
+      const int64_t count = std::min(kDepth, last - k), width = std::min(block, g.width - j);
+      const T* from = static_cast<const T*>(g.w.data) + k * g.w.stride + j;
+      add_depth(sums + j, g, k, count, wide_rows(from, g.w.stride, wide, block, count, width),
+                width);
+    }
 }
 
 template <int W>
@@ -88,7 +117,8 @@ void finish(const FewRows& g, int64_t parts) {
 }
 
 void by_rows(FewRows& g) {
-  g.part_depth = padded(std::max<int64_t>(64, (g.depth + kMostParts - 1) / kMostParts), kDepth);
+  const int64_t most = g.rows > 8 ? 8 : 32;  // the parts of many rows take long to add
+  g.part_depth = padded(std::max<int64_t>(64, (g.depth + most - 1) / most), kDepth);
   const int64_t parts = std::max<int64_t>(1, (g.depth + g.part_depth - 1) / g.part_depth);
   const Buffer sums = buffer(parts * g.rows * g.width);
   g.parts = sums.get();
@@ -96,66 +126,21 @@ void by_rows(FewRows& g) {
   PELT_FAST_BY_TYPE(g.dtype, finish<T>(g, parts))
 }
 
-// Σ a b over n elements: four sums, so that no addition waits for the one before.
+// Units [first, last) of kUnit columns.
 template <int W>
-PELT_FAST_INLINE float dot_of(const float* a, const float* b, int64_t n) {
-  using Vector = typename VectorOf<W>::type;
-  Vector total[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * W <= n; j += 4 * W)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v)
-      total[v] += *reinterpret_cast<const Vector*>(a + j + v * W) *
-                  *reinterpret_cast<const Vector*>(b + j + v * W);
-  for (; j + W <= n; j += W)
-    total[0] += *reinterpret_cast<const Vector*>(a + j) * *reinterpret_cast<const Vector*>(b + j);
-  total[0] += total[1] + (total[2] + total[3]);
-  float sum = 0;
-  for (int i = 0; i < W; ++i) sum += total[0][i];
-  for (; j < n; ++j) sum += a[j] * b[j];
-  return sum;
-}
-
-// Column j of w by every row of x.
-template <int W, typename T>
-PELT_FAST_INLINE void dots(const FewRows& g, int64_t j) {
-  alignas(64) float block[kColumns];
-  float sums[kMaxFew] = {};
-  const T* column = static_cast<const T*>(g.w.data) + j * g.w.stride;
-  const int64_t wide = padded(g.depth);
-  for (int64_t k = 0; k < g.depth; k += kColumns) {
-    const int64_t count = std::min<int64_t>(kColumns, g.depth - k), whole = padded(count);
-    const float* from = block;
-    if (std::is_same<T, float>::value && whole == count) {
-      from = reinterpret_cast<const float*>(column + k);
-    } else {
-      for (int64_t p = 0; p < count; ++p) block[p] = to_float(column[k + p]);
-      for (int64_t p = count; p < whole; ++p) block[p] = 0;
-    }
-    for (int64_t i = 0; i < g.rows; ++i) sums[i] += dot_of<W>(from, g.wide_x + i * wide + k, whole);
-  }
-  const auto* bias = static_cast<const T*>(g.bias);
-  for (int64_t i = 0; i < g.rows; ++i)
-    assign(static_cast<T*>(g.out.data)[i * g.out.stride + j],
-           sums[i] + (bias == nullptr ? 0.0f : to_float(bias[j])));
-}
-
-// Units [first, last) of kOutputs columns.
-template <int W>
-PELT_FAST_INLINE void few_columns(const FewRows& g, int64_t first, int64_t last) {
-  const int64_t end = std::min(last * kOutputs, g.width);
-  for (int64_t j = first * kOutputs; j < end; ++j) {
-    PELT_FAST_BY_TYPE(g.dtype, dots<W, T>(g, j))
+PELT_FAST_INLINE void few_columns(const FewRows& g, int64_t begin, int64_t end) {
+  alignas(64) Tile sums;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit * kUnit, count = std::min(kUnit, g.width - first);
+    PELT_FAST_BY_TYPE(
+        g.dtype, products<W, T>(sums, g.x, g.rows, g.depth, g.w, g.bias, first, count);
+        for (int64_t i = 0; i < g.rows; ++i) {
+          T* to = static_cast<T*>(g.out.data) + i * g.out.stride + first;
+          for (int64_t j = 0; j < count; ++j) assign(to[j], sums[i][j]);
+        })
   }
 }
 PELT_FAST_FOR_EACH_INSTRUCTION_SET(few_columns, FewRows)
-
-void by_columns(FewRows& g) {
-  const Buffer wide = buffer(g.rows * padded(g.depth));
-  PELT_FAST_BY_TYPE(g.dtype, widen<T>(wide.get(), g.x, g.rows, g.depth, padded(g.depth)))
-  g.wide_x = wide.get();
-  run(few_columns_for_this_machine, g, (g.width + kOutputs - 1) / kOutputs, 1);
-}
 
 void few_rows_product_(Tensor out, Tensor x, Tensor w, std::optional<Tensor> bias) {
   const ScalarType dtype = check_activation("x", x);
@@ -173,12 +158,15 @@ void few_rows_product_(Tensor out, Tensor x, Tensor w, std::optional<Tensor> bia
                     "bias must be contiguous (", width, ") on the CPU with x's dtype, got ",
                     shape_of(*bias));
   FewRows g{};
-  g.x = rows_of<void>(x), g.out = rows_of<void>(out), g.w = rows_of<void>(w);
+  g.out = rows_of<void>(out), g.w = rows_of<void>(w);
   g.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   g.rows = rows, g.depth = depth, g.width = width, g.dtype = dtype;
+  const Buffer wide = buffer(rows * depth);
+  PELT_FAST_BY_TYPE(dtype, widen<T>(wide.get(), rows_of<void>(x), rows, depth))
+  g.x = wide.get();
   if (w.stride(1) == 1) return by_rows(g);
   g.w.stride = w.stride(1);
-  by_columns(g);
+  run(few_columns_for_this_machine, g, (width + kUnit - 1) / kUnit, 1);
 }
 
 }  // namespace

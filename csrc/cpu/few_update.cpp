@@ -11,12 +11,10 @@
 
 #include "elementwise.h"
 #include "few.h"
-#include "vectors.h"
 
 namespace pelt_fast {
 namespace {
 
-constexpr int64_t kUnit = 16;        // rows of a weight in one unit of work
 constexpr int64_t kShare = 1 << 16;  // products of a thread: fewer are done before another wakes
 
 struct FewUpdate {
@@ -29,43 +27,6 @@ struct FewUpdate {
   Activation activation;
   ScalarType dtype, weights;
 };
-
-// Rows of a weight in fp32: themselves, or copied to `tile`.
-PELT_FAST_INLINE const float* wide_rows(const float* w, int64_t, Tile&, int64_t, int64_t) {
-  return w;
-}
-template <typename T>
-PELT_FAST_INLINE const float* wide_rows(const T* w, int64_t stride, Tile& tile, int64_t count,
-                                        int64_t columns) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j < columns; ++j) tile[i][j] = to_float(w[i * stride + j]);
-  return &tile[0][0];
-}
-
-// sums (rows, count) = x (rows, depth) by rows [first, first + count) of w, and the bias.
-template <int W, typename T>
-PELT_FAST_INLINE void products(Tile& sums, const float* x, int64_t rows, int64_t depth,
-                               const Rows<void>& w, const void* bias, int64_t first,
-                               int64_t count) {
-  alignas(64) Tile tile;
-  constexpr bool kIsWide = std::is_same<T, float>::value;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < count; ++j)
-      sums[i][j] = bias == nullptr ? 0.0f : to_float(static_cast<const T*>(bias)[first + j]);
-  const int64_t part = kIsWide ? std::max<int64_t>(depth, 1) : kColumns;
-  for (int64_t k = 0; k < depth; k += part) {
-    const int64_t columns = std::min(part, depth - k);
-    const T* from = static_cast<const T*>(w.data) + first * w.stride + k;
-    const float* d = wide_rows(from, w.stride, tile, count, columns);
-    for (int64_t i = 0; i < rows; i += kGroup) {
-      const int some = static_cast<int>(std::min<int64_t>(kGroup, rows - i));
-      const float* left[kGroup];
-      for (int a = 0; a < some; ++a) left[a] = x + (i + a) * depth + k;
-      dots<W>(sums, static_cast<int>(i), some, left, d, kIsWide ? w.stride : kColumns, count,
-              columns);
-    }
-  }
-}
 
 // Units [first, last) of the rank: t, and h = f(t).
 template <int W>
@@ -139,7 +100,7 @@ void few_rows_update_(Tensor out, std::optional<Tensor> t, Tensor base, Tensor x
   if (t.has_value()) g.t = rows_of<void>(*t);
   g.scale = static_cast<float>(scale), g.activation = activation_of(activation);
   const Buffer wide = buffer(g.rows * g.depth), h = buffer(g.rows * g.rank);
-  PELT_FAST_BY_TYPE(g.dtype, widen<T>(wide.get(), rows_of<void>(x), g.rows, g.depth, g.depth))
+  PELT_FAST_BY_TYPE(g.dtype, widen<T>(wide.get(), rows_of<void>(x), g.rows, g.depth))
   g.x = wide.get(), g.h = h.get();
   const auto grain = [&](int64_t depth) {
     return std::max<int64_t>(1, kShare / std::max<int64_t>(1, g.rows * depth * kUnit));

@@ -69,7 +69,7 @@ PELT_FAST_INLINE void down_one(const Down& g, int number, const float* start, co
       const int rows = std::min(kGroup, block.rows - i);
       for (int a = 0; a < rows; ++a)
         x[a] = wide_row<T>(wide[a], g.x, mask, block, i + a, first, count);
-      dots<W>(s, i, rows, x, weight + first, g.width, rank, count);
+      dots<W>(s, i, rows, 0, x, weight + first, g.width, rank, count);
     }
   }
   store_narrow<T>(s, g.t, block, rank);

@@ -55,18 +55,60 @@ PELT_FAST_INLINE typename VectorOf<W>::type sums_of(typename VectorOf<W>::type (
   return v[0];
 }
 
+template <int W>
+struct BitsOf {
+  typedef uint16_t narrow __attribute__((vector_size(2 * W), aligned(2), may_alias));
+  typedef uint32_t wide __attribute__((vector_size(4 * W)));
+};
+
+template <int W>
+PELT_FAST_INLINE typename BitsOf<W>::wide bits_of(const void* p) {
+  return __builtin_convertvector(*static_cast<const typename BitsOf<W>::narrow*>(p),
+                                 typename BitsOf<W>::wide);
+}
+
+template <typename To, typename From>
+PELT_FAST_INLINE To same_bits(const From& from) {
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// W numbers in fp32.
+template <int W>
+PELT_FAST_INLINE typename VectorOf<W>::type widened(const float* p) {
+  return *reinterpret_cast<const typename VectorOf<W>::type*>(p);
+}
+template <int W>
+PELT_FAST_INLINE typename VectorOf<W>::type widened(const BFloat16* p) {
+  const typename BitsOf<W>::wide bits = bits_of<W>(p) << 16;
+  return same_bits<typename VectorOf<W>::type>(bits);
+}
+template <int W>
+PELT_FAST_INLINE typename VectorOf<W>::type widened(const Half* p) {
+  using Bits = typename BitsOf<W>::wide;
+  using Vector = typename VectorOf<W>::type;
+  const Bits half = bits_of<W>(p), size = (half & 0x7FFF) << 13, sign = (half & 0x8000) << 16;
+  const Vector scaled = same_bits<Vector>(size) * 0x1p112f;  // the bias of the exponent, 127 - 15
+  const Bits not_finite = same_bits<Bits>(size >= (0x7C00u << 13)) & 0x7F800000;
+  const Bits bits = same_bits<Bits>(scaled) | sign | not_finite;
+  return same_bits<Vector>(bits);
+}
+
 constexpr int kGroup =
     3;  // rows of x in one call of dots: twelve sums of four dots keep both units busy
 
-// sums[row + i][r] += Σ x[i] d[r] over `count` numbers, for `rank` rows of d: MR rows of x by NR of d
+// sums[row + i][at + r] += Σ x[i] d[r] over `count` numbers, for `rank` rows of d: MR rows of x by NR of d
 // at a time. Rows past the last are the last again, and their sums are not kept.
-template <int W, int MR, int NR>
-PELT_FAST_INLINE void dots_of(Tile& sums, int row, int rows, const float* const* x, const float* d,
-                              int64_t stride, int64_t rank, int64_t count) {
+template <int W, int MR, int NR, typename T>
+PELT_FAST_INLINE void dots_of(Tile& sums, int64_t row, int64_t rows, int64_t at,
+                              const float* const* x, const T* d, int64_t stride, int64_t rank,
+                              int64_t count) {
   using Vector = typename VectorOf<W>::type;
   constexpr int kWhole = (MR * NR + W - 1) / W * W;
-  const float *left[MR], *right[NR];
-  for (int a = 0; a < MR; ++a) left[a] = x[std::min(a, rows - 1)];
+  const float* left[MR];
+  const T* right[NR];
+  for (int a = 0; a < MR; ++a) left[a] = x[std::min<int64_t>(a, rows - 1)];
   for (int64_t r = 0; r < rank; r += NR) {
     for (int b = 0; b < NR; ++b) right[b] = d + std::min<int64_t>(r + b, rank - 1) * stride;
     Vector sum[kWhole] = {};
@@ -77,7 +119,20 @@ PELT_FAST_INLINE void dots_of(Tile& sums, int row, int rows, const float* const*
       for (int a = 0; a < MR; ++a) u[a] = *reinterpret_cast<const Vector*>(left[a] + k);
 #pragma GCC unroll 16
       for (int b = 0; b < NR; ++b) {
-        const Vector v = *reinterpret_cast<const Vector*>(right[b] + k);
+        const Vector v = widened<W>(right[b] + k);
+        __builtin_prefetch(right[b] + NR * stride + k);  // short rows end before it is foreseen
+#pragma GCC unroll 4
+        for (int a = 0; a < MR; ++a) sum[b * MR + a] += v * u[a];
+      }
+    }
+    if (k < count) {  // what is left, with zeros behind
+      Vector u[MR] = {};
+      for (int a = 0; a < MR; ++a) std::memcpy(&u[a], left[a] + k, (count - k) * sizeof(float));
+#pragma GCC unroll 16
+      for (int b = 0; b < NR; ++b) {
+        T rest[W] = {};
+        std::memcpy(rest, right[b] + k, (count - k) * sizeof(T));
+        const Vector v = widened<W>(rest);
 #pragma GCC unroll 4
         for (int a = 0; a < MR; ++a) sum[b * MR + a] += v * u[a];
       }
@@ -90,21 +145,18 @@ PELT_FAST_INLINE void dots_of(Tile& sums, int row, int rows, const float* const*
       const Vector found = sums_of<W>(some);
       for (int i = 0; i < W; ++i) {
         const int a = (first + i) % MR, b = (first + i) / MR;
-        if (a >= rows || b >= NR || r + b >= rank) continue;
-        float rest = found[i];
-        for (int64_t j = k; j < count; ++j) rest += left[a][j] * right[b][j];
-        sums[row + a][r + b] += rest;
+        if (a < rows && b < NR && r + b < rank) sums[row + a][at + r + b] += found[i];
       }
     }
   }
 }
 
 // The same for at most kGroup rows of x.
-template <int W>
-PELT_FAST_INLINE void dots(Tile& sums, int row, int rows, const float* const* x, const float* d,
-                           int64_t stride, int64_t rank, int64_t count) {
-  if (rows > 1) return dots_of<W, kGroup, 4>(sums, row, rows, x, d, stride, rank, count);
-  dots_of<W, 1, 8>(sums, row, rows, x, d, stride, rank, count);
+template <int W, typename T>
+PELT_FAST_INLINE void dots(Tile& sums, int64_t row, int64_t rows, int64_t at, const float* const* x,
+                           const T* d, int64_t stride, int64_t rank, int64_t count) {
+  if (rows > 1) return dots_of<W, kGroup, 4>(sums, row, rows, at, x, d, stride, rank, count);
+  dots_of<W, 1, 8>(sums, row, rows, at, x, d, stride, rank, count);
 }
 
 }  // namespace pelt_fast

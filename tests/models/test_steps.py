@@ -74,7 +74,7 @@ class Kept(LogitsProcessor):
 ])  # fmt: skip
 def test_every_site_keeps_its_step(method, kinds):
     model, kept = built(method), Kept()
-    tokens(model, inputs(model), logits_processor=[kept])
+    tokens(model, inputs(model, batch=2, length=24), logits_processor=[kept])
     sites = sum(isinstance(module, kinds) for module in model.modules())
     assert sites and kept.counts[0] == 0, "the prompt is no step"
     assert set(kept.counts[2:]) == {sites}

@@ -37,6 +37,7 @@ def test_prefix_of_a_few_queries(b, h, g, t, d, p, s, dtype):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("m, k, n", [
     (1, 1, 1), (1, 300, 17), (3, 13, 70), (8, 129, 64), (5, 3000, 768), (2, 768, 3000),
+    (9, 70, 33), (31, 130, 300), (32, 771, 3000),
 ])  # fmt: skip
 def test_product_of_a_few_rows(m, k, n, biased, columns, dtype):
     x, out = padded(m, k, dtype=dtype), padded(m, n, dtype=dtype)
@@ -46,12 +47,24 @@ def test_product_of_a_few_rows(m, k, n, biased, columns, dtype):
     close(out, x.double() @ w.double() + (bias.double() if biased else 0), k)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_is_read_as_it_is(dtype):
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    w, x = torch.zeros(1 << 16, 21, dtype=dtype), torch.zeros(1, 21, dtype=dtype)
+    for column in (3, 20):  # in a whole vector, and in what is left of the row
+        w.zero_()[:, column], x.zero_()[0, column] = numbers, 1
+        out = torch.empty(1, 1 << 16, dtype=dtype)
+        native.ops().few_rows_product_(out, x, w.t(), None)
+        torch.testing.assert_close(out[0], numbers, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m, k, n, r, biased, activation", [
     (1, 1, 1, 1, False, "identity"), (1, 300, 17, 3, True, "relu"), (3, 13, 70, 16, True, "gelu"),
     (8, 129, 64, 100, False, "silu"), (5, 768, 3000, 128, True, "tanh"),
     (4, 640, 96, 17, True, "gelu_tanh"), (2, 96, 80, 517, True, "relu"),
+    (11, 530, 40, 33, True, "relu"), (32, 96, 300, 600, False, "gelu"),
 ])  # fmt: skip
 def test_update_of_a_few_rows(m, k, n, r, biased, activation, dtype, weights):
     x, base, out = padded(m, k, dtype=dtype), padded(m, n, dtype=dtype), padded(m, n, dtype=dtype)
@@ -74,18 +87,28 @@ def test_update_of_a_few_rows(m, k, n, r, biased, activation, dtype, weights):
     assert torch.equal(base, out), "over the base: the same bits"
 
 
-def test_update_of_a_few_rows_is_the_same_on_any_number_of_threads():
-    x, down, up = torch.randn(8, 3000), torch.randn(128, 3000), torch.randn(3000, 128)
-    outs, threads = [], torch.get_num_threads()
+def products(rows: int) -> list[torch.Tensor]:
+    """Of each op of a few rows: the weight stored either way, and the update."""
+    torch.manual_seed(rows)
+    x, down, up = torch.randn(rows, 3000), torch.randn(128, 3000), torch.randn(3000, 128)
+    base, by_columns, by_rows = torch.ones(rows, 3000), *torch.empty(2, rows, 128)
+    ops = native.ops()
+    ops.few_rows_update_(base, None, base, x, down, None, up, None, 1.0, 1)
+    ops.few_rows_product_(by_columns, x, down.t(), None)
+    ops.few_rows_product_(by_rows, x, down.t().contiguous(), None)
+    return [base, by_columns, by_rows]
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_a_few_rows_are_the_same_on_any_number_of_threads(rows):
+    found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            base = torch.ones(8, 3000)
-            native.ops().few_rows_update_(base, None, base, x, down, None, up, None, 1.0, 1)
-            outs.append(base)
+            found.append(products(rows))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
 
 
 def updated(ops, **changed) -> None:
@@ -107,13 +130,13 @@ def updated(ops, **changed) -> None:
         torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1), torch.randn(1, 2, 1, 16),
         *torch.randn(2, 1, 3, 9, 16), *torch.randn(2, 2, 5, 16), 1.0),
      r"context_k must have shape \(1, 2, S, 16\)"),
-    (lambda o: o.few_rows_product_(torch.empty(9, 4), torch.randn(9, 8), torch.randn(8, 4), None),
-     "x must have at most 8 rows, got 9"),
+    (lambda o: o.few_rows_product_(torch.empty(33, 4), torch.randn(33, 8), torch.randn(8, 4),
+                                   None), "x must have at most 32 rows, got 33"),
     (lambda o: o.few_rows_product_(torch.empty(1, 4), torch.randn(1, 8), torch.randn(7, 4), None),
      r"w must have shape \(8, N\)"),
     (lambda o: o.few_rows_product_(torch.empty(1, 4), torch.randn(1, 8), torch.randn(8, 4),
                                    torch.randn(5)), r"bias must be contiguous \(4\)"),
-    (lambda o: updated(o, x=torch.randn(9, 8)), "x must have at most 8 rows, got 9"),
+    (lambda o: updated(o, x=torch.randn(33, 8)), "x must have at most 32 rows, got 33"),
     (lambda o: updated(o, down=torch.randn(3, 7)), r"down must have shape \(M, 8\)"),
     (lambda o: updated(o, down=torch.randn(0, 8)), "the rank must be at least 1, got 0"),
     (lambda o: updated(o, up=torch.randn(4, 2)), r"up must have shape \(M, 3\)"),

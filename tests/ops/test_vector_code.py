@@ -23,8 +23,7 @@ FUNCTION = re.compile(r"^[0-9a-f]+ <pelt_fast::.*?(\w+)_(avx2|avx512)\((.*)")
 ARITHMETIC = re.compile(r"\tv(?:fn?m(?:add|sub)\d*|add|sub|mul|div|min|max|sqrt)(ss|ps) ")
 MOSTLY_VECTORS = 0.5  # of the instructions: what is left over of a row is done one by one
 EXCEPTIONS = {  # whose remainders are unrolled: more instructions, run once a row
-    ("few_rows", "FewRows"), ("few_columns", "FewRows"), ("few", "Prefix"),
-    ("few_up", "FewUpdate"),
+    ("few_rows", "FewRows"), ("few", "Prefix"),
     ("routed_up", "Up"), ("routed_down", "Down"), ("weigh", "Weights"), ("backward", "Weights"),
     ("transposed", "Transposed"),  # moves numbers; widens those of a 16-bit factor
 }  # fmt: skip

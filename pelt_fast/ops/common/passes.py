@@ -21,7 +21,6 @@ from .bundles import Bottleneck, Dropout, FrozenFFN
 from .dropout import cpp_mask, drop_, drop_factor, row_blocks
 
 MAX_RANK = 128  # kMaxRank of csrc/cpu/tile.h
-MAX_FEW = 8  # kMaxFew of csrc/cpu/few_rows.cpp
 FEW_ROWS = 16  # a decoder's: the C++ packs its weight first (python -m benchmarks.host)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_MASK = (None, 0, 1.0)  # the mask arguments of the C++ code if nothing is dropped
@@ -35,6 +34,10 @@ LIBRARY_IS_FASTER = ("identity", "relu", "gelu", "silu") if _ON_AVX2 else ("iden
 # mask. Up to there one read of a tensor gains more than the library's inner loop (python -m
 # benchmarks.rank_passes).
 PLAIN_RANK, MASKED_RANK = (16, 32) if _ON_AVX2 else (MAX_RANK, MAX_RANK)
+
+# The rows of x up to which the C++ reads a frozen weight sooner than the library's GEMM (python -m
+# benchmarks.few_rows); at most kMaxFew of csrc/cpu/few.h
+MAX_FEW = 32 if _ON_AVX2 else 8
 
 cpp = native.ops()
 
