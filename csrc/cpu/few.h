@@ -6,7 +6,7 @@
 
 namespace pelt_fast {
 
-constexpr int64_t kMaxFew = 32;  // rows of x; passes.MAX_FEW has how many are sooner than the library
+constexpr int64_t kMaxFew = 32;  // rows of x; passes.MAX_FEW says how many are worth it
 constexpr int64_t kUnit = 16;    // rows of a weight in one unit of work
 
 // Rows as contiguous fp32.
