@@ -3,10 +3,11 @@
 Shapes and maths are those of ``reference``.
 The context runs on torch's own flash kernel, unchanged: no concatenation, no wider mask, no copy of
 the prefix for each batch row. Its backward kernel gets the merged o and the joint lse, and returns
-exact dq, dk, dv. The prefix part runs in C++ (csrc/cpu/prefix.cpp). Without C++, the queries of all
-batch rows are the rows of one matrix for each head, in blocks that stay in cache.
+exact dq, dk, dv. The prefix part runs in C++ (csrc/cpu/prefix.cpp), a prefix of more than
+``MAX_PREFIX`` in parts. Without C++, the queries of all batch rows are the rows of one matrix for
+each head, in blocks that stay in cache.
 Traffic  in addition to attention without a prefix: q, o read and o written forward; q, o, do, dq
-         read and dq written backward. Flops (S + P) / S of the attention's.
+         read and dq written backward, for each part. Flops (S + P) / S of the attention's.
 Routed   the same of the rows that have a prefix, each with its own P; the methods' keys and values
          are read where they are, and none of a method without rows.
 
@@ -77,7 +78,7 @@ def routed_prefix_forward(
     q = qkv.q
     o, lse = _context_attention(qkv, scores)
     context_o = absent(q) if gated else o.clone()
-    if longest and _covered(q, longest):
+    if 0 < longest <= MAX_PREFIX and _covered(q, longest, form):
         _merge_by_cpp(q, o, lse, prefix, scores.scale, form)
     elif longest:
         for rows, keys in methods_of(prefix):
@@ -99,16 +100,32 @@ def _dropped_backward(do: Tensor, qkv: QKV, *settings) -> tuple[Tensor, ...]:
     return dropped_attention.backward(do, qkv, *settings) if covered else NotImplemented
 
 
-def _covered(q: Tensor, length: int) -> bool:
-    """Whether C++ takes a prefix of this length beside q."""
-    return covers_rows(q) and length <= MAX_PREFIX and q.shape[-1] <= MAX_HEAD_DIM
+def _covered(q: Tensor, length: int, form: Form) -> bool:
+    """Whether C++ takes a prefix of this length beside q, in parts if it is longer than
+    ``MAX_PREFIX``. Their sum is exact: each is merged into the output of those before. That of a
+    softmax over the prefix alone is not, and 16-bit outputs would be rounded after each part."""
+    if not covers_rows(q) or q.shape[-1] > MAX_HEAD_DIM:
+        return False
+    sums = form.form == "relu" or form.composition == "gated"
+    return length <= MAX_PREFIX or (sums and q.dtype is torch.float32)
+
+
+def _parts(prefix: Prefix | RoutedPrefix) -> list[Prefix | RoutedPrefix]:
+    """Parts of the keys that C++ takes at once, of about one length."""
+    length = prefix.prefix_k.shape[1]
+    if isinstance(prefix, RoutedPrefix) or length <= MAX_PREFIX:
+        return [prefix]
+    count = -(-length // MAX_PREFIX)
+    size = -(-length // (count * HEAD_DIM_STEP)) * HEAD_DIM_STEP
+    return [*map(Prefix, prefix.prefix_k.split(size, 1), prefix.prefix_v.split(size, 1))]
 
 
 def _merge_by_cpp(
     q: Tensor, o: Tensor, lse: Tensor, prefix: Prefix | RoutedPrefix, scale: float, form: Form
 ) -> None:
-    kind = form.form == "relu", form.composition == "gated"
-    cpp.prefix_merge_(o, lse, q, *_fp32(prefix), scale, *kind, _spans(prefix))
+    kind, spans = (form.form == "relu", form.composition == "gated"), _spans(prefix)
+    for part in _parts(prefix):
+        cpp.prefix_merge_(o, lse, q, *_fp32(part), scale, *kind, spans)
 
 
 def _fp32(prefix: Prefix | RoutedPrefix) -> tuple[Tensor, Tensor]:
@@ -125,7 +142,7 @@ def _merge(q: Tensor, o: Tensor, lse: Tensor, prefix: Prefix, scale: float, form
     length = prefix.prefix_k.shape[1]
     if length == 0:
         return lse
-    if _covered(q, length):
+    if _covered(q, length, form):
         _merge_by_cpp(q, o, lse, prefix, scale, form)
         return lse
     return merge_by_blocks(q, o, lse, prefix, scale, form)
@@ -217,7 +234,7 @@ def routed_prefix_backward(
     do, qkv = _with_rows(do), QKV(*map(_with_rows, qkv))
     q, grads = qkv.q, _of_context(do, qkv, output, scores, form, needs)
     longest = max(prefix.lengths, default=0)
-    if longest and _covered(q, longest):
+    if 0 < longest <= MAX_PREFIX and _covered(q, longest, form):
         grads[3:] = _of_prefix(do, q, prefix, output, scores.scale, form, grads[0])
         return _needed(grads, needs, do)
     grads[3:] = (torch.zeros_like(p, memory_format=torch.contiguous_format) for p in prefix[:2])
@@ -261,7 +278,7 @@ def _of_prefix(
 ) -> Iterator[Tensor]:
     """Add the prefix's part to ``dq``, laid out (B, T, H, D), in place; return the gradients of the
     keys and values. Many prefixes run in C++ only."""
-    covered = isinstance(prefix, RoutedPrefix) or _covered(q, prefix.prefix_k.shape[1])
+    covered = isinstance(prefix, RoutedPrefix) or _covered(q, prefix.prefix_k.shape[1], form)
     by = _prefix_by_cpp if covered else gradients_by_blocks
     grads = by(do, q, prefix, output, scale, form, dq)
     if q.shape[1] != prefix.prefix_k.shape[0]:
@@ -279,13 +296,16 @@ def _prefix_by_cpp(
     dq: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dpk, dpv (H, P, D), summed over the rows in one fixed order; zeros for a prefix of no row."""
-    shape, spans = (q.shape[1], *prefix.prefix_k.shape[1:]), _spans(prefix)
+    kind, spans = (form.form == "relu", form.composition == "gated"), _spans(prefix)
     make = q.new_empty if spans is None else q.new_zeros
-    dpk, dpv = (make(shape, dtype=torch.float32) for _ in range(2))
     do, o = _with_rows(do), _with_rows(output.o)
-    kind = (form.form == "relu", form.composition == "gated")
-    cpp.prefix_backward_(dq, dpk, dpv, do, q, *_fp32(prefix), o, output.lse, scale, *kind, spans)
-    return dpk, dpv
+    grads = []
+    for part in _parts(prefix):
+        shape = (q.shape[1], *part.prefix_k.shape[1:])
+        own = make(shape, dtype=torch.float32), make(shape, dtype=torch.float32)
+        cpp.prefix_backward_(dq, *own, do, q, *_fp32(part), o, output.lse, scale, *kind, spans)
+        grads.append(own)
+    return grads[0] if len(grads) == 1 else tuple(torch.cat(each, 1) for each in zip(*grads))
 
 
 def _with_rows(t: Tensor) -> Tensor:
