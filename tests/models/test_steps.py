@@ -44,11 +44,12 @@ def logits(model, ids, cut=4, rows=slice(None)):
     return torch.cat(found, 1)
 
 
+@pytest.mark.parametrize("batch", [2, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", WITH_STEPS)
-def test_steps_give_the_numbers_of_a_whole_forward(method, dtype):
+def test_steps_give_the_numbers_of_a_whole_forward(method, dtype, batch):
     model = built(method)
-    ids = inputs(model, batch=2, length=12)["input_ids"]
+    ids = inputs(model, batch=batch, length=12)["input_ids"]
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(ids).logits[:, 3:]
         model = model.to(dtype)

@@ -36,8 +36,10 @@ LIBRARY_IS_FASTER = ("identity", "relu", "gelu", "silu") if _ON_AVX2 else ("iden
 PLAIN_RANK, MASKED_RANK = (16, 32) if _ON_AVX2 else (MAX_RANK, MAX_RANK)
 
 # The rows of x up to which the C++ reads a frozen weight sooner than the library's GEMM (python -m
-# benchmarks.few_rows); at most kMaxFew of csrc/cpu/few.h
-MAX_FEW = 32 if _ON_AVX2 else 8
+# benchmarks.few_rows); at most kMaxFew of csrc/cpu/few.h. More of them in a step of a generate: a
+# forward of training, which runs the library, has no bits in common with it.
+MAX_FEW = 8
+STEP_ROWS = 32 if _ON_AVX2 else MAX_FEW
 
 cpp = native.ops()
 
@@ -77,9 +79,9 @@ def library_is_faster(dtype: torch.dtype, rank: int, masked: bool) -> bool:
     return rank > min(MAX_RANK, MASKED_RANK if masked else PLAIN_RANK)
 
 
-def has_few_rows(x: Tensor) -> bool:
+def has_few_rows(x: Tensor, most: int = MAX_FEW) -> bool:
     """Whether :func:`linear` runs x (M, K) in C++: M is that of a decoder's step."""
-    return x.shape[0] <= MAX_FEW and covers_rows(x)
+    return x.shape[0] <= most and covers_rows(x)
 
 
 def reads_few(x: Tensor, weight: Tensor) -> bool:
@@ -218,7 +220,7 @@ def up(
     return add_product(base, h, b, scale, out)
 
 
-def takes_few(x: Tensor, adapter: Bottleneck) -> bool:
+def takes_few(x: Tensor, adapter: Bottleneck, most: int = MAX_FEW) -> bool:
     """Whether :func:`few_update` takes x and these weights."""
     down, down_bias, up, up_bias = adapter
     dtype = down.dtype
@@ -227,7 +229,7 @@ def takes_few(x: Tensor, adapter: Bottleneck) -> bool:
     for bias in (down_bias, up_bias):
         if bias is not None and (bias.dtype is not dtype or bias.stride(0) != 1):
             return False
-    return down.shape[0] > 0 and has_few_rows(x)
+    return down.shape[0] > 0 and has_few_rows(x, most)
 
 
 def few_update(

@@ -33,6 +33,8 @@ from pelt_fast.ops.common.gradients import (
     up_gradients,
 )
 from pelt_fast.ops.common.passes import (
+    MAX_FEW,
+    STEP_ROWS,
     activate,
     activation_buffer,
     covers_rows,
@@ -55,7 +57,7 @@ def ffn_forward(
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     plain = settings.seed is None and packed.packed is None and packed.packed_out is None
-    if plain and not keep_pre and _takes_few(x, adapter_x, ffn, adapter):
+    if plain and not keep_pre and _takes_few(x, adapter_x, ffn, adapter, MAX_FEW):
         return _few_forward(x, adapter_x, ffn, adapter, settings), absent(x)
     bottleneck_drop, inner_drop, output_drop = ffn_dropouts(settings)
     pre = stacked_linear(x, adapter_x, ffn, adapter, packed.packed)
@@ -79,13 +81,15 @@ def ffn_forward(
     return y, pre if keep_pre else absent(pre)
 
 
-def _takes_few(x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, adapter: Bottleneck) -> bool:
-    """Whether :func:`_few_forward` takes x (M, K) and these weights."""
+def _takes_few(
+    x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, adapter: Bottleneck, most: int
+) -> bool:
+    """Whether :func:`_few_forward` takes x (M, K), M at most ``most``, and these weights."""
     weights = [weight for weight in ffn[::2] if weight is not None]
     biases = [bias for bias in ffn[1::2] if bias is not None]
     frozen = all(reads_few(x, w) for w in weights) and all(b.dtype is x.dtype for b in biases)
     sources = [x] if adapter_x is None else [x, adapter_x]
-    return frozen and all(takes_few(source, adapter) for source in sources)
+    return frozen and all(takes_few(source, adapter, most) for source in sources)
 
 
 def _few_forward(
@@ -117,7 +121,7 @@ def ffn_step(
 ) -> Callable | None:
     """What runs inputs of the shape of x (..., K) without autograd and dropout, checked here once;
     None if C++ does not take them."""
-    if not _takes_few(*_rows_of(x, adapter_x), ffn, adapter):
+    if not _takes_few(*_rows_of(x, adapter_x), ffn, adapter, STEP_ROWS):
         return None
 
     def step(x: Tensor, adapter_x: Tensor | None) -> Tensor:
