@@ -6,7 +6,7 @@
 
 namespace pelt_fast {
 
-constexpr int64_t kMaxFew = 32;  // rows of x; passes.MAX_FEW says how many are worth it
+constexpr int64_t kMaxFew = 32;  // rows of x; passes.py says how many are worth it
 constexpr int64_t kUnit = 16;    // rows of a weight in one unit of work
 
 // Rows as contiguous fp32.
@@ -35,9 +35,10 @@ PELT_FAST_INLINE void products(Tile& sums, const float* x, int64_t rows, int64_t
       const T* d = static_cast<const T*>(w.data) + (first + j) * w.stride + k;
       const int64_t some = std::min(strip, count - j), columns = std::min(part, depth - k);
       for (int64_t i = 0; i < rows; i += kGroup) {
+        const int64_t many = std::min<int64_t>(kGroup, rows - i);
         const float* left[kGroup];
-        for (int a = 0; a < kGroup; ++a) left[a] = x + std::min(i + a, rows - 1) * depth + k;
-        dots<W>(sums, i, std::min<int64_t>(kGroup, rows - i), j, left, d, w.stride, some, columns);
+        for (int64_t a = 0; a < many; ++a) left[a] = x + (i + a) * depth + k;
+        dots<W>(sums, i, many, j, left, d, w.stride, some, columns);
       }
     }
 }

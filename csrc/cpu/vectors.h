@@ -98,8 +98,8 @@ PELT_FAST_INLINE typename VectorOf<W>::type widened(const Half* p) {
 constexpr int kGroup =
     3;  // rows of x in one call of dots: twelve sums of four dots keep both units busy
 
-// sums[row + i][at + r] += Σ x[i] d[r] over `count` numbers, for `rank` rows of d: MR rows of x by NR of d
-// at a time. Rows past the last are the last again, and their sums are not kept.
+// sums[row + i][at + r] += Σ x[i] d[r] over `count` numbers, for `rank` rows of d: MR rows of x by
+// NR of d at a time. Rows past the last are the last again, and their sums are not kept.
 template <int W, int MR, int NR, typename T>
 PELT_FAST_INLINE void dots_of(Tile& sums, int64_t row, int64_t rows, int64_t at,
                               const float* const* x, const T* d, int64_t stride, int64_t rank,

@@ -35,9 +35,9 @@ LIBRARY_IS_FASTER = ("identity", "relu", "gelu", "silu") if _ON_AVX2 else ("iden
 # benchmarks.rank_passes).
 PLAIN_RANK, MASKED_RANK = (16, 32) if _ON_AVX2 else (MAX_RANK, MAX_RANK)
 
-# The rows of x up to which the C++ reads a frozen weight sooner than the library's GEMM (python -m
-# benchmarks.few_rows); at most kMaxFew of csrc/cpu/few.h. More of them in a step of a generate: a
-# forward of training, which runs the library, has no bits in common with it.
+# The rows of x up to which the C++ multiplies by a frozen weight, sooner than the library's GEMM
+# (python -m benchmarks.few_rows); at most kMaxFew of csrc/cpu/few.h. Only in a step of a generate
+# are they STEP_ROWS: elsewhere a forward without gradients has the bits of one with them.
 MAX_FEW = 8
 STEP_ROWS = 32 if _ON_AVX2 else MAX_FEW
 
@@ -80,7 +80,8 @@ def library_is_faster(dtype: torch.dtype, rank: int, masked: bool) -> bool:
 
 
 def has_few_rows(x: Tensor, most: int = MAX_FEW) -> bool:
-    """Whether :func:`linear` runs x (M, K) in C++: M is that of a decoder's step."""
+    """Whether C++ multiplies x (M, K) by a frozen weight: M is that of a decoder's step, at most
+    ``most``."""
     return x.shape[0] <= most and covers_rows(x)
 
 
@@ -221,7 +222,7 @@ def up(
 
 
 def takes_few(x: Tensor, adapter: Bottleneck, most: int = MAX_FEW) -> bool:
-    """Whether :func:`few_update` takes x and these weights."""
+    """Whether :func:`few_update` takes x, of at most ``most`` rows, and these weights."""
     down, down_bias, up, up_bias = adapter
     dtype = down.dtype
     if up.dtype is not dtype or down.stride(1) != 1 or up.stride(1) != 1 or dtype not in DTYPES:
