@@ -4,11 +4,12 @@ A tile is one compilation for each case that reads its table. The programs a pro
 aims at are no constant of a kernel: they are tried on a tile that is compiled already.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 
+from benchmarks.common import load, paths_of
 from pelt_fast.kernels import config
 from pelt_fast.kernels.tile import HALF, Tile
 from pelt_fast.kernels.tiles import TABLES
@@ -98,6 +99,19 @@ GRIDS = {
     "routed_up": ("mn", {(32, 128): TWO, (64, 64): TWO, (64, 128): TWO}),
     "routed_up_bwd": ("mn", {(32, 64): THREE, (64, 64): THREE, (64, 128): THREE}),
 }  # fmt: skip
+
+
+def in_order(tables: Iterable[str]) -> list[str]:
+    """The tables, first those that no committed run has measured whole."""
+    try:
+        runs = [load(path) for path in paths_of("gpu-tune")]
+    except FileNotFoundError:
+        runs = []
+    measured: set[str] = set()
+    for run in runs:
+        left = {name.split(" ")[0] for name in run["left"]}
+        measured |= {e["kernel"] for e in run["entries"] if "tried" in e} - left
+    return sorted(tables, key=lambda table: table in measured)
 
 
 def candidates(table: str) -> list[Tile]:

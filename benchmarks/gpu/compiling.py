@@ -21,7 +21,7 @@ from pelt_fast.kernels import config
 from pelt_fast.kernels.tile import Tile
 
 from . import fused
-from .candidates import FAMILY, candidates, cases_of, name_of, variants
+from .candidates import FAMILY, candidates, cases_of, in_order, name_of, variants
 from .kernel_case import KernelCase, Sizes
 from .numerics import environment
 from .record import Record
@@ -34,7 +34,7 @@ Work = Iterator[tuple[str, Callable[[], object]]]
 
 def work(device: torch.device, sizes: Sizes, dtype=torch.bfloat16) -> Work:
     """Everything to compile, the most important first. Each case is run before the next is made."""
-    for table in FAMILY:
+    for table in in_order(FAMILY):
         try:
             yield from _work_of(table, device, sizes, dtype)
         except Exception as error:  # its cases cannot be made; those of other tables can

@@ -20,7 +20,16 @@ from pelt_fast.kernels.tile import HALF, Tile
 from pelt_fast.kernels.tiles import MAX_RANK
 
 from . import fused
-from .candidates import FAMILY, candidates, cases_of, limit_of, name_of, size_of, variants
+from .candidates import (
+    FAMILY,
+    candidates,
+    cases_of,
+    in_order,
+    limit_of,
+    name_of,
+    size_of,
+    variants,
+)
 from .compiling import Compilation
 from .kernel_case import KernelCase, Sizes, same_mask
 from .kernels import off
@@ -230,7 +239,7 @@ def run(
             warm_layers(record, device)
         tuning.compilation = compilation
     stages = [(f"tiles of {kernel}", lambda kernel=kernel: tuning.tune_table(kernel))
-              for kernel in FAMILY]  # fmt: skip
+              for kernel in in_order(FAMILY)]  # fmt: skip
     stages.append(("ranks", tuning.tune_ranks))
     if device.type == "cuda":
         stages.append(("layers", tuning.tune_layers))

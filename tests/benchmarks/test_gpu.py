@@ -252,6 +252,13 @@ def test_the_host_s_time_of_every_call_is_written_down(tmp_path, monkeypatch, ca
     monkeypatch.setattr(host, "REPEATS", 1)
     record = Record("host", tmp_path)
     assert host.run(record, CPU) == 0
-    assert {e["call"] for e in record.entries} >= {"LoRA linear", "prefix attention", "attention"}
-    assert all(e[name] > 0 for e in record.entries for name in ("inference", "both", "one_thread"))
-    assert capsys.readouterr().out.count("LoRA linear") == 2
+    timed = [e for e in record.entries if "call" in e]
+    ops = {"LoRA linear", "prefix attention", "widened FFN"}
+    assert {e["call"] for e in timed} >= {*ops, "attention"}
+    assert all(e[name] > 0 for e in timed for name in ("inference", "both", "one_thread"))
+    profiles = {e["profile"]: e["functions"] for e in record.entries if "profile" in e}
+    assert set(profiles) == ops
+    for functions in profiles.values():  # with backward, in this thread
+        assert any(place.endswith(" backward") and count >= 1 for place, count, *_ in functions)
+        assert any("_backward_" in place for place, *_ in functions)
+    assert capsys.readouterr().out.count("LoRA linear") == 3
