@@ -145,10 +145,16 @@ def warps(threads: int, device: torch.device) -> int:
     return threads // (64 if architecture(device).startswith("gfx") else 32)
 
 
+# a table that is measured apart for some inputs -> the table that serves them until it is measured
+SHARED = {"prefix_short": "prefix"}
+SHORT = 64  # keys of a prefix
+
+
 def pick(kernel: str, bits: int, size: int, device: torch.device) -> Tile:
-    """The tile of ``kernel`` for elements of ``bits`` and the class size (rank, prefix length)."""
-    if kernel in _forced:
-        return _forced[kernel]
+    """The tile of ``kernel`` for elements of ``bits`` and the class size (rank, head dim)."""
+    for name in (kernel, SHARED.get(kernel)):
+        if name in _forced:
+            return _forced[name]
     for arch in (architecture(device), "any"):
         for row in rows(kernel, arch):
             if row.bits == bits and size <= row.limit:
@@ -163,7 +169,8 @@ def rows(kernel: str, arch: str) -> tuple[Row, ...]:
         Row(bits, limit, Tile(**tile), why)
         for bits, limit, tile, why in tuned.TILES.get(kernel, {}).get(arch, ())
     )
-    return (*measured, *TABLES[kernel].get(arch, ()))
+    others = rows(SHARED[kernel], arch) if kernel in SHARED else TABLES[kernel].get(arch, ())
+    return (*measured, *others)
 
 
 def cdiv(count: int, size: int) -> int:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pelt_fast.kernels.common import dot, keep_tile, load_rows
-from pelt_fast.kernels.config import cdiv, padded, pick
+from pelt_fast.kernels.config import SHORT, cdiv, padded, pick
 from pelt_fast.kernels.launch import launched
 from pelt_fast.kernels.tile import Tile
 from pelt_fast.ops.common import dropout as philox
@@ -190,7 +190,7 @@ def prefix_merge(
     if q.numel() == 0:
         return lse
     P = prefix_k.shape[1] if spans is None else longest
-    tile, block_p, block_d = blocks_of("prefix", q, P)
+    tile, block_p, block_d = blocks_of("prefix_short" if P <= SHORT else "prefix", q, P)
     context = (0, 0, 0) if context_o is None else context_o.stride()[:3]
     lse_strides = (0, 0) if context_lse is None else context_lse.stride()[:2]
     prefix_fwd_kernel[(B * H * cdiv(T, tile.block_m),)](

@@ -25,6 +25,7 @@ SPLIT = ("rank_down", "rank_down_norm", "rank_down_bwd", "rank_down_bwd_norm", "
 FAMILY = {
     "prefix_bwd": "heads",
     "rank_up_bwd": "low_rank",
+    "prefix_short": "heads",
     "prefix": "heads",
     "rank_down_norm": "norms",
     "rank_down": "low_rank",
@@ -49,6 +50,7 @@ THREE = ((4, 2), (4, 4), (8, 3))
 TWO = ((4, 2), (8, 2))
 WIDE = ((8, 2), (8, 3))
 EVERY = ((4, 1), (4, 2), (8, 1), (8, 2))
+PREFIX = dict.fromkeys(((64, 32), (64, 64), (64, 128), (128, 32), (128, 64)), EVERY)
 ADAPTER = ((4, 2), (4, 3), (8, 3))
 GEMM = {(128, 128, 64): ((8, 3), (8, 4)), (128, 256, 64): ((8, 3), (8, 4)),
         (256, 128, 64): ((8, 3), (8, 4))}  # fmt: skip
@@ -63,7 +65,8 @@ GRIDS = {
         (32, 128): ((4, 2),), (32, 256): ((8, 2),), (64, 128): ((4, 2), *WIDE),
         (64, 256): ((4, 3), *WIDE), (64, 512): WIDE, (128, 128): WIDE, (128, 256): WIDE,
     }),
-    "prefix": ("mn", dict.fromkeys(((64, 32), (64, 64), (64, 128), (128, 32), (128, 64)), EVERY)),
+    "prefix_short": ("mn", PREFIX),
+    "prefix": ("mn", PREFIX),
     "rank_down_norm": ("mk", {
         (64, 128): THREE, (64, 256): ((8, 2),), (128, 64): THREE, (128, 128): WIDE,
     }),
@@ -118,7 +121,7 @@ def candidates(table: str) -> list[Tile]:
     """The tiles that are compiled."""
     dims, blocks = GRIDS[table]
     block_r = 32 if table.startswith(("tail", "routed")) else 64
-    fixed = {} if table in ("prefix", "prefix_bwd", "widened_ffn") else {"block_r": block_r}
+    fixed = {} if table.startswith(("prefix", "widened")) else {"block_r": block_r}
     return [
         Tile(**{f"block_{dim}": size for dim, size in zip(dims, block)}, **fixed,
              num_warps=warps, num_stages=stages)
@@ -139,6 +142,8 @@ def table_of(case: KernelCase) -> str | None:
         if "descriptors" in case.name:
             return "tail_gemm_descriptor"
         return "tail_gemm_masked" if "p=" in case.name else "tail_gemm"
+    if case.kernel == "prefix" and int(case.name.split("P=")[1]) <= config.SHORT:
+        return "prefix_short"
     return case.kernel if case.kernel in TABLES else None
 
 

@@ -69,7 +69,7 @@ class Tables:
             f"{name}: {kind} = {pprint.pformat(self[name], width=96, sort_dicts=False)}"
             for name, kind in TYPES.items()
         )
-        text = f'"""{head}"""\n\n# fmt: off\n{body}\n# fmt: on\n'
+        text = f'"""{head}"""\n\n# ruff: noqa: E501\n# fmt: off\n{body}\n# fmt: on\n'
         for path in (to, beside.with_suffix(".tuned.py")):
             part = path.with_suffix(f".{os.getpid()}.part")
             part.write_text(text)

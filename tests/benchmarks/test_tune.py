@@ -21,13 +21,36 @@ from .tiny import CPU, TINY
 
 
 def test_every_table_has_a_few_candidates():
-    assert set(candidates.FAMILY) == set(candidates.GRIDS) == set(TABLES)
-    for table in TABLES:
+    assert set(candidates.FAMILY) == set(candidates.GRIDS) == set(TABLES) | set(config.SHARED)
+    for table in candidates.FAMILY:
         tiles = candidates.candidates(table)
         assert 6 <= len(set(tiles)) == len(tiles) <= 24
         assert all(tile.programs == 2 for tile in tiles)
         tried = candidates.variants(table, tiles[0])
         assert len(tried) == (3 if table in candidates.SPLIT else 1)
+
+
+def test_tables_that_no_run_has_measured_come_first(monkeypatch):
+    runs = [{"left": ["b up to 64"], "entries": [{"kernel": k, "tried": []} for k in "ab"]}]
+    monkeypatch.setattr(candidates, "paths_of", lambda name: [0])
+    monkeypatch.setattr(candidates, "load", lambda path: runs[path])
+    assert candidates.in_order("abc") == ["b", "c", "a"]
+
+
+def test_a_short_prefix_reads_its_own_table_where_that_was_measured(monkeypatch):
+    own = {"prefix_short": {"any": ((16, 64, {"block_m": 32}, "measured"),)}}
+    monkeypatch.setattr(tuned, "TILES", own)
+    config.rows.cache_clear()
+    try:
+        found = [config.pick(t, 16, 64, CPU) for t in ("prefix_short", "prefix")]
+        assert found[0] == Tile(block_m=32) != found[1]
+        monkeypatch.setattr(tuned, "TILES", {})
+        config.rows.cache_clear()
+        assert config.pick("prefix_short", 16, 64, CPU) == config.pick("prefix", 16, 64, CPU)
+        with config.forced("prefix", FAST):
+            assert config.pick("prefix_short", 16, 64, CPU) == FAST
+    finally:
+        config.rows.cache_clear()
 
 
 def test_a_split_aims_at_the_programs_of_the_tile():
@@ -106,7 +129,7 @@ def test_rows_that_stay_are_put_beside_a_winner_of_larger_sizes(tmp_path):
         picked = [config.pick("rank_down", 16, size, CPU) for size in (16, 64, 128)]
     assert picked == [present, FAST, config.pick("rank_down", 16, 128, CPU)]
     tuning.put_winners("rank_up", {64: [wins, None]})
-    assert "rank_up" not in tuning.tables["TILES"]
+    assert "any" not in tuning.tables["TILES"].get("rank_up", {})
 
 
 def test_a_limit_of_rank_lies_where_ours_begins_to_lose():
@@ -176,10 +199,10 @@ def test_an_answer_wins_by_two_percent_or_the_present_one_stays():
 
 
 def test_a_table_whose_cases_cannot_be_made_does_not_end_the_others(monkeypatch):
-    made = compiling.cases_of
+    made, first = compiling.cases_of, candidates.in_order(compiling.FAMILY)[0]
 
     def broken(table, *rest):
-        if table == next(iter(compiling.FAMILY)):
+        if table == first:
             raise RuntimeError("no such kernel")
         return made(table, *rest)
 
@@ -189,6 +212,5 @@ def test_a_table_whose_cases_cannot_be_made_does_not_end_the_others(monkeypatch)
         names[name] = function
         if len(names) > 3:
             break
-    first = next(iter(compiling.FAMILY))
     with pytest.raises(RuntimeError, match="no such kernel"):
         names[first]()
