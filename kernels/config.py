@@ -146,7 +146,7 @@ def warps(threads: int, device: torch.device) -> int:
 
 
 # a table that is measured apart for some inputs -> the table that serves them until it is measured
-SHARED = {"prefix_short": "prefix"}
+SHARED = {"prefix_short": "prefix", "prefix_bwd_dropped": "prefix_bwd"}
 SHORT = 64  # keys of a prefix
 
 

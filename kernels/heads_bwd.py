@@ -279,7 +279,8 @@ def prefix_merge_bwd(
     P = P if spans is None else longest
     if q.numel() == 0 or P == 0:
         return dpk.zero_(), dpv.zero_()
-    tile, block_p, block_d = blocks_of("prefix_bwd", q, P)
+    table = "prefix_bwd" if seed is None else "prefix_bwd_dropped"
+    tile, block_p, block_d = blocks_of(table, q, P)
     blocks_t, blocks_p = cdiv(T, tile.block_m), cdiv(P, block_p)
     part_blocks, parts = split(B * H * blocks_p, blocks_t, q.device, tile.programs)
     form = form_of(form, composition)

@@ -149,6 +149,17 @@ TILES: dict[str, dict[str, tuple]] = {'rank_up_bwd': {'sm90': ((16,
                           'prefix_bwd P=30 (with zeroing dq) 0.0747 ms, 0.1032 before; '
                           'prefix_bwd P=200 (with zeroing dq) 0.2837 ms, 0.4863 before, on '
                           'NVIDIA H200'),)},
+ 'prefix_bwd_dropped': {'sm90': ((16,
+                                  64,
+                                  {'block_m': 64,
+                                   'block_n': 64,
+                                   'block_k': 0,
+                                   'block_r': 0,
+                                   'num_warps': 8,
+                                   'num_stages': 1,
+                                   'programs': 2},
+                                  'stays: not measured; (64, 64, 4 warps) spills 8 bytes a '
+                                  'thread'),)},
  'prefix_short': {'sm90': ((16,
                             64,
                             {'block_m': 64,

@@ -19,11 +19,13 @@ from .kernel_cases import cases
 
 PROGRAMS = (2, 4, 8)
 SPLIT = ("rank_down", "rank_down_norm", "rank_down_bwd", "rank_down_bwd_norm", "rank_up_bwd",
-         "prefix_bwd", "routed_down", "routed_down_bwd", "routed_up_bwd")  # fmt: skip
+         "prefix_bwd", "prefix_bwd_dropped", "routed_down", "routed_down_bwd",
+         "routed_up_bwd")  # fmt: skip
 
 # the family of cases that reads a table; first the kernels that are farthest from their floor
 FAMILY = {
     "prefix_bwd": "heads",
+    "prefix_bwd_dropped": "heads",
     "rank_up_bwd": "low_rank",
     "prefix_short": "heads",
     "prefix": "heads",
@@ -56,11 +58,17 @@ GEMM = {(128, 128, 64): ((8, 3), (8, 4)), (128, 256, 64): ((8, 3), (8, 4)),
         (256, 128, 64): ((8, 3), (8, 4))}  # fmt: skip
 MASKED = {(128, 128, 64): ((8, 3), (8, 4)), (128, 128, 32): ((8, 4),), (128, 128, 128): ((8, 2),),
           (128, 64, 64): ((4, 4),), (64, 128, 64): ((4, 4),)}  # fmt: skip
+PREFIX_BWD = {
+    (32, 64): ((4, 1), (8, 1)),
+    (64, 32): EVERY,
+    (64, 64): EVERY,
+    (64, 128): ((8, 2),),
+    (128, 32): ((8, 1), (8, 2)),
+    (128, 64): ((8, 1), (8, 2)),
+}
 GRIDS = {
-    "prefix_bwd": ("mn", {
-        (32, 64): ((4, 1), (8, 1)), (64, 32): EVERY, (64, 64): EVERY, (64, 128): ((8, 2),),
-        (128, 32): ((8, 1), (8, 2)), (128, 64): ((8, 1), (8, 2)),
-    }),
+    "prefix_bwd": ("mn", PREFIX_BWD),
+    "prefix_bwd_dropped": ("mn", PREFIX_BWD | dict.fromkeys(((64, 32), (64, 64)), EVERY[2:])),
     "rank_up_bwd": ("mn", {
         (32, 128): ((4, 2),), (32, 256): ((8, 2),), (64, 128): ((4, 2), *WIDE),
         (64, 256): ((4, 3), *WIDE), (64, 512): WIDE, (128, 128): WIDE, (128, 256): WIDE,
@@ -144,6 +152,8 @@ def table_of(case: KernelCase) -> str | None:
         return "tail_gemm_masked" if "p=" in case.name else "tail_gemm"
     if case.kernel == "prefix" and int(case.name.split("P=")[1]) <= config.SHORT:
         return "prefix_short"
+    if case.kernel == "prefix_bwd" and "p=" in case.name:
+        return "prefix_bwd_dropped"
     return case.kernel if case.kernel in TABLES else None
 
 

@@ -264,22 +264,28 @@ def heads(device, sizes: Sizes, dtype, seed) -> Iterator[KernelCase]:
         lse = forward()[1]
         dq = torch.zeros_like(q)
 
-        def backward(pk=pk, pv=pv, o=o, lse=lse, dq=dq):
-            dq.zero_()
-            dpk, dpv = prefix_merge_bwd(do, q, pk, pv, o, lse, dq, **settings)
-            return dq, dpk, dpv
+        for p in (0.0, P):
+            given = settings if p == 0 else dict(settings, dropout_p=p, seed=seed)
 
-        def plain_backward(drop, pk=pk, pv=pv, o=o, lse=lse):
-            w = torch.exp(scale * q.float() @ pk.transpose(-1, -2) - lse.unsqueeze(-1)).to(dtype)
-            delta = (do.float() * o.float()).sum(-1, keepdim=True)
-            dz = (w * ((do @ pv.to(dtype).transpose(-1, -2)) - delta)).to(dtype)
-            dpk = scale * (dz.transpose(-1, -2) @ q).float().sum(0)
-            return scale * dz @ pk.to(dtype), dpk, (w.transpose(-1, -2) @ do).float().sum(0)
+            def backward(pk=pk, pv=pv, o=o, lse=lse, dq=dq, given=given):
+                dq.zero_()
+                dpk, dpv = prefix_merge_bwd(do, q, pk, pv, o, lse, dq, **given)
+                return dq, dpk, dpv
 
-        yield KernelCase(
-            "prefix_bwd", f"P={length} (with zeroing dq)", backward, plain_backward,
-            6 * passes, 5 * flops,
-        )  # fmt: skip
+            def plain_backward(drop, pk=pk, pv=pv, o=o, lse=lse, p=p):
+                scores = scale * q.float() @ pk.transpose(-1, -2)
+                w = torch.exp(scores - lse.unsqueeze(-1)).to(dtype)
+                delta = (do.float() * o.float()).sum(-1, keepdim=True)
+                dw, kept = do @ pv.to(dtype).transpose(-1, -2), w
+                if p:
+                    dw, kept = drop(dw, p), drop(w, p)
+                dz = (w * (dw - delta)).to(dtype)
+                dpk = scale * (dz.transpose(-1, -2) @ q).float().sum(0)
+                dpv = (kept.transpose(-1, -2) @ do).float().sum(0)
+                return scale * dz @ pk.to(dtype), dpk, dpv
+
+            tag = f"P={length}{f' p={p}' if p else ''} (with zeroing dq)"
+            yield KernelCase("prefix_bwd", tag, backward, plain_backward, 6 * passes, 5 * flops)
 
 
 FAMILIES = {
