@@ -100,7 +100,7 @@ class Watch:
         """Check, in the first step of a generate only. While a graph is traced this is a constant:
         the graph's guards know each forward."""
         if torch.compiler.is_compiling():
-            _look_now(self)
+            self._look_now()
             return
         if generation.kept is None or is_first(self):
             self.look()
@@ -122,6 +122,13 @@ class Watch:
             if layers is not None and len(layers._modules) != count:
                 continue  # layers were removed together with their sites
             self._refuse(f"{path} is {_described(now)} now, not the {type(child).__name__}")
+
+    @torch.compiler.assume_constant_result
+    def _look_now(self) -> bool:
+        """:meth:`look` at trace time, so that the comparisons do not become guards. A method,
+        because torch 2.11 takes no object as the argument of such a function."""
+        self.look()
+        return True
 
     def _check_wrapped(self, path: str, module: nn.Module, ours: Callable) -> None:
         """Another forward is allowed only when it says that it wraps ours."""
@@ -145,13 +152,6 @@ def _down(parent: nn.Module, steps: tuple[str, ...]) -> nn.Module | None:
     for step in steps:
         parent = None if parent is None else parent._modules.get(step)
     return parent
-
-
-@torch.compiler.assume_constant_result
-def _look_now(checks: Watch) -> bool:
-    """Run at trace time, so that the comparisons do not become guards."""
-    checks.look()
-    return True
 
 
 def _contains(module: nn.Module | None, child: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from pelt_fast.ops.common.bundles import (
     RoutedTransform,
     RoutedUp,
 )
-from pelt_fast.ops.common.dropout import threshold
+from pelt_fast.ops.common.dropout import drops
 from pelt_fast.ops.routed.op import routed_update
 
 from .frozen_module import FrozenModule
@@ -95,7 +95,7 @@ class Factors:
     def dropout(self, routing: Routing, device: torch.device, draws: int = 1) -> RoutedDropout:
         """The dropout of each method; the seeds are drawn here. The op of a method alone draws
         ``draws`` of them, and uses the first."""
-        if all(threshold(p) == 0 for p in self.probabilities):
+        if not any(drops(p) for p in self.probabilities):
             return RoutedDropout([], None)
         seeds = routing.draw_seeds(self.probabilities, device, draws)
         return RoutedDropout(self.probabilities, seeds)

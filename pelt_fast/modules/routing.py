@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast.ops.common.bundles import Segments
-from pelt_fast.ops.common.dropout import draw_seed, seeds_from, threshold
+from pelt_fast.ops.common.dropout import draw_seed, drops, seeds_from
 from pelt_fast.ops.routed.segments import segments_of
 
 from .checkpointed import in_checkpoint, run_again_in
@@ -191,7 +191,7 @@ class Routing:
         where it drops something, ``draws`` seeds as it does alone."""
         seeds = draw_seed(device, len(probabilities))
         for method, generator in self.generators.items():
-            if method < len(probabilities) and threshold(probabilities[method]):
+            if method < len(probabilities) and drops(probabilities[method]):
                 seeds[method] = _draw(generator, draws).to(device)[0]
         return seeds
 

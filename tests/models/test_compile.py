@@ -1,6 +1,7 @@
 """torch.compile of whole models: one graph, none more than the plain model has for new shapes."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def test_a_method_adds_no_graph_and_no_recompilation(architecture):
     plain = counts(built(architecture, None))
     for method in ("lora", "mam"):
         assert counts(built(architecture, method)) == plain, method
+
+
+@pytest.mark.parametrize("method", ["mam", "lora"])
+def test_tracing_says_nothing_of_our_code(method, monkeypatch):
+    torch.manual_seed(0)
+    model = MODELS["bart"](dropout=0.1)
+    pelt_fast.inject(model, small_method(method, dropout=0.1)).train()
+    # torch says each thing once in a process
+    monkeypatch.setattr(torch._dynamo.utils, "warn_once_cache", set())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run, _ = compiled(model)
+        run(**inputs(model, batch=2, length=6)).loss.backward()
+    assert not [str(each.message) for each in said if "pelt_fast" in str(each.message)]
 
 
 @pytest.mark.parametrize("architecture, method", [

@@ -1,11 +1,15 @@
 """The definition of the dropout mask."""
 
+import math
+
 import pytest
 import torch
 
 from pelt_fast.ops.common.dropout import (
+    LEVELS,
     draw_seed,
     dropout,
+    drops,
     keep_mask,
     keep_scale,
     philox4x32,
@@ -79,3 +83,10 @@ def test_threshold_rounds_p_to_sixteen_bits_and_never_drops_all():
     assert threshold(0.0) == 0 and threshold(1e-9) == 0
     assert threshold(0.5) == 32768
     assert threshold(0.999999999) == 65535 and keep_scale(0.999999999) == 65536
+
+
+def test_a_probability_drops_where_its_threshold_is_not_zero():
+    half = 0.5 / LEVELS
+    near = (half, math.nextafter(half, 0), math.nextafter(half, 1))
+    for p in (*near, *(i / 2**19 for i in range(40)), 0.1, 0.999999999):
+        assert drops(p) == (threshold(p) > 0), p

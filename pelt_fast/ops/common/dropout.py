@@ -80,7 +80,7 @@ def draw_seed(device: torch.device, count: int = 1) -> Tensor:
 
 def draw_seeds(x: Tensor, training: bool, *probabilities: float) -> Tensor | None:
     """A seed for each dropout of an op on ``x`` (count, 2), or None when none of them acts."""
-    if not training or all(threshold(p) == 0 for p in probabilities):
+    if not training or not any(drops(p) for p in probabilities):
         return None
     return draw_seed(x.device, len(probabilities))
 
@@ -97,6 +97,12 @@ def ffn_dropouts(settings: FFNSettings) -> tuple[Dropout, Dropout, Dropout]:
         Dropout(p, seed_row(settings.seed, row, p)) for row, p in enumerate(probabilities)
     )
     return hidden, inner, output
+
+
+def drops(p: float) -> bool:
+    """Whether any lane is dropped: ``threshold(p) > 0``, without a cache, which torch.compile warns
+    of."""
+    return p * LEVELS > 0.5
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .bundles import RoutedDropout, Segments
-from .dropout import threshold
+from .dropout import drops
 
 
 class Part(NamedTuple):
@@ -68,7 +68,7 @@ def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def drop_of(drop: RoutedDropout, method: int) -> tuple[float, Tensor | None]:
     """The probability and the seed of a method's dropout; the seed is None if it does not act."""
-    if drop.seeds is None or threshold(drop.probabilities[method]) == 0:
+    if drop.seeds is None or not drops(drop.probabilities[method]):
         return 0.0, None
     return drop.probabilities[method], drop.seeds[method]
 
