@@ -29,8 +29,8 @@ def environment() -> dict[str, str]:
 
 
 def collect(folder: str = "tests/numerics") -> list[str]:
-    """The names of the tests: first those that the newest committed runs did not prove, the
-    slow ones last."""
+    """The names of the tests: first those that the committed runs left out most often, the slow
+    ones after others that wait as long."""
     command = [sys.executable, "-m", "pytest", folder, "--collect-only", "-q", "-o", "addopts="]
     ran = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True
@@ -38,21 +38,27 @@ def collect(folder: str = "tests/numerics") -> list[str]:
     names = [line for line in ran.stdout.splitlines() if "::" in line]
     if ran.returncode or not names:
         raise RuntimeError(f"pytest found no tests:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
-    unproved = _unproved()
-    return sorted(names, key=lambda name: (name not in unproved, SLOW in name))
+    waiting = _waiting()
+    return sorted(names, key=lambda name: (-waiting[name], SLOW in name))
 
 
-def _unproved() -> set[str]:
-    """The tests that the newest committed run missed, and those that every run of its day left
-    out: a run may begin with what the one before it left."""
+def _waiting() -> Counter:
+    """Test -> how many of the newest committed runs, without a gap, had no time for it; more than
+    all runs for a test that the newest one missed. So every test is run again in its turn."""
     try:
         runs = [load(path) for path in paths_of("gpu-numerics")]
     except FileNotFoundError:
-        return set()
-    missed = {e["test"] for e in runs[0]["entries"] if e.get("outcome") == "failed"}
-    days = [run["machine"]["time"][:10] for run in runs]
-    left = (set(run["left"]) for run, day in zip(runs, days) if day == days[0])
-    return missed | set.intersection(*left)
+        return Counter()
+    waiting = Counter(dict.fromkeys(_missed(runs[0]), len(runs) + 1))
+    still = set(runs[0]["left"])
+    for run in runs:
+        still &= set(run["left"])
+        waiting.update(still)
+    return waiting
+
+
+def _missed(run: dict) -> set[str]:
+    return {e["test"] for e in run["entries"] if e.get("outcome") == "failed"}
 
 
 @dataclass

@@ -149,6 +149,20 @@ def test_what_cannot_be_captured_is_timed_from_python(monkeypatch):
         measure.milliseconds(lambda: 1 / 0, gpu)
 
 
+def test_numerics_begins_with_what_waits_longest(monkeypatch):
+    runs = [  # the newest first
+        dict(left=["never", "slow", "once"], entries=[dict(test="missed", outcome="failed")]),
+        dict(left=["never", "slow"], entries=[dict(test="mended", outcome="failed")]),
+        dict(left=["never", "once"], entries=[]),
+    ]
+    monkeypatch.setattr(numerics, "paths_of", lambda name: range(3))
+    monkeypatch.setattr(numerics, "load", lambda path: runs[path])
+    waiting = numerics._waiting()
+    order = ["missed", "never", "slow", "once"]
+    assert sorted(["once", "never", "missed", "slow"], key=lambda name: -waiting[name]) == order
+    assert waiting["mended"] == waiting["passed"] == 0
+
+
 def test_numerics_collects_the_suite():
     names = numerics.collect()
     assert len(names) > 400 and all(name.startswith("tests/numerics/") for name in names)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pelt_fast
-from tests.models.test_parity import small_method
+from tests.models.test_parity import assert_close, small_method
 from tests.small import gradients, llama, randomise, roberta
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -128,3 +128,23 @@ def test_a_captured_step_reads_the_routes_that_are_written_later(make):
             torch.testing.assert_close(replayed, step())
         for name, expected in taken().items():
             torch.testing.assert_close(found[name], expected, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("method", ["lora", "mam"])
+@pytest.mark.parametrize("make", [llama, roberta], ids=["llama", "roberta"])
+def test_a_compiled_model_has_the_eager_gradients(make, method, mode):
+    """torch.compile of the whole model; under "reduce-overhead" torch replays it as CUDA graphs."""
+    model, step = trained(make, method, dropout=0.0)
+    wanted = step().item()
+    expected = gradients(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile(mode=mode)
+    for _ in range(4):  # warm, recorded, replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        model.zero_grad()
+        loss = step().item()
+    assert loss == pytest.approx(wanted, rel=1e-4)
+    assert_close(gradients(model), expected, 1e-3)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
