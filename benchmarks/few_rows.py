@@ -3,10 +3,10 @@
     python -m benchmarks.few_rows [--width 768] [--depth 3072]
 
 The weight is stored by rows (nn.Linear) or by columns (the packed out-projection of a widened FFN).
-A few rows run in C++, more of them in a step of a generate (``passes.STEP_ROWS``). Many rows are
-the library's, in fp32 where this CPU has no arithmetic for the 16-bit dtype. Twelve weights take
-turns, so that each is read from memory and not from a cache, as in a decoder's step. The floor of a
-few rows is the time to read the weight once.
+A few rows run in C++ (``passes.MAX_FEW``). Many rows are the library's, in fp32 where this CPU has
+no arithmetic for the 16-bit dtype. Twelve weights take turns, so that each is read from memory and
+not from a cache, as in a decoder's step. The floor of a few rows is the time to read the weight
+once.
 """
 
 import argparse
@@ -47,10 +47,9 @@ def measure(depth: int, width: int) -> list[list[str]]:
         bias = torch.randn(width).to(dtype)
         for rows in ROWS:
             x = torch.randn(rows, depth).to(dtype)
-            product = passes.few_linear if rows <= passes.STEP_ROWS else passes.linear
             for name, weights in (("rows", by_rows), ("columns", by_columns)):
                 library = microseconds(lambda w: F.linear(x, w, bias), weights)  # noqa: B023
-                ours = microseconds(lambda w: product(x, w, bias), weights)  # noqa: B023
+                ours = microseconds(lambda w: passes.linear(x, w, bias), weights)  # noqa: B023
                 ratio = f"{ours / library:.2f}"
                 cells = [f"{library:.0f}", f"{ours:.0f}", ratio]
                 lines.append([str(dtype)[6:], str(rows), name, *cells])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from pelt_fast.modules.generation import generation, is_first
 from pelt_fast.modules.hooked import wrappers
@@ -38,7 +39,18 @@ def watch(model: nn.Module, owners: list[nn.Module], injection: Injection) -> No
     _add_changes(injection, paths, lambda module: watches[nearest.get(module, model)])
     for owner, checks in watches.items():
         if checks.settle():
-            injection.changes.hook(owner.register_forward_pre_hook(checks, prepend=True))
+            injection.changes.hook(_hook_first(owner, checks))
+
+
+def _hook_first(owner: nn.Module, checks: "Watch") -> RemovableHandle:
+    """Register a pre-hook that runs before the others. They are inserted behind it again: dynamo of
+    torch 2.11 reads hooks in the order of their insertion, which ``prepend`` does not change."""
+    hooks = owner._forward_pre_hooks
+    before = list(hooks)
+    handle = owner.register_forward_pre_hook(checks)
+    for key in before:
+        hooks[key] = hooks.pop(key)
+    return handle
 
 
 def _changed_modules(model: nn.Module, injection: Injection) -> list[nn.Module]:

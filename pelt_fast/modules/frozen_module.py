@@ -1,6 +1,7 @@
 """How a site refers to the frozen modules it modifies, without owning them."""
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +31,21 @@ def foreign_forward(module: nn.Module) -> Callable | None:
     for _ in range(64):  # a declared wrapper (``functools.wraps``) of our forward runs our forward
         if found is passthrough:
             return None
-        owner = getattr(found, "__self__", found)
-        if type(owner).__module__.startswith("pelt_fast."):
+        # dynamo of torch 2.11 finds no __self__ with getattr's default
+        owner = found.__self__ if isinstance(found, MethodType) else found
+        if _is_ours(type(owner)):
             below = getattr(owner, "frozen", None)
             return None if below is None else below.foreign
         found = getattr(found, "__wrapped__", None)
         if found is None:
             break
     return outermost
+
+
+@torch.compiler.assume_constant_result
+def _is_ours(kind: type) -> bool:
+    """Whether a class is of pelt_fast. dynamo of torch 2.11 reads the module of few classes."""
+    return kind.__module__.startswith("pelt_fast.")
 
 
 def is_repatched(module: nn.Module, forward: Callable) -> bool:
@@ -142,7 +150,7 @@ class FrozenModule:
     def bare(self, *args, **kwargs):
         """The module's own forward alone, inside the hook that loads its weights."""
         module = host_of(self.module)
-        forward = self.foreign or type(module).forward.__get__(module)
+        forward = self.foreign or MethodType(type(module).forward, module)
         own = module._modules.get(OWN)
         if own is None:
             return run(self._holder, forward, args, kwargs)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 import pelt_fast
+from pelt_fast.injection.watch import Watch
 from tests.models.test_parity import small_method
 from tests.small import MEANINGLESS, MODELS, inputs, llama, randomise
 
@@ -241,3 +242,16 @@ def test_a_peft_model_is_watched():
     module.forward = types.MethodType(elsewhere, module)
     with pytest.raises(RuntimeError, match=r"layers.0.self_attn.q_proj.forward is .*elsewhere"):
         model(**batch)
+
+
+def test_the_check_is_the_first_hook_in_the_order_of_insertion_too():
+    """dynamo of torch 2.11 reads the hooks of a module in that order, and compares them so."""
+    model = pelt_fast.inject(MODELS["llama"](), "mam")
+    seen = 0
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        if any(isinstance(hook, Watch) for hook in hooks.values()):
+            assert isinstance(next(iter(hooks.values())), Watch)
+            assert list(dict.keys(hooks)) == list(hooks)
+            seen += len(hooks) > 1
+    assert seen

@@ -28,7 +28,6 @@ from pelt_fast.ops.common.bundles import (
 from pelt_fast.ops.common.dropout import cpp_mask, row_blocks
 from pelt_fast.ops.common.gradients import bottleneck_gradients, down_gradients, fill
 from pelt_fast.ops.common.passes import (
-    STEP_ROWS,
     activate,
     covers,
     cpp,
@@ -89,7 +88,7 @@ def adapter_step(
     known = norm.layer_norm == "none" or (
         norm.layer_norm == "in" and norm.norm_weight.dtype is x.dtype
     )
-    if not known or not takes_few(x.reshape(-1, inputs), adapter, STEP_ROWS):
+    if not known or not takes_few(x.reshape(-1, inputs), adapter):
         return None
 
     def step(x: Tensor, base: Tensor | None) -> Tensor:

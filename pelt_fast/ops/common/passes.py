@@ -36,10 +36,8 @@ LIBRARY_IS_FASTER = ("identity", "relu", "gelu", "silu") if _ON_AVX2 else ("iden
 PLAIN_RANK, MASKED_RANK = (16, 32) if _ON_AVX2 else (MAX_RANK, MAX_RANK)
 
 # The rows of x up to which the C++ multiplies by a frozen weight, sooner than the library's GEMM
-# (python -m benchmarks.few_rows); at most kMaxFew of csrc/cpu/few.h. Only in a step of a generate
-# are they STEP_ROWS: elsewhere a forward without gradients has the bits of one with them.
-MAX_FEW = 8
-STEP_ROWS = 32 if _ON_AVX2 else MAX_FEW
+# (python -m benchmarks.few_rows); at most kMaxFew of csrc/cpu/few.h
+MAX_FEW = 32 if _ON_AVX2 else 8
 
 cpp = native.ops()
 
@@ -79,10 +77,9 @@ def library_is_faster(dtype: torch.dtype, rank: int, masked: bool) -> bool:
     return rank > min(MAX_RANK, MASKED_RANK if masked else PLAIN_RANK)
 
 
-def has_few_rows(x: Tensor, most: int = MAX_FEW) -> bool:
-    """Whether C++ multiplies x (M, K) by a frozen weight: M is that of a decoder's step, at most
-    ``most``."""
-    return x.shape[0] <= most and covers_rows(x)
+def has_few_rows(x: Tensor) -> bool:
+    """Whether C++ multiplies x (M, K) by a frozen weight: M is that of a decoder's step."""
+    return x.shape[0] <= MAX_FEW and covers_rows(x)
 
 
 def reads_few(x: Tensor, weight: Tensor) -> bool:
@@ -221,8 +218,8 @@ def up(
     return add_product(base, h, b, scale, out)
 
 
-def takes_few(x: Tensor, adapter: Bottleneck, most: int = MAX_FEW) -> bool:
-    """Whether :func:`few_update` takes x, of at most ``most`` rows, and these weights."""
+def takes_few(x: Tensor, adapter: Bottleneck) -> bool:
+    """Whether :func:`few_update` takes x and these weights."""
     down, down_bias, up, up_bias = adapter
     dtype = down.dtype
     if up.dtype is not dtype or down.stride(1) != 1 or up.stride(1) != 1 or dtype not in DTYPES:
@@ -230,7 +227,7 @@ def takes_few(x: Tensor, adapter: Bottleneck, most: int = MAX_FEW) -> bool:
     for bias in (down_bias, up_bias):
         if bias is not None and (bias.dtype is not dtype or bias.stride(0) != 1):
             return False
-    return down.shape[0] > 0 and has_few_rows(x, most)
+    return down.shape[0] > 0 and has_few_rows(x)
 
 
 def few_update(

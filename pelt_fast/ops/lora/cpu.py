@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pelt_fast.ops.common.bundles import Bottleneck, Dropout, FrozenLinear, LowRank, absent
 from pelt_fast.ops.common.gradients import down_gradients, fill, product, up_gradients
-from pelt_fast.ops.common.passes import STEP_ROWS, down, few_update, takes_few, up
+from pelt_fast.ops.common.passes import down, few_update, takes_few, up
 
 
 def lora_forward(
@@ -36,7 +36,7 @@ def lora_step(x: Tensor, linear: FrozenLinear, factors: LowRank) -> Callable | N
     None if C++ does not take them."""
     lora_a, lora_b, scale = factors
     pair, outputs, inputs = Bottleneck(lora_a, None, lora_b, None), lora_b.shape[0], x.shape[-1]
-    if not takes_few(x.reshape(-1, inputs), pair, STEP_ROWS):
+    if not takes_few(x.reshape(-1, inputs), pair):
         return None
 
     def step(x: Tensor) -> Tensor:

@@ -33,8 +33,6 @@ from pelt_fast.ops.common.gradients import (
     up_gradients,
 )
 from pelt_fast.ops.common.passes import (
-    MAX_FEW,
-    STEP_ROWS,
     activate,
     activation_buffer,
     covers_rows,
@@ -57,8 +55,8 @@ def ffn_forward(
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     plain = settings.seed is None and packed.packed is None and packed.packed_out is None
-    if plain and not keep_pre and _takes_few(x, adapter_x, ffn, adapter, MAX_FEW):
-        return _few_forward(x, adapter_x, ffn, adapter, settings), absent(x)
+    if plain and _takes_few(x, adapter_x, ffn, adapter):
+        return _few_forward(x, adapter_x, ffn, adapter, settings, keep_pre)
     bottleneck_drop, inner_drop, output_drop = ffn_dropouts(settings)
     pre = stacked_linear(x, adapter_x, ffn, adapter, packed.packed)
     covered = covers_rows(pre)
@@ -81,15 +79,13 @@ def ffn_forward(
     return y, pre if keep_pre else absent(pre)
 
 
-def _takes_few(
-    x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, adapter: Bottleneck, most: int
-) -> bool:
-    """Whether :func:`_few_forward` takes x (M, K), M at most ``most``, and these weights."""
+def _takes_few(x: Tensor, adapter_x: Tensor | None, ffn: FrozenFFN, adapter: Bottleneck) -> bool:
+    """Whether :func:`_few_forward` takes x (M, K) and these weights."""
     weights = [weight for weight in ffn[::2] if weight is not None]
     biases = [bias for bias in ffn[1::2] if bias is not None]
     frozen = all(reads_few(x, w) for w in weights) and all(b.dtype is x.dtype for b in biases)
     sources = [x] if adapter_x is None else [x, adapter_x]
-    return frozen and all(takes_few(source, adapter, most) for source in sources)
+    return frozen and all(takes_few(source, adapter) for source in sources)
 
 
 def _few_forward(
@@ -98,18 +94,24 @@ def _few_forward(
     ffn: FrozenFFN,
     adapter: Bottleneck,
     settings: FFNSettings,
-) -> Tensor:
-    """A few rows without dropout: the block, then the adapter in one call."""
-    activation, covered = settings.ffn_activation, True
-    a = few_linear(x, ffn.in_weight, ffn.in_bias)
-    if ffn.gate_weight is None:
-        activate(activation, a, a, covered=covered)
-    else:
-        gate = few_linear(x, ffn.gate_weight, ffn.gate_bias)
-        activate(activation, gate, a, linear=a, covered=covered)
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and pre of a few rows without dropout: the block, then the adapter in one call. y has the
+    same bits whether pre is kept or not: the activation runs on the same layout."""
+    gate = [] if ffn.gate_weight is None else [few_linear(x, ffn.gate_weight, ffn.gate_bias)]
+    parts = [*gate, few_linear(x, ffn.in_weight, ffn.in_bias)]
+    pre, t = absent(x), None
+    if keep_pre:
+        width, rank = sum(part.shape[1] for part in parts), adapter.down_weight.shape[0]
+        pre = x.new_empty(x.shape[0], width + rank)
+        torch.cat(parts, 1, out=pre[:, :width])
+        t = pre[:, width:]
+    a = parts[0]
+    activate(settings.ffn_activation, a, a, linear=parts[1] if gate else None, covered=True)
     y = few_linear(a, ffn.out_weight, ffn.out_bias)
     source = x if adapter_x is None else adapter_x.contiguous()
-    return few_update(y, source, adapter, settings.scale, settings.activation, in_place=True)
+    few_update(y, source, adapter, settings.scale, settings.activation, t, in_place=True)
+    return y, pre
 
 
 def ffn_step(
@@ -121,11 +123,11 @@ def ffn_step(
 ) -> Callable | None:
     """What runs inputs of the shape of x (..., K) without autograd and dropout, checked here once;
     None if C++ does not take them."""
-    if not _takes_few(*_rows_of(x, adapter_x), ffn, adapter, STEP_ROWS):
+    if not _takes_few(*_rows_of(x, adapter_x), ffn, adapter):
         return None
 
     def step(x: Tensor, adapter_x: Tensor | None) -> Tensor:
-        y = _few_forward(*_rows_of(x, adapter_x), ffn, adapter, settings)
+        y, _ = _few_forward(*_rows_of(x, adapter_x), ffn, adapter, settings, False)
         return y.view(*x.shape[:-1], y.shape[1])
 
     return step

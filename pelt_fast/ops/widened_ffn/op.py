@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -168,7 +167,7 @@ def widened_ffn(
     shape = (*x.shape[:-1], ffn.out_weight.shape[0])
     x = x.reshape(-1, x.shape[-1])
     adapter_x = None if adapter_x is None else adapter_x.reshape(-1, adapter_x.shape[-1])
-    if stacked.buffers is not None and not torch.is_grad_enabled() and has_few_rows(x):
+    if stacked.buffers is not None and seed is None and has_few_rows(x):
         stacked = Stacked()  # filling the buffers would cost more than the two small products
     y = run(WidenedFFNFunction, x, adapter_x, *ffn, *adapter, *stacked, *settings)
     return y.view(shape)
