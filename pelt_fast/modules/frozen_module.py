@@ -1,5 +1,6 @@
 """How a site refers to the frozen modules it modifies, without owning them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from types import MethodType
 
@@ -150,7 +151,8 @@ class FrozenModule:
     def bare(self, *args, **kwargs):
         """The module's own forward alone, inside the hook that loads its weights."""
         module = host_of(self.module)
-        forward = self.foreign or MethodType(type(module).forward, module)
+        # a partial: dynamo of torch 2.11 traces no __get__, that of 2.13 no call of MethodType
+        forward = self.foreign or functools.partial(type(module).forward, module)
         own = module._modules.get(OWN)
         if own is None:
             return run(self._holder, forward, args, kwargs)
