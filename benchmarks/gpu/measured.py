@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pprint
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,12 +64,22 @@ class Tables:
     def write(self, to: Path, beside: Path) -> None:
         """Rewrite ``to``, and write a copy next to the result file ``beside``."""
         head = tuned.__doc__.replace(" Empty until a GPU has run it.", "")
-        body = "\n".join(
-            f"{name}: {kind} = {pprint.pformat(self[name], width=96, sort_dicts=False)}"
-            for name, kind in TYPES.items()
-        )
+        body = "\n".join(f"{name}: {kind} = {_source(self[name])}" for name, kind in TYPES.items())
         text = f'"""{head}"""\n\n# ruff: noqa: E501\n# fmt: off\n{body}\n# fmt: on\n'
         for path in (to, beside.with_suffix(".tuned.py")):
             part = path.with_suffix(f".{os.getpid()}.part")
             part.write_text(text)
             os.replace(part, path)
+
+
+def _source(value, indent: str = "") -> str:
+    """The literal of a table: each entry of its dicts and each of its rows on a line."""
+    below, rows = indent + "    ", isinstance(value, tuple)
+    if not rows and not all(isinstance(each, (dict, tuple)) for each in value.values()):
+        return repr(value)
+    if rows:
+        lines = [repr(row) for row in value]
+    else:
+        lines = [f"{name!r}: {_source(each, below)}" for name, each in value.items()]
+    opened, closed = "()" if rows else "{}"
+    return "".join([f"{opened}\n", *(f"{below}{line},\n" for line in lines), indent, closed])
