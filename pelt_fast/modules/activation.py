@@ -5,6 +5,7 @@ forward is unchanged, and the functions of torch.
 """
 
 import functools
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def name_of(activation) -> str | None:
         return _GELUS.get(activation.approximate)
     if kind in _HOLDERS:
         held = activation.act
-        python = getattr(held, "__func__", None) in _PYTHON
+        python = isinstance(held, MethodType) and held.__func__ in _PYTHON
         return _HOLDERS[kind] if python or _function(held) == _HOLDERS[kind] else None
     return _MODULES[kind]
 

@@ -26,13 +26,15 @@ def foreign_forward(module: nn.Module) -> Callable | None:
     the module's own forward."""
     module = holder_of(module)
     outermost = module.__dict__.get(forward_attribute_of(module))
-    if outermost is None or getattr(outermost, "__func__", None) is type(module).forward:
+    if outermost is None:
+        return None
+    # dynamo of torch 2.11 gives getattr's default for what belongs to a method
+    if isinstance(outermost, MethodType) and outermost.__func__ is type(module).forward:
         return None
     found = outermost
     for _ in range(64):  # a declared wrapper (``functools.wraps``) of our forward runs our forward
         if found is passthrough:
             return None
-        # dynamo of torch 2.11 finds no __self__ with getattr's default
         owner = found.__self__ if isinstance(found, MethodType) else found
         if _is_ours(type(owner)):
             below = getattr(owner, "frozen", None)
