@@ -22,8 +22,7 @@ from benchmarks.common import check_names, table
 from benchmarks.record import Record
 from pelt_fast import backend, functional
 from pelt_fast.kernels import config
-from pelt_fast.ops.lora import gpu as lora_gpu
-from pelt_fast.ops.widened_ffn import gpu as ffn_gpu
+from pelt_fast.ops.common import gemm
 
 M, K, N, R = 8192, 4096, 4096, 16
 INNER, RANK = 14336, 512
@@ -82,19 +81,15 @@ class Ours:
         if self.where == "plan":
             yield
             return
-        kept = config.architecture, config.processors, lora_gpu.weight_gradient
+        kept = config.architecture, config.processors, gemm.writes_fp32
         config.architecture = lambda device: "sm90"
         config.processors = lambda device: 132
-        # on CUDA a GEMM writes fp32; a GEMM that writes bf16 is counted instead
-        lora_gpu.weight_gradient = ffn_gpu.weight_gradient = lambda left, right, dtype: torch.mm(
-            left.t(), right
-        ).to(dtype)
+        gemm.writes_fp32 = lambda device: True
         try:
             with backend("triton"), config.forced("plan", self.plan):
                 yield
         finally:
-            config.architecture, config.processors, gradient = kept
-            lora_gpu.weight_gradient = ffn_gpu.weight_gradient = gradient
+            config.architecture, config.processors, gemm.writes_fp32 = kept
 
 
 def lora(p: float) -> Case:

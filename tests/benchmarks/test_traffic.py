@@ -45,7 +45,8 @@ def test_adapters_are_at_their_floor():
     for sequential, floor in ((False, 3), (True, 4)):
         kernels = passes(traffic.adapter(sequential))["kernels"]
         assert kernels.forward <= 3.1
-        # dy, x, dx (sequential: dy again), and at R = 64 the workspace of dT: 2 R / BLOCK_N twice
+        # dy, x, dx (sequential: dy again). An H200 runs dT, dU and du in the library from R = 37:
+        # dy twice more
         assert kernels.backward <= floor + 2.7
 
 
@@ -95,23 +96,18 @@ def test_kernels_touch_what_their_heads_say(monkeypatch):
     """The bytes of benchmarks/gpu, written from the heads of the files, against the arguments."""
     monkeypatch.setattr(config, "architecture", lambda device: "sm90")
     monkeypatch.setattr(config, "processors", lambda device: 132)
-    workspaces = {
-        "rank_up_bwd": 3.2,
-        "routed_up_bwd": 3.0,
-        "prefix_bwd": 2.1,
-    }  # two-stage parts are not in the formula
     seen = set()
     with counted_kernels(Counter([])):
         for case in cases(torch.device("meta"), Sizes(batch=16)):
             counter = Counter([])
             with counted_kernels(counter):
                 case.ours()
-            ratio = counter.bytes / case.bytes
             least = 0.5 if "(with" in case.name else 0.95  # a copy that is timed, but no kernel's
-            assert least <= ratio <= workspaces.get(case.kernel, 1.3), (
-                case.kernel,
-                case.name,
-                ratio,
-            )
+            # the parts of a two-stage sum are not in the formula: its first stage writes them, its
+            # second reads them
+            parts = sum(row.moved for row in counter.rows if "reduce_" in row.name)
+            most = 1.8 if case.kernel == "prefix_bwd" else 1.3  # dq of P=200 has its own kernel
+            assert counter.bytes >= least * case.bytes, (case.kernel, case.name)
+            assert counter.bytes - 2 * parts <= most * case.bytes, (case.kernel, case.name)
             seen.add(case.kernel)
     assert len(seen) >= 14

@@ -29,6 +29,11 @@ def runs_in_fp32(dtype: torch.dtype, device: str) -> bool:
     return dtype.itemsize == 2 and not in_16_bits(dtype, device)
 
 
+def writes_fp32(device: str) -> bool:
+    """Whether the GEMM of 16-bit numbers can write its sums in fp32 on this type of device."""
+    return device == "cuda"
+
+
 def product_in_fp32(
     x: Tensor, w: Tensor, out: Tensor | None = None, base: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:

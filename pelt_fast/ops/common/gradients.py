@@ -47,7 +47,7 @@ def weight_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(left.dtype, dtype)
     if wide == left.dtype and not gemm.runs_in_fp32(left.dtype, left.device.type):
         return (left.t() @ right).to(dtype)
-    if left.is_cuda and dtype == torch.float32:
+    if gemm.writes_fp32(left.device.type) and dtype == torch.float32:
         return torch.mm(left.t(), right, out_dtype=dtype)
     wide = torch.promote_types(wide, torch.float32)
     out = torch.zeros(left.shape[1], right.shape[1], dtype=wide, device=left.device)
