@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 import pytest
 import transformers
 
+from tests import quick
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()  # a message is to be the only line
 
@@ -23,7 +25,17 @@ def seed():
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="what make test runs (tests/quick.py)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        quick.select(config, items)
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", quick.MARK)
     # pytest-xdist runs a process a core: more threads would only fight
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .digest import digest
 from .limits import problems
 
 DOCS = Path(__file__).parents[2] / "docs" / "codegen.md"
@@ -65,7 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda target: collect(target, Path(folder)), TARGETS)
         rows = dict(zip(TARGETS, found))
-    DOCS.write_text(markdown(rows))
+    _, section, others = DOCS.read_text().partition("<!-- ")  # what other commands write
+    DOCS.write_text(markdown(rows).rstrip() + "\n" + (f"\n{section}{others}" if section else ""))
     print(f"wrote {DOCS}")
     wrong = [
         f"{target}: {row['kernel']} of {row['launch']}: {'; '.join(claims)}"
@@ -116,7 +118,8 @@ def markdown(rows: dict[str, list[dict]]) -> str:
         "# What the kernels compile to", "",
         f"Triton {triton.__version__}, no GPU: `python -m tests.codegen.report`. Each kernel and"
         " dtype over all its launches: the most registers a thread and the most shared memory, tensor"
-        " core instructions of the launch that has most, 16-byte global accesses beside the others.",
+        " core instructions of the launch that has most, 16-byte global accesses beside the others."
+        f" Digest of the sources: `{digest()}`.",
         "",
     ]  # fmt: skip
     for target, everything in rows.items():
