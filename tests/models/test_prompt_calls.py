@@ -244,6 +244,7 @@ def test_encoder_outputs_of_the_caller_s(architecture, padding):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("architecture", ["llama", "opt", "bert", "bart"])
 def test_one_graph_under_compile_and_a_cache_that_comes_out_of_it(architecture):
     _, model = prompted(ALL[architecture])

@@ -127,6 +127,7 @@ def test_gradients_accumulate_over_two_forwards_before_one_backward():
     assert_close(gradients(model), expected)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("method", ["lora", "mam"])
 @pytest.mark.parametrize("architecture", ["roberta", "llama"])
 def test_a_compiled_model_gives_the_eager_gradients(architecture, method):

@@ -175,6 +175,7 @@ def test_a_stack_alone_and_generate_are_watched():
             call(ids)
 
 
+@pytest.mark.quick(every=3)
 @torch.no_grad()
 @pytest.mark.parametrize("architecture, method", [("llama", "lora"), ("bart", "mam")])
 @pytest.mark.parametrize("compiled", [False, True])

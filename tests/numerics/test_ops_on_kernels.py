@@ -34,6 +34,7 @@ def test_op_is_within_budget_of_the_fp64_oracle(case, dtype):
     assert verdict.ok, verdict
 
 
+@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("case", [c for c in MORE if c.op != "prefix"], ids=identity)
 def test_op_is_within_budget_at_every_rank_class(case):
     verdict = judge(case, "triton", torch.float16, DEVICE)
@@ -61,6 +62,7 @@ def test_op_drops_the_same_elements_as_the_reference(case):
         check(actual[name], same[name], value, torch.float32)
 
 
+@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=identity)
 def test_inference_gives_the_same_numbers(case):
     """Not the same bits: a kernel that keeps nothing for backward is another kernel."""
@@ -72,6 +74,7 @@ def test_inference_gives_the_same_numbers(case):
             check(case.call(tensors), expected, expected.double(), torch.float16)
 
 
+@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("case", CASES, ids=identity)
 def test_op_is_deterministic(case):
     tensors = case.tensors(torch.float32, torch.float32, DEVICE)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason=MISSING)
 CHOSEN = MUTANTS[:: 1 if os.environ.get("PELT_FAST_MUTANTS") == "all" else 3]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("mutant", CHOSEN, ids=lambda mutant: mutant.name)
 def test_a_broken_copy_is_caught(mutant, tmp_path):
     found = shown_by(mutant.case, mutant.compile(tmp_path))

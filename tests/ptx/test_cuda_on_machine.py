@@ -35,6 +35,7 @@ TAIL = [  # one tile; less than one; edges of tiles and several tiles a block; t
 ]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("case", BACKWARD + TAIL, ids=str)
 def test_the_kernel_matches_fp64_and_does_not_depend_on_the_order(case):
     early = case.run(EARLY)

@@ -28,7 +28,8 @@ def every_kernel() -> set[str]:
     return {name for name, value in held if "_kernel" in name and hasattr(value, "fn")}
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm90"])
+@pytest.mark.quick(every=2)
+@pytest.mark.parametrize("target", ["sm90", "sm80"])
 def test_every_kernel_computes_the_right_numbers(target, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.ptx.plugin", "-p", "no:cacheprovider",
                "--machine", target, "--few", "--report", str(tmp_path), "tests/numerics",
