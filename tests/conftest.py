@@ -1,5 +1,6 @@
 """Shared fixtures: quiet libraries, one seed, small real architectures."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,8 +15,10 @@ if not torch.cuda.is_available():
 import pytest
 import transformers
 
-from tests import quick
+from tests import interpreter, quick
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.patch_once()
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()  # a message is to be the only line
 
