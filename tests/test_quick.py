@@ -25,6 +25,15 @@ def test_every_pair_of_values_is_kept(sizes, most):
     assert len(kept) <= most < len(rows)
 
 
+def test_of_two_parameters_every_value_is_kept_twice():
+    rows = [dict(a=a, b=b) for a in range(24) for b in range(19)]
+    kept = [rows[i] for i in covering(rows)]
+    assert len(kept) <= 50
+    for name, count in (("a", 24), ("b", 19)):
+        values = [row[name] for row in kept]
+        assert all(values.count(value) >= 2 for value in range(count))
+
+
 def test_a_pair_that_is_in_no_row_is_not_asked_for():
     rows = [dict(a=a, b=b, c=c) for a, b, c in itertools.product("xy", "xy", "xy") if a != b]
     assert pairs(rows[i] for i in covering(rows)) == pairs(rows)

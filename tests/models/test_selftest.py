@@ -47,7 +47,6 @@ def changed(row: Layout, **changes) -> Layout:
     return Layout(row.model_type, stacks)
 
 
-@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("name", [*MODELS, *MORE])
 def test_every_row_of_the_table_proves_itself(name, method, caplog):

@@ -16,7 +16,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("architecture, method", CELLS)
 def test_a_cell_holds_or_says_why_not(architecture, method):
     reason = grid.refusal(architecture, method)

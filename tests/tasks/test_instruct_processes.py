@@ -27,6 +27,7 @@ def trained(folder, model: str, data, environment: dict) -> tuple[list[float], i
     return losses, len((folder / FILE).read_text().splitlines())
 
 
+@pytest.mark.quick(every=0)
 def test_fsdp2_trains_as_ddp_and_the_first_process_writes(tmp_path):
     model = chat.model_folder(tmp_path / "model")
     rows = [*chat.ROWS["messages"], {"messages": chat.said("say more", "eeeeee")}]  # an odd number
