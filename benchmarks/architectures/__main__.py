@@ -1,8 +1,8 @@
 """Inject, forward, backward, eject and parity with plain hooks, for every family of transformers.
 
 ``python -m benchmarks.architectures`` runs all families and writes a result; ``--only bert,bloom``
-prints some of them; with ``--rest`` it writes a new result, whose other entries are those of an
-earlier file; ``--page`` writes docs/architectures.md from the newest committed result.
+prints some of them; with ``--rest`` it writes a new result, with the other families and methods
+of an earlier file; ``--page`` writes docs/architectures.md from the newest committed result.
 """
 
 import argparse
@@ -42,9 +42,10 @@ def main() -> int:
         parser.error(f"--only: no family {', '.join(unknown)}")
     is_kept = options.rest is not None or not options.only
     record = Record("architectures", path=options.output) if is_kept else None
-    rest = [] if options.rest is None else load(options.rest)["entries"]
-    for entry in rest:
-        if entry["family"] not in chosen:
+    earlier = {} if options.rest is None else load(options.rest)
+    rest = {entry["family"]: entry for entry in earlier.get("entries", [])}
+    for kind, entry in rest.items():
+        if kind not in chosen:
             record.add(**entry)
     wrong = 0
     for kind in chosen:
@@ -55,6 +56,8 @@ def main() -> int:
         entry |= {"family": kind, "modality": modality, "class": class_name, "row": row}
         wrong += sum("wrong" in cell for cell in entry["cells"].values())
         print(_line(entry, time.perf_counter() - started), flush=True)
+        if kind in rest:
+            entry["cells"] = rest[kind]["cells"] | entry["cells"]
         if record is None:
             _details(entry)
         else:
@@ -62,7 +65,7 @@ def main() -> int:
     if record is not None:
         record.entries.sort(key=lambda entry: entry["family"])
         more = {"again": chosen, "rest": options.rest.name} if rest else {}
-        record.finish(methods=methods, **more)
+        record.finish(methods=list(dict.fromkeys([*earlier.get("methods", ()), *methods])), **more)
     return int(wrong > 0)
 
 

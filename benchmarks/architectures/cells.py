@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 import pelt_fast
 from pelt_fast.injection import explain, inject  # here, once for every fork
+from pelt_fast.injection.record import injection_of
 from pelt_fast.injection.synthetic_batch import synthetic_batch
-from pelt_fast.layouts.lookup import base_of
+from pelt_fast.layouts.layout import Layout, PromptLayout
+from pelt_fast.layouts.lookup import base_of, stacks_of
 
 from . import tiny
 from .formula import attach
 
 METHODS = (
     "lora", "lora_ffn", "houlsby", "pfeiffer", "parallel_adapter_attn", "scaled_parallel_adapter",
-    "multi_head_parallel_adapter", "prefix", "mam", "bitfit",
+    "multi_head_parallel_adapter", "prefix", "mam", "bitfit", "prompt",
 )  # fmt: skip
 RANK, TRIES = 8, 4
 # of the largest gradient or output, in fp32: a wrong formula is off by a hundred times more
@@ -35,7 +37,11 @@ class TooSmall(Exception):
 def config_of(method: str):
     """A preset without dropout, of a rank that fits a tiny model."""
     config = dataclasses.replace(pelt_fast.methods()[method], train_head=False)
-    return config if method == "bitfit" else config.replace(size=RANK, dropout=0.0)
+    if method == "bitfit":
+        return config
+    return (
+        config.replace(size=RANK) if method == "prompt" else config.replace(size=RANK, dropout=0.0)
+    )
 
 
 class Family:
@@ -101,6 +107,9 @@ def cell(family: Family, method: str) -> dict:
         if not family.run(model).requires_grad:
             return {"refused": "None of its biases takes part in this forward"}
         _check_biases(family, model)
+    elif method == "prompt":
+        _check_prompt(family, model)
+        _check_training(family, model)
     else:
         _check_formula(family, model)
         _check_training(family, model)
@@ -188,6 +197,32 @@ def _check_biases(family: Family, model: nn.Module) -> None:
     for name, gradient in gradients.items():
         if (gradient is None) != (theirs[name] is None):
             raise Wrong(f"the gradient of {name} is {gradient}")
+
+
+def _check_prompt(family: Family, model: nn.Module) -> None:
+    """Output and gradient are those of the base on the prompt's rows and the tokens' embeddings.
+    Where the prompt has no positions among learned ones there is no such formula: docs/parity.md
+    has these models."""
+    layout = injection_of(model).layout or Layout("", tuple(stacks_of(model)))
+    if layout.stacks[0].prompt != PromptLayout():
+        return
+    ((name, prompt),) = (
+        (n, p) for n, p in model.named_parameters() if n.endswith("embedding") and p.requires_grad
+    )
+    output, gradients = family.gradients(model, {name: prompt})
+    twin = copy.deepcopy(family.plain).requires_grad_(False)
+    leaf, ids = prompt.detach().clone().requires_grad_(), family.batch["input_ids"]
+    tokens = base_of(twin).get_input_embeddings()(ids)
+    rows = torch.cat([leaf.to(tokens.dtype).expand(len(ids), -1, -1), tokens], 1)
+    batch = {**family.batch, "input_ids": None, "inputs_embeds": rows}
+    expected = _first(base_of(twin)(**batch))[:, len(leaf) :]
+    loss = (expected * family.weights).sum() / expected.numel() ** 0.5
+    (theirs,) = torch.autograd.grad(loss, [leaf])
+    expected = expected.detach()
+    _check_close("the output", output, expected, expected.norm().item())
+    if (output - family.output).norm() < 1e-5 * family.output.norm():
+        raise TooSmall("its effect on this tiny model is below fp32's rounding")
+    _check_close(f"the gradient of {name}", gradients[name], theirs, theirs.norm().item())
 
 
 def _check_training(family: Family, model: nn.Module) -> None:

@@ -17,6 +17,7 @@ number is a refusal, made before anything was changed; its reason is below. "no 
 on the tiny model is below rounding, or there was no time. **row** says that the architecture table
 has the family; the layout of any other was discovered on the model itself.
 [The grid](parity.md) has every preset on the families with a row, padded, in bf16, and generating.
+A prompt is compared where its positions are relative; the grid has the learned ones.
 A model for text with images or sound is run on text alone: its language model has the method.
 
 The commands: `python -m benchmarks.architectures` measures, `python -m benchmarks.architectures
@@ -26,7 +27,7 @@ SHORT = {
     "lora": "LoRA", "lora_ffn": "LoRA, FFN", "houlsby": "Houlsby", "pfeiffer": "Pfeiffer",
     "parallel_adapter_attn": "parallel, attention", "scaled_parallel_adapter": "parallel, FFN",
     "multi_head_parallel_adapter": "multi-head", "prefix": "prefix", "mam": "MAM",
-    "bitfit": "BitFit",
+    "bitfit": "BitFit", "prompt": "prompt",
 }  # fmt: skip
 
 

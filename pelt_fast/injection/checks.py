@@ -56,7 +56,8 @@ def _check_something_asked(
         return
     first = {stack.kind for stack in stacks[:1]}
     if modification.form == "prompt" and first & set(modification.where):
-        raise ValueError(f"{type(model).__name__} has no prompt in its layout")
+        why = f": {stacks[0].no_prompt}" if stacks[0].no_prompt else ""
+        raise ValueError(f"{type(model).__name__} has no prompt in its layout{why}")
     what = "biases" if modification.form == "bias" else modification.target
     where = ", ".join(modification.where)
     raise ValueError(f"{type(model).__name__} has no {what} in {where} to modify")

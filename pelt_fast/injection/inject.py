@@ -24,6 +24,7 @@ from .folded_weights import unfold
 from .generate import take_generate
 from .handles import carrier_of, mark, refuse_second
 from .own_configs import own_configs, return_configs
+from .prompt_proof import prove_prompt
 from .record import Injection, injection_of
 from .self_test import SelfTest
 from .trained_names import bias_names, head_names
@@ -95,6 +96,8 @@ def inject(
             site.module.switch = injection.switch
         if self_test is not None:
             self_test.check(injection)
+        if injection.discovered:
+            prove_prompt(model, injection)
         for site in injection.sites:
             if isinstance(site.module, DecidesOnce):
                 site.module.decision()

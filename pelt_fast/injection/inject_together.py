@@ -3,9 +3,11 @@
 from torch import nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.config.named_modules import MODULES
 from pelt_fast.layouts.layout import Layout
 from pelt_fast.layouts.lookup import base_of, find
 from pelt_fast.layouts.names import parameters_of
+from pelt_fast.layouts.table import rows_of
 from pelt_fast.modules.class_counts import ClassCounts
 from pelt_fast.modules.decision import DecidesOnce
 from pelt_fast.modules.kept_input import KeptInput
@@ -17,11 +19,12 @@ from .class_layer import check_num_labels
 from .described import described
 from .generate import take_generate
 from .handles import mark
-from .inject import _restore
+from .inject import _restore, eject, inject
 from .own_configs import own_configs
 from .own_parameters import add_own_parameters
 from .record import Injection
 from .routed_log import RoutedLog
+from .unchanged import unchanged
 from .watch import watch
 
 _WATCH = ":watch"  # the name under which the hooks that watch the model are recorded
@@ -64,6 +67,8 @@ def inject_together(
     """Put methods into a model, each beside the others. The base is frozen, and the first method
     acts on all rows until :func:`pelt_fast.route` says otherwise. ``num_labels``: of the methods
     that have another number of classes than the model."""
+    if layout is None:
+        _prove_each(model, methods)
     injection = TogetherInjection(layout)
     try:
         own_configs(model, injection)
@@ -83,6 +88,17 @@ def inject_together(
         raise
     model._pelt = injection
     return injection
+
+
+def _prove_each(model: nn.Module, methods: dict[str, PeltConfig]) -> None:
+    """What is discovered is proved where a method is alone: put each in for a moment. Raises what
+    inject raises."""
+    if not hasattr(model, "config") or rows_of(model):
+        return
+    for config in methods.values():
+        if any(modification.target != MODULES for modification in config.modifications):
+            with unchanged(model, model.training):
+                eject(inject(model, config))
 
 
 def settle(model: nn.Module, injection: TogetherInjection) -> None:

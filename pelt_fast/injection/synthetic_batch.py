@@ -35,6 +35,11 @@ def synthetic_batch(base: nn.Module) -> dict[str, Tensor]:
     return batch
 
 
+def token_ids(base: nn.Module) -> Tensor:
+    """Ids (ROWS, TOKENS) for a model of text."""
+    return _ids(base.config, next(base.parameters()).device)
+
+
 def _made(main: str, config, dtype: torch.dtype, device: torch.device) -> Tensor:
     if main == "input_ids":
         return _ids(config, device)

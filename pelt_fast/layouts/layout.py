@@ -126,6 +126,7 @@ class StackLayout:
         ffn: the feed-forward block of one layer, or None.
         prompt: how a prompt is put in front of the stack, or None.
         no_ffn: where ``ffn`` is None, why no method can be on the blocks.
+        no_prompt: where ``prompt`` is None, why no prompt can be in front.
         only: the indices of the layers that are built like this; None is all of them.
 
     Example:
@@ -139,6 +140,7 @@ class StackLayout:
     ffn: FFNLayout | None
     prompt: PromptLayout | None = None
     no_ffn: str = ""
+    no_prompt: str = ""
     only: tuple[int, ...] | None = None
 
 

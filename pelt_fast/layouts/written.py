@@ -24,7 +24,7 @@ def _stack(stack: StackLayout) -> str:
     attentions = "".join(f"\n        {_part(attention)}," for attention in stack.attentions)
     ffn = "None" if stack.ffn is None else _part(stack.ffn)
     more = "".join(
-        f", {name}={value!r}" for name in ("prompt", "no_ffn", "only")
+        f", {name}={value!r}" for name in ("prompt", "no_ffn", "no_prompt", "only")
         if (value := getattr(stack, name))
     )  # fmt: skip
     return (

@@ -1,6 +1,7 @@
 """The layout of a model, from one forward of a few tokens."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from .attentions import Found, attentions, below
 from .blocks import blocks, layout_of
 from .graph import Graph
 from .lists import Lists
+from .prompts import prompt_of
 from .trace import Trace, trace
 
 
@@ -33,7 +35,9 @@ def discover(model: nn.Module) -> Layout:
             f" found: {why}. Give one, inject(..., layout=Layout(...)): pelt-fast explain prints a"
             " draft"
         )
-    return Layout(model.config.model_type, stacks)
+    prompt, no_prompt = prompt_of(base, stacks[0])
+    first = replace(stacks[0], prompt=prompt, no_prompt=no_prompt)
+    return Layout(model.config.model_type, (first, *stacks[1:]))
 
 
 def _found(base: nn.Module) -> tuple[str | None, tuple[StackLayout, ...]]:
