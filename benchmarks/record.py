@@ -13,6 +13,7 @@ class Record:
 
     ``path`` is the user's own choice, a file that does not exist yet; without it a name is made.
     Without both it goes to ``benchmarks/results``; ValueError if ``doubts`` has one then.
+    ``timed``: whether the entries are times, for which the machine must be quiet.
     """
 
     def __init__(
@@ -21,11 +22,12 @@ class Record:
         folder: Path | None = None,
         seconds: float | None = None,
         path: Path | None = None,
+        timed: bool = True,
     ):
         if path is not None and path.exists():
             raise ValueError(f"{path} exists, and results are never written over: choose another")
         if path is None and folder is None:
-            doubts.check()
+            doubts.check(timed)
         self.started = time.monotonic()
         self.seconds = seconds
         self.result: dict = {"part": name, "finished": False, "entries": [], "left": []}

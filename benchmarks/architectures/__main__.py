@@ -41,7 +41,7 @@ def main() -> int:
     if unknown:
         parser.error(f"--only: no family {', '.join(unknown)}")
     is_kept = options.rest is not None or not options.only
-    record = Record("architectures", path=options.output) if is_kept else None
+    record = Record("architectures", path=options.output, timed=False) if is_kept else None
     earlier = {} if options.rest is None else load(options.rest)
     rest = {entry["family"]: entry for entry in earlier.get("entries", [])}
     for kind, entry in rest.items():
