@@ -204,7 +204,8 @@ def _check_prompt(family: Family, model: nn.Module) -> None:
     Where the prompt has no positions among learned ones there is no such formula: docs/parity.md
     has these models."""
     layout = injection_of(model).layout or Layout("", tuple(stacks_of(model)))
-    if layout.stacks[0].prompt != PromptLayout():
+    stack = layout.stacks[0]
+    if stack.prompt != PromptLayout():
         return
     ((name, prompt),) = (
         (n, p) for n, p in model.named_parameters() if n.endswith("embedding") and p.requires_grad
@@ -215,7 +216,9 @@ def _check_prompt(family: Family, model: nn.Module) -> None:
     tokens = base_of(twin).get_input_embeddings()(ids)
     rows = torch.cat([leaf.to(tokens.dtype).expand(len(ids), -1, -1), tokens], 1)
     batch = {**family.batch, "input_ids": None, "inputs_embeds": rows}
-    expected = _first(base_of(twin)(**batch))[:, len(leaf) :]
+    expected = _first(base_of(twin)(**batch))
+    if stack.kind == "decoder":  # else the decoder's output, which has no prompt
+        expected = expected[:, len(leaf) :]
     loss = (expected * family.weights).sum() / expected.numel() ** 0.5
     (theirs,) = torch.autograd.grad(loss, [leaf])
     expected = expected.detach()

@@ -19,6 +19,7 @@ HELD = ["gpt_neox", "olmoe", "cohere", "persimmon", "qwen2_vl", "bamba"]
 REFUSED = [
     ("biogpt", "its positions are absolute, and virtual tokens have none"),
     ("bloom", "its forward takes no position_ids"),
+    ("gemma4_text", "it does not run on embeddings and positions"),
     ("marian", "in a decoder alone that has no encoder"),
 ]
 

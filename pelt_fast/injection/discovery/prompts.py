@@ -51,6 +51,7 @@ def _why_not(owner: nn.Module, ids: Tensor) -> str:
     first, count = hidden_states(owner(input_ids=ids, use_cache=False)), ids.shape[1]
     if is_off(first, hidden_states(owner(inputs_embeds=embedded, use_cache=False))):
         return "it computes something else on the embeddings of its tokens than on the tokens"
+    owner(inputs_embeds=1.1 * embedded, use_cache=False)  # Gemma 4 takes those of tokens alone
     later = torch.arange(3, 3 + count, device=ids.device).expand_as(ids)
     moved = owner(input_ids=ids, position_ids=later, use_cache=False)
     if is_off(first, hidden_states(moved)):
