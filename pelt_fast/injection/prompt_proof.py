@@ -1,8 +1,8 @@
 """The proof of a prompt's place that was discovered: a prompt that is made of the embeddings of
 tokens is those tokens.
 
-The base reads P tokens and the batch behind them. The model with the prompt reads the batch alone,
-and must compute the same for it: without a mask, padded left, and in two parts with a cache.
+The base reads a few tokens and the batch behind them. The model with the prompt reads the batch
+alone, and must compute the same for it: without a mask, padded left, and in two parts with a cache.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from .synthetic_batch import token_ids
 from .unchanged import unchanged
 from .zero_update import zero_update
 
+IN_FRONT = 4  # the base reads so many tokens in front of a batch
 SHARE = 0.02  # of an effect that may be wrong, beside rounding errors
 
 
@@ -63,12 +64,11 @@ def _why_not_proved(base: nn.Module, prompt: Prompt, ids: Tensor) -> str:
 
 
 def _compared(base: nn.Module, prompt: Prompt, ids: Tensor) -> Iterator[tuple]:
-    """(when, what the base computes behind P tokens, what it would compute if something were left
+    """(when, what the base computes behind the tokens, what it would compute if something were left
     out, what the model computes behind the prompt). Left out are the tokens in front or the mask,
     and, second, the right positions. The prompt is empty when this begins, and afterwards what it
     was."""
-    length, empty = prompt.length or 4, prompt.embedding
-    front = ids[:1].repeat(1, -(-length // ids.shape[1]))[:, :length]
+    length, empty, front = IN_FRONT, prompt.embedding, ids[:1, :IN_FRONT]
     behind = torch.cat([front.expand(len(ids), -1), ids], 1)
     every = torch.ones_like(behind)
     seen = every.clone()
