@@ -39,6 +39,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", quick.MARK)
+    if config.getoption("--quick"):
+        os.environ.setdefault("PELT_FAST_FUZZ", "60")  # drawn arguments a test (test_fuzz)
     # pytest-xdist runs a process a core: more threads would only fight
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

@@ -176,6 +176,7 @@ def run_two(how: str, architecture: str, method: str, folder) -> list[float]:
     return torch.load(folder / "losses.pt")
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("how, architecture, method", [
     ("ddp", "bart", "mam"), ("ddp", "llama", "lora_ffn"), ("fsdp2", "bart", "mam"),
     ("fsdp2", "llama", "lora"),

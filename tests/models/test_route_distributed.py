@@ -66,6 +66,7 @@ def worker(rank: int, port: int, architecture: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("architecture", ["bart", "roberta"])
 def test_two_processes_train_several_methods_as_one_does(architecture, tmp_path):
     multiprocessing.spawn(worker, (free_port(), architecture, str(tmp_path)), nprocs=2)

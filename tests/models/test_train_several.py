@@ -127,6 +127,7 @@ def test_each_method_trains_as_alone_by_hand(architecture, tmp_path):
         assert losses[-1] != losses[0]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("architecture", ["bart", "roberta", "llama"])
 def test_a_method_does_not_depend_on_those_beside_it(architecture, tmp_path):
     runs, before = three_runs(architecture), several(architecture)
@@ -185,6 +186,7 @@ def test_a_method_is_saved_when_it_ends_and_no_step_moves_it_then(tmp_path):
         torch.testing.assert_close(model(**batch).logits, loaded(**batch).logits)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("name", [
     "lora", "mam", "houlsby", "bitfit", "prefix", "multi_head_parallel_adapter",
     "learned_scale_parallel_adapter", "pfeiffer",

@@ -64,6 +64,7 @@ def trained(model) -> dict:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("architecture, method", [
     ("bart", "mam"), ("roberta", "prefix"), ("llama", "lora"), ("bert", "bitfit"),
 ])  # fmt: skip

@@ -1,7 +1,8 @@
 """The public functions under drawn shapes, strides, dtypes, masks and arguments: numbers within the
 budget of fp64, or an error that names an argument; nothing else.
 
-``make fuzz`` draws 20,000 times, ``make test`` 200 times a test (PELT_FAST_FUZZ).
+``make fuzz`` draws 20,000 times, ``make test-all`` 200 times a test, ``make test`` 60 times
+(PELT_FAST_FUZZ).
 """
 
 import os

@@ -175,6 +175,7 @@ def compiled_cases():
     yield "prefix", attend, (32,)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(
     "name, function, width", list(compiled_cases()), ids=lambda v: v if isinstance(v, str) else ""
 )

@@ -152,6 +152,7 @@ def test_lora_and_adapters_of_the_public_functions_are_the_same():
         torch.testing.assert_close(adapter[i], wanted[1])
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("p", [False, True])
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 def test_gradients_match_finite_differences(activation, p):

@@ -119,6 +119,7 @@ def test_a_row_has_the_bits_of_its_method_alone(queries, form, composition, kind
         assert torch.equal(routed(qkv, own, **settings), out)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("form, composition", FORMS)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_backward_matches_finite_differences(form, composition, p):
