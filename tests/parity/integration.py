@@ -50,9 +50,12 @@ are not documented. Not tried: a real GPTQ layer, float8 of torchao (they need a
 
 
 def outcome(path: str) -> tuple[str, bool]:
-    """What pytest counts, and whether all of it holds; in parallel, as ``make test`` runs it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "-o", "addopts=", path]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    """What pytest counts, and whether all of it holds."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", path],
+        capture_output=True,
+        text=True,
+    )
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", ran.stdout)
     return ", ".join(f"{number} {word}" for number, word in counts), ran.returncode == 0
 
