@@ -49,7 +49,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there i
 def test_it_installs_and_runs(sdist, tmp_path, compiled, request):
     where = {**os.environ, "PELT_FAST_CPP": str(int(compiled)), "PYTHONPATH": str(tmp_path)}
     if request.config.getoption("--quick"):
-        where["PELT_FAST_DEBUG"] = "1"  # not optimised: it compiles in a third of the time
+        where["PELT_FAST_DEBUG"] = "1"  # not optimised, to compile sooner
     installed = subprocess.run(
         [*PIP, "--target", str(tmp_path), str(sdist)], env=where, capture_output=True, text=True
     )

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 import pelt_fast
 from pelt_fast.injection import explain, inject  # here, once for every fork
-from pelt_fast.injection.record import injection_of
 from pelt_fast.injection.synthetic_batch import synthetic_batch
-from pelt_fast.layouts.layout import Layout, PromptLayout
+from pelt_fast.layouts.layout import PromptLayout
 from pelt_fast.layouts.lookup import base_of, stacks_of
 
 from . import tiny
@@ -39,9 +38,8 @@ def config_of(method: str):
     config = dataclasses.replace(pelt_fast.methods()[method], train_head=False)
     if method == "bitfit":
         return config
-    return (
-        config.replace(size=RANK) if method == "prompt" else config.replace(size=RANK, dropout=0.0)
-    )
+    more = {} if method == "prompt" else dict(dropout=0.0)
+    return config.replace(size=RANK, **more)
 
 
 class Family:
@@ -203,8 +201,7 @@ def _check_prompt(family: Family, model: nn.Module) -> None:
     """Output and gradient are those of the base on the prompt's rows and the tokens' embeddings.
     Where the prompt has no positions among learned ones there is no such formula: docs/parity.md
     has these models."""
-    layout = injection_of(model).layout or Layout("", tuple(stacks_of(model)))
-    stack = layout.stacks[0]
+    stack = stacks_of(model)[0]
     if stack.prompt != PromptLayout():
         return
     ((name, prompt),) = (
