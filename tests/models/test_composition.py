@@ -11,7 +11,12 @@ from torch.nn.utils import parametrize
 import pelt_fast
 from tests.models.judge import assert_fused_is_the_reference, assert_near, exactly
 from tests.models.test_inject import same, snapshot
-from tests.models.test_parity import assert_close, outputs_and_gradients, small_method
+from tests.models.test_parity import (
+    JUDGED_SIZE,
+    assert_close,
+    outputs_and_gradients,
+    small_method,
+)
 from tests.small import MODELS, inputs, llama, randomise
 
 METHODS = ["lora", "houlsby", "mam", "scaled_parallel_adapter", "multi_head_parallel_adapter"]
@@ -139,7 +144,7 @@ def test_biases_where_llama_has_none_by_default(method):
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     before = snapshot(model)
-    randomise(pelt_fast.inject(model, small_method(method))).train()
+    randomise(pelt_fast.inject(model, small_method(method, JUDGED_SIZE))).train()
     batch = inputs(model, padding="left")
     assert_fused_is_the_reference(model, batch)
     assert same(snapshot(pelt_fast.eject(model)), before)

@@ -11,7 +11,7 @@ from transformers import BartForConditionalGeneration, BioGptConfig, BioGptForCa
 import pelt_fast
 from pelt_fast.injection.inject import inject
 from tests.models.judge import assert_fused_is_the_reference, assert_near
-from tests.models.test_parity import small_method
+from tests.models.test_parity import JUDGED_SIZE, small_method
 from tests.small import MODELS, bart, inputs, llama, pairs, randomise, roberta
 
 METHODS = [name for name in pelt_fast.methods() if name not in ("linear_probe", "full")]
@@ -151,7 +151,7 @@ def test_copies_and_pickles_are_models_of_their_own(architecture, method):
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_the_out_projection_is_packed_where_no_dropout_follows_it(learned, tmp_path):
-    model, config = MODELS["llama"](), small_method("scaled_parallel_adapter")
+    model, config = MODELS["llama"](), small_method("scaled_parallel_adapter", JUDGED_SIZE)
     if learned:
         config = config.replace(composition="learned_channel_scale")
     before, batch = snapshot(model), inputs(model)
@@ -202,8 +202,8 @@ def test_a_move_to_another_dtype_packs_again():
 
 @pytest.mark.parametrize("architecture", ["bart", "llama"])
 def test_packed_blocks_follow_the_optimizer(architecture):
-    model = MODELS[architecture]()
-    model = pelt_fast.inject(model, small_method("scaled_parallel_adapter")).eval()
+    model, config = MODELS[architecture](), small_method("scaled_parallel_adapter", JUDGED_SIZE)
+    pelt_fast.inject(model, config).eval()
     randomise(model)
     batch = inputs(model)
     model(**batch)

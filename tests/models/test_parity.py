@@ -21,10 +21,16 @@ METHODS = [name for name in pelt_fast.methods() if name != "linear_probe"]
 PADDINGS = [None, "right", "left"]
 
 
-def small_method(name, **changes):
+# Where a budget judges every gradient of a model, a tensor needs more than five numbers: the
+# reference's own error in so few is now and then a tenth of what it usually is, and five of 120
+# draws are past their budget then, on either path; of this size one of 400
+JUDGED_SIZE = 15
+
+
+def small_method(name, size=5, **changes):
     """A preset, its ranks small enough for small models."""
     config = pelt_fast.methods()[name]
-    return config if config.is_full else config.replace(size=5, **changes)
+    return config if config.is_full else config.replace(size=size, **changes)
 
 
 def injected(architecture, method, dropout=0.1, **changes):
