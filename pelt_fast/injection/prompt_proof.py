@@ -16,6 +16,7 @@ from pelt_fast.layouts.lookup import base_of
 from pelt_fast.modules import Prompt
 
 from .record import Injection
+from .rounding import relative_error, rounding
 from .synthetic_batch import token_ids
 from .unchanged import unchanged
 from .zero_update import zero_update
@@ -49,13 +50,13 @@ def prove_prompt(model: nn.Module, injection: Injection) -> None:
 def _why_not_proved(base: nn.Module, prompt: Prompt, ids: Tensor) -> str:
     """Why the prompt is not shown to be its tokens, or ""."""
     for when, wanted, others, found in _compared(base, prompt, ids):
-        rounding = _rounding(wanted)
-        effects = [_error(wanted, other) for other in others]
-        if effects[0] < 4 * rounding:
+        allowed = rounding(wanted.dtype)
+        effects = [relative_error(wanted, other) for other in others]
+        if effects[0] < 2 * allowed:
             return f"{when} its effect is not larger than rounding errors"
-        effect = min(effect for effect in effects if effect >= 4 * rounding)
-        error = _error(wanted, found)
-        if not error <= rounding + SHARE * effect:
+        effect = min(effect for effect in effects if effect >= 2 * allowed)
+        error = relative_error(wanted, found)
+        if error > allowed + SHARE * effect:
             return (
                 f"{when} it does not act as tokens with its embeddings do (the error is"
                 f" {error / effect:.2g} of the effect)"
@@ -111,20 +112,3 @@ def _in_two_parts(base: nn.Module, ids: Tensor) -> Tensor | None:
 def hidden_states(output) -> Tensor:
     """What a model computes of each token (B, T, d): the first tensor of its output."""
     return output[0]
-
-
-def is_off(wanted: Tensor, found: Tensor) -> bool:
-    """Whether more than rounding errors are between two results."""
-    return not _error(wanted, found) <= _rounding(wanted)
-
-
-def _error(wanted: Tensor, found: Tensor) -> float:
-    """The norm of the error; infinite for another shape."""
-    same = wanted.shape == found.shape
-    return (found.double() - wanted.double()).norm().item() if same else torch.inf
-
-
-def _rounding(wanted: Tensor) -> float:
-    """The norm of the rounding errors that a whole model may make."""
-    roundings = 8 if wanted.dtype.itemsize == 2 else 64
-    return roundings * torch.finfo(wanted.dtype).eps * wanted.double().norm().item()

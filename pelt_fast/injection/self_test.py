@@ -20,14 +20,12 @@ from pelt_fast.modules.projection_view import host_of
 
 from .expected_dropout import ExpectedDropout
 from .record import Injection
+from .rounding import is_off, relative_error
 from .synthetic_batch import synthetic_batch, why_no_run
 from .unchanged import unchanged
 from .zero_update import zero_update
 
 logger = logging.getLogger("pelt_fast")
-
-# allowed rounding errors of a layer, as multiples of eps: many sums in 32 bits, few roundings in 16
-_ROUNDINGS = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
 
 
 class SelfTest:
@@ -58,7 +56,7 @@ class SelfTest:
             missing = sorted(set(self.layers) - set(outputs))
             if missing:
                 self.why_not = f"the base does not run {', '.join(missing[:3])} on it"
-            elif any(_is_off(outputs[n], again[training][n]) for n in outputs):
+            elif any(is_off(outputs[n], again[training][n]) for n in outputs):
                 self.why_not = "the base gives another answer each time"
 
     def check(self, injection: Injection) -> None:
@@ -89,8 +87,8 @@ class SelfTest:
     def _compare(self, after: dict[str, Tensor], training: bool) -> None:
         for name, before in self.before[training].items():
             output = after.get(name)
-            if output is None or _is_off(before, output):
-                error = torch.inf if output is None else _error(before, output)
+            if output is None or is_off(before, output):
+                error = torch.inf if output is None else relative_error(before, output)
                 raise ValueError(self._message(name, error, training))
 
     def _message(self, name: str, error: float, training: bool) -> str:
@@ -198,17 +196,3 @@ def _kind(layer: nn.Module) -> tuple:
 
 def _same(one: Tensor | None, two: Tensor | None) -> bool:
     return one is not None and two is not None and torch.equal(one, two)
-
-
-def _is_off(before: Tensor, after: Tensor) -> bool:
-    """Whether more than rounding errors are between two outputs of a layer."""
-    roundings = _ROUNDINGS.get(before.dtype, 64) * torch.finfo(before.dtype).eps
-    return _error(before, after) > roundings
-
-
-def _error(before: Tensor, after: Tensor) -> float:
-    """Norm of the error over norm of the output; infinite for another shape or a NaN."""
-    if before.shape != after.shape:
-        return torch.inf
-    error = (after.double() - before.double()).norm() / before.double().norm().clamp_min(1e-30)
-    return error.item() if error.isfinite() else torch.inf

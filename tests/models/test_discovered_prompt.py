@@ -6,9 +6,9 @@ from torch import nn
 
 import pelt_fast
 from benchmarks.architectures import cells, tiny
-from pelt_fast.injection import prompt_proof
 from pelt_fast.injection.prompt_cache import HeldPrompt
 from pelt_fast.injection.prompt_front import Front
+from pelt_fast.injection.rounding import is_off
 from pelt_fast.injection.synthetic_batch import synthetic_batch
 from pelt_fast.layouts.layout import PromptLayout
 from pelt_fast.layouts.lookup import base_of
@@ -123,14 +123,18 @@ def test_several_methods_of_a_discovered_model_are_proved_one_by_one():
 
 def test_what_rounding_is():
     one = torch.ones(4)
-    assert not prompt_proof.is_off(one, one + 1e-6) and prompt_proof.is_off(one, one + 1e-4)
-    assert prompt_proof.is_off(one, one * float("nan")) and prompt_proof.is_off(one, one[:2])
+    assert not is_off(one, one + 1e-6) and is_off(one, one + 1e-4)
+    assert is_off(one, one * float("nan")) and is_off(one, one[:2])
 
 
 def test_what_cannot_be_told_from_rounding_is_refused():
-    """In 16 bits the tiny model's attention is below the rounding errors."""
+    """In 16 bits the tiny model's attention is below the rounding errors; of its usual size it is
+    not."""
     model = made("gpt_neox").bfloat16()
     before = state(model)
     with pytest.raises(ValueError, match="its effect is not larger than rounding errors"):
         pelt_fast.inject(model, "prompt", length=4)
     assert_untouched(model, before)
+    for layer in model.gpt_neox.layers:
+        layer.attention.dense.weight.data *= 8
+    pelt_fast.inject(model, "prompt", length=4)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pelt_fast.layouts.layout import PromptLayout, StackLayout
 from pelt_fast.layouts.lookup import find
 
-from ..prompt_proof import hidden_states, is_off
+from ..prompt_proof import hidden_states
+from ..rounding import is_off
 from ..synthetic_batch import token_ids
 from ..unchanged import unchanged
 
