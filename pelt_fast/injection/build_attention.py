@@ -16,6 +16,7 @@ from pelt_fast.modules import (
     SequentialAdapter,
 )
 from pelt_fast.modules.frozen_module import FrozenModule
+from pelt_fast.modules.prefix_run import AttentionSlice
 from pelt_fast.modules.projection_view import device_of, host_of, shape_of, weight_of
 
 from . import attention_interface as attention
@@ -34,11 +35,8 @@ def build_prefix(model, modification, stacks, injection) -> None:
         if key not in banks:
             banks[key] = _add_bank(base, target, layout, modification, injection)
         bank = banks[key]
-        module = find(target.layer, layout.module)
         layer_slice = PrefixSlice(bank, target.order, modification.composition)
-        injection.changes.set(module, attention.SLICE, layer_slice)
-        _add_attention_site(target, layout, bank, injection, op="prefix", form="prefix")
-        attention.wrap(module, injection)
+        _run_inside(target, layout, bank, layer_slice, injection, op="prefix", form="prefix")
 
 
 def _add_bank(
@@ -84,20 +82,24 @@ def _free_name(owner: nn.Module, name: str, injection: Injection) -> str:
     return free
 
 
-def _add_attention_site(
+def _run_inside(
     target: TargetLayer,
     layout: AttentionLayout,
     site: nn.Module,
+    layer_slice: AttentionSlice,
     injection: Injection,
     *,
     op: str,
     form: str,
 ) -> None:
-    """Record a site that runs inside the attention function."""
-    queries = shape_of(find(target.layer, layout.q))[0]
+    """Let the attention function find a site's slice on the module, and record the site."""
     module = find(target.layer, layout.module)
+    injection.changes.set(module, attention.SLICE, layer_slice)
+    queries = shape_of(find(target.layer, layout.q))[0]
+    found = dict(attention=module, slice=layer_slice, queries=queries)
     name = f"{target.name}.{layout.module}"
-    injection.sites.append(Site(name, op, form, site, attention=module, queries=queries))
+    injection.sites.append(Site(name, op, form, site, **found))
+    attention.wrap(module, injection)
 
 
 def build_query_heads(model, modification, stacks, injection) -> None:
@@ -110,9 +112,8 @@ def build_query_heads(model, modification, stacks, injection) -> None:
         site = QueryHeads(heads, head_dim, modification, device_of(key), dtype)
         site.frozen = FrozenModule(key)
         injection.changes.add(module, "pelt_heads", site)
-        injection.changes.set(module, attention.SLICE, QuerySlice(site))
-        _add_attention_site(target, layout, site, injection, op="heads", form="bottleneck")
-        attention.wrap(module, injection)
+        one = QuerySlice(site)
+        _run_inside(target, layout, site, one, injection, op="heads", form="bottleneck")
         _check_in_each_forward(find(base, target.stack.owner), injection)
 
 

@@ -18,6 +18,8 @@ def described(model: nn.Module, layout: Layout | None, injection: Injection) -> 
     if injection.config.is_full or not by_layout:
         return []
     parts = parts_of(by_layout)
+    if layout is None:
+        layout = injection.layout  # of the methods that are in the model already
     try:
         stacks = stacks_of(model, layout, parts)
     except NoRow:

@@ -95,9 +95,9 @@ def inject(
         for site in injection.sites:
             site.module.switch = injection.switch
         if self_test is not None:
-            self_test.check(injection)
+            self_test.check(injection.sites)
         if injection.discovered:
-            prove_prompt(model, injection)
+            prove_prompt(model, injection.sites)
         for site in injection.sites:
             if isinstance(site.module, DecidesOnce):
                 site.module.decision()

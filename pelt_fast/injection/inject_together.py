@@ -3,11 +3,9 @@
 from torch import nn
 
 from pelt_fast.config import PeltConfig
-from pelt_fast.config.named_modules import MODULES
 from pelt_fast.layouts.layout import Layout
 from pelt_fast.layouts.lookup import base_of, find
 from pelt_fast.layouts.names import parameters_of
-from pelt_fast.layouts.table import rows_of
 from pelt_fast.modules.class_counts import ClassCounts
 from pelt_fast.modules.decision import DecidesOnce
 from pelt_fast.modules.kept_input import KeptInput
@@ -19,12 +17,12 @@ from .class_layer import check_num_labels
 from .described import described
 from .generate import take_generate
 from .handles import mark
-from .inject import _restore, eject, inject
+from .inject import _restore
 from .own_configs import own_configs
 from .own_parameters import add_own_parameters
+from .prove_added import prove_added
 from .record import Injection
 from .routed_log import RoutedLog
-from .unchanged import unchanged
 from .watch import watch
 
 _WATCH = ":watch"  # the name under which the hooks that watch the model are recorded
@@ -67,8 +65,6 @@ def inject_together(
     """Put methods into a model, each beside the others. The base is frozen, and the first method
     acts on all rows until :func:`pelt_fast.route` says otherwise. ``num_labels``: of the methods
     that have another number of classes than the model."""
-    if layout is None:
-        _prove_each(model, methods)
     injection = TogetherInjection(layout)
     try:
         own_configs(model, injection)
@@ -90,17 +86,6 @@ def inject_together(
     return injection
 
 
-def _prove_each(model: nn.Module, methods: dict[str, PeltConfig]) -> None:
-    """What is discovered is proved where a method is alone: put each in for a moment. Raises what
-    inject raises."""
-    if not hasattr(model, "config") or rows_of(model):
-        return
-    for config in methods.values():
-        if any(modification.target != MODULES for modification in config.modifications):
-            with unchanged(model, model.training):
-                eject(inject(model, config))
-
-
 def settle(model: nn.Module, injection: TogetherInjection) -> None:
     """The methods in the model are others now: mark its parts, watch it, and let every site decide
     again."""
@@ -120,13 +105,19 @@ def settle(model: nn.Module, injection: TogetherInjection) -> None:
 
 def remove_method(model: nn.Module, name: str, injection: TogetherInjection) -> None:
     """Take one method out; the others stay as they are."""
+    _forget(name, injection)
+    injection.sites = [s for s in injection.sites if s.details.get("method") != name]
+    settle(model, injection)
+
+
+def _forget(name: str, injection: TogetherInjection) -> None:
+    """Undo the changes of one method, and forget what is known by its name."""
     injection.changes.drop(name)
     number = injection.routing.ids.pop(name)
     injection.routing.generators.pop(number, None)
     injection.classes.by_method.pop(number, None)
-    del injection.methods[name], injection.own[name]
-    injection.sites = [s for s in injection.sites if s.details.get("method") != name]
-    settle(model, injection)
+    injection.methods.pop(name, None)
+    injection.own.pop(name, None)
 
 
 def _count_classes(model: nn.Module, injection: TogetherInjection) -> None:
@@ -149,13 +140,14 @@ def build_method(
     """Build the sites of one more method. If that fails, it leaves nothing behind."""
     if num_labels is not None:
         check_num_labels(model, name, config, num_labels)
+    first = len(injection.sites)
     try:
         _build(model, name, config, injection, num_labels)
         if num_labels is not None:
             injection.classes.by_method[injection.routing.ids[name]] = num_labels
     except BaseException:
-        injection.changes.drop(name)
-        del injection.routing.ids[name]
+        _forget(name, injection)
+        del injection.sites[first:]
         raise
 
 
@@ -182,6 +174,10 @@ def _build(
         owners = [find(base, stack.owner) for stack in stacks]
         injection.owners = list(dict.fromkeys([*injection.owners, *owners]))
         _connect(name, injection, first)
+        if injection.layout is not None and stacks:
+            sites, number = injection.sites[first:], injection.routing.ids[name]
+            found = injection.discovered
+            prove_added(model, stacks, sites, injection.routing, number, found)
     finally:
         injection.config, injection.changes.method = PeltConfig("several methods"), None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pelt_fast.layouts.lookup import base_of
 from pelt_fast.modules import Prompt
 
-from .record import Injection
+from .record import Site
 from .rounding import relative_error, rounding
 from .synthetic_batch import token_ids
 from .unchanged import unchanged
@@ -25,9 +25,9 @@ IN_FRONT = 4  # the base reads so many tokens in front of a batch
 SHARE = 0.02  # of an effect that may be wrong, beside rounding errors
 
 
-def prove_prompt(model: nn.Module, injection: Injection) -> None:
-    """ValueError where the prompt of ``injection``, if it has one, is not what its tokens are."""
-    prompts = [site.module for site in injection.sites if isinstance(site.module, Prompt)]
+def prove_prompt(model: nn.Module, sites: list[Site]) -> None:
+    """ValueError where the prompt among ``sites``, if there is one, is not what its tokens are."""
+    prompts = [site.module for site in sites if isinstance(site.module, Prompt)]
     if not prompts:
         return
     base = base_of(model)
@@ -35,7 +35,7 @@ def prove_prompt(model: nn.Module, injection: Injection) -> None:
         guards.enter_context(torch.no_grad())
         guards.enter_context(torch.compiler.set_stance("force_eager"))
         guards.enter_context(unchanged(model, training=False))
-        guards.enter_context(zero_update(injection, training=False))
+        guards.enter_context(zero_update(sites, training=False))
         try:
             why = _why_not_proved(base, prompts[0], token_ids(base))
         except Exception as error:  # a model may raise anything on an input that it does not expect

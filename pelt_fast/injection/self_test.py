@@ -19,7 +19,7 @@ from pelt_fast.layouts.unnamed import unnamed_dropouts, unnamed_in_layer
 from pelt_fast.modules.projection_view import host_of
 
 from .expected_dropout import ExpectedDropout
-from .record import Injection
+from .record import Site
 from .rounding import is_off, relative_error
 from .synthetic_batch import synthetic_batch, why_no_run
 from .unchanged import unchanged
@@ -59,7 +59,7 @@ class SelfTest:
             elif any(is_off(outputs[n], again[training][n]) for n in outputs):
                 self.why_not = "the base gives another answer each time"
 
-    def check(self, injection: Injection) -> None:
+    def check(self, sites: list[Site]) -> None:
         """ValueError where the method with a zero update is not the base. The message names the
         layer, the size of the error, and parts that the layout may have left out."""
         if self.why_not is not None and self.strict:
@@ -74,7 +74,7 @@ class SelfTest:
         if self.wrong_norms:
             raise ValueError(f"the layout does not describe this {kind}: {self.wrong_norms[0]}")
         for training in (False, True):
-            with zero_update(injection, training):
+            with zero_update(sites, training):
                 try:
                     after = self._run(training)
                 except Exception as error:

@@ -11,29 +11,29 @@ from pelt_fast.modules import ParallelFFNAdapter, PrefixBank, Prompt
 from pelt_fast.modules.prefix_run import AttentionSlice
 
 from .attention_interface import SLICE
-from .record import Injection
+from .record import Site
 
 _UPDATES = ("lora_b", "up_weight", "up_bias")  # the tensors that are set to zero
 
 
 @contextlib.contextmanager
-def zero_update(injection: Injection, training: bool) -> Iterator[None]:
+def zero_update(sites: list[Site], training: bool) -> Iterator[None]:
     """In this block every site adds zero. In evaluation mode the sites run their usual code. In
     training mode a widened FFN runs its block alone, because its op would draw its own masks.
     """
     with contextlib.ExitStack() as guards:
-        for module in dict.fromkeys(site.module for site in injection.sites):
+        for module in dict.fromkeys(site.module for site in sites):
             _zero_tensors(module, guards)
             if getattr(module, "residual", True) is False:
                 _set_for_now(module, "residual", True, guards)
             widens = isinstance(module, ParallelFFNAdapter)
             if widens and (training or module.why_not_fused() is not None):
                 _set_for_now(module, "merged", True, guards)
-        for site in injection.sites:
+        for site in sites:
             module = site.details.get("attention")
             if module is not None:
-                present = module.__dict__[SLICE]
-                empty = None if training else _EmptySlice(site.module, present.form)
+                form = site.details["slice"].form
+                empty = None if training else _EmptySlice(site.module, form)
                 _set_for_now(module, SLICE, empty, guards)
         yield
 

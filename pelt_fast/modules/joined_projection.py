@@ -28,7 +28,7 @@ class JoinedProjection(nn.Module):
 
     def part(self, part: ProjectionView) -> ProjectionView:
         """Register ``part``, so that modules put on it belong to the model."""
-        self.add_module(part.name, part)
+        self.add_module(part.name, part.train(self.training))
         return part
 
     def why_beside(self) -> str | None:

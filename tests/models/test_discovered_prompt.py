@@ -13,6 +13,7 @@ from pelt_fast.injection.synthetic_batch import synthetic_batch
 from pelt_fast.layouts.layout import PromptLayout
 from pelt_fast.layouts.lookup import base_of
 from tests.models.judge import assert_untouched, state
+from tests.small import randomise
 
 FAMILIES = tiny.families()
 HELD = ["gpt_neox", "olmoe", "cohere", "persimmon", "qwen2_vl", "bamba"]
@@ -119,6 +120,29 @@ def test_several_methods_of_a_discovered_model_are_proved_one_by_one():
     pelt_fast.inject_named(model, {"a": "lora", "b": "prompt"}, together=True)
     pelt_fast.eject(model)
     assert_untouched(model, before)
+
+
+def test_a_method_that_joins_others_is_proved_in_their_midst(monkeypatch):
+    model, batch = made("gpt_neox").eval(), dict(input_ids=torch.arange(3, 12)[None])
+    pelt_fast.inject_named(model, {"a": "lora", "b": "mam"}, together=True)
+    randomise(model)
+    weights, logits = model.state_dict(), model(**batch).logits
+    sites = list(model._pelt.sites)
+    with monkeypatch.context() as spoiled:
+        spoiled.setattr(Front, "in_front", _reversed(Front.in_front))
+        with pytest.raises(ValueError, match="it does not act as tokens with its embeddings do"):
+            pelt_fast.add_method(model, "c", "prompt")
+    assert model.state_dict().keys() == weights.keys() and model._pelt.sites == sites
+    assert torch.equal(model(**batch).logits, logits)
+    with pytest.raises(ValueError, match="no method is named 'c'; there are a, b"):
+        pelt_fast.route(model, "c")
+    pelt_fast.add_method(model, "c", "prompt")
+    pelt_fast.add_method(model, "d", "houlsby")
+    assert torch.equal(model(**batch).logits, logits)
+    with pytest.raises(ValueError, match="no prompt in its layout: its positions are absolute"):
+        other = pelt_fast.inject_named(made("biogpt"), {"a": "lora"}, together=True)
+        pelt_fast.add_method(other, "b", "prompt")
+    assert list(pelt_fast.active(other)) == ["a"]
 
 
 def test_what_rounding_is():

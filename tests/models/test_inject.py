@@ -12,7 +12,7 @@ import pelt_fast
 from pelt_fast.injection.inject import inject
 from tests.models.judge import assert_fused_is_the_reference, assert_near
 from tests.models.test_parity import JUDGED_SIZE, small_method
-from tests.small import MODELS, bart, inputs, llama, pairs, randomise, roberta
+from tests.small import MODELS, MORE, bart, inputs, llama, pairs, randomise, roberta
 
 METHODS = [name for name in pelt_fast.methods() if name not in ("linear_probe", "full")]
 
@@ -334,3 +334,19 @@ def test_bart_large_trains_without_a_fallback():
         explanation = pelt_fast.explain(pelt_fast.inject(model, method))
         assert explanation.training and explanation.sites and not explanation.fallbacks
         assert f"0 of {len(explanation.sites)} sites fell back" in str(explanation)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("architecture", ["bart", "gpt2", "phi3"])
+def test_sites_are_in_the_mode_of_the_model(architecture, training):
+    """Those on a part of a joined projection too: in training mode they would drop."""
+    make = {**MODELS, **MORE}[architecture]
+    methods = [small_method(name) for name in ("lora", "mam", "prompt", "houlsby")]
+    for method in methods:
+        model = pelt_fast.inject(make().train(training), method)
+        assert {module.training for module in model.modules()} == {training}
+    model = make().train(training)
+    pelt_fast.inject_named(model, {"first": "lora"}, together=True)
+    for method in methods:
+        pelt_fast.add_method(model, method.name, method)
+    assert {module.training for module in model.modules()} == {training}

@@ -138,6 +138,9 @@ def test_a_norm_that_does_not_stand_in_front_of_the_block_is_refused():
     config = pelt_fast.methods()["scaled_parallel_adapter"].replace(reads="residual")
     with pytest.raises(ValueError, match=r"layers.0.mlp does not read what input_layernorm gives"):
         pelt_fast.inject(llama(), config, layout=wrong)
+    with pytest.raises(ValueError, match=r"layers.0.mlp does not read what input_layernorm gives"):
+        methods = {"a": "lora", "b": config}
+        pelt_fast.inject_named(llama(), methods, together=True, layout=wrong)
     pelt_fast.inject(llama(), config, layout=LLAMA)
 
 
