@@ -9,9 +9,7 @@ from typing import Any
 
 from pelt_fast.config import KINDS, Modification, PeltConfig
 from pelt_fast.config.named_modules import alpha_over, patterns_of, targets_of
-
-LEARNED = {"learned": "learned_scale", "learned_channel": "learned_channel_scale"}
-SUBLAYERS = ("attention", "ffn")
+from pelt_fast.config.word_values import flag, kinds_of, listed, scaled, sublayers, whole
 
 
 def lora(
@@ -23,7 +21,7 @@ def lora(
     rslora: bool = False,
     init: str = "lora",
     layers: Iterable[int] | None = None,
-    where: Iterable[str] = KINDS,
+    where: str | Iterable[str] = KINDS,
     patterns: dict[str, dict[str, Any]] | None = None,
 ) -> PeltConfig:
     """LoRA: ``W x + (alpha / r) B A x`` on each target (paper equation 6).
@@ -40,10 +38,12 @@ def lora(
         init: "lora" (Kaiming down, zero up) or "bert" (normal 0.02).
         layers: the layers of each stack that have it, from 0; None is all of them. By name: the
             first number in a module's name.
-        where: which attentions and stacks: "encoder", "decoder", "cross". Not for names.
+        where: which attentions and stacks: "encoder", "decoder", "cross", a list or one text with
+            commas. Not for names.
         patterns: other ranks and alphas, as PEFT's rank_pattern and alpha_pattern:
             {"layers.0.*.q_proj": dict(r=64, alpha=64)}. A key is a regular expression that a
-            module's name, or an ending of it, must match.
+            module's name, or an ending of it, must match. What one leaves out, r or alpha, is that
+            of the other modules.
 
     Returns:
         A config with one modification for each target; names are one target together.
@@ -58,11 +58,12 @@ def lora(
         >>> lora(targets="all-linear").modifications[0].modules
         'all-linear'
     """
-    scale = alpha_over(r, alpha, rslora)
-    details = dict(init=init, dropout=dropout, layers=listed(layers), where=tuple(where))
+    scale = alpha_over(r, alpha, flag("rslora", rslora))
+    details = dict(size=whole("r", r), rslora=rslora, init=init, dropout=dropout,
+                   layers=listed(layers), where=kinds_of(where))  # fmt: skip
     details["patterns"] = patterns_of(patterns, r, alpha, rslora)
     found = tuple(
-        Modification("low_rank", **target, **scaled(scale), size=r, **details)
+        Modification("low_rank", **target, **scaled(scale), **details)
         for target in targets_of(targets)
     )
     return PeltConfig("lora", found)
@@ -78,7 +79,7 @@ def adapter(
     placement: str = "default",
     init: str = "bert",
     layers: Iterable[int] | None = None,
-    where: Iterable[str] = KINDS,
+    where: str | Iterable[str] = KINDS,
 ) -> PeltConfig:
     """Sequential adapters: ``h + f(h D) U`` on the output of a sub-layer (Houlsby, Pfeiffer).
 
@@ -106,14 +107,14 @@ def adapter(
         >>> [m.target for m in adapter(r=64).modifications]
         ['attention', 'ffn']
     """
-    shared = dict(activation=activation, dropout=dropout, init=init, layers=listed(layers),
-                  where=tuple(where))  # fmt: skip
+    shared = dict(size=whole("r", r), activation=activation, dropout=dropout, init=init,
+                  layers=listed(layers), where=kinds_of(where))  # fmt: skip
     found = []
-    for target in _sublayers("after", after):
+    for target in sublayers("after", after):
         details = dict(layer_norm=_norm(layer_norm, target))
         if target == "ffn" or placement != "default":
             details["placement"] = placement
-        found.append(Modification("bottleneck", target, "sequential", size=r, **shared, **details))
+        found.append(Modification("bottleneck", target, "sequential", **shared, **details))
     return PeltConfig("adapter", tuple(found))
 
 
@@ -127,7 +128,7 @@ def parallel_adapter(
     layer_norm: str | None = None,
     init: str = "lora",
     layers: Iterable[int] | None = None,
-    where: Iterable[str] = KINDS,
+    where: str | Iterable[str] = KINDS,
 ) -> PeltConfig:
     """Parallel adapters: ``F(x) + s f(x D) U`` beside a sub-layer F (paper section 3.3).
 
@@ -153,12 +154,12 @@ def parallel_adapter(
         >>> (prefix(30) + parallel_adapter(r=512, scale=4)).modifications[1].scale
         4.0
     """
-    details = dict(activation=activation, dropout=dropout, init=init, layers=listed(layers),
-                   where=tuple(where))  # fmt: skip
+    details = dict(size=whole("r", r), activation=activation, dropout=dropout, init=init,
+                   layers=listed(layers), where=kinds_of(where))  # fmt: skip
     found = tuple(
-        Modification("bottleneck", target, "parallel", **scaled(scale), size=r, **details,
+        Modification("bottleneck", target, "parallel", **scaled(scale), **details,
                      layer_norm=_norm(layer_norm, target))
-        for target in _sublayers("beside", beside)
+        for target in sublayers("beside", beside)
     )  # fmt: skip
     return PeltConfig("parallel_adapter", found)
 
@@ -170,7 +171,7 @@ def multi_head_adapter(
     reads: str = "query",
     init: str = "bert",
     layers: Iterable[int] | None = None,
-    where: Iterable[str] = KINDS,
+    where: str | Iterable[str] = KINDS,
 ) -> PeltConfig:
     """A ReLU adapter for each head of an attention, beside what it attends to (Table 1).
 
@@ -194,8 +195,10 @@ def multi_head_adapter(
         >>> multi_head_adapter(r=30).modifications[0].target
         'heads'
     """
-    found = Modification("bottleneck", "heads", **scaled(scale), size=r, init=init, reads=reads,
-                         layers=listed(layers), where=tuple(where))  # fmt: skip
+    found = Modification(
+        "bottleneck", "heads", **scaled(scale), size=whole("r", r), init=init, reads=reads,
+        layers=listed(layers), where=kinds_of(where),
+    )  # fmt: skip
     return PeltConfig("multi_head_adapter", (found,))
 
 
@@ -206,7 +209,7 @@ def prefix(
     mlp: bool = True,
     mlp_dim: int = 800,
     layers: Iterable[int] | None = None,
-    where: Iterable[str] = KINDS,
+    where: str | Iterable[str] = KINDS,
 ) -> PeltConfig:
     """Prefix tuning: trainable keys and values in front of every attention's (paper equation 7).
 
@@ -230,9 +233,10 @@ def prefix(
         'none'
     """
     found = Modification(
-        "prefix", "heads", composition="gated" if gated else "add", size=length,
-        reparameterization="mlp" if mlp else "none", mlp_dim=mlp_dim, layers=listed(layers),
-        where=tuple(where),
+        "prefix", "heads", composition="gated" if flag("gated", gated) else "add",
+        size=whole("length", length), mlp_dim=mlp_dim,
+        reparameterization="mlp" if flag("mlp", mlp) else "none", layers=listed(layers),
+        where=kinds_of(where),
     )  # fmt: skip
     return PeltConfig("prefix", (found,))
 
@@ -253,7 +257,7 @@ def prompt(length: int = 200) -> PeltConfig:
         >>> prompt(20).modifications[0].size
         20
     """
-    found = Modification("prompt", "embeddings", composition="gated", size=length)
+    found = Modification("prompt", "embeddings", composition="gated", size=whole("length", length))
     return PeltConfig("prompt", (found,))
 
 
@@ -270,32 +274,8 @@ def bitfit() -> PeltConfig:
     return PeltConfig("bitfit", (Modification("bias", "model"),))
 
 
-def _sublayers(name: str, value: str) -> list[str]:
-    found = [part.strip() for part in value.split("+")] if isinstance(value, str) else [value]
-    if not set(found) <= set(SUBLAYERS) or len(set(found)) < len(found):
-        wanted = "attention, ffn or attention+ffn"
-        raise ValueError(f"{name} must be {wanted}; got {value!r}")
-    return sorted(found)
-
-
 def _norm(layer_norm: str | None, target: str) -> str:
     """What the paper's code has where nothing is said."""
     if layer_norm is None:
         return "in" if target == "attention" else "none"
     return layer_norm
-
-
-def scaled(scale: float | str) -> dict[str, Any]:
-    """The composition that a scale implies."""
-    if isinstance(scale, str):
-        if scale not in LEARNED:
-            known = " or ".join(LEARNED)
-            raise ValueError(f"scale must be a number, {known}; got {scale!r}")
-        return dict(composition=LEARNED[scale], scale=1.0)
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    return dict(composition="add" if scale == 1 else "scaled", scale=float(scale))
-
-
-def listed(layers: Iterable[int] | None) -> tuple[int, ...] | None:
-    return None if layers is None else tuple(layers)

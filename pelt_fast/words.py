@@ -6,12 +6,13 @@ A word changes every modification that it applies to. ``r`` alone keeps alpha, a
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
-from pelt_fast.builders import listed, scaled
 from pelt_fast.config import Modification, PeltConfig
-from pelt_fast.config.named_modules import alpha_over, patterns_of, targets_of
+from pelt_fast.config.named_modules import alpha_of, alpha_over, patterns_of, targets_of
+from pelt_fast.config.word_values import flag, kinds_of, listed, scaled, whole
 
 _RANKED = ("low_rank", "bottleneck")
 _LAYERED = (*_RANKED, "prefix")
@@ -23,22 +24,28 @@ def _same(name: str) -> Callable[[Any], dict[str, Any]]:
 
 # word -> the forms that it applies to, and the fields that its value gives
 _WORDS: dict[str, tuple[tuple[str, ...], Callable[[Any], dict[str, Any]]]] = {
-    "r": (_RANKED, _same("size")),
+    "r": (_RANKED, lambda value: dict(size=whole("r", value))),
     "alpha": (("low_rank",), lambda value: {}),
-    "rslora": (("low_rank",), lambda value: {}),
+    "rslora": (("low_rank",), lambda value: dict(rslora=flag("rslora", value))),
     "targets": (("low_rank",), lambda value: {}),
     "patterns": (("low_rank",), lambda value: {}),
     "scale": (_RANKED, scaled),
-    "length": (("prefix", "prompt"), _same("size")),
-    "gated": (("prefix",), lambda value: dict(composition="gated" if value else "add")),
-    "mlp": (("prefix",), lambda value: dict(reparameterization="mlp" if value else "none")),
+    "length": (("prefix", "prompt"), lambda value: dict(size=whole("length", value))),
+    "gated": (
+        ("prefix",),
+        lambda value: dict(composition="gated" if flag("gated", value) else "add"),
+    ),
+    "mlp": (
+        ("prefix",),
+        lambda value: dict(reparameterization="mlp" if flag("mlp", value) else "none"),
+    ),
     "mlp_dim": (("prefix",), _same("mlp_dim")),
     "dropout": (_RANKED, _same("dropout")),
     "init": (_RANKED, _same("init")),
     "activation": (("bottleneck",), _same("activation")),
     "layer_norm": (("bottleneck",), _same("layer_norm")),
     "layers": (_LAYERED, lambda value: dict(layers=listed(value))),
-    "where": (_LAYERED, lambda value: dict(where=tuple(value))),
+    "where": (_LAYERED, lambda value: dict(where=kinds_of(value))),
 }
 
 
@@ -100,14 +107,30 @@ def _changed(m: Modification, words: dict[str, Any]) -> Modification:
 
 
 def _scale_and_patterns(m: Modification, words: dict[str, Any]) -> dict[str, Any]:
-    """What r, alpha and patterns make of a LoRA."""
-    alpha, r = words.get("alpha", m.scale * m.size), words.get("r", m.size)
-    rslora, changes = words.get("rslora", False), {}
-    if words.keys() & {"r", "alpha", "rslora"} and "scale" not in words:
+    """What r, alpha, rslora and scale make of a LoRA's scale, and of its patterns."""
+    r, rslora = words.get("r", m.size), words.get("rslora", m.rslora)
+    alpha, scale = words.get("alpha", alpha_of(m.size, m.scale, m.rslora)), words.get("scale")
+    scale = 1.0 if isinstance(scale, str) else scale  # "learned" begins at 1
+    changes, given = {}, words.get("patterns")
+    if words.keys() & {"r", "alpha", "rslora"} and scale is None:
         changes |= scaled(alpha_over(r, alpha, rslora))
-    if "patterns" in words:
-        changes["patterns"] = patterns_of(words["patterns"], r, alpha, rslora)
+    if given is None and words.keys() & {"r", "alpha", "rslora", "scale"}:
+        given = _given_patterns(m, r)
+    if given is not None:
+        changes["patterns"] = patterns_of(given, r, alpha, rslora, scale)
     return changes
+
+
+def _given_patterns(m: Modification, r: int) -> dict[str, dict[str, Any]]:
+    """A LoRA's patterns where its rank becomes ``r``. What is as in the rest of it follows: a rank,
+    and an alpha, which is then left out."""
+    alpha, found = alpha_of(m.size, m.scale, m.rslora), {}
+    for pattern, size, scale in m.patterns:
+        own = alpha_of(size, scale, m.rslora)
+        found[pattern] = dict(r=r if size == m.size else size)
+        if not math.isclose(own, alpha) and scale != m.scale:
+            found[pattern]["alpha"] = own
+    return found
 
 
 def _each_target(m: Modification, words: dict[str, Any], first: bool) -> list[Modification]:
@@ -158,7 +181,7 @@ def _value(word: str, text: str) -> Any:
     if word == "targets":
         return text
     if word == "where":
-        return tuple(text.split(","))
+        return kinds_of(text)
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for number in (int, float):
@@ -184,5 +207,7 @@ def _layer_numbers(text: str) -> tuple[int, ...]:
         first, _, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
             raise ValueError(f"layers must be numbers and ranges, as 0,2,8-15, got {text!r}")
+        if last and int(last) < int(first):
+            raise ValueError(f"layers must run from small to large, as 2-5, got {text!r}")
         found += range(int(first), int(last or first) + 1)
     return tuple(found)

@@ -129,6 +129,78 @@ def test_words_change_what_they_apply_to():
     assert preset("mam") == pelt_fast.methods()["mam"].modifications
 
 
+def test_a_later_rank_keeps_the_alpha_of_the_method():
+    """Also of a rank-stabilised LoRA, and of patterns that left it out."""
+    stable = lora(r=16, alpha=32, rslora=True)
+    assert changed(stable, dict(r=8)) == lora(r=8, alpha=32, rslora=True)
+    assert changed(stable, dict(alpha=8)) == lora(r=16, alpha=8, rslora=True)
+    assert changed(stable, dict(rslora=False)) == lora(r=16, alpha=32)
+    assert PeltConfig.from_json(stable.to_json()) == stable
+    assert "rslora" not in lora().to_json()  # as in files from before
+
+    patterns = {"q_proj": dict(r=4), "k_proj": dict(alpha=5), "v_proj": dict(r=2, alpha=7)}
+    for stable in (False, True):
+        own = dict(patterns=patterns, rslora=stable)
+        for words in (dict(alpha=64), dict(r=32), dict(r=32, alpha=64), dict(rslora=not stable)):
+            wanted = lora(**(dict(r=8, alpha=16) | own | words)).modifications
+            found = changed(lora(r=8, alpha=16, **own), words).modifications
+            for m, n in zip(found, wanted, strict=True):
+                assert m.scale == pytest.approx(n.scale) and m.rslora == n.rslora
+                assert [p[:2] for p in m.patterns] == [p[:2] for p in n.patterns]
+                assert [p[2] for p in m.patterns] == pytest.approx([p[2] for p in n.patterns])
+
+
+def test_a_scale_is_that_of_the_patterns_too():
+    patterns = {"q_proj": dict(r=4), "v_proj": dict(r=2, alpha=7)}
+    (m, *_) = preset("lora", scale=3, patterns=patterns)
+    assert m.scale == 3 and m.patterns == (("q_proj", 4, 3.0), ("v_proj", 2, 3.5))
+    (m, *_) = changed(lora(patterns=patterns), dict(scale=3)).modifications
+    assert m.scale == 3 and m.patterns == (("q_proj", 4, 3.0), ("v_proj", 2, 3.5))
+    (m, *_) = changed(PeltConfig("a", (m,)), dict(scale=5)).modifications
+    assert m.patterns == (("q_proj", 4, 5.0), ("v_proj", 2, 3.5))
+
+
+WRONG_VALUES = [
+    (dict(method="lora", rslora="no"), "rslora must be true or false, got 'no'"),
+    (dict(method="prefix", gated="off"), "gated must be true or false, got 'off'"),
+    (dict(method="prefix", mlp=1), "mlp must be true or false, got 1"),
+    (dict(method="prefix", length=True), "length must be an integer >= 1, got True"),
+    (dict(method="mam", r="2"), "r must be an integer >= 1, got '2'"),
+    (dict(method="mam", layers=1), r"layers must be a list or a range, as \[1\], got 1"),
+    (dict(method="mam", where="decodr"), "where must be one of .*; got 'decodr'"),
+    (dict(method="lora", targets=".*(q_proj"), "targets: .* is no regular expression"),
+]
+
+
+@pytest.mark.parametrize("words, message", WRONG_VALUES, ids=[m for _, m in WRONG_VALUES])
+def test_a_value_of_another_kind_is_named(words, message):
+    given = dict(words)
+    name = given.pop("method")
+    with pytest.raises((TypeError, ValueError), match=message):
+        preset(name, **given)
+    builder = dict(mam=parallel_adapter, lora=lora, prefix=prefix)[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        builder(**given)
+
+
+def test_a_flag_that_is_no_flag_is_refused_before_anything_changes():
+    """A text such as "no" would count as true."""
+    model = bart()
+    for call in (
+        lambda: pelt_fast.inject(model, "lora", pack="no"),
+        lambda: pelt_fast.inject_named(model, {"a": "lora"}, together="no"),
+        lambda: pelt_fast.load(model, "nowhere", head=0),
+    ):
+        with pytest.raises(TypeError, match="must be true or false"):
+            call()
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="train_head must be one of True, False; got 'no'"):
+        PeltConfig("a", train_head="no")
+    pelt_fast.inject(model, "lora")
+    with pytest.raises(TypeError, match="keep_base must be true or false, got 'no'"):
+        pelt_fast.merge(model, keep_base="no")
+
+
 WRONG_WORDS = [
     ("mam", dict(rank=8), "'rank' does not apply to 'mam'.*choose r, .*length"),
     ("mam", dict(lenght=8), "did you mean 'length'"),
@@ -178,6 +250,7 @@ def test_settings_of_a_command_line():
     for text, message in (
         ("r", "word=value"), ("r=", "word=value"), ("=8", "word=value"),
         ("layers=a-b", "numbers and ranges"), ("layers=1-", "numbers and ranges"),
+        ("layers=5-2", "layers must run from small to large, as 2-5, got '5-2'"),
     ):  # fmt: skip
         if text == "layers=1-":
             assert parsed([text]) == dict(layers=(1,))

@@ -12,6 +12,7 @@ were overwritten are kept, so that unmerge restores them bit for bit.
 import torch
 from torch import Tensor, nn
 
+from pelt_fast.config.word_values import flag
 from pelt_fast.injection.disabled import refuse_disabled
 from pelt_fast.injection.folded_weights import Overwritten, set_back, set_parameter, unfold
 from pelt_fast.injection.handles import carrier_of
@@ -45,6 +46,7 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
         ``model``.
 
     Raises:
+        TypeError: ``widen_ffn`` or ``keep_base`` is not true or false.
         ValueError: nothing can be folded; the model is merged already; another module reads a
             weight that would be written; or no config can describe what ``keep_base=False`` would
             leave. The model is unchanged.
@@ -53,6 +55,8 @@ def merge(model: nn.Module, *, widen_ffn: bool = False, keep_base: bool = True) 
         pelt_fast.inject(model, "lora")
         pelt_fast.merge(model.eval())
     """
+    flag("widen_ffn", widen_ffn)
+    flag("keep_base", keep_base)
     handle, model = model, carrier_of(model)
     injection = injection_of(model)
     refuse_disabled(injection, "merge")

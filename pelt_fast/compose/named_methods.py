@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.config.word_values import flag
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.formats.checkpoint import load, read_method
 from pelt_fast.formats.method_tensors import copy_tensors, fold_banks, method_tensors
@@ -107,7 +108,7 @@ def inject_named(
     Raises:
         ValueError: no method, full fine-tuning among them, ``num_labels`` that has no meaning, or
             what inject and load refuse. The model is unchanged.
-        TypeError: ``num_labels`` is no mapping.
+        TypeError: ``num_labels`` is no mapping, or ``pack`` or ``together`` is not true or false.
         FileNotFoundError: a folder holds no saved method.
 
     Example:
@@ -116,6 +117,8 @@ def inject_named(
     """
     if not methods:
         raise ValueError("methods must name at least one method, got none")
+    flag("pack", pack)
+    flag("together", together)
     configs = {name: preset(m) if isinstance(m, str) else m for name, m in methods.items()}
     for name, config in configs.items():
         if isinstance(config, PeltConfig) and config.is_full:

@@ -75,6 +75,8 @@ class Modification:
             match, or endings of names. The names are those of the model that is injected.
         patterns: of a LoRA: (regular expression, size, scale), for the modules whose name, or an
             ending of it, matches.
+        rslora: of a LoRA: whether ``scale`` is alpha over the square root of ``size``. A later
+            change of the rank keeps alpha (``pelt_fast.inject(model, config, r=8)``).
 
     Raises:
         ValueError: a field has another value, or the point has no meaning; the message names the
@@ -104,6 +106,7 @@ class Modification:
     layers: tuple[int, ...] | None = None
     modules: str | tuple[str, ...] | None = None
     patterns: tuple[Pattern, ...] = ()
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "where", tuple(self.where))
@@ -112,6 +115,7 @@ class Modification:
             ("composition", COMPOSITIONS), ("activation", ACTIVATIONS), ("init", ("lora", "bert")),
             ("layer_norm", ("none", "in", "out")), ("reparameterization", ("mlp", "none")),
             ("reads", READS), ("placement", PLACEMENTS), ("residual", (True, False)),
+            ("rslora", (True, False)),
         ):  # fmt: skip
             _one_of(name, getattr(self, name), options)
         for kind in self.where:
@@ -206,8 +210,9 @@ class Modification:
                 raise ValueError("where is for targets of the paper: a name says where a module is")
         elif self.modules is not None:
             raise ValueError(f"modules is for the target {MODULES!r}, got it on {self.target!r}")
-        if self.patterns and self.form != "low_rank":
-            raise ValueError(f"patterns is for low_rank, got it on {self.form}")
+        for name in ("patterns", "rslora"):
+            if getattr(self, name) and self.form != "low_rank":
+                raise ValueError(f"{name} is for low_rank, got it on {self.form}")
         object.__setattr__(self, "patterns", checked_patterns(self.patterns))
 
     def meets(self, other: "Modification") -> bool:
@@ -270,6 +275,7 @@ class PeltConfig:
         object.__setattr__(self, "modifications", tuple(self.modifications))
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {type(self.name).__name__}")
+        _one_of("train_head", self.train_head, (True, False))
         _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16", "float64"))
         for modification in self.modifications:
             if not isinstance(modification, Modification):
@@ -305,11 +311,11 @@ class PeltConfig:
         return dataclasses.replace(self, modifications=tuple(modifications))
 
     def as_dict(self) -> dict:
-        """The config as plain data. ``layers``, ``modules`` and ``patterns`` are left out if they
-        are empty, as in files from before these fields existed."""
+        """The config as plain data. ``layers``, ``modules``, ``patterns`` and ``rslora`` are left
+        out if they are empty, as in files from before these fields existed."""
         raw = dataclasses.asdict(self)
         for m in raw["modifications"]:
-            for name in ("layers", "modules", "patterns"):
+            for name in ("layers", "modules", "patterns", "rslora"):
                 if not m[name]:
                     del m[name]
         return raw

@@ -24,6 +24,7 @@ def targets_of(targets: str | Iterable[str]) -> list[dict[str, Any]]:
         if targets.lower() == ALL_LINEAR:
             return [dict(target=MODULES, modules=ALL_LINEAR)]
         if _REGULAR & set(targets):
+            _check_regular("targets", targets)
             return [dict(target=MODULES, modules=targets)]
     words = [word.strip() for word in _words(targets)]
     if not words or "" in words:
@@ -59,14 +60,27 @@ def alpha_over(r: int, alpha: float, rslora: bool = False) -> float:
         raise ValueError(f"alpha must be a finite number, got {alpha}")
     if type(r) is not int or r < 1:
         raise ValueError(f"r must be an integer >= 1, got {r!r}")
-    return alpha / (r**0.5 if rslora else r)
+    return alpha / _divisor(r, rslora)
+
+
+def alpha_of(r: int, scale: float, rslora: bool = False) -> float:
+    """The alpha that gives a scale."""
+    return scale * _divisor(r, rslora)
+
+
+def _divisor(r: int, rslora: bool) -> float:
+    return r**0.5 if rslora else r
 
 
 def patterns_of(
-    patterns: dict[str, dict[str, Any]] | None, r: int, alpha: float, rslora: bool = False
+    patterns: dict[str, dict[str, Any]] | None,
+    r: int,
+    alpha: float,
+    rslora: bool = False,
+    scale: float | None = None,
 ) -> tuple[Pattern, ...]:
     """Patterns as PEFT's rank_pattern and alpha_pattern have them. What one leaves out, r or alpha,
-    is that of the other modules."""
+    is that of the other modules; with ``scale`` these have that scale instead of an alpha."""
     if patterns is None:
         return ()
     if not isinstance(patterns, dict):
@@ -77,9 +91,10 @@ def patterns_of(
             raise ValueError(f"patterns[{pattern!r}] must be dict(r=, alpha=), got {words!r}")
         size = words.get("r", r)
         try:
-            found.append((pattern, size, alpha_over(size, words.get("alpha", alpha), rslora)))
+            own = alpha_over(size, words.get("alpha", alpha), rslora)
         except (TypeError, ValueError) as error:
             raise type(error)(f"patterns[{pattern!r}]: {error}") from None
+        found.append((pattern, size, own if scale is None or "alpha" in words else scale))
     return checked_patterns(found)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.config.word_values import flag
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.injection.handles import carrier_of, refuse_second
 from pelt_fast.injection.inject import eject, inject
@@ -211,6 +212,7 @@ def load(
 
     Raises:
         FileNotFoundError: a file is missing.
+        TypeError: ``pack`` or ``head`` is not true or false.
         ValueError: the files are damaged, a mixture of two saves, of another version or of another
             base, or they do not fit the model. The model is unchanged.
 
@@ -218,6 +220,7 @@ def load(
         model = BartForConditionalGeneration.from_pretrained("facebook/bart-large")
         pelt_fast.load(model, "xsum-mam")
     """
+    flag("head", head)
     handle, model = model, unwrapped(model)
     config, description = read_config(folder)
     refuse_second(model)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pelt_fast.config import PeltConfig
+from pelt_fast.config.word_values import flag
 from pelt_fast.deprecated import renamed_keyword
 from pelt_fast.layouts.layout import Layout, StackLayout
 from pelt_fast.layouts.lookup import base_of, find
@@ -62,7 +63,8 @@ def inject(
         ``model``.
 
     Raises:
-        TypeError: ``method`` is no name and no config, or ``model`` is not a transformers model.
+        TypeError: ``method`` is no name and no config, ``model`` is not a transformers model, or
+            ``pack`` or the value of a word has another type.
         ValueError: an unknown method, a word that does not apply to it, a model that already
             carries a method, a part that the method uses and that no row names and discovery does
             not find or prove, a module that the method cannot be put on, or an attention that
@@ -80,6 +82,7 @@ def inject(
     if not isinstance(config, PeltConfig):
         raise TypeError(f"method must be a name or a PeltConfig, got {type(method).__name__}")
     config = changed(config, words)
+    flag("pack", pack)
     handle, model = model, unwrapped(model)
     refuse_second(model)
     injection = Injection(config, pack)

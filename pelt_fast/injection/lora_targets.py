@@ -10,7 +10,6 @@ from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.config.named_modules import MODULES
 from pelt_fast.layouts.layout import StackLayout
 from pelt_fast.layouts.lookup import base_of
-from pelt_fast.layouts.names import modules_of
 from pelt_fast.modules.projection_view import ProjectionView, is_linear, shape_of
 
 from .named_linears import heads_of, named_linears, near
@@ -60,7 +59,7 @@ def check_loras(model: nn.Module, config: PeltConfig, stacks: list[StackLayout])
         _check_linears(targets, modification)
         if config.train_head and modification.target == MODULES:
             _check_not_in_head(model, targets)
-    _check_patterns(model, by_modification)
+    _check_patterns(by_modification)
     _check_one_dropout_a_matrix(by_modification)
     _check_one_each(by_modification)
 
@@ -91,13 +90,15 @@ def _check_not_in_head(model: nn.Module, targets: list[LoRATarget]) -> None:
             )
 
 
-def _check_patterns(model: nn.Module, by_modification: ByModification) -> None:
+def _check_patterns(by_modification: ByModification) -> None:
     """Each pattern must say the size of a layer."""
-    used = {target.pattern for _, targets in by_modification for target in targets}
+    all_targets = [target for _, targets in by_modification for target in targets]
+    used = {target.pattern for target in all_targets}
     for modification, _ in by_modification:
         for pattern, *_ in modification.patterns:
             if pattern not in used:
-                hint = near(pattern, modules_of(model))
+                last = pattern.split(".")[-1]
+                hint = near(last, {target.name: target.linear for target in all_targets})
                 raise ValueError(f"pattern {pattern!r} is on no target of this LoRA{hint}")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pelt_fast.config import Modification
-from pelt_fast.config.named_modules import ALL_LINEAR
+from pelt_fast.config.named_modules import ALL_LINEAR, LINEARS
 from pelt_fast.layouts.lookup import task_head
 from pelt_fast.layouts.names import compiled_from, modules_of
 from pelt_fast.modules.projection_view import ProjectionView, is_linear
@@ -48,7 +48,7 @@ def named_linears(model: nn.Module, modification: Modification) -> dict[str, nn.
     else:
         found = _with_endings(named, wanted, type(model).__name__)
     if not found:
-        kind = f"{type(model).__name__} has no linear layer"
+        kind = f"targets: {type(model).__name__} has no linear layer"
         raise ValueError(f"{kind}{'' if wanted == ALL_LINEAR else f' {wanted!r}'}{_some(named)}")
     found = _in_layers(found, modification.layers)
     for name, module in found.items():
@@ -95,15 +95,21 @@ def _with_endings(
     named: dict[str, nn.Module], endings: Iterable[str], kind: str
 ) -> dict[str, nn.Module]:
     """The modules whose names are, or end in a dot and, one of ``endings``."""
-    found: dict[str, nn.Module] = {}
-    for ending in endings:
-        of_this = {
-            name: module for name, module in named.items() if f".{name}".endswith(f".{ending}")
-        }
-        if not of_this:
-            raise ValueError(f"{kind} has no module {ending!r}{near(ending, named)}")
-        found |= of_this
-    return {name: found[name] for name in named if name in found}
+    matched = {
+        ending: {name for name in named if f".{name}".endswith(f".{ending}")} for ending in endings
+    }
+    missing = [ending for ending, names in matched.items() if not names]
+    if missing:
+        ending = min(missing, key=LINEARS.__contains__)  # a module's name first
+        raise ValueError(f"targets: {kind} has no module {ending!r}{_hint(ending, named)}")
+    chosen = set().union(*matched.values())
+    return {name: module for name, module in named.items() if name in chosen}
+
+
+def _hint(ending: str, named: dict[str, nn.Module]) -> str:
+    if ending in LINEARS:
+        return f"; it is the paper's {LINEARS[ending]} where no target is a module's name"
+    return near(ending, named)
 
 
 def near(text: str, named: dict[str, nn.Module]) -> str:
@@ -132,7 +138,7 @@ def _in_layers(found: dict[str, nn.Module], layers: tuple[int, ...] | None) -> d
     if missing:
         there = sorted(set(indices.values()))
         raise ValueError(
-            f"there is no layer {missing[0]}: the modules with these names are in"
+            f"layers: there is no layer {missing[0]}: the modules with these names are in"
             f" {f'the layers {there[0]} to {there[-1]}' if there else 'no numbered layer'}"
         )
     return {name: found[name] for name, index in indices.items() if index in layers}

@@ -34,7 +34,7 @@ def target_layers(
         for index in range(count) if layers is None else layers:
             if index >= count:
                 raise ValueError(
-                    f"{stack.layers} of {type(base).__name__} has {count} layers, from 0:"
+                    f"layers: {stack.layers} of {type(base).__name__} has {count} layers, from 0:"
                     f" there is no layer {index}"
                 )
             if index not in modules:
