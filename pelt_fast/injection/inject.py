@@ -27,6 +27,7 @@ from .handles import carrier_of, mark, refuse_second
 from .own_configs import own_configs, return_configs
 from .prompt_proof import prove_prompt
 from .record import Injection, injection_of
+from .repacking import keep_gradients
 from .self_test import SelfTest
 from .trained_names import bias_names, head_names
 from .watch import check_free, watch
@@ -118,6 +119,7 @@ def _build(model: nn.Module, stacks: list[StackLayout], injection: Injection) ->
     mark(model, [base, *(find(base, stack.owner) for stack in stacks)], injection)
     if any(m.form == "prefix" or m.reads == "query" for m in config.modifications):
         own_configs(model, injection)
+    keep_gradients(model, injection.changes)
     _freeze(model, stacks, injection)
     for form, build in BUILDERS.items():
         for modification in config.modifications:

@@ -22,6 +22,7 @@ from .own_configs import own_configs
 from .own_parameters import add_own_parameters
 from .prove_added import prove_added
 from .record import Injection
+from .repacking import keep_gradients
 from .routed_log import RoutedLog
 from .watch import watch
 
@@ -68,6 +69,7 @@ def inject_together(
     injection = TogetherInjection(layout)
     try:
         own_configs(model, injection)
+        keep_gradients(model, injection.changes)
         _freeze(model, injection)
         begin = model.register_forward_pre_hook(injection.routing.begin, with_kwargs=True)
         injection.changes.hook(begin)

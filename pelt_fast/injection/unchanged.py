@@ -8,11 +8,13 @@ import numpy
 import torch
 from torch import nn
 
+from .repacking import no_repacking
+
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     """In this block every module is in one mode, and the random states are seeded. Afterwards
-    modes, buffers and random states have their values from before."""
+    modes, buffers, random states and the form of quantised weights are those from before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -22,7 +24,7 @@ def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     ]
     states = random.getstate(), numpy.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices)):
+    with torch.random.fork_rng(sorted(devices)), no_repacking(model):
         torch.manual_seed(0)
         random.seed(0)
         numpy.random.seed(0)

@@ -99,8 +99,12 @@ class UndoLog:
 
     def take(self, taken: Taken) -> Taken:
         """Record that a site does the work of a layer's attribute."""
-        self._changes.append(TakenChange(taken))
+        self.record(TakenChange(taken))
         return taken
+
+    def record(self, change) -> None:
+        """Record a change that was made: an object with ``undo``."""
+        self._changes.append(change)
 
     def set(self, owner, name: str, value, watched: bool = True) -> None:
         """Set a plain attribute. Others may change one that is not ``watched``; undo then keeps

@@ -6,6 +6,7 @@ from pelt_fast.config import PeltConfig
 from pelt_fast.injection.handles import PEFT
 from pelt_fast.injection.own_configs import return_configs
 from pelt_fast.injection.record import Injection
+from pelt_fast.injection.repacking import keep_gradients
 from pelt_fast.injection.watch import check_free, watch
 from pelt_fast.layouts.names import check_model
 
@@ -43,6 +44,7 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
         accelerate_prefix(peft_model, injection)
     else:
         accelerate_lora(peft_model, kind, injection)
+    keep_gradients(peft_model, injection.changes)
     watch(peft_model.get_base_model(), [], injection)
     object.__setattr__(peft_model, PEFT, injection)
     return peft_model
