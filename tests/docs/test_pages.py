@@ -13,7 +13,7 @@ AN_EXTRA = "bitsandbytes is an extra (tests/models/test_quantised.py runs the pa
 NOT_RUN = {
     "docs/coming-from-adapters.md": ["adapters 1.x needs an older transformers"],
     "docs/line-counts.md": ["adapters 1.x needs an older transformers"] * 10,
-    "docs/how-to/with-other-libraries.md": ["bitsandbytes is an extra"],
+    "docs/how-to/with-other-libraries.md": [AN_EXTRA],
     "docs/how-to/save-merge-share.md": ["it uploads to the hub"],
     "docs/how-to/quantised-bases.md": 3 * [AN_EXTRA],
 }

@@ -244,3 +244,18 @@ def test_the_page_on_quantised_bases_runs(tmp_path, monkeypatch):
     after = dict(namespace["whole"].named_parameters())
     changed = [n for n, p in before.named_parameters() if not torch.equal(p, after[n])]
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="it is an extra")
+def test_the_example_beside_other_libraries_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, namespace = ROOT / "docs" / "how-to" / "with-other-libraries.md", {}
+    setup, first, *others = blocks_of(page.read_text())
+    (four_bits,) = [block for block in others if "BitsAndBytesConfig" in block.code]
+    for block in (setup, first, four_bits):
+        exec(block.compiled(page), namespace)
+    tokens = namespace["tokenizer"]("The Danube", return_tensors="pt")
+    model = namespace["model"]
+    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    model(**tokens, labels=tokens["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
