@@ -115,20 +115,20 @@ def _scale_and_patterns(m: Modification, words: dict[str, Any]) -> dict[str, Any
     if words.keys() & {"r", "alpha", "rslora"} and scale is None:
         changes |= scaled(alpha_over(r, alpha, rslora))
     if given is None and words.keys() & {"r", "alpha", "rslora", "scale"}:
-        given = _given_patterns(m, r)
+        given = _given_patterns(m, r, scale is not None)
     if given is not None:
         changes["patterns"] = patterns_of(given, r, alpha, rslora, scale)
     return changes
 
 
-def _given_patterns(m: Modification, r: int) -> dict[str, dict[str, Any]]:
+def _given_patterns(m: Modification, r: int, by_scale: bool) -> dict[str, dict[str, Any]]:
     """A LoRA's patterns where its rank becomes ``r``. What is as in the rest of it follows: a rank,
-    and an alpha, which is then left out."""
+    and an alpha, or the scale where that is given, which is then left out."""
     alpha, found = alpha_of(m.size, m.scale, m.rslora), {}
     for pattern, size, scale in m.patterns:
         own = alpha_of(size, scale, m.rslora)
         found[pattern] = dict(r=r if size == m.size else size)
-        if not math.isclose(own, alpha) and scale != m.scale:
+        if not math.isclose(own, alpha) and not (by_scale and scale == m.scale):
             found[pattern]["alpha"] = own
     return found
 

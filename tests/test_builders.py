@@ -139,6 +139,7 @@ def test_a_later_rank_keeps_the_alpha_of_the_method():
     assert "rslora" not in lora().to_json()  # as in files from before
 
     patterns = {"q_proj": dict(r=4), "k_proj": dict(alpha=5), "v_proj": dict(r=2, alpha=7)}
+    patterns["o_proj"] = dict(r=4, alpha=8)  # the scale of the rest, by an alpha of its own
     for stable in (False, True):
         own = dict(patterns=patterns, rslora=stable)
         for words in (dict(alpha=64), dict(r=32), dict(r=32, alpha=64), dict(rslora=not stable)):
