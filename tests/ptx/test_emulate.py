@@ -1,6 +1,10 @@
 """The table of ``make emulate``: what the tests of a kernel come to, in a line."""
 
-from .emulate import HEAD, ratio, rows, table
+import re
+import subprocess
+import sys
+
+from .emulate import HEAD, TESTS, ratio, rows, table
 from .plugin import Record
 
 LAUNCH = dict(instructions=1500, sectors=40, least=32, wavefronts=0, free=0, seconds=0.25)
@@ -31,3 +35,12 @@ def test_a_test_without_a_budget_has_no_error():
     for found in (0.0, 0.75, 0.5):
         new.checked(found)
     assert new.worst == 0.75 and ratio(3, 0) == "-"
+
+
+def test_the_workers_of_a_run_collect_the_same_tests():
+    """xdist refuses what differs from process to process, as an address in a test's name does."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *TESTS]
+    collected = subprocess.run(command, capture_output=True, text=True)
+    assert collected.returncode == 0, collected.stdout[-2000:]
+    assert "::test_the_loss_and_the_gradients_are_within_the_budget[" in collected.stdout
+    assert not re.findall(r".* at 0x[0-9a-f]+.*", collected.stdout)
