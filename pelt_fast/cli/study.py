@@ -34,15 +34,15 @@ def run(options: argparse.Namespace) -> int:
     from pelt_fast.tasks.bottlenecks import bottlenecks
     from pelt_fast.tasks.tables import table_rows, text
 
+    changes = _changes(options)
     if options.table == "curves":
-        return _curves(options)
+        return _curves(options, changes)
     table = TABLES[options.table]
     tasks = tuple(options.task or table.tasks)
     unknown = [task for task in tasks if task not in table.tasks]
     if unknown:
         raise ValueError(f"--task: {table.name} is of {', '.join(table.tasks)}, got {unknown[0]}")
     output = options.output / ("small" if options.small else "paper")
-    changes = {"steps": options.steps} if options.steps else {}
     if options.small:
         models = _small_models(options, tasks)
         if not options.print:
@@ -64,12 +64,20 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _curves(options: argparse.Namespace) -> int:
+def _changes(options: argparse.Namespace) -> dict:
+    """What the options change in the recipes."""
+    if options.steps is None:
+        return {}
+    if options.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {options.steps}")
+    return {"steps": options.steps}
+
+
+def _curves(options: argparse.Namespace, changes: dict) -> int:
     from pelt_fast.tasks import study
 
     tasks = tuple(options.task or study.CURVES_WIDTH)
     models = _small_models(options, tasks)
-    changes = {"steps": options.steps} if options.steps else {}
     study.run_curves(_data(options), models, options.output / "small", tasks=tasks, **changes)
     return 0
 

@@ -11,10 +11,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pelt_fast.config import PeltConfig
+from pelt_fast.config import Modification, PeltConfig
 from pelt_fast.presets import method as preset
 from pelt_fast.presets import methods
 from pelt_fast.words import changed
+
+from .recipe_values import check_numbers, typed, with_length
 
 FOLDER = Path(__file__).parent / "recipes"
 SCHEDULES = ("polynomial", "linear", "constant")
@@ -82,10 +84,6 @@ class Recipe:
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "adam_betas", tuple(self.adam_betas))
-        for name in ("batch_size", "accumulation", "max_length", "max_target", "beams",
-                     "max_generated", "eval_batch_size"):  # fmt: skip
-            _positive(name, getattr(self, name))
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must be in (0, 1), got {self.learning_rate}")
         if not 0 <= self.label_smoothing < 1:
@@ -94,6 +92,8 @@ class Recipe:
             raise ValueError(
                 f"one of steps and epochs must be positive, got {self.steps} and {self.epochs}"
             )
+        check_numbers(self)
+        object.__setattr__(self, "adam_betas", tuple(self.adam_betas))
         for name in ("packing", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -111,20 +111,23 @@ class Recipe:
         if unknown:
             raise ValueError(f"sizes names {sorted(unknown)[0]!r}, {config.name!r} has none")
         try:
-            changed = tuple(
-                dataclasses.replace(m, **self.sizes.get(m.form, {})) for m in config.modifications
-            )
+            resized = tuple(_resized(m, self.sizes.get(m.form, {})) for m in config.modifications)
         except TypeError as error:
             raise ValueError(f"sizes: {error}") from None
-        return dataclasses.replace(config, modifications=changed)
+        return dataclasses.replace(config, modifications=resized)
 
     def _method(self) -> PeltConfig:
         if not isinstance(self.method, dict):
             return preset(self.method)
-        if "preset" not in self.method:
+        if "modifications" in self.method:
             return PeltConfig.from_json(json.dumps(self.method))
+        name = self.method.get("preset")
+        if not isinstance(name, str):
+            raise ValueError(
+                f"method must name a preset, as {{preset: lora, r: 8}}, got {self.method}"
+            )
         words = {word: value for word, value in self.method.items() if word != "preset"}
-        return changed(preset(self.method["preset"]), words)
+        return changed(preset(name), words)
 
     def reworded(self, words: dict) -> "Recipe":
         """A copy whose method, sizes and all, is changed in the words of its builder; ValueError
@@ -135,15 +138,15 @@ class Recipe:
 
     def replace(self, **changes) -> "Recipe":
         """A copy with fields changed; of ``steps`` and ``epochs``, one replaces the other."""
-        for one, other in (("steps", "epochs"), ("epochs", "steps")):
-            if changes.get(one) and not changes.get(other):
-                changes[other] = 0
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **with_length(changes))
 
 
-def _positive(name: str, value) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+def _resized(m: Modification, sizes) -> Modification:
+    """A modification with fields replaced."""
+    known = {item.name for item in dataclasses.fields(m)}
+    if not isinstance(sizes, dict) or not sizes.keys() <= known:
+        raise ValueError(f"sizes of {m.form} must be as {{size: 30}}, got {sizes!r}")
+    return dataclasses.replace(m, **sizes)
 
 
 def names() -> list[str]:
@@ -160,9 +163,13 @@ def load(name: str) -> Recipe:
         if not path.is_file():
             raise FileNotFoundError(f"recipe {name} is not there")
         raw = _yaml(path)
-        base = _named(raw.pop("extends")) if "extends" in raw else {}
-        return _recipe(path.stem, {**base, **raw}, str(path))
+        base = _extended(raw.pop("extends"), str(path)) if "extends" in raw else {}
+        return _recipe(path.stem, {**base, **with_length(raw)}, str(path))
     return _recipe(name, _named(name), name)
+
+
+def _extended(name, source: str) -> dict:
+    return _named(typed("extends", name, str, source))
 
 
 def _named(name: str) -> dict:
@@ -175,7 +182,7 @@ def _named(name: str) -> dict:
         raise ValueError(f"no recipe {name!r}{hint} (TASK or TASK-PRESET, tasks: {known})")
     raw = _yaml(path)
     own = raw.get("methods", {}).get(method or raw.get("method"), {})
-    return {**raw, **({"method": method} if method else {}), **own}
+    return {**raw, **({"method": method} if method else {}), **with_length(own)}
 
 
 def _yaml(path: Path) -> dict:
@@ -201,19 +208,8 @@ def _recipe(name: str, raw: dict, source: str) -> Recipe:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{source}: unknown key {key!r}{hint}")
     wanted = {f.name: f.type for f in dataclasses.fields(Recipe)}
-    raw = {key: _typed(key, value, wanted[key], source) for key, value in raw.items()}
+    raw = {key: typed(key, value, wanted[key], source) for key, value in raw.items()}
     try:
         return Recipe(**{"name": name, **raw})
     except TypeError as error:
         raise ValueError(f"{source}: {error}") from None
-
-
-def _typed(key: str, value, kind, source: str):
-    """The value as a number where the field is one: YAML reads 1e-4 as text."""
-    if kind not in (int, float):
-        return value
-    try:
-        number = float(value)
-        return int(number) if kind is int and number == int(number) else kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{source}: {key} must be a number, got {value!r}") from None

@@ -153,6 +153,8 @@ def test_two_standard_errors():
 @pytest.mark.parametrize("arguments, message", [
     (["table2", "--small"], "--data: a folder is needed at small size"),
     (["table2", "--small", "--task", "xsum"], "--task: table2 is of sst2, mnli, got xsum"),
+    (["table2", "--small", "--steps", "0"], "--steps must be at least 1, got 0"),
+    (["curves", "--small", "--steps", "-1"], "--steps must be at least 1, got -1"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(arguments, message, models, capsys):
     assert cli.main(["study", *arguments, "--model", models["sst2"]]) == 2
