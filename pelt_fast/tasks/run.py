@@ -64,7 +64,7 @@ def run(
     if not math.isfinite(loss):
         raise RuntimeError(f"the loss became {loss}: take a smaller learning_rate or longer warmup")
     row = result(recipe, recipe.config(), model, outcome)
-    row |= {"rows": len(data.train), "classes": list(data.classes)}
+    row |= {"rows": len(rows["train"]), "classes": list(data.classes)}
     if rank == 0 or fsdp:  # under FSDP2 every process gathers, the first one writes
         pelt_fast.save(model, output)
     if rank == 0:

@@ -171,7 +171,8 @@ def test_cut_rows_are_said_and_those_without_an_answer_left_out(model, tmp_path,
     rows = [*chat.ROWS["completion"], {"prompt": "x" * 200, "completion": "y"}]
     rows.append({"prompt": "short: ", "completion": "y" * 200})
     data = chat.write(tmp_path / "data", rows, repeat=2)
-    trained(short(model, steps=1, evaluate_every=1), data, tmp_path / "out")
+    row = trained(short(model, steps=1, evaluate_every=1), data, tmp_path / "out")
+    assert row["rows"] == 10
     told = capsys.readouterr().err
     assert (
         "train: 4 of 12 rows are longer than max_length=96 and were cut; the longest has 208"
