@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,12 @@ import torch
 import pelt_fast
 
 from .estimate import estimate, free_memory
+from .found_layout import NotKnown, found_layout
 from .kinds import auto_class
 from .loading import load_config
 from .recipe import Recipe
 from .registry import task_of
+from .say import unsaid
 
 SHARE = 0.9  # of the free memory: the estimate is rough
 GB = 1e9
@@ -46,14 +49,31 @@ def fitted(recipe: Recipe, config=None) -> Fit:
 
 
 def without_memory(recipe: Recipe, config=None):
-    """The model with its method, on the meta device, in the dtype that its weights have."""
-    config, task = config or load_config(recipe), task_of(recipe.task)
+    """The model with its method, on the meta device, in the dtype that its weights have. Raises
+    what inject raises, and what ``found_layout`` raises."""
+    config, task, method = config or load_config(recipe), task_of(recipe.task), recipe.config()
     if task.classes:
         config.num_labels = len(task.classes)
     dtype = getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model = auto_class(task).from_config(config, dtype=dtype)
-    return pelt_fast.inject(model, recipe.config())
+
+    def made(config):
+        return auto_class(task).from_config(config, dtype=dtype)
+
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            model = made(config)
+        layout = found_layout(model, method, made, config)
+        with unsaid("self_test"):  # which cannot run on the meta device
+            return pelt_fast.inject(model, method, layout=layout)
+
+
+def checked_config(recipe: Recipe):
+    """The config of a recipe's model. Raises what :func:`without_memory` raises; a layout that the
+    weights alone can tell is left to inject."""
+    config = load_config(recipe)
+    with suppress(NotKnown), unsaid("lora_targets", "named_linears"):  # which will speak again
+        without_memory(recipe, config)
+    return config
 
 
 def _candidates(recipe: Recipe, kind: str) -> Iterator[Recipe]:

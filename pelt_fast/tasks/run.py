@@ -15,8 +15,9 @@ from pelt_fast.config import PeltConfig
 
 from .data import Data, load
 from .estimate import estimate, free_memory
+from .fitting import checked_config
 from .instruct.tokens import of_splits as instruct_tokens
-from .loading import check_here, load_config, load_tokenizer, load_weights
+from .loading import check_here, load_tokenizer, load_weights
 from .meter import append_line
 from .recipe import Recipe
 from .registry import task_of
@@ -35,19 +36,19 @@ def run(
     ``source`` is a folder, files by split, or None, as in ``data.load``. With several processes
     (``accelerate launch``, DDP or FSDP2) the first one writes.
 
-    Raises before training: what loading raises; ValueError for FSDP 1, for a quantised base under
-    FSDP, and for a recipe that needs more memory than is free; OSError when the disk has no room.
-    Raises RuntimeError after training when the loss became infinite; then nothing is saved as a
-    result.
+    Raises before weights are read: what loading raises; what inject raises for the method;
+    ValueError for FSDP 1 and for a quantised base under FSDP. Raises before training: ValueError
+    for a recipe that needs more memory than is free; OSError when the disk has no room. Raises
+    RuntimeError after training when the loss became infinite; then nothing is saved as a result.
     """
     fsdp = asks_for_fsdp()
     check_here(recipe)
     if fsdp and recipe.quantize:
         raise ValueError(f"quantize={recipe.quantize!r} is not sharded: launch with DDP")
-    if source is None:  # before the hub is asked for rows
-        load_config(recipe)
+    # rows of the disk come before the model, rows of the hub after it
+    config = checked_config(recipe) if source is None else None
     data = load(task_of(recipe.task), source)
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe, config or checked_config(recipe))
     rows = tokens_of(data, recipe, tokenizer)
     model = load_weights(recipe, tokenizer, data.classes)
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
