@@ -9,13 +9,14 @@ import json
 
 import torch
 
-_MOST = 500_000_000  # parameters of a model that is built with random weights
+from pelt_fast.cli.arguments import add_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --method, --eval, --json."""
+    """MODEL, --method, --set, --eval, --json."""
     parser.add_argument("model", metavar="MODEL", help="a local folder or a hub name")
     parser.add_argument("--method", default="mam", help="a preset (see pelt-fast methods)")
+    add_words(parser)
     parser.add_argument(
         "--eval", action="store_true", help="explain evaluation, not training, mode"
     )
@@ -30,25 +31,29 @@ def run(options: argparse.Namespace) -> int:
 
     import pelt_fast
     from pelt_fast.layouts.discovery import draft
-    from pelt_fast.layouts.table import rows_of
     from pelt_fast.presets import method
+    from pelt_fast.tasks.found_layout import MOST, needs_discovery
     from pelt_fast.tasks.pretrained import from_pretrained
+    from pelt_fast.tasks.say import unsaid
+    from pelt_fast.words import changed, parsed
 
-    method(options.method)  # an unknown name is reported before anything is loaded
+    # what is wrong with the method is said before anything is loaded
+    chosen = changed(method(options.method), parsed(options.words))
     config = from_pretrained(AutoConfig, options.model)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     count = sum(parameter.numel() for parameter in model.parameters())
-    if not rows_of(model) and count > _MOST:
+    discovers = needs_discovery(model, chosen)
+    if discovers and count > MOST:
         print(f"# too large to run here ({count:,} parameters): inject finds the layout itself")
         print(draft(model))
         return 1
-    has_row = bool(rows_of(model))
-    model = model if has_row else AutoModel.from_config(config)
+    model = AutoModel.from_config(config) if discovers else model
     try:
-        pelt_fast.inject(model.train(not options.eval), options.method)
+        with unsaid("self_test"):  # which cannot run on the meta device
+            pelt_fast.inject(model.train(not options.eval), chosen)
     except ValueError as error:
-        if has_row:
+        if not discovers:
             raise
         print(f"# {error}", draft(model), sep="\n")
         return 1

@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from pelt_fast.cli.arguments import add_words
 from pelt_fast.tasks import recipe as recipes
 from pelt_fast.tasks.recipe import QUANTISED, Recipe
 from pelt_fast.tasks.registry import TASKS, task_of
@@ -26,10 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help=local)
     parser.add_argument("--model", metavar="PATH", help="a local folder or a hub name")
     parser.add_argument("--method", metavar="NAME", help="a preset (see pelt-fast methods)")
-    changes = "changes of the method: r=8 alpha=16 targets=q,v layers=8-15"
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="WORD=VALUE", dest="words", help=changes
-    )
+    add_words(parser)
     parser.add_argument("--quantize", choices=QUANTISED[1:],
                         help="4- or 8-bit base (bitsandbytes), of the task instruct")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("runs/train"), metavar="FOLDER")

@@ -1,5 +1,6 @@
 """What is told of a method before weights are read, with a row of the table and without one."""
 
+import json
 import logging
 
 import pytest
@@ -144,3 +145,14 @@ def test_a_method_that_fits_comes_to_the_weights(tmp_path, capsys):
     given = ["--model", model, "--data", data, "--max-length", "96"]
     assert cli.main(["train", "--task", "instruct", *given, "--output", str(tmp_path / "o")]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["llama", "stablelm"])
+def test_explain_takes_words(kind, tmp_path, capsys):
+    model = model_folder(tmp_path / "model", kind, weights=False)
+    arguments = ["explain", model, "--method", "lora", "--json", "--set"]
+    assert cli.main([*arguments, "targets=q_proj,up_proj", "r=4"]) == 0
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    assert {site["name"].rpartition(".")[2] for site in sites} == {"q_proj", "up_proj"}
+    assert cli.main(["explain", "nowhere", "--method", "lora", "--set", "rank=4"]) == 2
+    assert "'rank' does not apply to 'lora'" in capsys.readouterr().err
