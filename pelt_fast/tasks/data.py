@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .data_files import check_file, check_text, true_suffix, unreadable
 from .instruct import rows as instruct_rows
 from .registry import COLUMNS, Task
 
@@ -74,7 +75,7 @@ def load(task: Task, folder: str | Path | dict[str, list] | None = None) -> Data
 
 
 def _from_folder(task: Task, folder: Path) -> dict:
-    if folder.is_file() and task.causal and _suffix(folder) in _READERS:
+    if folder.is_file() and task.causal and true_suffix(folder) in _READERS:
         return {"train": _read(task, [folder])}
     if not folder.is_dir():
         kinds = f", nor a file of {', '.join(_READERS)}" if task.causal else ""
@@ -120,31 +121,36 @@ def _find(task: Task, folder: Path, stems: Sequence[str]) -> list[Path]:
     return []
 
 
-def _suffix(path: Path) -> str:
-    """The ending that says how a file is read."""
-    return Path(path.name.removesuffix(".gz")).suffix
-
-
 def _read(task: Task, paths: list[Path]):
-    datasets = _datasets()
+    for path in paths:
+        check_file(path)
     if len(paths) == 2:
-        sides = [
-            datasets.load_dataset("text", data_files=str(path), split="train") for path in paths
-        ]
-        if len(sides[0]) != len(sides[1]):
-            lines = f"{paths[0].name} has {len(sides[0])} lines, {paths[1].name} {len(sides[1])}"
-            raise ValueError(f"--data: {lines}")
-        named = [s.rename_column("text", n) for s, n in zip(sides, ("source", "target"))]
-        return datasets.concatenate_datasets(named, axis=1)
+        return _parallel(paths)
     (path,) = paths
-    kind, options = _READERS[_suffix(path)]
+    kind, options = _READERS[true_suffix(path)]
+    return _rows(path, kind, **options)
+
+
+def _parallel(paths: list[Path]):
+    """Rows of two files of text, of as many lines."""
+    sides = [_rows(path, "text") for path in paths]
+    if len(sides[0]) != len(sides[1]):
+        lines = f"{paths[0].name} has {len(sides[0])} lines, {paths[1].name} {len(sides[1])}"
+        raise ValueError(f"--data: {lines}")
+    named = [s.rename_column("text", n) for s, n in zip(sides, ("source", "target"))]
+    return _datasets().concatenate_datasets(named, axis=1)
+
+
+def _rows(path: Path, kind: str, **options):
     try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        rows = _datasets().load_dataset(kind, data_files=str(path), split="train", **options)
+        rows.data.table.validate(full=True)  # text that is no UTF-8 would fail where it is used
+        return rows
     except Exception as error:  # readers raise many kinds of errors for a damaged file
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        if "no data" in reason:
+        cause = error.__cause__ or error
+        if "no data" in str(cause):
             raise ValueError(f"--data: {path.name} is empty") from None
-        raise ValueError(f"--data: {path.name} cannot be read: {reason}") from None
+        raise unreadable(path, cause) from None
 
 
 def _from_hub(task: Task) -> dict:
@@ -200,6 +206,7 @@ def _canonical(task: Task, rows, classes: tuple[str, ...], split: str):
         pair = next((name for name in COLUMNS["pair"] if name in rows.column_names), None)
         names |= {pair: "pair"} if pair else {}
     rows = rows.select_columns(list(names))
+    check_text(rows, [old for old, new in names.items() if new != "label"], split)
     rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
     return _labelled(rows, classes, split) if "label" in rows.column_names else rows
 

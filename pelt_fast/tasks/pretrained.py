@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from .say import first_line
+
 LONGEST = 160  # characters of another library's reason
 
 
@@ -17,8 +19,7 @@ def from_pretrained(auto_class, path: str | Path, **options):
     try:
         return auto_class.from_pretrained(path, **options)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"{what} {str(path)!r} cannot be loaded: {reason}") from None
+        raise OSError(f"{what} {str(path)!r} cannot be loaded: {first_line(error)}") from None
     except ValueError as error:
         reason = " ".join(str(error).split())
         short = reason if len(reason) <= LONGEST else f"{reason[:LONGEST]} ..."

@@ -13,6 +13,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @contextmanager
 def unsaid(*files: str) -> Iterator[None]:
     """In this block the files of these names, of pelt_fast, log nothing."""

@@ -8,6 +8,7 @@ reasoning of earlier answers) is not learned: the model never says it in that fo
 
 import itertools
 
+from ..say import first_line
 from .rows import ASSISTANT
 
 
@@ -33,7 +34,7 @@ def rendered(tokenizer, messages: list[dict], answer: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     except Exception as error:  # a template raises errors of its own
-        raise Refused(str(error).strip().partition("\n")[0]) from None
+        raise Refused(first_line(error)) from None
 
 
 def conversation(tokenizer, messages: list[dict], given: int = 0) -> tuple[str, list[Span], int]:
