@@ -97,20 +97,31 @@ def load_weights(recipe: Recipe, tokenizer, classes: tuple[str, ...] = ()) -> nn
     return model
 
 
+# families whose positions begin after the padding index
+_AFTER_PADDING = (
+    "camembert", "data2vec-text", "ibert", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+
+
 def positions_of(config, tokenizer) -> int | None:
     """The tokens that a model has positions for; None without a limit."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is None or config.model_type not in ("roberta", "xlm-roberta"):
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # MPT has the second
+    positions = next((n for name in names if (n := getattr(text, name, None)) is not None), None)
+    if positions is None or config.model_type not in _AFTER_PADDING:
         return positions
     padding = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
-    return positions - padding - 1  # they begin after the padding index
+    return positions - padding - 1
 
 
 def _check_length(config, tokenizer, recipe: Recipe) -> None:
+    """ValueError for rows, targets or answers that are longer than the model has positions for."""
     positions = positions_of(config, tokenizer)
     if positions is None:
         return
-    for name in ("max_length", "max_target")[: 1 + task_of(recipe.task).translates]:
+    names = ("max_length", "max_target", "max_generated")
+    for name in names if task_of(recipe.task).translates else names[:1]:
         if getattr(recipe, name) > positions:
             raise ValueError(
                 f"{name}={getattr(recipe, name)} is longer than the {positions} positions of"

@@ -75,12 +75,13 @@ def _start(model: str, folder: Path, method: str | None) -> Recipe:
         raise ValueError(f"{model} is a {kind}: no task of pelt-fast train fits it")
     name = fitting_task(kind)
     found = recipes.load(f"{name}-{method}" if method else name)
-    changes = dict(name=folder.name, model=model, data=str(folder), max_length=1, max_target=1)
-    return found.replace(**changes)
+    shortest = dict(max_length=1, max_target=1, max_generated=1)
+    return found.replace(name=folder.name, model=model, data=str(folder), **shortest)
 
 
 def _lengths(start: Recipe, lengths: list[int], targets: list[int], positions: int | None) -> dict:
-    """max_length and max_target: the longest row, rounded up, in what the model has room for."""
+    """max_length and max_target: the longest row, rounded up, in what the model has room for; the
+    task's max_generated, in the same."""
     room = min(positions or LONGEST, LONGEST)
     longest = _rounded(lengths[-1])
     if task_of(start.task).causal and start.packing:
@@ -88,6 +89,8 @@ def _lengths(start: Recipe, lengths: list[int], targets: list[int], positions: i
     changes = dict(max_length=min(longest, room))
     if targets:
         changes["max_target"] = min(_rounded(targets[-1]), room)
+    if task_of(start.task).generates:
+        changes["max_generated"] = min(recipes.load(start.task).max_generated, room)
     return changes
 
 

@@ -20,7 +20,7 @@ COMMENTS = {
     "gradient_checkpointing": "true: less memory, more time",
     "quantize": "nf4 or int8: a base of 4 or 8 bits (bitsandbytes)",
     "packing": "fill each row of a batch with whole rows",
-    "max_generated": "tokens of a generation that an evaluation writes",
+    "max_generated": "tokens of a text that an evaluation writes",
 }
 
 
@@ -31,7 +31,7 @@ def text(look: Look, fit: Fit) -> str:
             f"data: {json.dumps(recipe.data)}", *_method(recipe)]  # fmt: skip
     names = ["epochs", "learning_rate", "max_length"]
     causal = task_of(recipe.task).causal
-    names += ["max_target"] if task_of(recipe.task).translates else []
+    names += ["max_target", "max_generated"] if task_of(recipe.task).translates else []
     names += ["batch_tokens"] if recipe.batch_tokens else ["batch_size"]
     names += ["accumulation", "eval_batch_size", "precision", "gradient_checkpointing"]
     names += ["packing", "quantize", "max_generated"] if causal else []

@@ -171,7 +171,7 @@ def test_generate_with_an_encoder_decoder(bases, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, told", [
     (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-    (["--temperature", "-1"], "--temperature must not be negative"),
+    (["--temperature", "-1"], "--temperature must be a number >= 0, got -1"),
     (["--model", "nowhere"], "nowhere"),
     (["--plain", "--prompt", ""], "--prompt: '' has no tokens to go on from"),
 ])  # fmt: skip
