@@ -11,6 +11,12 @@ def add_saved(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help=base)
 
 
+def refuse_full(output: Path) -> None:
+    """ValueError for an output that is a file, or a folder with something in it."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output: {output} is there already and is not empty")
+
+
 def add_words(parser: argparse.ArgumentParser) -> None:
     """Changes of the method, as ``words`` reads them."""
     changes = "changes of the method: r=8 alpha=16 targets=q,v layers=8-15"

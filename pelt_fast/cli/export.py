@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-from pelt_fast.cli.arguments import add_saved
+from pelt_fast.cli.arguments import add_saved, refuse_full
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The method, its base, the format, and where the files go."""
     add_saved(parser)
     parser.add_argument("--to", choices=("peft", "adapterhub"), required=True, help="the format")
-    parser.add_argument("--output", type=Path, required=True, metavar="OUT", help="a folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="OUT", help="a new folder")
     parser.add_argument("--name", default="pelt_fast", help="the adapter's name, of AdapterHub")
 
 
@@ -19,6 +19,7 @@ def run(options: argparse.Namespace) -> int:
     import pelt_fast
     from pelt_fast.tasks.saved import load_saved
 
+    refuse_full(options.output)
     model, _ = load_saved(options.folder, options.model)
     if options.to == "peft":
         pelt_fast.export_peft(model, options.output)

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pelt_fast.cli.arguments import add_saved
+from pelt_fast.cli.arguments import add_saved, refuse_full
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +23,7 @@ def run(options: argparse.Namespace) -> int:
     from pelt_fast.tasks.saved import load_saved
 
     _refuse_unlinear(options.folder)
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise ValueError(f"--output: {options.output} is there already and is not empty")
+    refuse_full(options.output)
     model, path = load_saved(options.folder, options.model)
     _fold(model, options.widen_ffn)
     tokenizer = _tokenizer(path)

@@ -19,6 +19,7 @@ from .fitting import checked_config
 from .instruct.tokens import of_splits as instruct_tokens
 from .loading import check_here, load_tokenizer, load_weights
 from .meter import append_line
+from .output import check_output
 from .recipe import Recipe
 from .registry import task_of
 from .tokens import tokenised
@@ -37,12 +38,14 @@ def run(
     (``accelerate launch``, DDP or FSDP2) the first one writes.
 
     Raises before weights are read: what loading raises; what inject raises for the method;
-    ValueError for FSDP 1 and for a quantised base under FSDP. Raises before training: ValueError
-    for a recipe that needs more memory than is free; OSError when the disk has no room. Raises
-    RuntimeError after training when the loss became infinite; then nothing is saved as a result.
+    ValueError for FSDP 1, for a quantised base under FSDP, for an ``output`` that holds a run
+    already, or none to ``resume``. Raises before training: ValueError for a recipe that needs more
+    memory than is free; OSError when the disk has no room. Raises RuntimeError after training when
+    the loss became infinite; then nothing is saved as a result.
     """
     fsdp = asks_for_fsdp()
     check_here(recipe)
+    check_output(output, resume)
     if fsdp and recipe.quantize:
         raise ValueError(f"quantize={recipe.quantize!r} is not sharded: launch with DDP")
     # rows of the disk come before the model, rows of the hub after it

@@ -8,6 +8,7 @@ from these lines.
 """
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,6 +241,8 @@ def run_paper(table: Table, data: Path | None, output: Path, *, tasks, model: st
                     continue
                 folder = output / f"{task}-{told['key']}"
                 resume = last_checkpoint(folder) is not None
+                if not resume:  # a run that was stopped before its first checkpoint begins anew
+                    shutil.rmtree(folder, ignore_errors=True)
                 made = run(recipe, None if data is None else data / task, folder, resume=resume,
                            results=folder / RESULTS)  # fmt: skip
                 results.add({"label": row.label, **made, **told, "factor": 1.0})

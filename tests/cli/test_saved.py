@@ -109,6 +109,15 @@ def test_merge_does_not_write_over_what_is_there(bases, tmp_path, capsys):
     assert "is there already and is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("to", ["peft", "adapterhub"])
+def test_export_does_not_write_over_what_is_there(to, bases, tmp_path, capsys):
+    _, folder = saved("seq2seq", "lora", bases, tmp_path / "method")
+    before = sorted(path.name for path in (tmp_path / "method").iterdir())
+    assert cli.main(["export", folder, "--to", to, "--output", folder]) == 2
+    assert "is there already and is not empty" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "method").iterdir()) == before
+
+
 def test_export_to_peft_is_read_by_peft(bases, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     model, folder = saved("causal", "lora", bases, tmp_path / "method")
