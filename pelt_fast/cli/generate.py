@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not 0 <= options.temperature < math.inf:
         raise ValueError(f"--temperature must be a number >= 0, got {options.temperature}")
+    if abs(options.seed) >= 2**63:
+        raise ValueError(f"--seed must have at most 63 bits, got {options.seed}")
     model, path = load_saved(options.folder, options.model)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} of {path} does not generate")
@@ -64,8 +66,11 @@ def _prompts(given: list[str] | None) -> Iterator[str]:
 
 def _asked(model, tokenizer, prompt: str, options: argparse.Namespace):
     """The ids of a prompt with their mask, and the most tokens that its answer may have."""
+    from pelt_fast.tasks.tokens import check_token
+
     causal = not model.config.is_encoder_decoder
     ids = _encoded(tokenizer, prompt, options.plain, causal)
+    check_token(int(ids["input_ids"].max()), model.config, tokenizer.name_or_path)
     return ids, _new_tokens(model, tokenizer, ids["input_ids"].shape[1], options.max_new_tokens)
 
 

@@ -192,7 +192,7 @@ def _yaml(path: Path) -> dict:
         raise RuntimeError("recipes need the extra: pip install 'pelt_fast[train]'") from None
     try:
         raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(raw).__name__}")

@@ -1,7 +1,7 @@
 """What the values of a recipe may be: their types, as a YAML file has them, and their ranges."""
 
 import dataclasses
-import math
+import sys
 
 # the least value that a number may have; learning_rate and label_smoothing have ranges of their own
 LEAST = {
@@ -11,6 +11,7 @@ LEAST = {
                      "max_grad_norm", "batch_tokens", "min_generated", "no_repeat_ngram",
                      "evaluate_every", "eval_examples", "seed"), 0),
 }  # fmt: skip
+MOST = {"seed": 2**32 - 1}
 _KINDS = {str: "text", bool: "true or false", dict: "a mapping",
           str | dict: "a preset's name or a mapping"}  # fmt: skip
 
@@ -50,11 +51,12 @@ def check_numbers(recipe) -> None:
 
 
 def _check_number(name: str, value, kind) -> None:
-    least = LEAST[name]
-    if _is_number(value, int if kind is int else (int, float)) and least <= value < math.inf:
+    least, most = LEAST[name], MOST.get(name, sys.float_info.max)
+    if _is_number(value, int if kind is int else (int, float)) and least <= value <= most:
         return
     what = "an integer" if kind is int else "a number"
-    raise ValueError(f"{name} must be {what} >= {least}, got {value!r}")
+    last = f" and <= {most}" if name in MOST else ""
+    raise ValueError(f"{name} must be {what} >= {least}{last}, got {value!r}")
 
 
 def _is_beta(value) -> bool:

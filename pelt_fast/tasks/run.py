@@ -22,7 +22,7 @@ from .meter import append_line
 from .output import check_output
 from .recipe import Recipe
 from .registry import task_of
-from .tokens import tokenised
+from .tokens import check_vocabulary, tokenised
 from .train import Outcome, fit
 
 RESULTS = Path("runs/results.jsonl")
@@ -51,8 +51,10 @@ def run(
     # rows of the disk come before the model, rows of the hub after it
     config = checked_config(recipe) if source is None else None
     data = load(task_of(recipe.task), source)
-    tokenizer = load_tokenizer(recipe, config or checked_config(recipe))
+    config = config or checked_config(recipe)
+    tokenizer = load_tokenizer(recipe, config)
     rows = tokens_of(data, recipe, tokenizer)
+    check_vocabulary(rows, tokenizer, config, recipe.model)
     model = load_weights(recipe, tokenizer, data.classes)
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     if not fsdp and not recipe.quantize:  # FSDP2 shards the model first; a quantised one is placed

@@ -71,6 +71,17 @@ def test_comments_say_what_was_seen(tmp_path):
     assert yaml.safe_load(text)["extends"] == "instruct"
 
 
+def test_the_steps_that_a_recipe_advises_replace_its_epochs(tmp_path):
+    model = chat.model_folder(tmp_path / "model")
+    path = Path(written(tmp_path, model, chat.write(tmp_path / "data", chat.ROWS["text"])))
+    lines = path.read_text().splitlines()
+    (place,) = [i for i, line in enumerate(lines) if line.endswith("; or steps: N")]
+    lines[place] = "steps: 2"
+    path.write_text("\n".join(lines))
+    found = recipes.load(str(path))
+    assert (found.steps, found.epochs) == (2, 0)
+
+
 def test_less_memory_gives_smaller_batches_then_checkpointing(models, tmp_path, monkeypatch):  # noqa: F811
     whole = recipes.load(written(tmp_path, models["sst2"], SAMPLES / "sst2"))
     candidates, model = list(fitting._candidates(whole, "cpu")), fitting.without_memory(whole)

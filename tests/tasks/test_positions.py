@@ -89,6 +89,11 @@ def test_a_temperature_is_a_number(value, tmp_path, capsys):
     assert "--temperature must be" in capsys.readouterr().err
 
 
+def test_a_seed_is_no_longer_than_torch_takes(capsys):
+    assert cli.main(["generate", "nowhere", "--prompt", "a", "--seed", str(2**63)]) == 2
+    assert "--seed must have at most 63 bits" in capsys.readouterr().err
+
+
 def test_an_evaluation_generates_in_the_positions(tmp_path, capsys):
     saved("bart", tmp_path, "generation")
     data = chat.write(tmp_path / "data", [{"source": "a", "target": "b"}] * 4)

@@ -71,6 +71,7 @@ def test_a_fraction_is_not_cut_to_an_integer(name, tmp_path):
     (["--epochs", "0"], "one of steps and epochs must be positive, got 0 and 0.0"),
     (["--evaluate-every", "-1"], "evaluate_every must be an integer >= 0, got -1"),
     (["--weight-decay", "nan"], "weight_decay must be a number >= 0, got nan"),
+    (["--seed", "4294967296"], "seed must be an integer >= 0 and <= 4294967295, got 4294967296"),
     (["--warmup", "-2"], "warmup must be a number >= 0, got -2.0"),
 ])  # fmt: skip
 def test_the_command_line_refuses_it_too(arguments, told, capsys, tmp_path):
@@ -101,6 +102,12 @@ def test_a_value_of_another_type_is_one_line(line, told, capsys, tmp_path):
     assert cli.main(["train", "--recipe", path, "--model", "x"]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
+
+
+def test_a_recipe_that_is_no_text_is_named(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"name: \xe9\n")
+    assert cli.main(["train", "--recipe", str(tmp_path / "mine.yaml")]) == 2
+    assert "mine.yaml is no YAML: 'utf-8' codec can't decode" in capsys.readouterr().err
 
 
 def test_what_a_recipe_extends_is_a_name(capsys, tmp_path):
