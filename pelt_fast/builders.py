@@ -20,7 +20,7 @@ def lora(
     dropout: float = 0.1,
     rslora: bool = False,
     init: str = "lora",
-    layers: Iterable[int] | None = None,
+    layers: str | Iterable[int] | None = None,
     where: str | Iterable[str] = KINDS,
     patterns: dict[str, dict[str, Any]] | None = None,
 ) -> PeltConfig:
@@ -36,8 +36,8 @@ def lora(
         dropout: the probability on the input of the branch, in [0, 1).
         rslora: whether alpha is divided by the square root of r (rank-stabilised LoRA).
         init: "lora" (Kaiming down, zero up) or "bert" (normal 0.02).
-        layers: the layers of each stack that have it, from 0; None is all of them. By name: the
-            first number in a module's name.
+        layers: the layers of each stack that have it, from 0, a list or one text, as "0,8-15"; None
+            is all of them. By name: the first number in a module's name.
         where: which attentions and stacks: "encoder", "decoder", "cross", a list or one text with
             commas. Not for names.
         patterns: other ranks and alphas, as PEFT's rank_pattern and alpha_pattern:
@@ -78,7 +78,7 @@ def adapter(
     layer_norm: str | None = None,
     placement: str = "default",
     init: str = "bert",
-    layers: Iterable[int] | None = None,
+    layers: str | Iterable[int] | None = None,
     where: str | Iterable[str] = KINDS,
 ) -> PeltConfig:
     """Sequential adapters: ``h + f(h D) U`` on the output of a sub-layer (Houlsby, Pfeiffer).
@@ -127,7 +127,7 @@ def parallel_adapter(
     dropout: float = 0.1,
     layer_norm: str | None = None,
     init: str = "lora",
-    layers: Iterable[int] | None = None,
+    layers: str | Iterable[int] | None = None,
     where: str | Iterable[str] = KINDS,
 ) -> PeltConfig:
     """Parallel adapters: ``F(x) + s f(x D) U`` beside a sub-layer F (paper section 3.3).
@@ -170,7 +170,7 @@ def multi_head_adapter(
     scale: float = 1.0,
     reads: str = "query",
     init: str = "bert",
-    layers: Iterable[int] | None = None,
+    layers: str | Iterable[int] | None = None,
     where: str | Iterable[str] = KINDS,
 ) -> PeltConfig:
     """A ReLU adapter for each head of an attention, beside what it attends to (Table 1).
@@ -208,7 +208,7 @@ def prefix(
     gated: bool = True,
     mlp: bool = True,
     mlp_dim: int = 800,
-    layers: Iterable[int] | None = None,
+    layers: str | Iterable[int] | None = None,
     where: str | Iterable[str] = KINDS,
 ) -> PeltConfig:
     """Prefix tuning: trainable keys and values in front of every attention's (paper equation 7).

@@ -175,7 +175,7 @@ def parsed(settings: list[str]) -> dict[str, Any]:
 
 def _value(word: str, text: str) -> Any:
     if word == "layers":
-        return _layer_numbers(text)
+        return listed(text)
     if word == "patterns":
         return _patterns(text)
     if word == "targets":
@@ -198,16 +198,3 @@ def _patterns(text: str) -> Any:
     except json.JSONDecodeError:
         example = '{"layers.0.*": {"r": 64}}'
         raise ValueError(f"patterns must be JSON, as {example}, got {text!r}") from None
-
-
-def _layer_numbers(text: str) -> tuple[int, ...]:
-    """The layers of "8-15" or "0,2,4-6"."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(f"layers must be numbers and ranges, as 0,2,8-15, got {text!r}")
-        if last and int(last) < int(first):
-            raise ValueError(f"layers must run from small to large, as 2-5, got {text!r}")
-        found += range(int(first), int(last or first) + 1)
-    return tuple(found)

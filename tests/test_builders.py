@@ -66,6 +66,7 @@ def test_a_builder_gives_the_modification_that_its_words_say():
         layers=(2, 3), where=("decoder",),
     )  # fmt: skip
     assert lora(r=8, alpha=8).modifications[0].composition == "add"
+    assert lora(layers="0,2-4").modifications[0].layers == (0, 2, 3, 4)
     assert lora(r=16, alpha=8, rslora=True).modifications[0].scale == 2
     channel = parallel_adapter(4, scale="learned_channel").modifications[0]
     assert (channel.composition, channel.scale) == ("learned_channel_scale", 1)

@@ -35,13 +35,28 @@ def scaled(scale: float | str) -> dict[str, Any]:
     return dict(composition="add" if scale == 1 else "scaled", scale=float(scale))
 
 
-def listed(layers: Iterable[int] | None) -> tuple[int, ...] | None:
-    """The numbers of layers; None is all of them."""
+def listed(layers: str | Iterable[int] | None) -> tuple[int, ...] | None:
+    """The numbers of layers, also of a text as "0,2,8-15"; None is all of them."""
     if layers is None:
         return None
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
+    if isinstance(layers, str):
+        return _numbered(layers)
+    if not isinstance(layers, Iterable):
         raise TypeError(f"layers must be a list or a range, as [{layers}], got {layers!r}")
     return tuple(layers)
+
+
+def _numbered(text: str) -> tuple[int, ...]:
+    """The layers of "8-15" or "0,2,4-6"."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"layers must be numbers and ranges, as 0,2,8-15, got {text!r}")
+        if last and int(last) < int(first):
+            raise ValueError(f"layers must run from small to large, as 2-5, got {text!r}")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
 
 
 def kinds_of(where: str | Iterable[str]) -> tuple[str, ...]:
