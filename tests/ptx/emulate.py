@@ -1,6 +1,7 @@
 """``make emulate``: the tests of the kernels on the machine, and a line a kernel x target x dtype.
 
-``python -m tests.ptx.emulate [--targets sm80 sm90] [--orders early late shuffled] [-k EXPRESSION]``
+``python -m tests.ptx.emulate [--targets sm80 sm90] [--orders early late shuffled] [-k EXPRESSION]
+[--whole]``: of the tests' parameters every pair of values (``tests/quick.py``), or every combination.
 """
 
 import argparse
@@ -82,9 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=["sm80", "sm90"], choices=["sm80", "sm90"])
     parser.add_argument("--orders", nargs="+", default=["early"], choices=list(ORDERS))
     parser.add_argument("-k", dest="expression", default=None, help="pytest's -k")
+    parser.add_argument("--whole", action="store_true", help="every combination of parameters")
     parser.add_argument("tests", nargs="*", default=TESTS)
     given = parser.parse_args(arguments)
     chosen = [*given.tests, *(["-k", given.expression] if given.expression else [])]
+    chosen += [] if given.whole else ["--quick"]
     failed, records = 0, []
     for target in given.targets:
         for order in given.orders:
