@@ -1,10 +1,16 @@
 """Shared fixtures: quiet libraries, one seed, small real architectures."""
 
+import getpass
 import importlib.util
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# inductor's cache holds C++ that was written for one vector length, and does not ask for which
+if cap := os.environ.get("ATEN_CPU_CAPABILITY"):
+    folder = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{cap}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 import torch
 
