@@ -196,18 +196,15 @@ FROZEN = {"weight", "bias", "in_weight", "in_bias", "out_weight", "out_bias", "g
           "gate_bias"}  # fmt: skip
 
 
-def results(
-    function, tensors: dict, arguments: dict, asked: list[str], backend: str, seed: int = 6
-) -> dict:
-    """Output and the gradients asked for, of one backend, the same masks, and the gradient of the
-    output that ``seed`` gives."""
+def results(function, tensors: dict, arguments: dict, asked: list[str], backend: str) -> dict:
+    """Output and the gradients asked for, of one backend and the same masks."""
     leaves = {name: t if t is None else t.detach() for name, t in tensors.items()}
     for name in asked:
         leaves[name] = leaves[name].requires_grad_()
     torch.manual_seed(5)
     with pelt_fast.backend(backend):
         y = function(**leaves, **arguments)
-        torch.manual_seed(seed)
+        torch.manual_seed(6)
         dy = torch.randn(y.shape).to(y)
         grads = torch.autograd.grad(y, [leaves[name] for name in asked], dy) if asked else ()
     return {"y": y.detach(), **dict(zip(asked, grads))}
@@ -218,48 +215,23 @@ def check(family: str, make: Draw) -> None:
     trainable = [name for name, t in tensors.items() if t is not None and name not in FROZEN]
     asked = make.draw(st.lists(st.sampled_from(trainable), unique=True))
     before = {name: t.clone() for name, t in tensors.items() if t is not None}
-    once = errors(function, tensors, arguments, asked)
+    found = results(function, tensors, arguments, asked, "auto")
     assert all(torch.equal(tensors[name], t) for name, t in before.items()), "an input was changed"
-    band = 8 * torch.finfo(make.low).eps
-    missed = past(once, band)
-    if missed:
-        # the reference's error in a few numbers is a draw, now and then a tenth of what it usually
-        # is: four gradients of the output are judged together, by the same bound
-        draws = [once, *(errors(function, tensors, arguments, asked, seed) for seed in (7, 8, 9))]
-        missed = past({name: together([draw[name] for draw in draws]) for name in once}, band)
-    assert not missed, (missed, band)
-
-
-def errors(function, tensors: dict, arguments: dict, asked: list[str], seed: int = 6) -> dict:
-    """The errors of our results and of the reference's, by name."""
-    found = results(function, tensors, arguments, asked, "auto", seed)
-    same = results(function, tensors, arguments, asked, "reference", seed)
+    same = results(function, tensors, arguments, asked, "reference")
     wide = {name: t if t is None else t.double() for name, t in tensors.items()}
     mask = arguments.get("attn_mask")
     if mask is not None and mask.is_floating_point():
         arguments = arguments | dict(attn_mask=mask.double())
-    exact = results(function, wide, arguments, asked, "reference", seed)
-    both = {}
+    exact = results(function, wide, arguments, asked, "reference")
     for name, wanted in exact.items():
         assert found[name].shape == wanted.shape and found[name].dtype == same[name].dtype
+        if wanted.numel() == 0:
+            continue
         # what nearly cancels is measured by what was summed: numbers of about 1
         size = wanted.norm().item() + 0.3 * wanted.numel() ** 0.5
-        if wanted.numel():
-            offs = [(t[name].double() - wanted).norm().item() for t in (found, same)]
-            both[name] = [off / size for off in offs]
-    return both
-
-
-def together(pairs: list[list[float]]) -> list[float]:
-    """The root of the mean square of each of the two errors."""
-    return [(sum(error**2 for error in each) / len(each)) ** 0.5 for each in zip(*pairs)]
-
-
-def past(found: dict, band: float) -> dict:
-    """The errors that are past their bound, by name; an error that is no number is."""
-    return {
-        n: (ours, theirs) for n, (ours, theirs) in found.items() if not ours <= 4 * theirs + band
-    }
+        errors = [(t[name].double() - wanted).norm().item() / size for t in (found, same)]
+        band = 8 * torch.finfo(make.low).eps
+        assert errors[0] <= 4 * errors[1] + band, (name, errors, band)
 
 
 @pytest.mark.parametrize("family", FAMILIES | BESIDE)
