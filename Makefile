@@ -66,7 +66,7 @@ codegen: $(VENV)/test
 	env -u TRITON_INTERPRET $(BIN)/python -m tests.codegen.report
 
 # tests/ptx: the kernels' PTX executed on a CPU; EMULATE="--targets sm90 -k norm" takes a part,
-# EMULATE=--whole every combination of the tests' parameters: 2,040 tests a target, not 925
+# EMULATE=--whole every combination of the tests' parameters, not every pair of values
 emulate: $(VENV)/test
 	$(BIN)/python -m tests.ptx.emulate $(EMULATE)
 

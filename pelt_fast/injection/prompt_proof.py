@@ -52,9 +52,9 @@ def _why_not_proved(base: nn.Module, prompt: Prompt, ids: Tensor) -> str:
     for when, wanted, others, found in _compared(base, prompt, ids):
         allowed = rounding(wanted.dtype)
         effects = [relative_error(wanted, other) for other in others]
-        if effects[0] < 2 * allowed:
+        if effects[0] < 4 * allowed:
             return f"{when} its effect is not larger than rounding errors"
-        effect = min(effect for effect in effects if effect >= 2 * allowed)
+        effect = min(effect for effect in effects if effect >= 4 * allowed)
         error = relative_error(wanted, found)
         if error > allowed + SHARE * effect:
             return (

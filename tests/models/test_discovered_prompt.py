@@ -160,5 +160,5 @@ def test_what_cannot_be_told_from_rounding_is_refused():
         pelt_fast.inject(model, "prompt", length=4)
     assert_untouched(model, before)
     for layer in model.gpt_neox.layers:
-        layer.attention.dense.weight.data *= 8
+        layer.attention.dense.weight.data *= 32
     pelt_fast.inject(model, "prompt", length=4)

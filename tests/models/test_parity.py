@@ -22,8 +22,7 @@ PADDINGS = [None, "right", "left"]
 
 
 # Where a budget judges every gradient of a model, a tensor needs more than five numbers: the
-# reference's own error in so few is now and then a tenth of what it usually is, and five of 120
-# draws are past their budget then, on either path; of this size one of 400
+# reference's own error in so few is a draw, now and then far smaller than usual
 JUDGED_SIZE = 15
 
 
