@@ -152,13 +152,9 @@ def test_what_rounding_is():
 
 
 def test_what_cannot_be_told_from_rounding_is_refused():
-    """In 16 bits the tiny model's attention is below the rounding errors; of its usual size it is
-    not."""
+    """In 16 bits the tiny model's attention is below the rounding errors."""
     model = made("gpt_neox").bfloat16()
     before = state(model)
     with pytest.raises(ValueError, match="its effect is not larger than rounding errors"):
         pelt_fast.inject(model, "prompt", length=4)
     assert_untouched(model, before)
-    for layer in model.gpt_neox.layers:
-        layer.attention.dense.weight.data *= 32
-    pelt_fast.inject(model, "prompt", length=4)
